@@ -1,0 +1,19 @@
+"""The engine's settings, as the engine needs them: plain values, checked by whoever made them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """`kv_cache_bytes` None sizes the cache from free memory; `max_model_len` None takes the model's own limit."""
+
+    model_path: Path
+    device: str = "cpu"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = None
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 256

@@ -1,0 +1,133 @@
+"""The engine thread: drain the inbox, schedule, run, update, publish, once per step.
+
+Everything it owns (scheduler, blocks, model runner) is made, used and dropped on this one thread. Others reach it
+through an inbox and a wake event, and hear from it through one `publish` call per step. It knows neither asyncio nor
+who listens.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence as Seq
+from typing import Protocol
+
+from headrace.scheduler.messages import (
+    EngineReady,
+    EngineStopped,
+    GenerationRequest,
+    SequenceOutput,
+    StepOutput,
+)
+from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
+
+logger = logging.getLogger(__name__)
+
+Publication = EngineReady | StepOutput | EngineStopped
+
+
+class Runner(Protocol):
+    """What computes a step: the model runner, or a fake in the tests."""
+
+    description: str
+    max_context_tokens: int
+
+    def warm_up(self) -> None: ...
+
+    def run(self, output: SchedulerOutput) -> Seq[int | None]:
+        """Compute all rows; return the sampled token of each, None for a row that is not sampled."""
+
+
+class EngineCore:
+    """Runs a scheduler and a runner on a thread of its own.
+
+    `load` is called on that thread to build both. `publish` is called on that thread too and must return at once; it
+    gets one EngineReady, then a StepOutput per step, and one EngineStopped as the last thing.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], tuple[Scheduler, Runner]],
+        publish: Callable[[Publication], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._load = load
+        self._publish = publish
+        self._clock = clock
+        self._inbox: deque[GenerationRequest | int] = deque()
+        self._wake = threading.Event()
+        self._is_stopping = False
+        self._busy_s = 0.0
+        self._thread = threading.Thread(target=self._main, name="headrace-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Hand over a request; from any thread. Its outputs come with later StepOutputs."""
+        self._inbox.append(request)
+        self._wake.set()
+
+    def cancel(self, request_id: int) -> None:
+        """Ask for a request's end; from any thread. A request that is already over is left alone."""
+        self._inbox.append(request_id)
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Ask the thread to end; what still runs ends with an error. Join with `join()`."""
+        self._is_stopping = True
+        self._wake.set()
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for the thread's end; returns whether it has ended."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _main(self) -> None:
+        error: Exception | None = None
+        try:
+            scheduler, runner = self._load()
+            runner.warm_up()
+            self._publish(EngineReady(runner.max_context_tokens, runner.description, scheduler.load()))
+            self._loop(scheduler, runner)
+        except Exception as exception:
+            logger.exception("the engine thread ended")
+            error = exception
+        self._publish(EngineStopped(error))
+
+    def _loop(self, scheduler: Scheduler, runner: Runner) -> None:
+        while not self._is_stopping:
+            self._drain_inbox(scheduler)
+            if not scheduler.has_work:
+                scheduler.check_books()
+                self._wake.wait()
+                continue
+            started_s = self._clock()
+            output = scheduler.schedule(started_s)
+            outputs = output.dropped + self._step(scheduler, runner, output)
+            self._busy_s += self._clock() - started_s
+            self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s)))
+        self._drain_inbox(scheduler)
+        self._publish(StepOutput(tuple(scheduler.fail_all("the server is shutting down")), scheduler.load()))
+
+    def _drain_inbox(self, scheduler: Scheduler) -> None:
+        # Cleared before draining: what arrives after the last pop sets it again, so no wake-up is lost.
+        self._wake.clear()
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, GenerationRequest):
+                scheduler.add(item)
+            else:
+                scheduler.cancel(item)
+
+    def _step(self, scheduler: Scheduler, runner: Runner, output: SchedulerOutput) -> list[SequenceOutput]:
+        """Run and record one step. A step that raises ends its own sequences; the engine goes on."""
+        if not output.rows:
+            return []
+        try:
+            sampled = runner.run(output)
+        except Exception:
+            logger.exception("a step of %d sequences raised", len(output.rows))
+            return scheduler.fail([row.sequence for row in output.rows], "the model failed while computing this request")
+        return scheduler.update(output, sampled)

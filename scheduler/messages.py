@@ -1,0 +1,100 @@
+"""The messages that cross between the event loop and the engine thread.
+
+All of them are frozen: the thread that made one hands it over and never touches it again. The loop sends
+GenerationRequest and request ids to cancel; the engine answers with one StepOutput per step.
+Times are seconds on the process's monotonic clock.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. Every accepted request ends with exactly one of them."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline_exceeded"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to pick tokens for one sequence. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch these off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A prompt to continue. `request_id` is the server's own and never reused within a process."""
+
+    request_id: int
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    arrival_s: float
+    deadline_s: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """What one step did for one sequence.
+
+    `scheduled_s` is set once, on the step that first ran the sequence. `token_ids` can be empty: a chunk of prefill
+    produces none, nor does a cancellation.
+    """
+
+    request_id: int
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    scheduled_s: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSnapshot:
+    """The engine's load after a step: all that admission and /metrics may know of the engine.
+
+    `num_received` counts the submissions drained so far, so that the loop can add those still in the inbox.
+    """
+
+    num_waiting: int = 0
+    num_running: int = 0
+    num_received: int = 0
+    num_free_blocks: int = 0
+    num_total_blocks: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+    busy_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """One step's publication: every sequence it advanced or ended, and the load it left."""
+
+    outputs: tuple[SequenceOutput, ...]
+    load: LoadSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReady:
+    """The model is loaded and warm. `max_context_tokens` is the longest prompt + output one request can have."""
+
+    max_context_tokens: int
+    description: str
+    load: LoadSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStopped:
+    """The engine thread has ended; nothing follows. `error` is None where it was asked to stop."""
+
+    error: Exception | None = None

@@ -1,0 +1,219 @@
+"""Building the engine from a model on disk: config, weights, KV cache, runner, scheduler.
+
+Called once, on the engine thread. Hugging Face's classes supply configs and RoPE maths; weights are read straight from
+safetensors or GGUF, since building a Hugging Face model first takes several times as long.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoConfig, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from headrace.kernels import torch_ops
+from headrace.kernels.decoder import Decoder, DecoderConfig, KVCache
+from headrace.scheduler.block_pool import BlockPool
+from headrace.scheduler.config import EngineConfig
+from headrace.scheduler.errors import CapacityError, ModelSourceError, UnsupportedModelError
+from headrace.scheduler.gguf_file import GGUFFile, open_gguf
+from headrace.scheduler.memory import available_bytes
+from headrace.scheduler.model_runner import ModelRunner
+from headrace.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+# RoPE variants whose angles depend on each sequence's own length cannot come from one table.
+_SUPPORTED_ROPE = {"default", "linear", "llama3", "yarn"}
+# Shares of free memory the KV cache may take: a CPU's is shared with the user's other programs.
+_KV_SHARE_CPU, _KV_SHARE_CUDA = 0.4, 0.85
+
+
+def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
+    """Load the model and size the KV cache.
+
+    Raises: UnsupportedModelError, ModelSourceError for the model; CapacityError where memory does not suffice.
+    """
+    device = torch.device(config.device)
+    dtype = _choose_dtype(config, device)
+    if config.model_path.is_file():
+        decoder_config, weights = _read_gguf(open_gguf(config.model_path))
+    else:
+        decoder_config, weights = _read_directory(config.model_path)
+    _check_weights(decoder_config, weights)
+    weights = {name: weight.to(device, dtype) for name, weight in weights.items()}
+    decoder = Decoder(decoder_config, weights, torch_ops)
+
+    max_model_len = min(config.max_model_len or decoder_config.max_position, decoder_config.max_position)
+    num_blocks = _choose_num_blocks(config, decoder, max_model_len)
+    cache = _allocate_cache(decoder, num_blocks, config.block_size)
+    max_context_tokens = min(max_model_len, num_blocks * config.block_size)
+    cache_gib = num_blocks * config.block_size * decoder_config.kv_bytes_per_token(dtype) / 2**30
+    description = (
+        f"{decoder_config.num_layers}-layer decoder in {str(dtype).removeprefix('torch.')} on {device}, torch ops; "
+        f"KV cache {cache_gib:.2f} GiB, {num_blocks} blocks of {config.block_size} tokens; "
+        f"context {max_context_tokens} tokens"
+    )
+    runner = ModelRunner(
+        decoder, cache, torch_ops, config.block_size, max_context_tokens, config.max_num_batched_tokens, description
+    )
+    scheduler = Scheduler(
+        BlockPool(num_blocks),
+        block_size=config.block_size,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+    )
+    return scheduler, runner
+
+
+def _choose_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    if device.type != "cpu":
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def _read_directory(folder: Path) -> tuple[DecoderConfig, dict[str, torch.Tensor]]:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelSourceError(f"{folder}: the config cannot be read: {error}") from error
+    decoder_config = _decoder_config(config)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    weights: dict[str, torch.Tensor] = {}
+    for name in files:
+        try:
+            weights |= load_file(folder / name)
+        except (OSError, SafetensorError) as error:
+            raise ModelSourceError(f"{folder / name} cannot be read: {error}") from error
+    return decoder_config, weights
+
+
+def _read_gguf(file: GGUFFile) -> tuple[DecoderConfig, dict[str, torch.Tensor]]:
+    if file.architecture != "llama":
+        raise UnsupportedModelError(f"{file.path}: architecture {file.architecture!r} is not supported; llama is")
+    weights = {name: torch.from_numpy(values) for name, values in file.tensors()}
+    if "model.embed_tokens.weight" not in weights:
+        raise UnsupportedModelError(f"{file.path} has no token embedding")
+    num_heads = int(file.require("llama.attention.head_count"))
+    config = LlamaConfig(
+        vocab_size=weights["model.embed_tokens.weight"].shape[0],
+        hidden_size=int(file.require("llama.embedding_length")),
+        intermediate_size=int(file.require("llama.feed_forward_length")),
+        num_hidden_layers=int(file.require("llama.block_count")),
+        num_attention_heads=num_heads,
+        num_key_value_heads=int(file.arch("attention.head_count_kv", num_heads)),
+        head_dim=int(file.arch("attention.key_length", int(file.require("llama.embedding_length")) // num_heads)),
+        max_position_embeddings=int(file.require("llama.context_length")),
+        rms_norm_eps=float(file.require("llama.attention.layer_norm_rms_epsilon")),
+        tie_word_embeddings="lm_head.weight" not in weights,
+        rope_parameters={"rope_type": "default", "rope_theta": float(file.arch("rope.freq_base", 10000.0))},
+    )
+    if file.arch("rope.scaling.type", "none") not in ("none", None):
+        raise UnsupportedModelError(f"{file.path}: rope scaling {file.arch('rope.scaling.type')!r} is not supported")
+    # Llama 3's scaling reaches a GGUF as one factor per frequency.
+    factors = weights.pop("rope_freqs.weight", None)
+    return _decoder_config(config, factors), weights
+
+
+def _decoder_config(config: Any, rope_factors: torch.Tensor | None = None) -> DecoderConfig:
+    """Translate a Hugging Face config. Raises: UnsupportedModelError, naming what is not supported."""
+    if config.model_type != "llama":
+        raise UnsupportedModelError(f"model type {config.model_type!r} is not supported; llama is")
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(config, name, False):
+            raise UnsupportedModelError(f"a model with {name} is not supported")
+    if config.hidden_act != "silu":
+        raise UnsupportedModelError(f"hidden_act {config.hidden_act!r} is not supported; silu is")
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type not in _SUPPORTED_ROPE:
+        raise UnsupportedModelError(f"rope type {rope_type!r} is not supported; {', '.join(sorted(_SUPPORTED_ROPE))} are")
+    rotary = LlamaRotaryEmbedding(config)
+    inv_freq = rotary.inv_freq if rope_factors is None else rotary.inv_freq / rope_factors
+    return DecoderConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        rms_norm_eps=config.rms_norm_eps,
+        max_position=config.max_position_embeddings,
+        inv_freq=inv_freq,
+        rope_scale=rotary.attention_scaling,
+    )
+
+
+def _check_weights(config: DecoderConfig, weights: dict[str, torch.Tensor]) -> None:
+    """Compare names and shapes with the config. Raises: ModelSourceError, naming the first that differs."""
+    expected = {
+        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
+        "model.norm.weight": (config.hidden_size,),
+    }
+    query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    for i in range(config.num_layers):
+        prefix = f"model.layers.{i}"
+        expected |= {
+            f"{prefix}.input_layernorm.weight": (config.hidden_size,),
+            f"{prefix}.post_attention_layernorm.weight": (config.hidden_size,),
+            f"{prefix}.self_attn.q_proj.weight": (query_size, config.hidden_size),
+            f"{prefix}.self_attn.k_proj.weight": (kv_size, config.hidden_size),
+            f"{prefix}.self_attn.v_proj.weight": (kv_size, config.hidden_size),
+            f"{prefix}.self_attn.o_proj.weight": (config.hidden_size, query_size),
+            f"{prefix}.mlp.gate_proj.weight": (config.intermediate_size, config.hidden_size),
+            f"{prefix}.mlp.up_proj.weight": (config.intermediate_size, config.hidden_size),
+            f"{prefix}.mlp.down_proj.weight": (config.hidden_size, config.intermediate_size),
+        }
+    for name, shape in expected.items():
+        if name not in weights:
+            raise ModelSourceError(f"the model lacks the weight {name}")
+        if tuple(weights[name].shape) != shape:
+            raise ModelSourceError(f"weight {name} has shape {tuple(weights[name].shape)}, the config says {shape}")
+    for name in set(weights) - set(expected) - {"lm_head.weight"}:
+        if name.endswith("rotary_emb.inv_freq"):
+            del weights[name]
+        else:
+            raise UnsupportedModelError(f"the model has a weight that a Llama has not: {name}")
+
+
+def _choose_num_blocks(config: EngineConfig, decoder: Decoder, max_model_len: int) -> int:
+    block_bytes = config.block_size * decoder.config.kv_bytes_per_token(decoder.dtype)
+    cache_bytes = config.kv_cache_bytes
+    if cache_bytes is None:
+        if decoder.device.type == "cuda":
+            cache_bytes = int(torch.cuda.mem_get_info(decoder.device)[0] * _KV_SHARE_CUDA)
+        else:
+            cache_bytes = int((available_bytes() or 4 * 2**30) * _KV_SHARE_CPU)
+    # More than every running sequence at full length can never be used.
+    num_useful = config.max_num_seqs * -(-max_model_len // config.block_size)
+    num_blocks = min(cache_bytes // block_bytes, num_useful)
+    if num_blocks < 1:
+        raise CapacityError(f"the KV cache of {cache_bytes} bytes does not hold one block of {block_bytes} bytes")
+    return num_blocks
+
+
+def _allocate_cache(decoder: Decoder, num_blocks: int, block_size: int) -> KVCache:
+    shape = (num_blocks, block_size, decoder.config.num_kv_heads, decoder.config.head_dim)
+
+    def allocate() -> torch.Tensor:
+        if decoder.device.type != "cpu":
+            return torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
+        # numpy's zeros are pages the kernel hands out on first touch: an idle server stays small.
+        num_bytes = int(np.prod(shape)) * decoder.dtype.itemsize
+        return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(decoder.dtype).view(shape)
+
+    num_layers = decoder.config.num_layers
+    return KVCache([allocate() for _ in range(num_layers)], [allocate() for _ in range(num_layers)])

@@ -1,0 +1,105 @@
+"""Turning the scheduler's rows into one packed batch, running the decoder, and sampling.
+
+Owned by the engine thread. It reads sequences and never changes them: the scheduler records what was computed.
+"""
+
+import numpy as np
+import torch
+
+from headrace.kernels.decoder import Decoder, KVCache, PackedBatch
+from headrace.kernels.ops import AttentionMetadata, Ops
+from headrace.kernels.sampling import SamplingBatch, sample
+from headrace.scheduler.messages import GenerationRequest, SamplingParams
+from headrace.scheduler.scheduler import ScheduledRow, SchedulerOutput
+from headrace.scheduler.sequence import Sequence
+
+
+class ModelRunner:
+    """Computes steps with a decoder and the KV cache it fills."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        ops: Ops,
+        block_size: int,
+        max_context_tokens: int,
+        max_num_batched_tokens: int,
+        description: str,
+    ) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._ops = ops
+        self._block_size = block_size
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self.max_context_tokens = max_context_tokens
+        self.description = description
+
+    def run(self, output: SchedulerOutput) -> list[int | None]:
+        """Compute the rows of a step; the sampled token of each, None where a row stops short of its last token."""
+        batch = self._pack(output.rows)
+        sampled_rows = [row for row in output.rows if row.is_sampled]
+        logits = self._decoder.forward(batch, self._cache)
+        token_ids = iter(sample(logits, _sampling_batch([row.sequence for row in sampled_rows])))
+        return [next(token_ids) if row.is_sampled else None for row in output.rows]
+
+    def warm_up(self) -> None:
+        """Run a full prompt chunk, then a decode step, so that the first request pays for no first use."""
+        num_tokens = min(self._max_num_batched_tokens, self.max_context_tokens - 1)
+        request = GenerationRequest(-1, (0,) * num_tokens, SamplingParams(temperature=1.0, top_p=0.9), 0.0)
+        sequence = Sequence(request)
+        # The blocks are nobody's yet, and what is written there is overwritten before it can be seen.
+        sequence.block_ids = list(range(-(-(num_tokens + 1) // self._block_size)))
+        self.run(SchedulerOutput([ScheduledRow(sequence, num_tokens)], []))
+        sequence.num_computed_tokens = num_tokens
+        sequence.token_ids.append(0)
+        self.run(SchedulerOutput([ScheduledRow(sequence, 1)], []))
+
+    def _pack(self, rows: list[ScheduledRow]) -> PackedBatch:
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        logit_rows: list[int] = []
+        query_starts = [0]
+        context_lens: list[int] = []
+        block_size = self._block_size
+        for row in rows:
+            sequence = row.sequence
+            start = sequence.num_computed_tokens
+            end = start + row.num_tokens
+            token_ids += sequence.token_ids[start:end]
+            positions += range(start, end)
+            blocks = sequence.block_ids
+            slots += [blocks[i // block_size] * block_size + i % block_size for i in range(start, end)]
+            query_starts.append(len(token_ids))
+            context_lens.append(end)
+            if row.is_sampled:
+                logit_rows.append(len(token_ids) - 1)
+        metadata = AttentionMetadata(query_starts, context_lens, [row.sequence.block_ids for row in rows])
+        device = self._decoder.device
+        return PackedBatch(
+            token_ids=torch.tensor(token_ids, device=device),
+            positions=torch.tensor(positions, device=device),
+            slot_mapping=torch.tensor(slots, device=device),
+            logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+            attention_plan=self._ops.plan_attention(metadata, block_size, device),
+        )
+
+
+def _sampling_batch(sequences: list[Sequence]) -> SamplingBatch:
+    params = [sequence.request.sampling for sequence in sequences]
+    masked = [
+        (row, token_id)
+        for row, sequence in enumerate(sequences)
+        if sequence.num_output_tokens + 1 < params[row].min_tokens
+        for token_id in params[row].stop_token_ids
+    ]
+    return SamplingBatch(
+        temperature=np.array([p.temperature for p in params], dtype=np.float32),
+        top_k=np.array([p.top_k for p in params], dtype=np.int64),
+        top_p=np.array([p.top_p for p in params], dtype=np.float32),
+        min_p=np.array([p.min_p for p in params], dtype=np.float32),
+        seed=np.array([p.seed for p in params], dtype=np.uint64),
+        position=np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64),
+        masked=masked,
+    )

@@ -1,0 +1,246 @@
+"""Who runs in the next step: first come, first served, under a token budget and a batch limit.
+
+A pure object: no clock, randomness, thread or tensor inside; the same calls give the same answers. Owned by the engine
+thread. Every step first gives each running sequence what it needs (one token to decode, or the next chunk of its
+prompt), then admits waiting ones while budget, batch limit and blocks last.
+
+Papers: Orca (OSDI 2022) for iteration-level batching, PagedAttention (SOSP 2023) for preemption by recompute,
+Sarathi-Serve (OSDI 2024) for chunked prefill beside decode. Deviation: the budget is fixed, not chosen online.
+"""
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from headrace.scheduler.block_pool import BlockPool
+from headrace.scheduler.messages import FinishReason, GenerationRequest, LoadSnapshot, SequenceOutput
+from headrace.scheduler.sequence import Sequence, SequenceStatus
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRow:
+    """`num_tokens` tokens of `sequence` to compute in this step, from `sequence.num_computed_tokens` on."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the row reaches the sequence's last token, so that the next one can be sampled."""
+        return self.num_tokens == self.sequence.num_uncomputed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """The rows of one step, and what was dropped before it: cancelled sequences and missed deadlines."""
+
+    rows: list[ScheduledRow]
+    dropped: list[SequenceOutput]
+
+
+class Scheduler:
+    """Owns the waiting and the running sequences and the block pool."""
+
+    def __init__(
+        self, block_pool: BlockPool, *, block_size: int, max_num_batched_tokens: int, max_num_seqs: int
+    ) -> None:
+        assert max_num_batched_tokens >= max_num_seqs, "every running sequence must get its token in every step"
+        self._pool = block_pool
+        self._block_size = block_size
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_seqs = max_num_seqs
+        self._sequences: dict[int, Sequence] = {}
+        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
+        self._running: OrderedDict[int, Sequence] = OrderedDict()
+        self._cancelled: list[int] = []
+        self._deadlines: list[tuple[float, int]] = []
+        self._num_received = 0
+        self._num_preemptions = 0
+        self._num_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request behind those already waiting."""
+        sequence = Sequence(request)
+        self._num_received += 1
+        self._sequences[request.request_id] = sequence
+        self._waiting[request.request_id] = sequence
+        if request.deadline_s != float("inf"):
+            heapq.heappush(self._deadlines, (request.deadline_s, request.request_id))
+
+    def cancel(self, request_id: int) -> None:
+        """Mark a request. The next `schedule()` frees its blocks; an unknown or finished id is ignored."""
+        self._cancelled.append(request_id)
+
+    def schedule(self, now: float) -> SchedulerOutput:
+        """Choose the rows of the next step and give each the blocks it needs."""
+        dropped = self._drop_cancelled() + self._drop_expired(now)
+        rows: list[ScheduledRow] = []
+        budget = self._max_num_batched_tokens
+        num_preemptions = self._num_preemptions
+
+        for sequence in list(self._running.values()):
+            if budget == 0:
+                break
+            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            if sequence.status is SequenceStatus.RUNNING and self._make_room(sequence, num_tokens):
+                rows.append(ScheduledRow(sequence, num_tokens))
+                budget -= num_tokens
+
+        # A step that had to preempt admits nobody: the blocks it freed belong to those that run.
+        while budget > 0 and num_preemptions == self._num_preemptions and (head := self._admit_next(now)):
+            num_tokens = min(head.num_uncomputed_tokens, budget)
+            rows.append(ScheduledRow(head, num_tokens))
+            budget -= num_tokens
+
+        self._num_steps += bool(rows)
+        return SchedulerOutput(rows, dropped)
+
+    def update(self, output: SchedulerOutput, sampled: Seq[int | None]) -> list[SequenceOutput]:
+        """Record what a step computed: `sampled[i]` is the new token of row i, None where its prompt is not done."""
+        outputs = []
+        for row, token_id in zip(output.rows, sampled, strict=True):
+            sequence = row.sequence
+            is_first_run = sequence.num_computed_tokens == 0 and sequence.num_preemptions == 0
+            sequence.num_computed_tokens += row.num_tokens
+            token_ids: tuple[int, ...] = ()
+            finish_reason = None
+            if token_id is not None:
+                sequence.token_ids.append(token_id)
+                token_ids = (token_id,)
+                finish_reason = self._finish_reason(sequence, token_id)
+            if token_ids or is_first_run:
+                outputs.append(
+                    SequenceOutput(
+                        sequence.request.request_id,
+                        token_ids,
+                        finish_reason,
+                        sequence.scheduled_s if is_first_run else None,
+                    )
+                )
+            if finish_reason is not None:
+                self._remove(sequence)
+        return outputs
+
+    def fail(self, sequences: list[Sequence], error: str) -> list[SequenceOutput]:
+        """End sequences whose step raised; what it left in their blocks cannot be trusted."""
+        for sequence in sequences:
+            self._remove(sequence)
+        return [
+            SequenceOutput(sequence.request.request_id, finish_reason=FinishReason.ERROR, error=error)
+            for sequence in sequences
+        ]
+
+    def fail_all(self, error: str) -> list[SequenceOutput]:
+        """End everything, waiting or running."""
+        return self.fail(list(self._sequences.values()), error)
+
+    def load(self, busy_s: float = 0.0) -> LoadSnapshot:
+        return LoadSnapshot(
+            num_waiting=len(self._waiting),
+            num_running=len(self._running),
+            num_received=self._num_received,
+            num_free_blocks=self._pool.num_free,
+            num_total_blocks=self._pool.num_total,
+            num_preemptions=self._num_preemptions,
+            num_steps=self._num_steps,
+            busy_s=busy_s,
+        )
+
+    def check_books(self) -> None:
+        """Assert that free and held blocks add up to the pool and that nothing waiting holds any."""
+        held = [block_id for sequence in self._running.values() for block_id in sequence.block_ids]
+        assert len(set(held)) == len(held), "a block is held twice"
+        assert len(held) + self._pool.num_free == self._pool.num_total, "blocks do not add up"
+        assert not any(sequence.block_ids for sequence in self._waiting.values()), "a waiting sequence holds blocks"
+        assert len(self._waiting) + len(self._running) == len(self._sequences), "a sequence is in no list"
+
+    def _admit_next(self, now: float) -> Sequence | None:
+        """Start the head of the queue if its whole prompt finds blocks; behind it nobody overtakes."""
+        if not self._waiting or len(self._running) >= self._max_num_seqs:
+            return None
+        sequence = next(iter(self._waiting.values()))
+        num_blocks = self._num_missing_blocks(sequence, sequence.num_uncomputed_tokens)
+        if num_blocks > self._pool.num_free:
+            return None
+        sequence.block_ids += self._pool.allocate(num_blocks)
+        sequence.status = SequenceStatus.RUNNING
+        if sequence.scheduled_s is None:
+            sequence.scheduled_s = now
+        del self._waiting[sequence.request.request_id]
+        self._running[sequence.request.request_id] = sequence
+        return sequence
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give a running sequence blocks for its next tokens, preempting the newest if none are left.
+
+        Returns False if `sequence` was itself the newest. The oldest always advances, since one request alone fits
+        the pool, so there is no livelock.
+        """
+        num_blocks = self._num_missing_blocks(sequence, num_tokens)
+        while num_blocks > self._pool.num_free:
+            victim = next(reversed(self._running.values()))
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.block_ids += self._pool.allocate(num_blocks)
+        return True
+
+    def _num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
+        num_blocks = -(-(sequence.num_computed_tokens + num_tokens) // self._block_size)
+        return max(0, num_blocks - len(sequence.block_ids))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's blocks; it keeps its tokens and its place, and computes them again later."""
+        self._free_blocks(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
+        self._num_preemptions += 1
+        sequence.status = SequenceStatus.WAITING
+        del self._running[sequence.request.request_id]
+        self._waiting[sequence.request.request_id] = sequence
+        self._waiting.move_to_end(sequence.request.request_id, last=False)
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        sampling = sequence.request.sampling
+        if token_id in sampling.stop_token_ids and sequence.num_output_tokens >= sampling.min_tokens:
+            return FinishReason.STOP
+        if sequence.num_output_tokens >= sampling.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def _drop_cancelled(self) -> list[SequenceOutput]:
+        dropped = [self._drop(request_id, FinishReason.CANCELLED) for request_id in self._cancelled]
+        self._cancelled.clear()
+        return [output for output in dropped if output]
+
+    def _drop_expired(self, now: float) -> list[SequenceOutput]:
+        dropped = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heapq.heappop(self._deadlines)
+            dropped.append(self._drop(request_id, FinishReason.DEADLINE))
+        return [output for output in dropped if output]
+
+    def _drop(self, request_id: int, reason: FinishReason) -> SequenceOutput | None:
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return None
+        self._remove(sequence)
+        return SequenceOutput(request_id, finish_reason=reason)
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Take a sequence off every list and free its blocks."""
+        request_id = sequence.request.request_id
+        self._free_blocks(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        del self._sequences[request_id]
+        self._waiting.pop(request_id, None)
+        self._running.pop(request_id, None)
+
+    def _free_blocks(self, sequence: Sequence) -> None:
+        self._pool.free(sequence.block_ids)
+        sequence.block_ids = []
