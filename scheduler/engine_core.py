@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence as Seq
 from typing import Protocol
 
+from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.messages import (
     EngineReady,
     EngineStopped,
@@ -31,6 +32,7 @@ class Runner(Protocol):
 
     description: str
     max_context_tokens: int
+    vocab_size: int
 
     def warm_up(self) -> None: ...
 
@@ -89,8 +91,11 @@ class EngineCore:
         try:
             scheduler, runner = self._load()
             runner.warm_up()
-            self._publish(EngineReady(runner.max_context_tokens, runner.description, scheduler.load()))
+            ready = EngineReady(runner.max_context_tokens, runner.vocab_size, runner.description, scheduler.load())
+            self._publish(ready)
             self._loop(scheduler, runner)
+        except HeadraceError as exception:
+            error = exception  # the operator's to mend, and said where the server ends
         except Exception as exception:
             logger.exception("the engine thread ended")
             error = exception

@@ -39,7 +39,7 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
 
     Raises: UnsupportedModelError, ModelSourceError for the model; CapacityError where memory does not suffice.
     """
-    device = torch.device(config.device)
+    device = _choose_device(config.device)
     dtype = _choose_dtype(config, device)
     if config.model_path.is_file():
         decoder_config, weights = _read_gguf(open_gguf(config.model_path))
@@ -69,6 +69,13 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
         max_num_seqs=config.max_num_seqs,
     )
     return scheduler, runner
+
+
+def _choose_device(device: str) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if device.startswith("cuda") and not has_cuda:
+        raise CapacityError(f"device {device} is set, but torch sees no GPU")
+    return torch.device(("cuda" if has_cuda else "cpu") if device == "auto" else device)
 
 
 def _choose_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:

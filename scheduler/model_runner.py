@@ -33,6 +33,7 @@ class ModelRunner:
         self._block_size = block_size
         self._max_num_batched_tokens = max_num_batched_tokens
         self.max_context_tokens = max_context_tokens
+        self.vocab_size = decoder.config.vocab_size
         self.description = description
 
     def run(self, output: SchedulerOutput) -> list[int | None]:

@@ -1,0 +1,207 @@
+"""The ASGI application: routes, middleware, and what starts and stops with the server.
+
+Made on the main thread, run on the event loop. It wires the parts together and knows none of their insides.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.resources import files
+
+import anyio
+import anyio.to_thread
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from headrace.scheduler.engine_core import Runner
+from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.scheduler import Scheduler
+from headrace.server.endpoint import Endpoint, internal_error_response
+from headrace.server.engine_client import EngineClient
+from headrace.server.errors import UnavailableError, envelope
+from headrace.server.generate import Generator
+from headrace.server.guard import LoopbackGuard
+from headrace.server.native_api import NativeApi
+from headrace.server.openai_api import OpenAIApi
+from headrace.server.settings import Settings
+from headrace.server.stream_registry import StreamRegistry
+from headrace.server.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_SWEEP_INTERVAL_S = 0.25
+_LAG_INTERVAL_S = 0.1
+_DRAIN_POLL_S = 0.05
+_STATIC = files("headrace.server") / "static"
+
+
+class App:
+    """One server's parts. `asgi` is the application; the lifespan starts and stops the rest.
+
+    `load_engine` runs on the engine thread, `load_tokenizer` on a worker. `on_engine_change` is called on the loop:
+    with None once requests can be served, with the error if that cannot be or is over.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        model_name: str,
+        load_engine: Callable[[], tuple[Scheduler, Runner]],
+        load_tokenizer: Callable[[], Tokenizer],
+        on_engine_change: Callable[[Exception | None], None] = lambda error: None,
+    ) -> None:
+        self.settings = settings
+        self.client = EngineClient(load_engine, model_name=model_name, max_queue_size=settings.max_queue_size)
+        self.registry = StreamRegistry(
+            cancel=self.client.cancel,
+            grace_s=settings.stream_grace_s,
+            ttl_s=settings.stream_ttl_s,
+            max_finished_bytes=settings.stream_log_bytes,
+        )
+        limiter = anyio.CapacityLimiter(settings.tokenizer_threads)
+        self.generator = Generator(self.client, settings, model_name, limiter)
+        self._load_tokenizer = load_tokenizer
+        self._on_engine_change = on_engine_change
+        self.asgi = Starlette(
+            routes=self._routes(),
+            middleware=self._middleware(),
+            exception_handlers={HTTPException: _http_error, Exception: _internal_error},
+            lifespan=self._lifespan,
+        )
+
+    @property
+    def is_ready(self) -> bool:
+        client = self.client
+        has_engine = client.ready is not None and not client.stopped.is_set()
+        return has_engine and self.generator.tokenizer is not None and not client.is_draining
+
+    async def drain(self, is_hurried: Callable[[], bool] = lambda: False) -> None:
+        """Refuse new requests, let those accepted finish within the grace time, end the rest."""
+        self.client.is_draining = True
+        with anyio.move_on_after(self.settings.drain_grace_s):
+            while self.client.num_unfinished and not is_hurried():
+                await anyio.sleep(_DRAIN_POLL_S)
+        self.client.cancel_all(UnavailableError("the server is shutting down", "draining"))
+
+    @asynccontextmanager
+    async def _lifespan(self, asgi: Starlette) -> AsyncIterator[None]:
+        async with anyio.create_task_group() as tasks:
+            self.client.start()
+            tasks.start_soon(self._watch_engine)
+            tasks.start_soon(self._sweep)
+            tasks.start_soon(self._measure_lag)
+            yield
+            self.client.is_draining = True
+            await self.client.stop()
+            tasks.cancel_scope.cancel()
+
+    async def _watch_engine(self) -> None:
+        """Load the tokenizer beside the engine, say how both went, and say so if the engine ends by itself."""
+        error: Exception | None = None
+        try:
+            self.generator.tokenizer = await anyio.to_thread.run_sync(self._load_tokenizer, abandon_on_cancel=True)
+        except HeadraceError as exception:
+            error = exception
+        await self.client.settled.wait()
+        error = error or self.client.error
+        self._on_engine_change(error)
+        await self.client.stopped.wait()
+        if not self.client.is_draining and error is None:
+            self._on_engine_change(self.client.error or RuntimeError("the engine has ended"))
+
+    async def _sweep(self) -> None:
+        while True:
+            await anyio.sleep(_SWEEP_INTERVAL_S)
+            self.registry.sweep(self.client.clock())
+
+    async def _measure_lag(self) -> None:
+        while True:
+            started_s = self.client.clock()
+            await anyio.sleep(_LAG_INTERVAL_S)
+            self.client.metrics.loop_lag.observe(max(0.0, self.client.clock() - started_s - _LAG_INTERVAL_S))
+
+    def _routes(self) -> list[Route | Mount]:
+        openai, native = OpenAIApi(self.generator), NativeApi(self.generator, self.registry)
+        metrics = self.client.metrics
+
+        def endpoint(respond: Callable[..., object]) -> Endpoint:
+            return Endpoint(
+                respond,  # type: ignore[arg-type]
+                max_body_bytes=self.settings.max_body_bytes,
+                on_disconnect=lambda: metrics.count_cancelled("body"),
+                on_rejected=lambda status: metrics.rejected.labels(str(status)).inc(),
+            )
+
+        return [
+            Route("/", _chat_page),
+            Mount("/static", StaticFiles(directory=str(_STATIC))),
+            Route("/health", self._health),
+            Route("/ready", self._ready),
+            Route("/metrics", self._metrics),
+            Route("/v1/models", openai.models),
+            Route("/v1/chat/completions", endpoint(openai.chat_completions), methods=["POST"]),
+            Route("/v1/completions", endpoint(openai.completions), methods=["POST"]),
+            Route("/v1/stream", endpoint(native.open), methods=["GET"]),
+            Route("/v1/streams", endpoint(native.create), methods=["POST"]),
+            Route("/v1/streams/{id}", endpoint(native.snapshot), methods=["GET"]),
+            Route("/v1/streams/{id}", endpoint(native.cancel), methods=["DELETE"]),
+            Route("/v1/streams/{id}/events", endpoint(native.events), methods=["GET"]),
+        ]
+
+    def _middleware(self) -> list[Middleware]:
+        settings = self.settings
+        middleware = []
+        if settings.is_loopback:
+            guard = Middleware(
+                LoopbackGuard, allowed_hosts=settings.allowed_hosts, cors_origins=settings.cors_origins
+            )
+            middleware.append(guard)
+        if settings.cors_origins:
+            cors = Middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["authorization", "content-type", "last-event-id"],
+                expose_headers=["x-request-id", "retry-after", "retry-after-ms", "location"],
+            )
+            middleware.append(cors)
+        return middleware
+
+    async def _health(self, request: Request) -> Response:
+        """Alive: the loop answers and the engine thread has not ended."""
+        is_alive = not self.client.stopped.is_set()
+        return JSONResponse({"status": "ok" if is_alive else "engine_dead"}, 200 if is_alive else 503)
+
+    async def _ready(self, request: Request) -> Response:
+        """Ready: the model is loaded and warm, and the server is not draining."""
+        if self.is_ready:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "draining" if self.client.is_draining else "loading"}, 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self.client.metrics.expose(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _chat_page(request: Request) -> Response:
+    return FileResponse(
+        str(_STATIC / "index.html"),
+        headers={"content-security-policy": "default-src 'self'; frame-ancestors 'none'", "cache-control": "no-cache"},
+    )
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """The router's own refusals (no such route, wrong method) in the envelope."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    content = envelope(message, type="invalid_request_error", code="not_found" if error.status_code == 404 else None)
+    return JSONResponse(content, error.status_code, headers=error.headers)
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    return internal_error_response()

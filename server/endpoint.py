@@ -1,0 +1,117 @@
+"""What every generation route shares: the body, the disconnect, and errors as responses.
+
+An endpoint is an ASGI app around a coroutine `(request) -> response`. One watcher listens for the disconnect from the
+last byte of the body to the last byte of the response, and cancels all that the request started: only `receive()`
+tells of it, since `send()` to a closed connection returns in silence (ASGI 2.3). While the body is being read there is
+nothing to watch for: the disconnect arrives in its place.
+"""
+
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+
+import anyio
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from headrace.server.errors import ApiError, BadRequestError, BodyTooLargeError, UnsupportedMediaTypeError, envelope
+
+logger = logging.getLogger(__name__)
+
+
+class Endpoint:
+    """`respond` gets the request and its body (empty for GET and DELETE) and returns the response.
+
+    `request.state` holds `id`, 128 random bits that go out as x-request-id, `received_s`, and `cleanup`, an ExitStack
+    that is unwound after the response, or in its place. `on_disconnect` is told of a client that left while its body
+    was read, `on_rejected` of every refusal's status.
+    """
+
+    def __init__(
+        self,
+        respond: Callable[[Request, bytes], Awaitable[Response]],
+        *,
+        max_body_bytes: int,
+        on_disconnect: Callable[[], None],
+        on_rejected: Callable[[int], None],
+    ) -> None:
+        self._respond = respond
+        self._max_body_bytes = max_body_bytes
+        self._on_disconnect = on_disconnect
+        self._on_rejected = on_rejected
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        request.state.id = secrets.token_hex(16)
+        request.state.received_s = time.monotonic()
+        try:
+            body = await self._read_body(request) if request.method == "POST" else b""
+        except ClientDisconnect:
+            self._on_disconnect()
+            return
+        except ApiError as error:
+            # The rest of the body is not read, so the connection cannot carry another request.
+            await self._refuse(error, {"connection": "close"})(scope, receive, send)
+            return
+        # What `respond` starts it registers here, so that it ends with the response however that ends.
+        with contextlib.ExitStack() as cleanup:
+            request.state.cleanup = cleanup
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_cancel_on_disconnect, receive, tasks.cancel_scope)
+                response = await self._answer(request, body)
+                response.headers["x-request-id"] = request.state.id
+                await response(scope, receive, send)
+                tasks.cancel_scope.cancel()
+
+    async def _answer(self, request: Request, body: bytes) -> Response:
+        try:
+            return await self._respond(request, body)
+        except ApiError as error:
+            return self._refuse(error)
+        except Exception:
+            logger.exception("%s %s failed", request.method, request.url.path)
+            return internal_error_response()
+
+    def _refuse(self, error: ApiError, headers: dict[str, str] | None = None) -> Response:
+        self._on_rejected(error.status)
+        return error_response(error, headers)
+
+    async def _read_body(self, request: Request) -> bytes:
+        """Raises: ClientDisconnect; ApiError for what can be told from the headers, or a body over the limit."""
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        # A page on another origin can send other types without asking first, so this also stops drive-by requests.
+        if media_type != "application/json":
+            raise UnsupportedMediaTypeError("content-type must be application/json")
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise UnsupportedMediaTypeError("compressed bodies are not accepted")
+        too_large = BodyTooLargeError(f"the body is larger than {self._max_body_bytes} bytes")
+        length = request.headers.get("content-length")
+        if length is not None:
+            if not (length.isascii() and length.isdigit()):
+                raise BadRequestError("content-length is not a number")
+            if int(length) > self._max_body_bytes:
+                raise too_large
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self._max_body_bytes:
+                raise too_large
+        return bytes(body)
+
+
+async def _cancel_on_disconnect(receive: Receive, scope: anyio.CancelScope) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
+
+
+def error_response(error: ApiError, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse(error.envelope(), error.status, {**error.headers, **(headers or {})})
+
+
+def internal_error_response() -> Response:
+    # No detail: an internal error's text may hold a prompt or a path.
+    return JSONResponse(envelope("internal server error", type="server_error", code="internal_error"), 500)

@@ -1,0 +1,231 @@
+"""The event loop's side of the engine: submit and cancel go in, one publication per step comes out.
+
+Lives on the event loop. It maps the engine's request ids to generations and turns each step's tokens into text on
+their logs. What it knows of the engine's load is the last snapshot, plus what it has itself submitted since.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import anyio
+import anyio.to_thread
+
+from headrace.scheduler.engine_core import EngineCore, Publication, Runner
+from headrace.scheduler.messages import (
+    EngineReady,
+    EngineStopped,
+    FinishReason,
+    GenerationRequest,
+    LoadSnapshot,
+    SamplingParams,
+    SequenceOutput,
+    StepOutput,
+)
+from headrace.scheduler.scheduler import Scheduler
+from headrace.server.detokenizer import Detokenizer
+from headrace.server.errors import ApiError, EngineFailedError, OverloadedError, UnavailableError
+from headrace.server.generation import Generation, Stages
+from headrace.server.metrics import Metrics
+
+# How fast the estimate of the queue's pace follows what is seen.
+_PACE_WEIGHT = 0.2
+
+
+class EngineClient:
+    """Owns the engine thread and every generation that is not over."""
+
+    def __init__(
+        self,
+        load_engine: Callable[[], tuple[Scheduler, Runner]],
+        *,
+        model_name: str,
+        max_queue_size: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.clock = clock
+        self.ready: EngineReady | None = None
+        self.is_draining = False
+        self.error: Exception | None = None
+        self.settled = anyio.Event()  # the engine is ready, or has ended without ever being so
+        self.stopped = anyio.Event()
+        self.load = LoadSnapshot()
+        self._max_queue_size = max_queue_size
+        self._num_submitted = 0
+        self._num_reserved = 0
+        self._ids = itertools.count()
+        self._generations: dict[int, Generation] = {}
+        self._queued: dict[int, Generation] = {}  # accepted and not yet scheduled, in order
+        self._pace = _QueuePace()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._engine = EngineCore(load_engine, self._publish, clock)
+        self.metrics = Metrics(model_name, lambda: self.load, lambda: self.num_waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests accepted and not yet running: the snapshot's, the inbox's, and those still being tokenized."""
+        return self.load.num_waiting + self._num_submitted - self.load.num_received + self._num_reserved
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._generations)
+
+    def start(self) -> None:
+        """Start the engine thread; its publications arrive on the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._engine.start()
+
+    async def stop(self) -> None:
+        """End the engine thread; generations that still run end with an error."""
+        self._engine.stop()
+        await self.stopped.wait()
+        await anyio.to_thread.run_sync(self._engine.join)
+
+    @contextmanager
+    def reserve(self) -> Iterator[None]:
+        """Hold a place in the queue while a prompt is tokenized, until `submit`.
+
+        Raises: UnavailableError while loading, draining or after the engine has ended; OverloadedError where the
+        queue is full.
+        """
+        self._check_accepting()
+        if self.num_waiting >= self._max_queue_size:
+            # Jitter keeps the refused from coming back all at once; clients give up beyond 120 s.
+            wait_s = self._pace.seconds_per_start * self.num_waiting * random.uniform(0.75, 1.25)
+            raise OverloadedError(f"{self.num_waiting} requests are waiting already", min(120.0, max(1.0, wait_s)))
+        self._num_reserved += 1
+        try:
+            yield
+        finally:
+            self._num_reserved -= 1
+
+    def submit(
+        self,
+        id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        detokenizer: Detokenizer,
+        stages: Stages,
+        deadline_s: float,
+        on_end: Callable[[Generation], None] | None = None,
+    ) -> Generation:
+        """Accept a request: from here on it ends with exactly one terminal entry in its log.
+
+        Raises: UnavailableError where the server began to drain, or the engine ended, since `reserve`.
+        """
+        self._check_accepting()
+        stages.submitted_s = self.clock()
+        request = GenerationRequest(next(self._ids), tuple(prompt_token_ids), sampling, stages.received_s, deadline_s)
+        generation = Generation(id, request, stages, detokenizer, [self._forget])
+        if on_end is not None:
+            generation.on_end.append(on_end)
+        self._generations[request.request_id] = generation
+        self._queued[request.request_id] = generation
+        self._num_submitted += 1
+        self.metrics.prompt_tokens.inc(len(prompt_token_ids))
+        self._engine.submit(request)
+        return generation
+
+    def cancel(self, generation: Generation, error: ApiError | None = None) -> None:
+        """End a generation now; the engine frees its blocks within a step. Without effect on one that is over.
+
+        `error` is what its readers are told, where it was not their doing.
+        """
+        if not generation.is_over:
+            self._engine.cancel(generation.request.request_id)
+            generation.end(FinishReason.CANCELLED, self.clock(), error)
+
+    def cancel_all(self, error: ApiError) -> None:
+        for generation in list(self._generations.values()):
+            self.cancel(generation, error)
+
+    def queue_position(self, generation: Generation) -> tuple[int, float | None] | None:
+        """(Place in the queue from 1, estimated seconds to wait or None), None once it has been scheduled."""
+        for position, queued in enumerate(self._queued.values(), start=1):
+            if queued is generation:
+                return position, round(self._pace.seconds_per_start * position, 3) or None
+        return None
+
+    def _check_accepting(self) -> None:
+        if self.stopped.is_set():
+            raise UnavailableError("the engine has ended", "engine_dead", retry_after_s=None)
+        if self.is_draining:
+            raise UnavailableError("the server is shutting down", "draining")
+        if self.ready is None:
+            raise UnavailableError("the model is still loading", "loading")
+
+    def _publish(self, publication: Publication) -> None:
+        """Carry a publication to the loop; runs on the engine thread."""
+        assert self._loop is not None
+        # Where the loop has been closed nobody is left to tell.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._receive, publication)
+
+    def _receive(self, publication: Publication) -> None:
+        match publication:
+            case StepOutput():
+                self._receive_step(publication)
+            case EngineReady():
+                self.ready = publication
+                self.load = publication.load
+                self.settled.set()
+            case EngineStopped():
+                self.error = publication.error
+                self.stopped.set()
+                self.settled.set()
+                for generation in list(self._generations.values()):
+                    generation.end(FinishReason.ERROR, self.clock(), EngineFailedError("the engine has ended"))
+
+    def _receive_step(self, step: StepOutput) -> None:
+        now = self.clock()
+        self.load = step.load
+        num_started = 0
+        for output in step.outputs:
+            generation = self._generations.get(output.request_id)
+            if generation is None:
+                continue  # cancelled or stopped on this side, and the engine had not heard yet
+            if output.scheduled_s is not None:
+                num_started += 1
+                del self._queued[output.request_id]
+            self._observe(generation, output, now)
+            generation.receive(output, now)
+            if generation.is_over and output.finish_reason is None:
+                self._engine.cancel(output.request_id)  # a stop string, which the engine cannot see
+        self._pace.observe(now, num_started, is_backlogged=bool(self._queued))
+
+    def _observe(self, generation: Generation, output: SequenceOutput, now: float) -> None:
+        stages, metrics = generation.stages, self.metrics
+        if output.scheduled_s is not None and stages.submitted_s is not None:
+            metrics.queue_time.observe(output.scheduled_s - stages.submitted_s)
+        if output.token_ids:
+            metrics.generation_tokens.inc(len(output.token_ids))
+            if stages.last_token_s is None:
+                metrics.ttft.observe(now - stages.received_s)
+            else:
+                metrics.itl.observe(now - stages.last_token_s)
+
+    def _forget(self, generation: Generation) -> None:
+        del self._generations[generation.request.request_id]
+        self._queued.pop(generation.request.request_id, None)
+        self.metrics.observe_end(generation)
+
+
+class _QueuePace:
+    """How fast the queue moves: an average of the seconds between starts while others wait."""
+
+    def __init__(self) -> None:
+        self.seconds_per_start = 0.0
+        self._last_start_s: float | None = None
+
+    def observe(self, now: float, num_started: int, is_backlogged: bool) -> None:
+        if num_started:
+            if self._last_start_s is not None:
+                seconds = (now - self._last_start_s) / num_started
+                self.seconds_per_start += _PACE_WEIGHT * (seconds - self.seconds_per_start)
+            self._last_start_s = now
+        if not is_backlogged:
+            self._last_start_s = None  # idle time says nothing of the pace

@@ -1,0 +1,121 @@
+"""What goes wrong before the first byte, each with its HTTP status and OpenAI's error envelope.
+
+`raise` one of these anywhere under an endpoint; `endpoint.py` turns it into the response. After the first byte the same
+envelope travels as an event of the stream.
+"""
+
+from typing import Any
+
+
+class ApiError(Exception):
+    """A refused request: `status`, and the fields of the envelope. `param` names the offending field."""
+
+    status = 400
+    type = "invalid_request_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.headers = headers or {}
+
+    def envelope(self) -> dict[str, Any]:
+        return envelope(self.message, type=self.type, param=self.param, code=self.code)
+
+
+class BadRequestError(ApiError):
+    pass
+
+
+class UnsupportedParameterError(ApiError):
+    code = "unsupported_parameter"
+
+
+class ContextLengthError(ApiError):
+    code = "context_length_exceeded"
+
+
+class ForbiddenError(ApiError):
+    status = 403
+    type = "permission_error"
+
+
+class NotFoundError(ApiError):
+    status = 404
+    code = "not_found"
+
+
+class ModelNotFoundError(ApiError):
+    status = 404
+    code = "model_not_found"
+
+
+class NotAcceptableError(ApiError):
+    status = 406
+
+
+class GoneError(ApiError):
+    status = 410
+    code = "gone"
+
+
+class BodyTooLargeError(ApiError):
+    status = 413
+    code = "body_too_large"
+
+
+class UnsupportedMediaTypeError(ApiError):
+    status = 415
+
+
+class OverloadedError(ApiError):
+    """The queue is full. `retry_after_s` becomes Retry-After, in both spellings clients read."""
+
+    status = 429
+    type = "overloaded_error"
+    code = "queue_full"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message, headers=retry_headers(retry_after_s))
+
+
+class UnavailableError(ApiError):
+    """The server is loading, draining, or its engine has ended."""
+
+    status = 503
+    type = "unavailable_error"
+
+    def __init__(self, message: str, code: str, retry_after_s: float | None = 1.0) -> None:
+        self.code = code
+        headers = {"x-should-retry": "false"} if retry_after_s is None else retry_headers(retry_after_s)
+        super().__init__(message, headers=headers)
+
+
+class EngineFailedError(ApiError):
+    """The engine could not compute the request."""
+
+    status = 500
+    type = "server_error"
+    code = "engine_error"
+
+
+class DeadlineError(ApiError):
+    """The request's time is over, so a retry would only ask for the same again."""
+
+    status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"x-should-retry": "false"})
+
+
+def envelope(message: str, *, type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object; clients want all four fields present."""
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def retry_headers(retry_after_s: float) -> dict[str, str]:
+    return {"retry-after": str(max(1, round(retry_after_s))), "retry-after-ms": str(round(retry_after_s * 1000))}

@@ -1,0 +1,113 @@
+"""One accepted request on the event loop: its log, its text so far, and when each stage was reached.
+
+Made by the engine client, followed by readers through `log`. It ends exactly once, whoever asks first: the engine, a
+stop string, a deadline, a cancellation.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from headrace.scheduler.messages import FinishReason, GenerationRequest, SequenceOutput
+from headrace.server.detokenizer import Detokenizer
+from headrace.server.errors import ApiError, DeadlineError, EngineFailedError
+from headrace.server.stream_log import StreamLog, Terminal
+
+
+@dataclass(slots=True)
+class Stages:
+    """When a request passed each stage: seconds on the monotonic clock, None where it has not."""
+
+    received_s: float
+    tokenized_s: float | None = None
+    submitted_s: float | None = None
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    first_byte_s: float | None = None
+    end_s: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """`id` is what clients see, `request` what the engine got. `on_end` is called once the log has closed."""
+
+    id: str
+    request: GenerationRequest
+    stages: Stages
+    detokenizer: Detokenizer
+    on_end: list[Callable[["Generation"], None]]
+    log: StreamLog = field(default_factory=StreamLog)
+    num_output_tokens: int = 0
+    _num_silent_tokens: int = 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.log.terminal is not None
+
+    @property
+    def phase(self) -> str:
+        """Where the engine is with it: queued, prefill or decode."""
+        if self.stages.scheduled_s is None:
+            return "queued"
+        return "prefill" if self.stages.first_token_s is None else "decode"
+
+    def receive(self, output: SequenceOutput, now: float) -> None:
+        """Take one step's output. Afterwards `is_over` tells whether it ended, perhaps by a stop string."""
+        if output.scheduled_s is not None:
+            self.stages.scheduled_s = output.scheduled_s
+        for i, token_id in enumerate(output.token_ids, start=1):
+            self.num_output_tokens += 1
+            self._num_silent_tokens += 1
+            if self.stages.first_token_s is None:
+                self.stages.first_token_s = now
+            self.stages.last_token_s = now
+            if output.finish_reason is FinishReason.STOP and i == len(output.token_ids):
+                break  # the token that ends a sequence is no part of its text
+            self._append(self.detokenizer.push(token_id))
+            if self.detokenizer.is_stopped:
+                self.end(FinishReason.STOP, now)
+                return
+        if output.finish_reason is not None:
+            error: ApiError | None = None
+            if output.finish_reason is FinishReason.DEADLINE:
+                error = DeadlineError("the request's time was over before it finished")
+            elif output.finish_reason is FinishReason.ERROR:
+                error = EngineFailedError(output.error or "the engine failed")
+            self.end(output.finish_reason, now, error)
+
+    def end(self, reason: FinishReason, now: float, error: ApiError | None = None) -> None:
+        """Close the log; without effect on one that is already over."""
+        if self.is_over:
+            return
+        self._append(self.detokenizer.flush())
+        if self.detokenizer.is_stopped:
+            reason, error = FinishReason.STOP, None
+        self.stages.end_s = now
+        self.log.close(Terminal(reason, error))
+        for callback in self.on_end:
+            callback(self)
+
+    def usage(self, num_output_tokens: int | None = None) -> dict[str, int]:
+        """OpenAI's usage, for all output tokens or the first so many."""
+        num_prompt = len(self.request.prompt_token_ids)
+        num_output = self.num_output_tokens if num_output_tokens is None else num_output_tokens
+        return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
+
+    def timings(self) -> dict[str, float | None]:
+        """Seconds spent in each part, None for parts it never reached."""
+        stages = self.stages
+        return {
+            "queue_s": _difference(stages.scheduled_s, stages.submitted_s),
+            "prefill_s": _difference(stages.first_token_s, stages.scheduled_s),
+            "ttft_s": _difference(stages.first_token_s, stages.received_s),
+            "total_s": _difference(stages.end_s, stages.received_s),
+        }
+
+    def _append(self, text: str) -> None:
+        if text:
+            self.log.append(text, self._num_silent_tokens)
+            self._num_silent_tokens = 0
+
+
+def _difference(later: float | None, earlier: float | None) -> float | None:
+    return None if later is None or earlier is None else round(later - earlier, 6)

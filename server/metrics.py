@@ -1,0 +1,134 @@
+"""Prometheus metrics: counters and histograms of the event loop, gauges read off the engine's last snapshot.
+
+Lives on the event loop. Every metric is also exposed under the `vllm:` name that dashboards and routers read, with
+vLLM's `model_name` label. Labels come from closed sets.
+"""
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+
+from headrace.scheduler.messages import FinishReason, LoadSnapshot
+from headrace.server.generation import Generation
+
+_SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10)
+_LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+PHASES = ("body", "tokenizing", "queued", "prefill", "decode")
+
+_VLLM_NAMES = {
+    "headrace_num_requests_running": "vllm:num_requests_running",
+    "headrace_num_requests_waiting": "vllm:num_requests_waiting",
+    "headrace_kv_cache_usage_ratio": "vllm:kv_cache_usage_perc",
+    "headrace_num_preemptions": "vllm:num_preemptions",
+    "headrace_prompt_tokens": "vllm:prompt_tokens",
+    "headrace_generation_tokens": "vllm:generation_tokens",
+    "headrace_requests_finished": "vllm:request_success",
+    "headrace_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
+    "headrace_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
+    "headrace_request_queue_time_seconds": "vllm:request_queue_time_seconds",
+    "headrace_e2e_request_latency_seconds": "vllm:e2e_request_latency_seconds",
+}
+
+
+class Metrics:
+    """All metrics of one server. `load` and `num_waiting` are asked at scrape time."""
+
+    def __init__(self, model_name: str, load: Callable[[], LoadSnapshot], num_waiting: Callable[[], int]) -> None:
+        self._registry = CollectorRegistry()
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
+        self.rejected = self._counter("requests_rejected", "Requests refused before the first byte", "status")
+        self._finished = self._counter("requests_finished", "Requests that ended, by reason", "finished_reason")
+        self._cancelled = self._counter("requests_cancelled", "Requests whose client left, by phase", "phase")
+        self.ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token", _LONG)
+        self.itl = self._histogram("inter_token_latency_seconds", "Between a request's tokens", _SHORT)
+        self.queue_time = self._histogram("request_queue_time_seconds", "Submitted to first scheduled", _LONG)
+        self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to the last token", _LONG)
+        self.loop_lag = self._histogram("event_loop_lag_seconds", "How late the event loop wakes a timer", _SHORT)
+        for reason in FinishReason:
+            self._finished.labels(reason.value)
+        for phase in PHASES:
+            self._cancelled.labels(phase)
+        gauges = _LoadCollector(load, num_waiting)
+        self._registry.register(gauges)
+        self._vllm = CollectorRegistry()
+        self._vllm.register(_VllmCollector(self._registry, model_name))
+
+    def expose(self) -> bytes:
+        """The text exposition of all metrics."""
+        return generate_latest(self._registry) + generate_latest(self._vllm)
+
+    def count_cancelled(self, phase: str) -> None:
+        self._cancelled.labels(phase).inc()
+
+    def observe_end(self, generation: Generation) -> None:
+        """Count a generation that is over."""
+        assert generation.log.terminal is not None
+        reason = generation.log.terminal.finish_reason
+        stages = generation.stages
+        self._finished.labels(reason.value).inc()
+        if reason is FinishReason.CANCELLED:
+            self.count_cancelled(generation.phase)
+        if stages.end_s is not None:
+            self.e2e.observe(stages.end_s - stages.received_s)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"headrace_{name}", text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"headrace_{name}", text, registry=self._registry, buckets=buckets)
+
+
+class _LoadCollector(Collector):
+    """The engine's load as gauges, taken from the last snapshot when scraped."""
+
+    def __init__(self, load: Callable[[], LoadSnapshot], num_waiting: Callable[[], int]) -> None:
+        self._load = load
+        self._num_waiting = num_waiting
+
+    def collect(self) -> Iterable[Metric]:
+        load = self._load()
+        num_held = load.num_total_blocks - load.num_free_blocks
+        usage = num_held / load.num_total_blocks if load.num_total_blocks else 0.0
+        for name, text, value in (
+            ("num_requests_running", "Sequences in the running batch", load.num_running),
+            ("num_requests_waiting", "Requests accepted and not yet running", self._num_waiting()),
+            ("kv_cache_usage_ratio", "Share of KV cache blocks held", usage),
+            ("kv_cache_free_blocks", "KV cache blocks free", load.num_free_blocks),
+            ("kv_cache_total_blocks", "KV cache blocks in all", load.num_total_blocks),
+        ):
+            yield GaugeMetricFamily(f"headrace_{name}", text, value=value)
+        for name, text, count in (
+            ("num_preemptions", "Sequences preempted for want of blocks", load.num_preemptions),
+            ("engine_steps", "Steps the engine has computed", load.num_steps),
+            ("engine_busy_seconds", "Time the engine spent in steps", load.busy_s),
+        ):
+            yield CounterMetricFamily(f"headrace_{name}", text, value=count)
+
+
+class _VllmCollector(Collector):
+    """The same numbers under vLLM's names."""
+
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        self._registry = registry
+        self._model_name = model_name
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in self._registry.collect():
+            if (name := _VLLM_NAMES.get(metric.name)) is None:
+                continue
+            renamed = Metric(name, metric.documentation, metric.type)
+            renamed.samples = [
+                Sample(
+                    name + sample.name.removeprefix(metric.name),
+                    {**sample.labels, "model_name": self._model_name},
+                    sample.value,
+                )
+                for sample in metric.samples
+                if not sample.name.endswith("_created")
+            ]
+            yield renamed

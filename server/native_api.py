@@ -1,0 +1,248 @@
+"""Native streams, made for the browser's EventSource: resumable, readable by several, cancelled by name.
+
+Lives on the event loop. An event's id is "<stream id>:<cursor>", so that a reader that comes back with it gets exactly
+what it missed. The stream's id is 128 random bits; whoever has it may read.
+Source: WHATWG HTML, "Server-sent events", for reconnection and Last-Event-ID.
+"""
+
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any, Literal
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from headrace.server.errors import (
+    BadRequestError,
+    NotAcceptableError,
+    OverloadedError,
+    UnavailableError,
+)
+from headrace.server.generate import Generator
+from headrace.server.generation import Generation, Stages
+from headrace.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationParams,
+    parse_json_object,
+    parse_request,
+)
+from headrace.server.request_log import log_request
+from headrace.server.sse import HEARTBEAT, EventStream, event_frame, retry_frame, to_json
+from headrace.server.stream_registry import NativeStream, StreamRegistry
+
+# How often a waiting reader is told its place in the queue.
+_QUEUE_POLL_S = 1.0
+
+OnDisconnect = Literal["cancel", "continue"]
+
+
+class _StreamChatRequest(ChatCompletionRequest):
+    on_disconnect: OnDisconnect | None = None
+
+
+class _StreamCompletionRequest(CompletionRequest):
+    on_disconnect: OnDisconnect | None = None
+
+
+class NativeApi:
+    """The routes under /v1/stream and /v1/streams."""
+
+    def __init__(self, generator: Generator, registry: StreamRegistry) -> None:
+        self._generator = generator
+        self._client = generator.client
+        self._settings = generator.settings
+        self._registry = registry
+
+    async def create(self, request: Request, body: bytes) -> Response:
+        """POST /v1/streams: start a stream, answer with where to read it."""
+        fields = parse_json_object(body)
+        # Every native stream streams; what an OpenAI body says of streaming has no meaning here.
+        fields.pop("stream", None)
+        fields.pop("stream_options", None)
+        if ("messages" in fields) == ("prompt" in fields):
+            raise BadRequestError("exactly one of `messages` and `prompt` is required", param="messages")
+        params: _StreamChatRequest | _StreamCompletionRequest
+        if "messages" in fields:
+            params = parse_request(_StreamChatRequest, fields)
+        else:
+            params = parse_request(_StreamCompletionRequest, fields)
+        stream = await self._start(request, params, params.on_disconnect)
+        urls = _urls(stream.id)
+        content = {"id": stream.id, "created": stream.created_s, "model": self._generator.model_name, **urls}
+        return JSONResponse(content, 201, {"location": urls["url"]})
+
+    async def open(self, request: Request, body: bytes) -> Response:
+        """GET /v1/stream: start a stream and read it in one step, or resume it where Last-Event-ID names one."""
+        if "text/event-stream" not in request.headers.get("accept", ""):
+            # An image or a link on any page can make a GET, but none asks for an event stream.
+            raise NotAcceptableError("accept must include text/event-stream")
+        last_event_id = _last_event_id(request)
+        if last_event_id:
+            id, _, _ = last_event_id.rpartition(":")
+            return self._read(self._registry.get(id), last_event_id)
+        params = _params_from_query(request)
+        try:
+            stream = await self._start(request, params, params.on_disconnect)
+        except OverloadedError as error:
+            return _come_back_later(error.retry_after_s)
+        except UnavailableError as error:
+            if error.retry_after_s is None:
+                raise
+            return _come_back_later(error.retry_after_s)
+        return self._read(stream, "")
+
+    async def events(self, request: Request, body: bytes) -> Response:
+        """GET /v1/streams/{id}/events."""
+        stream = self._registry.get(request.path_params["id"])
+        return self._read(stream, _last_event_id(request))
+
+    async def snapshot(self, request: Request, body: bytes) -> Response:
+        """GET /v1/streams/{id}."""
+        return self._snapshot(self._registry.get(request.path_params["id"]))
+
+    async def cancel(self, request: Request, body: bytes) -> Response:
+        """DELETE /v1/streams/{id}: end it; its readers get a `done` event. Harmless on one that is over."""
+        stream = self._registry.get(request.path_params["id"])
+        self._client.cancel(stream.generation)
+        return self._snapshot(stream)
+
+    async def _start(
+        self, request: Request, params: GenerationParams, on_disconnect: OnDisconnect | None
+    ) -> NativeStream:
+        stages = Stages(request.state.received_s)
+        on_end = partial(self._finish, request.url.path)
+        generation = await self._generator.start(params, request.state.id, stages, on_end)
+        stream = NativeStream(generation, int(time.time()), on_disconnect == "continue", self._client.clock())
+        self._registry.add(stream)
+        return stream
+
+    def _finish(self, route: str, generation: Generation) -> None:
+        self._registry.finish(generation)
+        log_request(generation, route)
+
+    def _read(self, stream: NativeStream, last_event_id: str) -> Response:
+        log = stream.generation.log
+        cursor = _parse_cursor(stream.id, last_event_id)
+        if cursor > log.end:
+            raise BadRequestError("last_event_id: lies in the future of this stream", param="last_event_id")
+        if log.terminal is not None and cursor == log.end:
+            return Response(status_code=204)  # tells EventSource to stop
+        return EventStream(self._frames(stream, cursor))
+
+    async def _frames(self, stream: NativeStream, cursor: int) -> AsyncIterator[bytes]:
+        """What one reader is sent; each item is one write."""
+        generation, clock = stream.generation, self._client.clock
+        shown_position: int | None = None
+        try:
+            with self._registry.subscribe(stream, cursor) as subscriber:
+                last_write_s = clock()
+                yield retry_frame(self._settings.stream_retry_ms)
+                while True:
+                    timeout_s = self._settings.heartbeat_s
+                    if generation.log.end == 0:
+                        position, eta_s = self._client.queue_position(generation) or (0, None)
+                        if position != shown_position:
+                            shown_position, last_write_s = position, clock()
+                            queued = {"position": position, "eta_s": eta_s}
+                            yield event_frame("queued", queued, id=f"{stream.id}:0")
+                        timeout_s = _QUEUE_POLL_S
+                    piece = await subscriber.next(timeout_s)
+                    if piece is None:
+                        if clock() - last_write_s >= self._settings.heartbeat_s:
+                            last_write_s = clock()
+                            yield HEARTBEAT
+                        continue
+                    write = b""
+                    if piece.text:
+                        if generation.stages.first_byte_s is None:
+                            generation.stages.first_byte_s = clock()
+                        token = {"text": piece.text, "num_tokens": piece.num_tokens}
+                        # The terminal entry is one of its own: a reader cut between the two gets it again.
+                        end = piece.cursor - (piece.terminal is not None)
+                        write = event_frame("token", token, id=f"{stream.id}:{end}")
+                    if piece.terminal is not None:
+                        yield write + self._terminal_frame(stream, piece.cursor)
+                        return
+                    last_write_s = clock()
+                    yield write
+        finally:
+            self._registry.unsubscribed(stream, clock())
+
+    def _terminal_frame(self, stream: NativeStream, cursor: int) -> bytes:
+        generation = stream.generation
+        assert generation.log.terminal is not None
+        id = f"{stream.id}:{cursor}"
+        if generation.log.terminal.error is not None:
+            return event_frame("error", generation.log.terminal.error.envelope(), id=id)
+        done = {
+            "finish_reason": generation.log.terminal.finish_reason.value,
+            "usage": generation.usage(),
+            "timings": generation.timings(),
+        }
+        return event_frame("done", done, id=id)
+
+    def _snapshot(self, stream: NativeStream) -> Response:
+        generation, terminal = stream.generation, stream.generation.log.terminal
+        status = "waiting" if generation.stages.scheduled_s is None else "running"
+        error = terminal.error if terminal else None
+        content = {
+            "id": stream.id,
+            "object": "stream",
+            "created": stream.created_s,
+            "model": self._generator.model_name,
+            "status": status if terminal is None else "finished",
+            "text": generation.log.text(),
+            "cursor": generation.log.end,
+            "finish_reason": terminal.finish_reason.value if terminal else None,
+            "error": error.envelope()["error"] if error else None,
+            "usage": generation.usage(),
+            "timings": generation.timings(),
+            **_urls(stream.id),
+        }
+        return JSONResponse(content, headers={"cache-control": "no-store"})
+
+
+def _urls(id: str) -> dict[str, str]:
+    return {"url": f"/v1/streams/{id}", "events_url": f"/v1/streams/{id}/events"}
+
+
+def _last_event_id(request: Request) -> str:
+    return request.headers.get("last-event-id") or request.query_params.get("last_event_id", "")
+
+
+def _parse_cursor(id: str, last_event_id: str) -> int:
+    """The cursor in an event id of this stream, or in the bare form "<cursor>"; 0 where there is none.
+
+    Raises: BadRequestError for anything else.
+    """
+    stream_id, separator, cursor = last_event_id.rpartition(":")
+    if not last_event_id:
+        return 0
+    if (separator and stream_id != id) or not (cursor.isascii() and cursor.isdigit() and len(cursor) < 12):
+        raise BadRequestError("last_event_id: not an event id of this stream", param="last_event_id")
+    return int(cursor)
+
+
+def _params_from_query(request: Request) -> _StreamCompletionRequest:
+    """A completion's fields out of the query: text as it stands, all else as JSON. Raises: BadRequestError."""
+    fields: dict[str, Any] = {}
+    for name, value in request.query_params.items():
+        fields[name] = value
+        if name not in ("prompt", "model", "stop", "user", "on_disconnect"):
+            try:
+                fields[name] = parse_json_object(f'{{"value":{value}}}'.encode()).get("value")
+            except (BadRequestError, UnicodeEncodeError):
+                raise BadRequestError(f"{name}: {to_json(value)} is not a number or flag", param=name) from None
+    fields.pop("stream", None)
+    return parse_request(_StreamCompletionRequest, fields)
+
+
+def _come_back_later(retry_after_s: float) -> Response:
+    """Any status but 200 would end an EventSource for good: an empty stream makes it come back."""
+
+    async def frames() -> AsyncIterator[bytes]:
+        yield retry_frame(round(retry_after_s * 1000))
+
+    return EventStream(frames())

@@ -1,0 +1,199 @@
+"""The request bodies of the generation routes: what is read, what is refused, what is ignored.
+
+Pydantic at the wire only. Null means absent everywhere, since clients send it freely; unknown fields are ignored; a
+known field that this server cannot honour is refused by name unless its value asks for nothing.
+Source: OpenAI's API reference (chat completions, completions), and the extensions vLLM's clients use.
+"""
+
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
+
+from headrace.server.errors import ApiError, BadRequestError, UnsupportedParameterError
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1000
+MAX_MESSAGES = 2048
+MAX_NAME_CHARS = 512
+
+# Fields that exist elsewhere and ask for what this server does not do, with the values that ask for nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "typical_p": (1,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+    "documents": ([],),
+    "truncate_prompt_tokens": (),
+    "include_stop_str_in_output": (False,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "prompt_embeds": (),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "priority": (0,),
+}
+
+Flag = Annotated[bool, Field(strict=True)]
+Count = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Name = Annotated[str, Field(strict=True, max_length=MAX_NAME_CHARS)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+
+
+class StreamOptions(BaseModel):
+    include_usage: Flag | None = None
+    continuous_usage_stats: Flag | None = None
+
+
+class GenerationParams(BaseModel):
+    """What all generation routes share. Ranges that depend on the model are checked where the model is known."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: Name | None = None
+    stream: Flag | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Count | None = Field(None, ge=1, lt=2**31)
+    min_tokens: Count | None = Field(None, ge=0, lt=2**31)
+    temperature: Number | None = Field(None, ge=0, le=100)
+    top_p: Number | None = Field(None, gt=0, le=1)
+    top_k: Count | None = Field(None, ge=-1, lt=2**31)
+    min_p: Number | None = Field(None, ge=0, le=1)
+    seed: Count | None = Field(None, ge=-(2**63), lt=2**64)
+    stop: str | list[str] | None = None
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=1024)
+    ignore_eos: Flag | None = None
+    skip_special_tokens: Flag | None = None
+    timeout: Number | None = Field(None, gt=0, le=1e6)
+    user: Name | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only allowed with stream")
+        stops = self.stop_strings
+        if len(stops) > MAX_STOP_STRINGS:
+            raise ValueError(f"stop: at most {MAX_STOP_STRINGS} stop strings")
+        if not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
+            raise ValueError(f"stop: each stop string must have 1 to {MAX_STOP_CHARS} characters")
+        return self
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class TextPart(BaseModel):
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(BaseModel):
+    """A message whose content is text, whole or in parts."""
+
+    role: str
+    content: str | list[TextPart] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.role not in ("system", "developer", "user", "assistant"):
+            raise ValueError("role: must be system, developer, user or assistant")
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content: must be text")
+        if isinstance(self.content, list):
+            for i, part in enumerate(self.content):
+                if part.type != "text" or part.text is None:
+                    raise ValueError(f"content[{i}]: only text parts are supported")
+        return self
+
+    def as_template_input(self) -> dict[str, str]:
+        """The message as chat templates read it. `developer` is OpenAI's newer name of `system`."""
+        if isinstance(self.content, list):
+            content = "".join(part.text or "" for part in self.content)
+        else:
+            content = self.content or ""
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ChatCompletionRequest(GenerationParams):
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: Count | None = Field(None, ge=1, lt=2**31)
+
+
+class CompletionRequest(GenerationParams):
+    """`prompt` is one text or one list of token ids."""
+
+    prompt: str | list[TokenId] = Field(max_length=2**24)
+
+
+BodyT = TypeVar("BodyT", bound=GenerationParams)
+
+
+def parse_json_object(body: bytes) -> dict[str, Any]:
+    """Parse a request body. Raises: BadRequestError unless it is one JSON object."""
+    try:
+        parsed = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise BadRequestError(f"the body is not valid JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise BadRequestError("the body must be a JSON object")
+    return parsed
+
+
+def parse_request(cls: type[BodyT], fields: dict[str, Any]) -> BodyT:
+    """Validate a body's fields. Raises: BadRequestError or UnsupportedParameterError, naming the field."""
+    for name, neutral in _UNSUPPORTED.items():
+        value = fields.get(name)
+        # 0 and False are equal in Python and differ on the wire: `logprobs: 0` asks for something.
+        if value is not None and not any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral):
+            raise UnsupportedParameterError(f"`{name}` is not supported", param=name)
+    try:
+        return cls.model_validate(fields)
+    except ValidationError as error:
+        raise _bad_request(error) from None
+
+
+def _bad_request(error: ValidationError) -> ApiError:
+    detail = error.errors(include_url=False, include_input=False)[0]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"]).lstrip(".")
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        # Our own checks of a whole object name the field they refuse.
+        field, _, message = message.partition(": ")
+        path = f"{path}.{field}".lstrip(".")
+    return BadRequestError(f"{path}: {message}", param=path)

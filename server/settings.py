@@ -1,0 +1,168 @@
+"""Every setting of a server, in one schema: defaults < TOML file < environment < flags.
+
+Read once on the main thread before anything is loaded, frozen afterwards. A key that does not exist, in any of the
+sources, is an error that names it.
+"""
+
+import argparse
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    CliSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+ENV_PREFIX = "HEADRACE_"
+# Not settings of a server, but of where downloads go.
+_OTHER_ENV = {"HEADRACE_CACHE"}
+
+_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class SettingsError(Exception):
+    """A setting is wrong or unknown; the message names it, one line each."""
+
+
+def _parse_bytes(value: Any) -> Any:
+    """Accept 1073741824 as well as "1GiB", "512MB" and "2G", all in powers of two."""
+    if not isinstance(value, str) or value == "auto":
+        return value
+    number = value.strip().upper().removesuffix("IB").removesuffix("B")
+    unit = number[-1:] if number[-1:].isalpha() else ""
+    try:
+        return int(float(number.removesuffix(unit)) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise ValueError('expected a number of bytes such as 1073741824, "512MiB" or "2GiB"') from None
+
+
+Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)]
+
+
+class Settings(BaseSettings):
+    """A server's settings. Each field's description is its help text."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, extra="forbid", frozen=True, cli_kebab_case=True, cli_implicit_flags=True
+    )
+
+    model: CliPositionalArg[str | None] = Field(
+        None, description="Hugging Face directory, .gguf file or hub id; the demo model where none is named"
+    )
+    served_model_name: str | None = Field(None, description="name that clients use; the model's own by default")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    workers: int = Field(1, description="must be 1: one engine serves one process")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line shown")
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="cpu, cuda, cuda:N; auto takes a GPU where torch sees one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="weights and KV cache; auto is bfloat16 where the hardware has it"
+    )
+    max_model_len: int | None = Field(None, ge=2, description="longest prompt + output in tokens; the model's own limit")
+    block_size: int = Field(16, ge=1, le=256, description="tokens per KV cache block")
+    kv_cache_bytes: Bytes | Literal["auto"] = Field("auto", description="KV cache size; auto takes a share of free memory")
+    max_num_seqs: int = Field(256, ge=1, le=4096, description="most sequences in the running batch")
+    max_num_batched_tokens: int = Field(256, ge=1, le=65536, description="token budget of one step")
+
+    max_queue_size: int = Field(1024, ge=1, description="most requests waiting; beyond, 429")
+    request_timeout_s: float = Field(600, gt=0, description="longest a request may take in all")
+    tokenizer_threads: int = Field(2, ge=1, le=64, description="worker threads for templates and tokenizing")
+    max_body_bytes: Bytes = Field(4 * 2**20, ge=1, description="largest request body")
+    heartbeat_s: float = Field(15, ge=1, description="silence on a stream before a comment is sent")
+    keep_alive_s: int = Field(75, ge=1, description="how long an idle connection is kept")
+    drain_grace_s: float = Field(30, ge=0, description="on SIGTERM, how long running requests may go on")
+
+    stream_grace_s: float = Field(15, ge=0, description="how long a native stream runs without readers")
+    stream_ttl_s: float = Field(600, ge=0, description="how long a finished native stream can be read again")
+    stream_log_bytes: Bytes = Field(64 * 2**20, description="most memory for logs of finished native streams")
+    stream_retry_ms: int = Field(1000, ge=1, description="reconnection delay that EventSource is told")
+
+    cors_origins: tuple[str, ...] = Field((), description="other origins whose pages may call this server, or *")
+    allowed_hosts: tuple[str, ...] = Field((), description="further names for the Host header on loopback")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Settings":
+        if self.workers != 1:
+            raise ValueError(
+                "workers: must be 1, since one engine thread owns the model and batches all requests; "
+                "for more, run more servers behind a router"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens: {self.max_num_batched_tokens} is below max_num_seqs ({self.max_num_seqs}), "
+                "but every running sequence must get a token in every step"
+            )
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in ("127.0.0.1", "localhost", "::1")
+
+
+def load_settings(args: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings; `args` are the flags behind `headrace serve`.
+
+    Raises: SettingsError, naming every key that is wrong.
+    """
+    environ = os.environ if environ is None else environ
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    known, flags = parser.parse_known_args(list(args))
+    unknown = [
+        name
+        for name in environ
+        if name.upper().startswith(ENV_PREFIX)
+        and name not in _OTHER_ENV
+        and name.upper().removeprefix(ENV_PREFIX).lower() not in Settings.model_fields
+    ]
+    if unknown:
+        raise SettingsError("\n".join(f"{name}: no such setting (environment)" for name in unknown))
+
+    class Sourced(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], **_: PydanticBaseSettingsSource
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            env = EnvSettingsSource(settings_cls)
+            env.env_vars = {name.lower(): value for name, value in environ.items()}
+            sources: list[PydanticBaseSettingsSource] = [
+                CliSettingsSource(
+                    settings_cls,
+                    cli_parse_args=flags,
+                    cli_prog_name="headrace serve",
+                    cli_hide_none_type=True,
+                    formatter_class=argparse.HelpFormatter,
+                ),
+                env,
+            ]
+            if known.config is not None:
+                sources.append(TomlConfigSettingsSource(settings_cls, known.config))
+            return tuple(sources)
+
+    Sourced.__doc__ = "Serve a model. --config FILE reads settings from a TOML file; flags win over it."
+    if known.config is not None and not known.config.is_file():
+        raise SettingsError(f"config: {known.config} is not a file")
+    try:
+        return Sourced()
+    except ValidationError as error:
+        raise SettingsError("\n".join(_describe(detail) for detail in error.errors())) from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"config: {known.config} is not valid TOML: {error}") from None
+
+
+def _describe(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"][:1])
+    if detail["type"] == "extra_forbidden":
+        return f"{key}: no such setting"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    return f"{key}: {message} (got {detail['input']!r})" if key else message

@@ -1,0 +1,96 @@
+"""The native streams this server knows: running, finished and still readable, and lately forgotten.
+
+Lives on the event loop; one task calls `sweep` now and then. A stream without readers is cancelled after a grace time;
+a finished log is kept for a while under a byte limit, least recently read first out; of the forgotten, a bounded list
+of ids remains, so that a late reader learns that it came too late.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from headrace.server.errors import GoneError, NotFoundError
+from headrace.server.generation import Generation
+from headrace.server.stream_log import Subscriber
+
+_MAX_TOMBSTONES = 10_000
+
+
+@dataclass(slots=True, eq=False)
+class NativeStream:
+    """A stream: its generation, and since when it has no reader (None while it has one)."""
+
+    generation: Generation
+    created_s: int
+    continues_alone: bool
+    unread_since_s: float | None
+
+    @property
+    def id(self) -> str:
+        return self.generation.id
+
+
+class StreamRegistry:
+    """Owns the native streams. `cancel` ends a generation."""
+
+    def __init__(
+        self, *, cancel: Callable[[Generation], None], grace_s: float, ttl_s: float, max_finished_bytes: int
+    ) -> None:
+        self._cancel = cancel
+        self._grace_s = grace_s
+        self._ttl_s = ttl_s
+        self._max_finished_bytes = max_finished_bytes
+        self._running: dict[str, NativeStream] = {}
+        self._finished: OrderedDict[str, NativeStream] = OrderedDict()  # least recently read first
+        self._num_finished_bytes = 0
+        self._tombstones: OrderedDict[str, None] = OrderedDict()
+
+    def add(self, stream: NativeStream) -> None:
+        """Take in a stream whose generation is not over."""
+        self._running[stream.id] = stream
+
+    def get(self, id: str) -> NativeStream:
+        """Raises: NotFoundError, or GoneError where the id is remembered as forgotten."""
+        stream = self._running.get(id) or self._finished.get(id)
+        if stream is not None:
+            return stream
+        if id in self._tombstones:
+            raise GoneError("this stream ended and is no longer kept")
+        raise NotFoundError("no such stream")
+
+    def subscribe(self, stream: NativeStream, cursor: int) -> Subscriber:
+        """A reader's subscription; report its end with `unsubscribed`."""
+        stream.unread_since_s = None
+        if stream.id in self._finished:
+            self._finished.move_to_end(stream.id)
+        return stream.generation.log.subscribe(cursor)
+
+    def unsubscribed(self, stream: NativeStream, now: float) -> None:
+        if stream.generation.log.num_subscribers == 0:
+            stream.unread_since_s = now
+
+    def finish(self, generation: Generation) -> None:
+        """Move a stream whose generation is over to the finished ones."""
+        stream = self._running.pop(generation.id)
+        self._finished[stream.id] = stream
+        self._num_finished_bytes += generation.log.num_bytes
+
+    def sweep(self, now: float) -> None:
+        """Cancel streams without readers whose grace time is over, and forget finished ones."""
+        for stream in list(self._running.values()):
+            if stream.unread_since_s is None or stream.continues_alone:
+                continue
+            if now - stream.unread_since_s >= self._grace_s:
+                self._cancel(stream.generation)
+        for stream in list(self._finished.values()):
+            end_s = stream.generation.stages.end_s
+            is_old = end_s is not None and now - end_s >= self._ttl_s
+            if is_old or self._num_finished_bytes > self._max_finished_bytes:
+                self._forget(stream)
+
+    def _forget(self, stream: NativeStream) -> None:
+        del self._finished[stream.id]
+        self._num_finished_bytes -= stream.generation.log.num_bytes
+        self._tombstones[stream.id] = None
+        while len(self._tombstones) > _MAX_TOMBSTONES:
+            self._tombstones.popitem(last=False)

@@ -1,0 +1,123 @@
+"""Text to token ids and back, and the chat template, for a model of either form.
+
+Loaded once; used by worker threads (templates, encoding) and the event loop (decoding, which is cheap). Hugging Face's
+`tokenizers` does the work. Its wrapper's encode keeps truncation state that threads would share, so the wrapper only
+renders templates, and the bare tokenizer encodes.
+
+Control tokens in a user's text (`<|im_start|>`) become control tokens, as with Hugging Face's own default.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from tokenizers import AddedToken, Tokenizer as BackendTokenizer, decoders, models, pre_tokenizers
+from tokenizers.decoders import DecodeStream
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from headrace.scheduler.errors import ModelSourceError, UnsupportedModelError
+from headrace.scheduler.gguf_file import GGUFFile, open_gguf
+from headrace.scheduler.model_source import ModelSource
+from headrace.server.errors import BadRequestError
+
+# GGUF's names for how text is split before merging. transformers' own table lacks `smollm`.
+_PRE_TOKENIZERS = {
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+}
+# Token types in a GGUF: control tokens vanish from decoded text, user-defined ones are matched whole but kept.
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+class Tokenizer:
+    """A model's tokenizer. `eos_token_ids` are the tokens that end an answer."""
+
+    def __init__(self, wrapper: Any, eos_token_ids: frozenset[int]) -> None:
+        self._wrapper = wrapper
+        self._backend: BackendTokenizer = wrapper.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.eos_token_ids = eos_token_ids
+        self.vocab_size = self._backend.get_vocab_size()
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._wrapper.chat_template)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of `text`. Releases the interpreter lock, so worker threads run beside the loop."""
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids  # type: ignore[no-any-return]
+
+    def render_chat(self, messages: list[dict[str, Any]]) -> str:
+        """The prompt text of a conversation, ready for the assistant's answer.
+
+        Raises: BadRequestError where the template refuses the messages or the model has none.
+        """
+        if not self.has_chat_template:
+            raise BadRequestError("this model has no chat template; use /v1/completions", param="messages")
+        try:
+            return self._wrapper.apply_chat_template(  # type: ignore[no-any-return]
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise BadRequestError(f"the chat template refuses these messages: {error}", param="messages") from error
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)  # type: ignore[no-any-return]
+
+    def decode_step(self, stream: DecodeStream, token_id: int) -> str:
+        """The text that `token_id` completes; empty while a character is unfinished."""
+        return stream.step(self._backend, token_id) or ""
+
+
+def load_tokenizer(source: ModelSource) -> Tokenizer:
+    """Read a model's tokenizer. Raises: ModelSourceError, UnsupportedModelError."""
+    return _from_gguf(open_gguf(source.path)) if source.is_gguf else _from_directory(source.path)
+
+
+def _from_directory(folder: Path) -> Tokenizer:
+    try:
+        wrapper = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelSourceError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    if not hasattr(wrapper, "backend_tokenizer"):
+        raise UnsupportedModelError(f"{folder}: the model has no fast tokenizer")
+    eos = wrapper.eos_token_id
+    if (folder / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(folder).eos_token_id or eos
+    return Tokenizer(wrapper, _as_set(eos))
+
+
+def _from_gguf(file: GGUFFile) -> Tokenizer:
+    kind, pre = file.require("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "gpt-2")
+    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+        raise UnsupportedModelError(
+            f"{file.path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported out of a GGUF; "
+            "use the model's Hugging Face directory"
+        )
+    tokens: list[str] = file.require("tokenizer.ggml.tokens")
+    types: list[int] = file.get("tokenizer.ggml.token_type", [])
+    merges = [tuple(merge.split(" ", 1)) for merge in file.require("tokenizer.ggml.merges")]
+    backend = BackendTokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, special=True) for t, kind in zip(tokens, types) if kind == _CONTROL])
+    backend.add_tokens([AddedToken(t, normalized=False) for t, kind in zip(tokens, types) if kind == _USER_DEFINED])
+    eos = file.get("tokenizer.ggml.eos_token_id")
+    bos = file.get("tokenizer.ggml.bos_token_id")
+    wrapper = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=file.get("tokenizer.chat_template"),
+        bos_token=None if bos is None else tokens[bos],
+        eos_token=None if eos is None else tokens[eos],
+    )
+    return Tokenizer(wrapper, _as_set(eos))
+
+
+def _as_set(eos: int | list[int] | None) -> frozenset[int]:
+    if eos is None:
+        return frozenset()
+    return frozenset(eos) if isinstance(eos, list) else frozenset({eos})
