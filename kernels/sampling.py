@@ -39,22 +39,25 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
     random_rows = np.flatnonzero(batch.temperature > 0)
     if len(random_rows):
         index = torch.from_numpy(random_rows).to(logits.device)
-        uniform = torch.from_numpy(uniforms(batch.seed[random_rows], batch.position[random_rows]))
+
+        def pick(values: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(values[random_rows]).to(logits.device)
+
         token_ids[index] = _draw(
             logits[index],
-            *(
-                torch.from_numpy(values[random_rows]).to(logits.device)
-                for values in (batch.temperature, batch.top_k, batch.top_p, batch.min_p)
-            ),
-            uniform.to(logits.device),
+            pick(batch.temperature),
+            pick(batch.top_k),
+            pick(batch.top_p),
+            pick(batch.min_p),
+            pick(uniforms(batch.seed, batch.position)),
         )
-    return token_ids.tolist()  # type: ignore[no-any-return]
+    return token_ids.tolist()
 
 
 def uniforms(seed: np.ndarray, position: np.ndarray) -> np.ndarray:
     """One number in [0, 1) per row from its seed and position: float64 [R]."""
     mixed = _splitmix64(_splitmix64(seed.astype(np.uint64)) ^ position.astype(np.uint64))
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return np.asarray((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
@@ -62,7 +65,7 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        return np.asarray(x ^ (x >> np.uint64(31)))
 
 
 def _draw(

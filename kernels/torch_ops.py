@@ -60,9 +60,7 @@ def plan_attention(metadata: AttentionMetadata, block_size: int, device: torch.d
         # A prompt chunk stands alone; decode rows share a call with contexts of the same power of two.
         width = num_blocks.bit_length() if num_query == 1 else -1 - b
         members.setdefault((num_query, width), []).append(b)
-    return [
-        _make_group(metadata, num_query, batch, block_size, device) for (num_query, _), batch in members.items()
-    ]
+    return [_make_group(metadata, num_query, batch, block_size, device) for (num_query, _), batch in members.items()]
 
 
 def _make_group(

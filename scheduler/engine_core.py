@@ -134,5 +134,7 @@ class EngineCore:
             sampled = runner.run(output)
         except Exception:
             logger.exception("a step of %d sequences raised", len(output.rows))
-            return scheduler.fail([row.sequence for row in output.rows], "the model failed while computing this request")
+            return scheduler.fail(
+                [row.sequence for row in output.rows], "the model failed while computing this request"
+            )
         return scheduler.update(output, sampled)

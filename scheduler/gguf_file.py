@@ -39,11 +39,9 @@ class _PlainReader(gguf.GGUFReader):
     """The package's reader without its cost: slicing a memory map 400,000 times takes four times as long as
     slicing the array under it."""
 
-    def _get(
-        self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None
-    ) -> npt.NDArray[Any]:
+    def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> npt.NDArray[Any]:
         if isinstance(self.data, np.memmap):
-            self.data: npt.NDArray[Any] = self.data.view(np.ndarray)
+            self.data = self.data.view(np.ndarray)  # type: ignore[assignment]
         if self.byte_order != "I":
             return super()._get(offset, dtype, count, override_order)
         end = offset + np.dtype(dtype).itemsize * int(count)
@@ -95,8 +93,9 @@ class GGUFFile:
         for tensor in self._reader.tensors:
             type_name = tensor.tensor_type.name
             if type_name not in _SUPPORTED_TYPES:
+                supported = ", ".join(sorted(_SUPPORTED_TYPES))
                 raise UnsupportedModelError(
-                    f"{self.path}: tensor {tensor.name} is {type_name}; supported are {', '.join(sorted(_SUPPORTED_TYPES))}"
+                    f"{self.path}: tensor {tensor.name} is {type_name}; supported are {supported}"
                 )
             name = _hugging_face_name(tensor.name)
             # F32 tensors come as read-only views of the map; torch wants memory it may write to.

@@ -146,7 +146,9 @@ def _decoder_config(config: Any, rope_factors: torch.Tensor | None = None) -> De
         raise UnsupportedModelError(f"hidden_act {config.hidden_act!r} is not supported; silu is")
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in _SUPPORTED_ROPE:
-        raise UnsupportedModelError(f"rope type {rope_type!r} is not supported; {', '.join(sorted(_SUPPORTED_ROPE))} are")
+        raise UnsupportedModelError(
+            f"rope type {rope_type!r} is not supported; {', '.join(sorted(_SUPPORTED_ROPE))} are"
+        )
     rotary = LlamaRotaryEmbedding(config)
     inv_freq = rotary.inv_freq if rope_factors is None else rotary.inv_freq / rope_factors
     return DecoderConfig(

@@ -3,7 +3,6 @@
 Made on the main thread, run on the event loop. It wires the parts together and knows none of their insides.
 """
 
-import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -32,8 +31,6 @@ from headrace.server.openai_api import OpenAIApi
 from headrace.server.settings import Settings
 from headrace.server.stream_registry import StreamRegistry
 from headrace.server.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 _SWEEP_INTERVAL_S = 0.25
 _LAG_INTERVAL_S = 0.1
@@ -66,6 +63,7 @@ class App:
         )
         limiter = anyio.CapacityLimiter(settings.tokenizer_threads)
         self.generator = Generator(self.client, settings, model_name, limiter)
+        self.settled = anyio.Event()  # requests can be served, or never will be
         self._load_tokenizer = load_tokenizer
         self._on_engine_change = on_engine_change
         self.asgi = Starlette(
@@ -85,7 +83,7 @@ class App:
         """Refuse new requests, let those accepted finish within the grace time, end the rest."""
         self.client.is_draining = True
         with anyio.move_on_after(self.settings.drain_grace_s):
-            while self.client.num_unfinished and not is_hurried():
+            while self.client.num_unfinished and not is_hurried():  # noqa: ASYNC110 - a signal handler sets no event
                 await anyio.sleep(_DRAIN_POLL_S)
         self.client.cancel_all(UnavailableError("the server is shutting down", "draining"))
 
@@ -110,6 +108,7 @@ class App:
             error = exception
         await self.client.settled.wait()
         error = error or self.client.error
+        self.settled.set()
         self._on_engine_change(error)
         await self.client.stopped.wait()
         if not self.client.is_draining and error is None:
@@ -158,9 +157,7 @@ class App:
         settings = self.settings
         middleware = []
         if settings.is_loopback:
-            guard = Middleware(
-                LoopbackGuard, allowed_hosts=settings.allowed_hosts, cors_origins=settings.cors_origins
-            )
+            guard = Middleware(LoopbackGuard, allowed_hosts=settings.allowed_hosts, cors_origins=settings.cors_origins)
             middleware.append(guard)
         if settings.cors_origins:
             cors = Middleware(

@@ -25,5 +25,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
         return bench(rest)
     is_help = command in ("-h", "--help")
-    print(USAGE if is_help else f"headrace: no command {command!r}\n{USAGE}", file=sys.stdout if is_help else sys.stderr)
+    print(
+        USAGE if is_help else f"headrace: no command {command!r}\n{USAGE}", file=sys.stdout if is_help else sys.stderr
+    )
     return 0 if is_help else 2

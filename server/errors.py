@@ -82,13 +82,14 @@ class OverloadedError(ApiError):
 
 
 class UnavailableError(ApiError):
-    """The server is loading, draining, or its engine has ended."""
+    """The server is loading, draining, or its engine has ended, where `retry_after_s` is None: a retry cannot help."""
 
     status = 503
     type = "unavailable_error"
 
     def __init__(self, message: str, code: str, retry_after_s: float | None = 1.0) -> None:
         self.code = code
+        self.retry_after_s = retry_after_s
         headers = {"x-should-retry": "false"} if retry_after_s is None else retry_headers(retry_after_s)
         super().__init__(message, headers=headers)
 

@@ -65,7 +65,9 @@ class Generator:
                 skip_special_tokens=request.skip_special_tokens is not False,
             )
             timeout_s = min(request.timeout or self.settings.request_timeout_s, self.settings.request_timeout_s)
-            return self.client.submit(id, token_ids, sampling, detokenizer, stages, stages.received_s + timeout_s, on_end)
+            return self.client.submit(
+                id, token_ids, sampling, detokenizer, stages, stages.received_s + timeout_s, on_end
+            )
 
 
 def _tokenize(tokenizer: Tokenizer, request: GenerationParams) -> list[int]:

@@ -180,7 +180,9 @@ def parse_request(cls: type[BodyT], fields: dict[str, Any]) -> BodyT:
     for name, neutral in _UNSUPPORTED.items():
         value = fields.get(name)
         # 0 and False are equal in Python and differ on the wire: `logprobs: 0` asks for something.
-        if value is not None and not any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral):
+        if value is not None and not any(
+            value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral
+        ):
             raise UnsupportedParameterError(f"`{name}` is not supported", param=name)
     try:
         return cls.model_validate(fields)

@@ -14,7 +14,7 @@ from headrace.scheduler.model_source import ModelSource, resolve_model
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.app import App
 from headrace.server.settings import Settings
-from headrace.server.tokenizer import Tokenizer, load_tokenizer
+from headrace.server.tokenizer import load_tokenizer
 from headrace.server.version import VERSION
 
 # How long a client that reads nothing may hold up the end, once its last event is written.

@@ -64,13 +64,21 @@ class Settings(BaseSettings):
     workers: int = Field(1, description="must be 1: one engine serves one process")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line shown")
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="cpu, cuda, cuda:N; auto takes a GPU where torch sees one")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="cpu, cuda, cuda:N; auto takes a GPU where torch sees one",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights and KV cache; auto is bfloat16 where the hardware has it"
     )
-    max_model_len: int | None = Field(None, ge=2, description="longest prompt + output in tokens; the model's own limit")
+    max_model_len: int | None = Field(
+        None, ge=2, description="longest prompt + output in tokens; the model's own limit"
+    )
     block_size: int = Field(16, ge=1, le=256, description="tokens per KV cache block")
-    kv_cache_bytes: Bytes | Literal["auto"] = Field("auto", description="KV cache size; auto takes a share of free memory")
+    kv_cache_bytes: Bytes | Literal["auto"] = Field(
+        "auto", description="KV cache size; auto takes a share of free memory"
+    )
     max_num_seqs: int = Field(256, ge=1, le=4096, description="most sequences in the running batch")
     max_num_batched_tokens: int = Field(256, ge=1, le=65536, description="token budget of one step")
 
@@ -114,13 +122,13 @@ def load_settings(args: Sequence[str] = (), environ: Mapping[str, str] | None = 
 
     Raises: SettingsError, naming every key that is wrong.
     """
-    environ = os.environ if environ is None else environ
+    variables = dict(os.environ if environ is None else environ)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     known, flags = parser.parse_known_args(list(args))
     unknown = [
         name
-        for name in environ
+        for name in variables
         if name.upper().startswith(ENV_PREFIX)
         and name not in _OTHER_ENV
         and name.upper().removeprefix(ENV_PREFIX).lower() not in Settings.model_fields
@@ -131,10 +139,10 @@ def load_settings(args: Sequence[str] = (), environ: Mapping[str, str] | None = 
     class Sourced(Settings):
         @classmethod
         def settings_customise_sources(
-            cls, settings_cls: type[BaseSettings], **_: PydanticBaseSettingsSource
+            cls, settings_cls: type[BaseSettings], *_: PydanticBaseSettingsSource, **__: PydanticBaseSettingsSource
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             env = EnvSettingsSource(settings_cls)
-            env.env_vars = {name.lower(): value for name, value in environ.items()}
+            env.env_vars = {name.lower(): value for name, value in variables.items()}
             sources: list[PydanticBaseSettingsSource] = [
                 CliSettingsSource(
                     settings_cls,

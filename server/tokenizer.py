@@ -7,6 +7,7 @@ renders templates, and the bare tokenizer encodes.
 Control tokens in a user's text (`<|im_start|>`) become control tokens, as with Hugging Face's own default.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from headrace.scheduler.model_source import ModelSource
 from headrace.server.errors import BadRequestError
 
 # GGUF's names for how text is split before merging. transformers' own table lacks `smollm`.
-_PRE_TOKENIZERS = {
+_PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
     "smollm": lambda: pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
@@ -49,7 +50,7 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`. Releases the interpreter lock, so worker threads run beside the loop."""
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return encoding.ids  # type: ignore[no-any-return]
+        return encoding.ids
 
     def render_chat(self, messages: list[dict[str, Any]]) -> str:
         """The prompt text of a conversation, ready for the assistant's answer.
@@ -66,7 +67,7 @@ class Tokenizer:
             raise BadRequestError(f"the chat template refuses these messages: {error}", param="messages") from error
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
-        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)  # type: ignore[no-any-return]
+        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def decode_step(self, stream: DecodeStream, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is unfinished."""
@@ -104,8 +105,9 @@ def _from_gguf(file: GGUFFile) -> Tokenizer:
     backend = BackendTokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True) for t, kind in zip(tokens, types) if kind == _CONTROL])
-    backend.add_tokens([AddedToken(t, normalized=False) for t, kind in zip(tokens, types) if kind == _USER_DEFINED])
+    kinds = list(zip(tokens, types, strict=False))
+    backend.add_special_tokens([AddedToken(token, special=True) for token, kind in kinds if kind == _CONTROL])
+    backend.add_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == _USER_DEFINED])
     eos = file.get("tokenizer.ggml.eos_token_id")
     bos = file.get("tokenizer.ggml.bos_token_id")
     wrapper = PreTrainedTokenizerFast(

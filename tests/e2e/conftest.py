@@ -1,0 +1,22 @@
+"""One real server on the real model for all end-to-end tests that do not need their own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from headrace.scheduler.model_source import fetch_demo_model
+from server_process import ServerProcess, serving
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The demo model's file, fetched if need be."""
+    return fetch_demo_model()
+
+
+@pytest.fixture(scope="session")
+def server(demo_model: Path) -> Iterator[ServerProcess]:
+    """A server in float32, so that texts can be compared exactly."""
+    with serving("--dtype", "float32", "--kv-cache-bytes", "2GiB", "--stream-grace-s", "3") as process:
+        yield process

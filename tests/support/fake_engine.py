@@ -1,0 +1,93 @@
+"""A fake model for tests without torch: bytes are tokens, and the next one is a fixed function of those before it."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tokenizers import AddedToken, Tokenizer as BackendTokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from headrace.scheduler.block_pool import BlockPool
+from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
+from headrace.server.tokenizer import Tokenizer
+
+EOS = 256
+VOCAB_SIZE = 257
+CHAT_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}[assistant]"
+
+
+def next_token(token_ids: list[int]) -> int:
+    """The fake model: a lower-case letter that depends on every token before it."""
+    state = 17
+    for token_id in token_ids:
+        state = (state * 31 + token_id) % 1_000_003
+    return ord("a") + state % 26
+
+
+class FakeRunner:
+    """Computes rows with `next_token`. Steps wait while `held()`; `fail_next` makes one raise."""
+
+    description = "fake model"
+    vocab_size = VOCAB_SIZE
+
+    def __init__(self, max_context_tokens: int = 512) -> None:
+        self.max_context_tokens = max_context_tokens
+        self.num_steps = 0
+        self.widths: list[int] = []
+        self.fail_next = False
+        self._gate = threading.Event()
+        self._gate.set()
+
+    def warm_up(self) -> None: ...
+
+    def run(self, output: SchedulerOutput) -> list[int | None]:
+        assert self._gate.wait(timeout=30)
+        self.num_steps += 1
+        self.widths.append(len(output.rows))
+        if self.fail_next:
+            self.fail_next = False
+            raise RuntimeError("the fake model fails as told")
+        return [next_token(row.sequence.token_ids) if row.is_sampled else None for row in output.rows]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep steps from completing inside the block."""
+        self._gate.clear()
+        try:
+            yield
+        finally:
+            self._gate.set()
+
+
+def make_scheduler(
+    num_blocks: int = 64, block_size: int = 16, max_num_batched_tokens: int = 64, max_num_seqs: int = 32
+) -> Scheduler:
+    return Scheduler(
+        BlockPool(num_blocks),
+        block_size=block_size,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+    )
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A byte-level tokenizer without merges: token i is byte i; token 256 ends a sequence."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    vocab = {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    assert sorted(vocab) == alphabet
+    backend = BackendTokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<|end|>", special=True)])
+    wrapper = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE, eos_token="<|end|>")
+    return Tokenizer(wrapper, frozenset({EOS}))
+
+
+def expected_text(prompt: str, num_tokens: int) -> str:
+    """What the fake model answers to a completion prompt."""
+    token_ids = list(prompt.encode())
+    for _ in range(num_tokens):
+        token_ids.append(next_token(token_ids))
+    return bytes(token_ids[len(prompt.encode()) :]).decode()

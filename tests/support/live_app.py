@@ -1,0 +1,35 @@
+"""A whole App on the fake model, with its lifespan, inside a test's own event loop."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fake_engine import FakeRunner, byte_tokenizer, make_scheduler
+from headrace.scheduler.scheduler import Scheduler
+from headrace.server.app import App
+from headrace.server.settings import Settings, load_settings
+
+
+class LiveApp(App):
+    """An App whose runner and scheduler the test can see."""
+
+    def __init__(self, settings: Settings, runner: FakeRunner, scheduler: Scheduler) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        super().__init__(settings, "fake", lambda: (scheduler, runner), byte_tokenizer)
+
+
+@asynccontextmanager
+async def live_app(
+    *, runner: FakeRunner | None = None, scheduler: Scheduler | None = None, **settings: Any
+) -> AsyncIterator[LiveApp]:
+    """Start an App, wait until it is ready, stop it; afterwards no block is held and no generation is left."""
+    flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    app = LiveApp(load_settings(flags, {}), runner or FakeRunner(), scheduler or make_scheduler())
+    async with app.asgi.router.lifespan_context(app.asgi):
+        await app.settled.wait()
+        yield app
+    app.scheduler.check_books()
+    assert not app.scheduler.has_work
+    assert app.client.num_unfinished == 0
+    assert app.scheduler.load().num_free_blocks == app.scheduler.load().num_total_blocks
