@@ -5,7 +5,7 @@ Made on the main thread, run on the event loop. It wires the parts together and 
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from importlib.resources import files
+from pathlib import Path
 
 import anyio
 import anyio.to_thread
@@ -35,7 +35,7 @@ from headrace.server.tokenizer import Tokenizer
 _SWEEP_INTERVAL_S = 0.25
 _LAG_INTERVAL_S = 0.1
 _DRAIN_POLL_S = 0.05
-_STATIC = files("headrace.server") / "static"
+_STATIC = Path(__file__).parent / "static"
 
 
 class App:
@@ -139,7 +139,7 @@ class App:
 
         return [
             Route("/", _chat_page),
-            Mount("/static", StaticFiles(directory=str(_STATIC))),
+            Mount("/static", StaticFiles(directory=_STATIC)),
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/metrics", self._metrics),
@@ -187,7 +187,7 @@ class App:
 
 async def _chat_page(request: Request) -> Response:
     return FileResponse(
-        str(_STATIC / "index.html"),
+        _STATIC / "index.html",
         headers={"content-security-policy": "default-src 'self'; frame-ancestors 'none'", "cache-control": "no-cache"},
     )
 

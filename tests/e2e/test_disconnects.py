@@ -1,0 +1,137 @@
+"""A client that leaves takes its sequence along, whatever the server was doing for it: over real sockets."""
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+
+from raw_client import RawRequest
+from server_process import ServerProcess, serving
+
+LONG = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def small(demo_model: object) -> Iterator[ServerProcess]:
+    """A server that runs two sequences at a time, so that a third one queues."""
+    with serving(
+        "--dtype", "float32", "--kv-cache-bytes", "512MiB", "--max-num-seqs", "2", "--max-num-batched-tokens", "32"
+    ) as process:
+        yield process
+
+
+def _until(predicate: Callable[[], bool], what: str) -> None:
+    """Ask again until it holds: the server's side of a hang-up is a packet away."""
+    deadline_s = time.monotonic() + 20
+    while not predicate():
+        assert time.monotonic() < deadline_s, f"never: {what}"
+
+
+def _load(server: ServerProcess) -> tuple[float, float, float, float]:
+    metrics = server.metrics()
+    total = metrics["headrace_kv_cache_total_blocks"]
+    return (
+        metrics["headrace_num_requests_running"],
+        metrics["headrace_num_requests_waiting"],
+        total - metrics["headrace_kv_cache_free_blocks"],
+        metrics['headrace_requests_finished_total{finished_reason="cancelled"}'],
+    )
+
+
+def _cancelled(server: ServerProcess, phase: str) -> float:
+    return server.metrics()[f'headrace_requests_cancelled_total{{phase="{phase}"}}']
+
+
+def _assert_nothing_left(server: ServerProcess) -> None:
+    _until(lambda: _load(server)[:3] == (0, 0, 0), "running, waiting and held blocks are zero")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/completions?stream"])
+@pytest.mark.parametrize("hang_up", ["close", "reset"])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_client_that_leaves_in_mid_generation_frees_its_blocks(
+    small: ServerProcess, path: str, hang_up: str, phase: str
+) -> None:
+    body = dict(LONG, stream=path.endswith("stream"))
+    if phase == "prefill":
+        body |= {"prompt": "word " * 6000}
+    before = _cancelled(small, phase)
+    request = RawRequest(small.url(), "/v1/completions", body)
+    _until(lambda: _load(small)[0] == 1 and _load(small)[2] > 0, "the request runs")
+    if phase == "decode":
+        steps = small.metrics()["headrace_generation_tokens_total"]
+        _until(lambda: small.metrics()["headrace_generation_tokens_total"] > steps + 2, "tokens come")
+    getattr(request, hang_up)()
+    _assert_nothing_left(small)
+    assert _cancelled(small, phase) == before + 1
+
+
+def test_a_client_that_leaves_while_queued_never_runs(small: ServerProcess) -> None:
+    with RawRequest(small.url(), "/v1/completions", LONG) as a, RawRequest(small.url(), "/v1/completions", LONG) as b:
+        _until(lambda: _load(small)[0] == 2, "two run")
+        before = _cancelled(small, "queued")
+        queued = RawRequest(small.url(), "/v1/completions", dict(LONG, stream=True))
+        _until(lambda: _load(small)[1] == 1, "one waits")
+        queued.close()
+        _until(lambda: _load(small)[1] == 0, "nobody waits")
+        assert _cancelled(small, "queued") == before + 1
+        assert _load(small)[0] == 2, "the others run on"
+        a.close()
+        b.close()
+    _assert_nothing_left(small)
+
+
+def test_a_client_that_leaves_in_its_body_starts_nothing(small: ServerProcess) -> None:
+    before = _cancelled(small, "body")
+    accepted = small.metrics()["headrace_prompt_tokens_total"]
+    RawRequest(small.url(), "/v1/completions", LONG, num_body_bytes=20).close()
+    _until(lambda: _cancelled(small, "body") == before + 1, "counted")
+    assert small.metrics()["headrace_prompt_tokens_total"] == accepted
+    _assert_nothing_left(small)
+
+
+def test_a_client_that_reads_nothing_is_noticed_when_it_leaves(small: ServerProcess) -> None:
+    # Usage on every chunk and a long answer fill the socket's buffers long before the end.
+    body = dict(LONG, stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True})
+    request = RawRequest(small.url(), "/v1/completions", body)
+    request.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    _until(lambda: _load(small)[0] == 1, "it runs")
+    request.close()
+    _assert_nothing_left(small)
+
+
+def test_a_client_that_leaves_at_its_last_token_leaves_nothing(small: ServerProcess) -> None:
+    for max_tokens in (1, 2, 3):
+        for _ in range(5):
+            with RawRequest(
+                small.url(), "/v1/completions", dict(LONG, stream=True, max_tokens=max_tokens)
+            ) as request:
+                request.read_until(b'"finish_reason":"length"')
+    _assert_nothing_left(small)
+
+
+def test_a_native_stream_without_readers_ends_after_its_grace_time(server: ServerProcess) -> None:
+    before = _load(server)[3]
+    stream = httpx.post(f"{server.url()}/v1/streams", json=LONG).json()
+    with RawRequest(server.url(), stream["events_url"]) as reader:
+        reader.read_until(b"event: token")
+    assert httpx.get(server.url() + stream["url"]).json()["status"] == "running"
+    _until(lambda: _load(server)[3] == before + 1, "cancelled after the grace time")
+    assert httpx.get(server.url() + stream["url"]).json()["finish_reason"] == "cancelled"
+    _assert_nothing_left(server)
+
+
+def test_cancelled_streams_leave_no_descriptor_or_thread(small: ServerProcess) -> None:
+    def leave_ten() -> None:
+        requests = [RawRequest(small.url(), "/v1/completions", dict(LONG, stream=True)) for _ in range(10)]
+        requests[0].read_until(b"data:")
+        for request in requests:
+            request.reset()
+        _assert_nothing_left(small)
+
+    leave_ten()  # worker threads start once
+    before = small.num_descriptors(), small.num_threads()
+    leave_ten()
+    _until(lambda: (small.num_descriptors(), small.num_threads()) <= before, "descriptors and threads are back")

@@ -1,0 +1,128 @@
+"""Starting, refusing to start, and ending, as an operator sees it."""
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from raw_client import RawRequest
+from server_process import ServerProcess, serving
+
+LONG = {"prompt": "Once", "max_tokens": 1000, "ignore_eos": True, "temperature": 0, "stream": True}
+
+
+def _headrace(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "headrace.server", *args], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--port", "99999"], "port"),
+        (["--dtype", "int3"], "dtype"),
+        (["--max-num-seqs", "0"], "max_num_seqs"),
+        (["--kv-cache-bytes", "lots"], "kv_cache_bytes"),
+        (["--device", "toaster"], "device"),
+        (["--workers", "4"], "workers"),
+        (["--config", "/no/such/file.toml"], "config"),
+    ],
+)
+def test_a_wrong_setting_is_named_before_anything_loads(args: list[str], named: str) -> None:
+    result = _headrace(*args)
+    assert result.returncode == 2
+    assert named in result.stderr
+    assert "loading" not in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_key_in_the_config_file_is_named(tmp_path: Path) -> None:
+    config = tmp_path / "headrace.toml"
+    config.write_text('prot = 8000\nhost = "127.0.0.1"\n')
+    result = _headrace("--config", str(config))
+    assert result.returncode == 2
+    assert "prot" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["default", "cpu", "gpu", "soak"])
+def test_the_profiles_in_configs_are_valid(name: str) -> None:
+    from headrace.server.settings import Settings, load_settings
+
+    config = Path(__file__).parents[2] / "configs" / f"{name}.toml"
+    settings = load_settings(["--config", str(config)], {})
+    if name == "default":
+        assert settings.model_dump() == Settings().model_dump(), "default.toml states the defaults"
+
+
+def test_a_model_that_is_not_there_is_an_error_of_one_line() -> None:
+    result = _headrace("/no/such/model.gguf")
+    assert result.returncode == 1
+    assert "/no/such/model.gguf" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(20))
+    process = ServerProcess([str(broken)])
+    assert process.process.wait(60) == 1
+    assert "broken.gguf" in process.output
+    process.stop()
+
+
+def test_a_taken_port_is_an_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = _headrace("--port", str(taken.getsockname()[1]))
+    assert result.returncode == 1
+    assert "address already in use" in result.stderr
+
+
+def test_the_printed_curl_line_works_and_the_server_is_ready_only_once_warm(demo_model: Path) -> None:
+    with serving("--kv-cache-bytes", "256MiB") as server:
+        line = server.wait_for(r"try: (curl .*)")[1]
+        result = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60, check=True)
+        assert result.stdout.startswith("data: {")
+        assert result.stdout.endswith("data: [DONE]\n\n")
+        # A warm-up that had not run would leave its work to the first request.
+        assert httpx.get(f"{server.url()}/ready").status_code == 200
+
+
+def test_sigterm_lets_running_streams_finish_and_refuses_new_requests(demo_model: Path) -> None:
+    with serving("--kv-cache-bytes", "256MiB") as server:
+        with RawRequest(server.url(), "/v1/completions", dict(LONG, max_tokens=60)) as request:
+            request.read_until(b"data:")
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for("draining")
+            refused = httpx.post(f"{server.url()}/v1/completions", json={"prompt": "x"})
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "draining"
+            assert httpx.get(f"{server.url()}/ready").status_code == 503
+            request.read_until(b"data: [DONE]\n\n")
+            assert b'"finish_reason":"length"' in request.received
+        assert server.process.wait(30) == 0
+
+
+def test_streams_that_outlast_the_grace_time_get_a_terminal_event(demo_model: Path) -> None:
+    with serving("--kv-cache-bytes", "256MiB", "--drain-grace-s", "0.5") as server:
+        with RawRequest(server.url(), "/v1/completions", LONG) as request:
+            request.read_until(b"data:")
+            server.process.send_signal(signal.SIGINT)
+            last = request.read_to_end().rstrip(b"0\r\n").split(b"data: ")[-1]
+        assert b'"code":"draining"' in last
+        assert server.process.wait(30) == 0
+
+
+def test_a_second_signal_cuts_the_drain_short(demo_model: Path) -> None:
+    with serving("--kv-cache-bytes", "256MiB", "--drain-grace-s", "600") as server:
+        with RawRequest(server.url(), "/v1/completions", dict(LONG, max_tokens=8000)) as request:
+            request.read_until(b"data:")
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for("draining")
+            server.process.send_signal(signal.SIGTERM)
+            assert b'"code":"draining"' in request.read_to_end()
+        assert server.process.wait(30) == 0
