@@ -1,6 +1,7 @@
 """`headrace serve`: settings to a listening server, and signals to an orderly end."""
 
 import logging
+import socket
 import sys
 import time
 from types import FrameType
@@ -19,6 +20,11 @@ from headrace.server.version import VERSION
 
 # How long a client that reads nothing may hold up the end, once its last event is written.
 _CLOSE_TIMEOUT_S = 5
+_BACKLOG = 2048
+
+
+class ListenError(HeadraceError):
+    """The address cannot be listened on."""
 
 
 def serve(settings: Settings) -> int:
@@ -29,11 +35,21 @@ def serve(settings: Settings) -> int:
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
     started_s = time.monotonic()
     try:
+        # Bound first: a port that is taken should not cost the time a model takes to load.
+        listener = _listen(settings.host, settings.port)
         source = resolve_model(settings.model, say)
     except HeadraceError as error:
         print(f"headrace: {error}", file=sys.stderr)
         return 1
-    return _Server(settings, source, started_s).serve_until_signal()
+    return _Server(settings, source, listener, started_s).serve_until_signal()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ListenError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
 
 
 def say(line: str) -> None:
@@ -43,7 +59,8 @@ def say(line: str) -> None:
 class _Server(uvicorn.Server):
     """uvicorn with a drain of our own: a first signal starts it, a second one cuts it short."""
 
-    def __init__(self, settings: Settings, source: ModelSource, started_s: float) -> None:
+    def __init__(self, settings: Settings, source: ModelSource, listener: socket.socket, started_s: float) -> None:
+        self._listener = listener
         self._started_s = started_s
         self._settings = settings
         self._error: Exception | None = None
@@ -58,8 +75,7 @@ class _Server(uvicorn.Server):
         )
         config = uvicorn.Config(
             self._app.asgi,
-            host=settings.host,
-            port=settings.port,
+            backlog=_BACKLOG,
             loop="uvloop",
             http="httptools",
             ws="none",
@@ -74,10 +90,7 @@ class _Server(uvicorn.Server):
 
     def serve_until_signal(self) -> int:
         say(f"version {VERSION}, loading {self._app.generator.model_name}")
-        try:
-            self.run()
-        except SystemExit as exit:  # uvicorn could not bind, and has said why
-            return int(exit.code or 1)
+        self.run([self._listener])
         return 1 if self._error is not None else 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -99,7 +112,7 @@ class _Server(uvicorn.Server):
             return
         assert self._app.client.ready is not None
         name = self._app.generator.model_name
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        host, port = self._listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         say(f"{name}: {self._app.client.ready.description}")
         say(f"ready after {time.monotonic() - self._started_s:.1f} s")

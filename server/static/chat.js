@@ -1,6 +1,9 @@
 // The chat page: one conversation, one stream at a time, kept in this tab only.
 // It knows the native streams (POST /v1/streams, then EventSource), not how text is made.
 
+// A small model wanders at the API's default temperature of 1.
+const SAMPLING = { temperature: 0.3, top_p: 0.9 };
+
 const $ = (id) => document.getElementById(id);
 const form = $('composer');
 const prompt = $('prompt');
@@ -49,7 +52,7 @@ class Answer {
       const response = await fetch('/v1/streams', {
         method: 'POST',
         headers: { 'Content-Type': 'application/json' },
-        body: JSON.stringify({ messages }),
+        body: JSON.stringify({ messages, ...SAMPLING }),
       });
       if (!response.ok) {
         this.#fail(await refusalText(response));

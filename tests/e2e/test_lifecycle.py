@@ -79,7 +79,8 @@ def test_a_taken_port_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = _headrace("--port", str(taken.getsockname()[1]))
     assert result.returncode == 1
-    assert "address already in use" in result.stderr
+    assert "Address already in use" in result.stderr
+    assert "loading" not in result.stdout
 
 
 def test_the_printed_curl_line_works_and_the_server_is_ready_only_once_warm(demo_model: Path) -> None:

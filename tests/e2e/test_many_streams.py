@@ -11,7 +11,7 @@ from raw_client import RawRequest
 from server_process import ServerProcess, serving
 
 NUM_STREAMS = 200
-NUM_TOKENS = 48
+NUM_TOKENS = 32
 KV_BYTES = 1 << 30
 SUBJECTS = ["a mill", "the sea", "an old clock", "two foxes", "winter", "a bridge", "the moon", "a blue train"]
 
