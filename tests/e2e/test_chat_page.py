@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from requirements import need_program
-from server_process import ServerProcess
+from server_process import ServerProcess, serving
 
 ARTIFACTS = Path(__file__).parent / "artifacts"
 CHROMIUM_FLAGS = [
@@ -21,6 +21,13 @@ CHROMIUM_FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+
+@pytest.fixture(scope="module")
+def server(demo_model: Path) -> Iterator[ServerProcess]:
+    """A short context bounds the answers, which are drawn at random."""
+    with serving("--max-model-len", "400", "--kv-cache-bytes", "256MiB") as process:
+        yield process
 
 
 @pytest.fixture(scope="module")
