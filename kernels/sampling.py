@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# Candidates looked at before a row whose top-p mass reaches further is sorted whole.
+# How many of the likeliest tokens are looked at first; rows whose top-p mass reaches further look at eight times more.
 _NUM_CANDIDATES = 256
 
 
@@ -92,7 +92,7 @@ def _draw(
         drawn = _invert(torch.where(is_kept, top, 0.0)[done], uniform[remaining[done]])
         token_ids[remaining[done]] = index[done].gather(1, drawn[:, None]).flatten()
         remaining = remaining[~done]
-        num_candidates = vocab_size
+        num_candidates = min(vocab_size, 8 * num_candidates)
     return token_ids
 
 

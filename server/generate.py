@@ -22,7 +22,6 @@ from headrace.server.tokenizer import Tokenizer
 
 # Below this a temperature is greedy: dividing by it would overflow.
 _MIN_TEMPERATURE = 1e-5
-_DEFAULT_COMPLETION_TOKENS = 16
 
 
 @dataclass(slots=True)
@@ -45,18 +44,18 @@ class Generator:
         if request.model is not None and request.model != self.model_name:
             raise ModelNotFoundError(f"the model `{request.model}` does not exist", param="model")
         with self.client.reserve():
-            if self.tokenizer is None:
-                raise UnavailableError("the tokenizer is still loading", "loading")
+            ready = self.client.ready
+            if ready is None or self.tokenizer is None:
+                raise UnavailableError("the model is still loading", "loading")
+            context = ready.max_context_tokens
             try:
                 token_ids = await anyio.to_thread.run_sync(
-                    _tokenize, self.tokenizer, request, abandon_on_cancel=True, limiter=self.limiter
+                    _tokenize, self.tokenizer, request, context, abandon_on_cancel=True, limiter=self.limiter
                 )
             except anyio.get_cancelled_exc_class():
                 self.client.metrics.count_cancelled("tokenizing")
                 raise
             stages.tokenized_s = self.client.clock()
-            ready = self.client.ready
-            assert ready is not None, "reserve() passed"
             sampling = _sampling_params(request, token_ids, self.tokenizer, ready)
             detokenizer = Detokenizer(
                 self.tokenizer,
@@ -70,49 +69,46 @@ class Generator:
             )
 
 
-def _tokenize(tokenizer: Tokenizer, request: GenerationParams) -> list[int]:
-    """Runs on a worker thread. Raises: BadRequestError."""
-    if isinstance(request, ChatCompletionRequest):
-        text = tokenizer.render_chat([message.as_template_input() for message in request.messages])
-        # The template writes the special tokens itself.
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
-        param = "messages"
+def _tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> list[int]:
+    """Runs on a worker thread. Raises: BadRequestError, ContextLengthError for a text too long to be tokenized."""
+    if isinstance(request, CompletionRequest):
+        if isinstance(request.prompt, list):
+            return request.prompt
+        text = request.prompt
     else:
-        assert isinstance(request, CompletionRequest)
-        param = "prompt"
-        if isinstance(request.prompt, str):
-            token_ids = tokenizer.encode(request.prompt, add_special_tokens=True)
-        else:
-            token_ids = request.prompt
-    if not token_ids:
-        raise BadRequestError(f"{param}: the prompt is empty", param=param)
-    return token_ids
+        assert isinstance(request, ChatCompletionRequest)
+        text = tokenizer.render_chat([message.as_template_input() for message in request.messages])
+    limit = tokenizer.max_chars_per_token
+    if limit is not None and len(text) > limit * context:
+        raise ContextLengthError(
+            f"{len(text)} characters exceed the context of {context} tokens", param=request.prompt_field
+        )
+    # A chat template writes the special tokens itself.
+    return tokenizer.encode(text, add_special_tokens=isinstance(request, CompletionRequest))
 
 
 def _sampling_params(
     request: GenerationParams, token_ids: list[int], tokenizer: Tokenizer, ready: EngineReady
 ) -> SamplingParams:
     """Settle defaults and check all that depends on the model. Raises: BadRequestError, ContextLengthError."""
-    context, vocab_size = ready.max_context_tokens, ready.vocab_size
+    context, vocab_size, prompt_field = ready.max_context_tokens, ready.vocab_size, request.prompt_field
     num_prompt = len(token_ids)
-    prompt_name = "messages" if isinstance(request, ChatCompletionRequest) else "prompt"
+    if num_prompt == 0:
+        raise BadRequestError(f"{prompt_field}: the prompt is empty", param=prompt_field)
     if max(token_ids) >= vocab_size:
-        raise BadRequestError(f"{prompt_name}: token ids must be below {vocab_size}", param=prompt_name)
-    max_tokens_name, max_tokens = "max_tokens", request.max_tokens
-    if isinstance(request, ChatCompletionRequest) and request.max_completion_tokens is not None:
-        max_tokens_name, max_tokens = "max_completion_tokens", request.max_completion_tokens
+        raise BadRequestError(f"{prompt_field}: token ids must be below {vocab_size}", param=prompt_field)
     if num_prompt >= context:
         raise ContextLengthError(
             f"the prompt has {num_prompt} tokens, and the context of {context} must hold the answer too",
-            param=prompt_name,
+            param=prompt_field,
         )
+    max_tokens_field, max_tokens = request.asked_max_tokens
     if max_tokens is None:
-        is_chat = isinstance(request, ChatCompletionRequest)
-        max_tokens = context - num_prompt if is_chat else min(_DEFAULT_COMPLETION_TOKENS, context - num_prompt)
+        max_tokens = min(request.default_max_tokens or context, context - num_prompt)
     if num_prompt + max_tokens > context:
         raise ContextLengthError(
-            f"{num_prompt} prompt tokens and {max_tokens_name} {max_tokens} exceed the context of {context} tokens",
-            param=max_tokens_name,
+            f"{num_prompt} prompt tokens and {max_tokens_field} {max_tokens} exceed the context of {context} tokens",
+            param=max_tokens_field,
         )
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:

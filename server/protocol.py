@@ -5,7 +5,7 @@ known field that this server cannot honour is refused by name unless its value a
 Source: OpenAI's API reference (chat completions, completions), and the extensions vLLM's clients use.
 """
 
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
@@ -83,6 +83,9 @@ class GenerationParams(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
+    prompt_field: ClassVar[str]
+    default_max_tokens: ClassVar[int | None]
+
     model: Name | None = None
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
@@ -110,6 +113,11 @@ class GenerationParams(BaseModel):
         if not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
             raise ValueError(f"stop: each stop string must have 1 to {MAX_STOP_CHARS} characters")
         return self
+
+    @property
+    def asked_max_tokens(self) -> tuple[str, int | None]:
+        """(The field that limits the answer, its value)."""
+        return "max_tokens", self.max_tokens
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -154,11 +162,24 @@ class ChatCompletionRequest(GenerationParams):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: Count | None = Field(None, ge=1, lt=2**31)
 
+    prompt_field: ClassVar[str] = "messages"
+    # Without a limit an answer may fill the context.
+    default_max_tokens: ClassVar[int | None] = None
+
+    @property
+    def asked_max_tokens(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return super().asked_max_tokens
+
 
 class CompletionRequest(GenerationParams):
     """`prompt` is one text or one list of token ids."""
 
     prompt: str | list[TokenId] = Field(max_length=2**24)
+
+    prompt_field: ClassVar[str] = "prompt"
+    default_max_tokens: ClassVar[int | None] = 16
 
 
 BodyT = TypeVar("BodyT", bound=GenerationParams)

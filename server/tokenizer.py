@@ -42,6 +42,9 @@ class Tokenizer:
         self._backend.no_padding()
         self.eos_token_ids = eos_token_ids
         self.vocab_size = self._backend.get_vocab_size()
+        # No text of more characters than this per token fits; a normalizer may shorten text, so then there is no bound.
+        has_bound = self._backend.normalizer is None
+        self.max_chars_per_token = max(map(len, self._backend.get_vocab())) if has_bound else None
 
     @property
     def has_chat_template(self) -> bool:

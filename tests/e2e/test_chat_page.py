@@ -78,7 +78,9 @@ def test_a_second_turn_sends_the_first_along(page: Page) -> None:
     with page.expect_request("**/v1/streams") as sent:
         page.fill("#prompt", "What is my name?")
         page.click("#send")
-    roles = [message["role"] for message in sent.value.post_data_json["messages"]]
+    body = sent.value.post_data_json
+    assert body is not None
+    roles = [message["role"] for message in body["messages"]]
     assert roles == ["user", "assistant", "user"]
     expect(page.locator('article.message[data-role="assistant"][data-state="done"]')).to_have_count(2, timeout=60_000)
 

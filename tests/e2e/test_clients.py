@@ -73,7 +73,7 @@ def test_openai_sees_errors_as_its_own_exceptions(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="no-such-model"):
         client.chat.completions.create(model="no-such-model", messages=messages)  # type: ignore[arg-type]
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model=_model(client), messages=messages, n=2)  # type: ignore[call-overload]
+        client.chat.completions.create(model=_model(client), messages=messages, n=2)  # type: ignore[arg-type]
     assert refused.value.param == "n"
     with pytest.raises(openai.BadRequestError) as too_long:
         client.completions.create(model=_model(client), prompt="word " * 9000)

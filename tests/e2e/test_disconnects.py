@@ -105,9 +105,7 @@ def test_a_client_that_reads_nothing_is_noticed_when_it_leaves(small: ServerProc
 def test_a_client_that_leaves_at_its_last_token_leaves_nothing(small: ServerProcess) -> None:
     for max_tokens in (1, 2, 3):
         for _ in range(5):
-            with RawRequest(
-                small.url(), "/v1/completions", dict(LONG, stream=True, max_tokens=max_tokens)
-            ) as request:
+            with RawRequest(small.url(), "/v1/completions", dict(LONG, stream=True, max_tokens=max_tokens)) as request:
                 request.read_until(b'"finish_reason":"length"')
     _assert_nothing_left(small)
 

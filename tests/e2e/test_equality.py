@@ -1,6 +1,5 @@
 """Greedy tokens equal Hugging Face's `generate()` in float32, however the scheduler cuts and mixes the work."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ _CHATS = [
     "Why is the sky blue?",
     "Give me a recipe for pancakes with 2 eggs.",
     "Who wrote Hamlet, and when?",
-    "你好，你是谁？",
+    "你好,你是谁",
     "Décris la mer en une phrase.",
     "Emoji only: 🌊🚣‍♀️?",
     "Sort these: 9, 2, 7, 33, 1",
@@ -79,10 +78,10 @@ def _generate(model: PreTrainedModel, prompt: list[int]) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def runner(demo_model: Path) -> Iterator[ModelRunner]:
+def runner(demo_model: Path) -> ModelRunner:
     kv_bytes = NUM_BLOCKS * BLOCK_SIZE * 30 * 2 * 3 * 64 * 4
     _, runner = load_engine(EngineConfig(demo_model, device="cpu", dtype="float32", kv_cache_bytes=kv_bytes))
-    yield runner
+    return runner
 
 
 def _run(
