@@ -17,7 +17,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from headrace.server.errors import ApiError, BadRequestError, BodyTooLargeError, UnsupportedMediaTypeError, envelope
+from headrace.server.errors import (
+    ApiError,
+    BadRequestError,
+    BodyTooLargeError,
+    MethodNotAllowedError,
+    UnsupportedMediaTypeError,
+    envelope,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +55,8 @@ class Endpoint:
         request.state.id = secrets.token_hex(16)
         request.state.received_s = time.monotonic()
         try:
+            if request.method == "HEAD":  # which Starlette adds to every GET route, and which must not start anything
+                raise MethodNotAllowedError("HEAD is not allowed here", headers={"allow": "GET"})
             body = await self._read_body(request) if request.method == "POST" else b""
         except ClientDisconnect:
             self._on_disconnect()

@@ -51,6 +51,10 @@ class ModelNotFoundError(ApiError):
     code = "model_not_found"
 
 
+class MethodNotAllowedError(ApiError):
+    status = 405
+
+
 class NotAcceptableError(ApiError):
     status = 406
 

@@ -29,7 +29,7 @@ class Stages:
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """`id` is what clients see, `request` what the engine got. `on_end` is called once the log has closed."""
+    """`id` is what the log calls it, `request` what the engine got. `on_end` is called once the log has closed."""
 
     id: str
     request: GenerationRequest

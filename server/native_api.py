@@ -5,6 +5,7 @@ what it missed. The stream's id is 128 random bits; whoever has it may read.
 Source: WHATWG HTML, "Server-sent events", for reconnection and Last-Event-ID.
 """
 
+import secrets
 import time
 from collections.abc import AsyncIterator
 from functools import partial
@@ -111,15 +112,16 @@ class NativeApi:
     async def _start(
         self, request: Request, params: GenerationParams, on_disconnect: OnDisconnect | None
     ) -> NativeStream:
-        stages = Stages(request.state.received_s)
-        on_end = partial(self._finish, request.url.path)
-        generation = await self._generator.start(params, request.state.id, stages, on_end)
-        stream = NativeStream(generation, int(time.time()), on_disconnect == "continue", self._client.clock())
+        # Not the request's id, which is logged here and by proxies: a stream's id suffices to read it.
+        id = secrets.token_hex(16)
+        on_end = partial(self._finish, id, request.url.path)
+        generation = await self._generator.start(params, request.state.id, Stages(request.state.received_s), on_end)
+        stream = NativeStream(id, generation, int(time.time()), on_disconnect == "continue", self._client.clock())
         self._registry.add(stream)
         return stream
 
-    def _finish(self, route: str, generation: Generation) -> None:
-        self._registry.finish(generation)
+    def _finish(self, id: str, route: str, generation: Generation) -> None:
+        self._registry.finish(id)
         log_request(generation, route)
 
     def _read(self, stream: NativeStream, last_event_id: str) -> Response:

@@ -11,6 +11,7 @@ import uvicorn
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.engine_core import Runner
 from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.gguf_file import open_gguf
 from headrace.scheduler.model_source import ModelSource, resolve_model
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.app import App
@@ -110,6 +111,7 @@ class _Server(uvicorn.Server):
             print(f"headrace: {error}", file=sys.stderr, flush=True)
             self.should_exit = True
             return
+        open_gguf.cache_clear()  # the engine and the tokenizer have both read it
         assert self._app.client.ready is not None
         name = self._app.generator.model_name
         host, port = self._listener.getsockname()[:2]

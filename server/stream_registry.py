@@ -20,14 +20,11 @@ _MAX_TOMBSTONES = 10_000
 class NativeStream:
     """A stream: its generation, and since when it has no reader (None while it has one)."""
 
+    id: str
     generation: Generation
     created_s: int
     continues_alone: bool
     unread_since_s: float | None
-
-    @property
-    def id(self) -> str:
-        return self.generation.id
 
 
 class StreamRegistry:
@@ -69,11 +66,10 @@ class StreamRegistry:
         if stream.generation.log.num_subscribers == 0:
             stream.unread_since_s = now
 
-    def finish(self, generation: Generation) -> None:
+    def finish(self, id: str) -> None:
         """Move a stream whose generation is over to the finished ones."""
-        stream = self._running.pop(generation.id)
-        self._finished[stream.id] = stream
-        self._num_finished_bytes += generation.log.num_bytes
+        stream = self._finished[id] = self._running.pop(id)
+        self._num_finished_bytes += stream.generation.log.num_bytes
 
     def sweep(self, now: float) -> None:
         """Cancel streams without readers whose grace time is over, and forget finished ones."""
