@@ -1,7 +1,7 @@
 """Calling an ASGI app without sockets: a request as a `receive` under the test's control, a response as a list."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ class Exchange:
     messages: list[Message] = field(default_factory=list)
     done: anyio.Event = field(default_factory=anyio.Event)
     changed: anyio.Event = field(default_factory=anyio.Event)
-    reads_nothing: bool = False
+    reader: Callable[[Message], Awaitable[None]] | None = None  # takes its time with a message
 
     def __post_init__(self) -> None:
         self._incoming_send, self._incoming = anyio.create_memory_object_stream[Message](1000)
@@ -46,8 +46,8 @@ class Exchange:
     async def _send(self, message: Message) -> None:
         self.messages.append(message)
         self._notify()
-        if self.reads_nothing and message["type"] == "http.response.body":
-            await anyio.sleep_forever()
+        if self.reader is not None:
+            await self.reader(message)
 
     def _notify(self) -> None:
         self.changed.set()

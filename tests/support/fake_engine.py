@@ -25,7 +25,10 @@ def next_token(token_ids: list[int]) -> int:
 
 
 class FakeRunner:
-    """Computes rows with `next_token`. Steps wait while `held()`; `fail_next` makes one raise."""
+    """Computes rows with `next_token`.
+
+    Inside `held()` steps wait, but for as many as `allow(n)` lets through; `fail_next` makes one raise.
+    """
 
     description = "fake model"
     vocab_size = VOCAB_SIZE
@@ -35,13 +38,16 @@ class FakeRunner:
         self.num_steps = 0
         self.widths: list[int] = []
         self.fail_next = False
-        self._gate = threading.Event()
-        self._gate.set()
+        self._is_held = False
+        self._num_allowed = 0
+        self._changed = threading.Condition()
 
     def warm_up(self) -> None: ...
 
     def run(self, output: SchedulerOutput) -> list[int | None]:
-        assert self._gate.wait(timeout=30)
+        with self._changed:
+            assert self._changed.wait_for(lambda: not self._is_held or self._num_allowed > 0, timeout=30)
+            self._num_allowed -= self._is_held
         self.num_steps += 1
         self.widths.append(len(output.rows))
         if self.fail_next:
@@ -51,12 +57,20 @@ class FakeRunner:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep steps from completing inside the block."""
-        self._gate.clear()
+        """Keep steps from being computed inside the block."""
+        self._is_held, self._num_allowed = True, 0
         try:
             yield
         finally:
-            self._gate.set()
+            with self._changed:
+                self._is_held = False
+                self._changed.notify_all()
+
+    def allow(self, num_steps: int) -> None:
+        """Let so many steps through, now or when they come."""
+        with self._changed:
+            self._num_allowed += num_steps
+            self._changed.notify_all()
 
 
 def make_scheduler(

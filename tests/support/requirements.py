@@ -12,6 +12,6 @@ def need_program(*names: str) -> str:
         if (path := shutil.which(name)) is not None:
             return path
     message = f"none of {', '.join(names)} is installed"
-    if os.environ.get("HEADRACE_REQUIRE_ALL"):
+    if os.environ.get("TESTS_REQUIRE_ALL"):
         pytest.fail(message)
     pytest.skip(message)

@@ -1,0 +1,299 @@
+"""What is decided before the first byte is an HTTP status with OpenAI's envelope, and touches nothing else."""
+
+import json
+from typing import Any
+
+import anyio
+import pytest
+
+from asgi_client import Exchange, call, exchange
+from fake_engine import FakeRunner, expected_text, make_scheduler
+from headrace.server.protocol import _UNSUPPORTED
+from live_app import live_app
+
+pytestmark = pytest.mark.anyio
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+OK = {"prompt": "hi", "max_tokens": 2, "temperature": 0}
+
+
+def assert_refused(answer: Exchange, status: int, *, param: str | None = None, code: str | None = None) -> None:
+    assert answer.status == status, answer.body
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    if param is not None:
+        assert error["param"] == param
+    if code is not None:
+        assert error["code"] == code
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"text"',
+        b"null",
+        b'{"prompt": "a"',
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "a", "temperature": NaN}',
+        b'{"prompt": "a", "temperature": Infinity}',
+        b'{"prompt": "a", "temperature": 1e400}',
+        b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+    ids=lambda body: repr(body[:30]),
+)
+async def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
+    async with live_app() as app:
+        assert_refused(await call(app.asgi, "POST", "/v1/completions", body), 400)
+        assert (await call(app.asgi, "POST", "/v1/completions", OK)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 10**18}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": 2000}, "max_tokens"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 1e308}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"min_p": 2}, "min_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": 1.5}, "seed"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["x" * 1_000_000]}, "stop"),
+        ({"stop": ["x"] * 10_000}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [257]}, "stop_token_ids"),
+        ({"timeout": 0}, "timeout"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"model": "m" * 10_000}, "model"),
+        ({"model": 5}, "model"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [257]}, "prompt"),
+        ({"prompt": "x" * 600}, "prompt"),
+        ({"prompt": "x" * 1_000_000}, "prompt"),
+        ({"prompt": None}, None),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+async def test_a_wrong_value_is_refused_by_name(fields: dict[str, Any], param: str | None) -> None:
+    async with live_app() as app:
+        assert_refused(await call(app.asgi, "POST", "/v1/completions", OK | fields), 400, param=param)
+        assert app.runner.num_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([], "messages"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "king", "content": "x"}], "messages[0].role"),
+        ([{"role": "user", "content": 5}], None),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}], None),
+        ("hi", "messages"),
+        ([{"role": "user", "content": "x"}] * 3000, "messages"),
+    ],
+)
+async def test_wrong_messages_are_refused(messages: Any, param: str | None) -> None:
+    async with live_app() as app:
+        assert_refused(await call(app.asgi, "POST", "/v1/chat/completions", {"messages": messages}), 400, param=param)
+
+
+@pytest.mark.parametrize("field", sorted(_UNSUPPORTED))
+async def test_a_known_field_that_is_not_supported_is_refused_by_name_and_its_neutral_values_are_not(field: str) -> None:
+    async with live_app() as app:
+        body = CHAT | {"max_tokens": 1, field: {"anything": ["at", "all"]}}
+        refused = await call(app.asgi, "POST", "/v1/chat/completions", body)
+        assert_refused(refused, 400, param=field, code="unsupported_parameter")
+        for neutral in (None, *_UNSUPPORTED[field]):
+            body = CHAT | {"max_tokens": 1, field: neutral}
+            assert (await call(app.asgi, "POST", "/v1/chat/completions", body)).status == 200
+
+
+async def test_null_is_absent_and_unknown_fields_are_ignored() -> None:
+    fields = dict.fromkeys(("model", "stream", "max_tokens", "temperature", "stop", "seed", "top_p", "user", "timeout"))
+    async with live_app() as app:
+        answer = await call(app.asgi, "POST", "/v1/chat/completions", CHAT | fields | {"max_tokens": 1, "surprise": [1]})
+        assert answer.status == 200
+        wrong = await call(app.asgi, "POST", "/v1/completions", OK | {"logprobs": 0})
+        assert_refused(wrong, 400, param="logprobs")
+
+
+async def test_an_unknown_model_is_404_and_the_served_one_may_be_named() -> None:
+    async with live_app() as app:
+        refused = await call(app.asgi, "POST", "/v1/completions", OK | {"model": "gpt-9"})
+        assert_refused(refused, 404, param="model", code="model_not_found")
+        assert (await call(app.asgi, "POST", "/v1/completions", OK | {"model": "fake"})).status == 200
+
+
+async def test_unknown_routes_and_methods_have_the_envelope() -> None:
+    async with live_app() as app:
+        assert_refused(await call(app.asgi, "GET", "/v1/nothing"), 404, code="not_found")
+        assert_refused(await call(app.asgi, "GET", "/v1/completions"), 405)
+        assert_refused(await call(app.asgi, "DELETE", "/v1/streams"), 405)
+
+
+@pytest.mark.parametrize("path", ["/v1/stream", "/v1/streams/x", "/v1/streams/x/events"])
+async def test_head_starts_nothing(path: str) -> None:
+    async with live_app() as app:
+        answer = await call(app.asgi, "HEAD", path, query="prompt=x", headers={"accept": "text/event-stream"})
+        assert answer.status == 405
+        assert app.client.num_unfinished == 0
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"content-type": "text/plain"},
+        {"content-type": ""},
+        {"content-type": "application/x-www-form-urlencoded"},
+        {"content-encoding": "gzip"},
+    ],
+)
+async def test_other_media_types_and_compressed_bodies_are_415(headers: dict[str, str]) -> None:
+    async with live_app() as app:
+        assert_refused(await call(app.asgi, "POST", "/v1/completions", OK, headers=headers), 415)
+
+
+@pytest.mark.parametrize("length", ["5000", "10", None, "minus one"])
+async def test_a_body_over_the_limit_is_413_whatever_its_length_claims(length: str | None) -> None:
+    headers = {} if length is None else {"content-length": length}
+    async with live_app(max_body_bytes=1000) as app:
+        request = exchange(app.asgi, "POST", "/v1/completions", headers=headers)
+        for _ in range(5):
+            request.send_body(b"x" * 1000, more_body=True)
+        await request.run()
+        assert_refused(request, 400 if length == "minus one" else 413)
+        assert request.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_full_queue_is_429_before_the_first_byte(stream: bool) -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    async with live_app(scheduler=scheduler, max_queue_size=2) as app, anyio.create_task_group() as tasks:
+        accepted = []
+        with app.runner.held():
+            for i in range(3):
+                request = exchange(app.asgi, "POST", "/v1/completions")
+                request.send_body(json.dumps(OK | {"prompt": f"q{i}"}).encode())
+                accepted.append(request)
+                tasks.start_soon(request.run)
+                await anyio.wait_all_tasks_blocked()
+                # The first must be running before the others queue behind it.
+                with anyio.move_on_after(0.2):
+                    while i == 0 and app.client.num_waiting:
+                        await anyio.sleep(0.001)
+            refused = await call(app.asgi, "POST", "/v1/completions", OK | {"stream": stream})
+            assert_refused(refused, 429, code="queue_full")
+            assert 1 <= int(refused.headers["retry-after"]) <= 120
+            assert 750 <= int(refused.headers["retry-after-ms"]) <= 120_000
+        for i, request in enumerate(accepted):
+            await request.done.wait()
+            if request.status == 200:
+                assert request.json()["choices"][0]["text"] == expected_text(f"q{i}", 2)
+        assert (await call(app.asgi, "POST", "/v1/completions", OK)).status == 200
+
+
+async def test_a_draining_server_is_503_and_not_ready_but_alive() -> None:
+    async with live_app() as app, anyio.create_task_group() as tasks:
+        with app.runner.held():
+            running = exchange(app.asgi, "POST", "/v1/completions")
+            running.send_body(json.dumps(OK).encode())
+            tasks.start_soon(running.run)
+            await anyio.wait_all_tasks_blocked()
+            tasks.start_soon(app.drain)
+            await anyio.wait_all_tasks_blocked()
+            assert_refused(await call(app.asgi, "POST", "/v1/completions", OK), 503, code="draining")
+            assert (await call(app.asgi, "GET", "/ready")).status == 503
+            assert (await call(app.asgi, "GET", "/health")).status == 200
+        await running.done.wait()
+        assert running.json()["choices"][0]["text"] == expected_text("hi", 2)
+
+
+async def test_what_outlasts_the_drain_ends_with_a_terminal_event() -> None:
+    async with live_app(drain_grace_s=0.05) as app, anyio.create_task_group() as tasks:
+        with app.runner.held():
+            requests = [exchange(app.asgi, "POST", "/v1/completions") for _ in range(2)]
+            for request, stream in zip(requests, (True, False), strict=True):
+                request.send_body(json.dumps(OK | {"stream": stream}).encode())
+                tasks.start_soon(request.run)
+            await anyio.wait_all_tasks_blocked()
+            await app.drain()
+            for request in requests:
+                await request.done.wait()
+    assert b'"code":"draining"' in requests[0].body
+    assert_refused(requests[1], 503, code="draining")
+
+
+async def test_an_engine_that_dies_gives_every_stream_its_end_and_readiness_goes() -> None:
+    class DyingRunner(FakeRunner):
+        def run(self, output: Any) -> list[int | None]:
+            super().run(output)
+            return [1, 2, 3, 4, 5, 6, 7]  # more than the rows: the scheduler's own books would be wrong
+
+    runner = DyingRunner()
+    changes: list[Exception | None] = []
+    context = live_app(runner=runner)
+    with pytest.raises(AssertionError):  # its blocks were never given back: that is what died
+        async with context as app, anyio.create_task_group() as tasks:
+            app._on_engine_change = changes.append
+            request = exchange(app.asgi, "POST", "/v1/completions")
+            request.send_body(json.dumps(OK | {"stream": True}).encode())
+            tasks.start_soon(request.run)
+            await request.done.wait()
+            assert b'"code":"engine_error"' in request.body
+            assert (await call(app.asgi, "GET", "/health")).status == 503
+            assert (await call(app.asgi, "GET", "/ready")).status == 503
+            after = await call(app.asgi, "POST", "/v1/completions", OK)
+            assert_refused(after, 503, code="engine_dead")
+            assert after.headers["x-should-retry"] == "false"
+            assert isinstance(changes[-1], ValueError)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "127.0.0.1:8000"}, 200),
+        ({"host": "localhost"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+        ({"host": "evil.example"}, 403),
+        ({"host": "127.0.0.1.evil.example"}, 403),
+        ({"host": ""}, 403),
+        ({"origin": "http://127.0.0.1:8000"}, 200),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "http://127.0.0.1:9999"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "https://chat.example"}, 200),
+    ],
+)
+async def test_on_loopback_host_and_origin_are_checked(headers: dict[str, str], status: int) -> None:
+    async with live_app(cors_origins="https://chat.example") as app:
+        assert (await call(app.asgi, "POST", "/v1/completions", OK, headers=headers)).status == status
+
+
+async def test_a_page_of_an_allowed_origin_may_send_last_event_id() -> None:
+    headers = {
+        "origin": "https://chat.example",
+        "access-control-request-method": "GET",
+        "access-control-request-headers": "last-event-id",
+    }
+    async with live_app(cors_origins="https://chat.example") as app:
+        preflight = await call(app.asgi, "OPTIONS", "/v1/streams/x/events", headers=headers)
+    assert preflight.status == 200
+    assert preflight.headers["access-control-allow-origin"] == "https://chat.example"
+    assert "last-event-id" in preflight.headers["access-control-allow-headers"].lower()
