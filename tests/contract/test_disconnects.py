@@ -12,7 +12,7 @@ import anyio.abc
 import pytest
 
 from asgi_client import Exchange, call, exchange
-from fake_engine import FakeRunner, expected_text, make_scheduler
+from fake_engine import expected_text, make_scheduler
 from live_app import LiveApp, live_app
 
 pytestmark = pytest.mark.anyio
@@ -158,7 +158,9 @@ async def test_at_the_instant_of_the_last_token_it_ends_once(route: str, max_tok
                     request.disconnect()
         await until_free(app)
         finished = app.client.metrics.expose().decode()
-        ended = [float(line.split()[-1]) for line in finished.splitlines() if "headrace_requests_finished_total{" in line]
+        ended = [
+            float(line.split()[-1]) for line in finished.splitlines() if "headrace_requests_finished_total{" in line
+        ]
         tokenizing = cancelled(app, "tokenizing")
         assert sum(ended) + tokenizing == 12
 

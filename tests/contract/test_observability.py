@@ -21,7 +21,10 @@ def samples(app: LiveApp) -> dict[tuple[str, tuple[str, ...]], float]:
     """Every sample by name and label values, `model_name` left out."""
     families = text_string_to_metric_families(app.client.metrics.expose().decode())
     return {
-        (sample.name, tuple(value for name, value in sorted(sample.labels.items()) if name != "model_name")): sample.value
+        (
+            sample.name,
+            tuple(value for name, value in sorted(sample.labels.items()) if name != "model_name"),
+        ): sample.value
         for family in families
         for sample in family.samples
     }

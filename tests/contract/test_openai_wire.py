@@ -64,7 +64,9 @@ async def test_the_role_travels_with_the_first_text_and_headers_go_out_at_once()
 async def test_usage_comes_only_as_asked(has_usage: bool, is_continuous: bool) -> None:
     options = {"include_usage": has_usage, "continuous_usage_stats": is_continuous}
     async with live_app() as app:
-        answer = await call(app.asgi, "POST", "/v1/chat/completions", CHAT | {"stream": True, "stream_options": options})
+        answer = await call(
+            app.asgi, "POST", "/v1/chat/completions", CHAT | {"stream": True, "stream_options": options}
+        )
     read = chunks(answer.body)
     total = {"prompt_tokens": len(CHAT_PROMPT), "completion_tokens": 6, "total_tokens": len(CHAT_PROMPT) + 6}
     if has_usage:

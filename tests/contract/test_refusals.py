@@ -115,7 +115,9 @@ async def test_wrong_messages_are_refused(messages: Any, param: str | None) -> N
 
 
 @pytest.mark.parametrize("field", sorted(_UNSUPPORTED))
-async def test_a_known_field_that_is_not_supported_is_refused_by_name_and_its_neutral_values_are_not(field: str) -> None:
+async def test_a_known_field_that_is_not_supported_is_refused_by_name_and_its_neutral_values_are_not(
+    field: str,
+) -> None:
     async with live_app() as app:
         body = CHAT | {"max_tokens": 1, field: {"anything": ["at", "all"]}}
         refused = await call(app.asgi, "POST", "/v1/chat/completions", body)
@@ -128,7 +130,9 @@ async def test_a_known_field_that_is_not_supported_is_refused_by_name_and_its_ne
 async def test_null_is_absent_and_unknown_fields_are_ignored() -> None:
     fields = dict.fromkeys(("model", "stream", "max_tokens", "temperature", "stop", "seed", "top_p", "user", "timeout"))
     async with live_app() as app:
-        answer = await call(app.asgi, "POST", "/v1/chat/completions", CHAT | fields | {"max_tokens": 1, "surprise": [1]})
+        answer = await call(
+            app.asgi, "POST", "/v1/chat/completions", CHAT | fields | {"max_tokens": 1, "surprise": [1]}
+        )
         assert answer.status == 200
         wrong = await call(app.asgi, "POST", "/v1/completions", OK | {"logprobs": 0})
         assert_refused(wrong, 400, param="logprobs")

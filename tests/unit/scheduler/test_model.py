@@ -1,0 +1,262 @@
+"""Tiny random models on disk: loaded, they continue prompts as Hugging Face's `generate()` does, or are refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize, quantize
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from headrace.scheduler.block_pool import BlockPool
+from headrace.scheduler.config import EngineConfig
+from headrace.scheduler.errors import CapacityError, HeadraceError, ModelSourceError, UnsupportedModelError
+from headrace.scheduler.gguf_file import GGUFFile
+from headrace.scheduler.messages import GenerationRequest, SamplingParams
+from headrace.scheduler.model_loader import load_engine
+from headrace.scheduler.scheduler import Scheduler
+
+VOCAB = 160
+NUM_TOKENS = 12
+
+
+def tiny_config(**fields: Any) -> LlamaConfig:
+    shape = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return LlamaConfig(**(shape | fields))
+
+
+def tiny_llama(**fields: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config(**fields)).eval()
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(7)
+    return [rng.integers(0, VOCAB, length).tolist() for length in (1, 2, 5, 15, 16, 17, 31, 40)]
+
+
+def reference(model: LlamaForCausalLM) -> list[list[int]]:
+    outputs = []
+    for prompt in prompts():
+        ids = torch.tensor([prompt])
+        tokens = model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0
+        )
+        outputs.append(tokens[0, len(prompt) :].tolist())
+    return outputs
+
+
+def generate(
+    path: Path, *, num_blocks: int = 64, block_size: int = 4, budget: int = 64, max_num_seqs: int = 8
+) -> tuple[list[list[int]], int]:
+    config = EngineConfig(path, device="cpu", dtype="float32", block_size=block_size, kv_cache_bytes=1 << 20)
+    _, runner = load_engine(config)
+    runner.warm_up()
+    scheduler = Scheduler(
+        BlockPool(num_blocks), block_size=block_size, max_num_batched_tokens=budget, max_num_seqs=max_num_seqs
+    )
+    outputs: list[list[int]] = [[] for _ in prompts()]
+    for i, prompt in enumerate(prompts()):
+        scheduler.add(GenerationRequest(i, tuple(prompt), SamplingParams(temperature=0, max_tokens=NUM_TOKENS), 0.0))
+    while scheduler.has_work:
+        output = scheduler.schedule(0.0)
+        for result in scheduler.update(output, runner.run(output)):
+            outputs[result.request_id] += result.token_ids
+        scheduler.check_books()
+    return outputs, scheduler.load().num_preemptions
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"head_dim": 32},
+        {"num_key_value_heads": 1},
+        {"num_key_value_heads": 4},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "rope_theta": 10000.0,
+            }
+        },
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "rope_theta": 1e4,
+            }
+        },
+    ],
+    ids=lambda fields: str(fields)[:50],
+)
+def test_a_llama_continues_as_generate_does(tmp_path: Path, fields: dict[str, Any]) -> None:
+    model = tiny_llama(**fields)
+    model.save_pretrained(tmp_path)
+    assert generate(tmp_path)[0] == reference(model)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 5, 7, 13])
+def test_chunks_of_any_size_change_nothing(tmp_path: Path, budget: int) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    assert generate(tmp_path, budget=budget, max_num_seqs=min(budget, 4))[0] == reference(model)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+def test_preemption_changes_nothing(tmp_path: Path, block_size: int) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    outputs, num_preemptions = generate(tmp_path, block_size=block_size, num_blocks=-(-56 // block_size))
+    assert outputs == reference(model)
+    assert num_preemptions > 0
+
+
+def test_a_sharded_model_is_read_whole(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert generate(tmp_path)[0] == reference(model)
+
+
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, kind: gguf.GGMLQuantizationType, architecture: str = "llama"
+) -> None:
+    """The model as llama.cpp's converter writes it: query and key rows in interleaved order."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        values = weight.numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            rows, columns = values.shape
+            values = values.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+        is_norm = values.ndim == 1
+        tensor = np.ascontiguousarray(values) if is_norm else quantize(np.ascontiguousarray(values), kind)
+        target = names.get_name(name, try_suffixes=(".weight",))
+        assert target is not None
+        writer.add_tensor(target, tensor, raw_dtype=gguf.GGMLQuantizationType.F32 if is_norm else kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
+def test_a_gguf_of_every_supported_type_equals_its_dequantised_weights(tmp_path: Path, kind: str) -> None:
+    quantization = gguf.GGMLQuantizationType[kind]
+    model = tiny_llama()
+    write_gguf(tmp_path / "tiny.gguf", model, quantization)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            values = dequantize(quantize(parameter.detach().numpy(), quantization), quantization)
+            parameter.data = torch.from_numpy(values.copy())
+        read = dict(GGUFFile(tmp_path / "tiny.gguf").tensors())[name]
+        np.testing.assert_array_equal(read, parameter.detach().numpy())
+    assert generate(tmp_path / "tiny.gguf")[0] == reference(model)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def _garble(path: Path) -> None:
+    path.write_bytes(b"NOPE" + path.read_bytes()[4:])
+
+
+@pytest.mark.parametrize("damage", [_truncate, _garble])
+def test_a_damaged_gguf_is_refused_by_its_name(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny_llama(), gguf.GGMLQuantizationType.F32)
+    damage(path)
+    with pytest.raises(ModelSourceError, match=r"tiny\.gguf"):
+        load_engine(EngineConfig(path, kv_cache_bytes=1 << 20))
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "message"), [("Q5_1", "llama", "Q5_1"), ("F32", "qwen2", "architecture 'qwen2'")]
+)
+def test_a_gguf_that_is_not_supported_is_refused(tmp_path: Path, kind: str, architecture: str, message: str) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny_llama(), gguf.GGMLQuantizationType[kind], architecture)
+    with pytest.raises(UnsupportedModelError, match=message):
+        load_engine(EngineConfig(path, kv_cache_bytes=1 << 20))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt_neox"}, "gpt_neox"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
+        ({"num_hidden_layers": 3}, r"layers\.2"),
+        ({"intermediate_size": 128}, "shape"),
+        ({"num_hidden_layers": 1}, r"layers\.1"),
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_a_directory_that_is_not_supported_or_does_not_fit_its_config_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(HeadraceError, match=message):
+        load_engine(EngineConfig(tmp_path, kv_cache_bytes=1 << 20))
+
+
+def test_another_family_is_refused(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50)).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="gpt2"):
+        load_engine(EngineConfig(tmp_path, kv_cache_bytes=1 << 20))
+
+
+def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(ModelSourceError, match=r"model\.safetensors"):
+        load_engine(EngineConfig(tmp_path, kv_cache_bytes=1 << 20))
+
+
+def test_a_cache_below_one_block_is_refused_and_a_small_one_bounds_the_context(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(CapacityError):
+        load_engine(EngineConfig(tmp_path, device="cpu", kv_cache_bytes=100))
+    # 2 layers, keys and values, 2 heads of 16 floats: 512 bytes a token in float32.
+    config = EngineConfig(tmp_path, device="cpu", dtype="float32", block_size=8, kv_cache_bytes=512 * 8 * 5)
+    _, runner = load_engine(config)
+    assert runner.max_context_tokens == 40
+    config = EngineConfig(tmp_path, device="cpu", dtype="float32", kv_cache_bytes=1 << 20, max_model_len=99)
+    assert load_engine(config)[1].max_context_tokens == 99

@@ -1,0 +1,47 @@
+"""The direction of dependencies: server -> scheduler -> kernels -> torch."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ["server", "scheduler", "kernels", "benchmarks"]
+
+FORBIDDEN = {
+    "server": {"torch", "headrace.kernels"},
+    "scheduler": {"asyncio", "anyio", "starlette", "prometheus_client", "headrace.server"},
+    "kernels": {"asyncio", "anyio", "starlette", "prometheus_client", "headrace.server", "headrace.scheduler"},
+    "benchmarks": {"torch", "headrace.server", "headrace.scheduler", "headrace.kernels"},
+}
+MAY_IMPORT_TORCH = {"model_loader.py", "model_runner.py"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_each_folder_imports_only_what_lies_below_it(folder: str) -> None:
+    paths = sorted((ROOT / folder).glob("*.py"))
+    assert paths
+    for path in paths:
+        for name in imports(path):
+            for forbidden in FORBIDDEN[folder]:
+                assert name != forbidden and not name.startswith(f"{forbidden}."), f"{path} imports {name}"
+            if folder == "scheduler" and name.split(".")[0] in ("torch", "transformers", "safetensors"):
+                assert path.name in MAY_IMPORT_TORCH, f"{path} imports {name}"
+            if name.startswith("headrace.kernels") and folder == "scheduler":
+                assert path.name in MAY_IMPORT_TORCH, f"{path} imports {name}"
+
+
+def test_no_folder_is_a_regular_package() -> None:
+    # A bare folder never shadows Hugging Face's own package called `kernels`.
+    found = [path for folder in [*FOLDERS, "tests", "configs"] for path in (ROOT / folder).rglob("__init__.py")]
+    assert [path for path in found if "node_modules" not in path.parts] == []
