@@ -41,16 +41,13 @@ async def let_pass(app: LiveApp, num_steps: int) -> None:
     """Let a held runner compute so many steps, and wait until the loop has taken them in."""
     seen = app.client.load.num_steps
     app.runner.allow(num_steps)
-    with anyio.fail_after(20):
-        while app.client.load.num_steps < seen + num_steps:
-            await anyio.sleep(0.001)
+    await app.until(lambda: app.client.load.num_steps >= seen + num_steps)
 
 
 async def until_free(app: LiveApp) -> None:
     """Wait until the engine says that nothing runs, waits or holds a block."""
-    with anyio.fail_after(20):
-        while app.client.load.num_running or app.client.num_waiting or app.client.num_unfinished:
-            await anyio.sleep(0.001)
+    client = app.client
+    await app.until(lambda: not (client.load.num_running or client.num_waiting or client.num_unfinished))
     assert app.client.load.num_free_blocks == app.client.load.num_total_blocks
 
 
@@ -212,9 +209,7 @@ async def test_get_stream_is_cancelled_after_its_grace_time_and_not_before() -> 
             request.disconnect()
             await request.done.wait()
             assert app.client.num_unfinished == 1, "a reader may come back within the grace time"
-            with anyio.fail_after(10):
-                while app.client.num_unfinished:
-                    await anyio.sleep(0.01)
+            await app.until(lambda: app.client.num_unfinished == 0)
         await until_free(app)
         id = request.events()[1]["id"].split(":")[0]
         snapshot = await call(app.asgi, "GET", f"/v1/streams/{id}")

@@ -122,9 +122,9 @@ async def test_an_evicted_stream_is_410() -> None:
     async with live_app(stream_ttl_s=0) as app:
         stream = await create(app)
         await read(app, stream)
-        with anyio.fail_after(10):
-            while (answer := await read(app, stream)).status != 410:
-                await anyio.sleep(0.02)
+        await app.until(lambda: stream["id"] not in app.registry._finished)
+        answer = await read(app, stream)
+        assert answer.status == 410
         assert answer.json()["error"]["code"] == "gone"
 
 
@@ -132,10 +132,8 @@ async def test_queued_tells_the_place_and_never_moves_the_cursor() -> None:
     async with live_app(scheduler=make_scheduler(max_num_seqs=1)) as app, anyio.create_task_group() as tasks:
         with app.runner.held():
             streams = [await create(app, prompt=f"q{i}") for i in range(3)]
-            with anyio.fail_after(10):
-                while app.client.num_waiting != 2:  # the first has reached the engine
-                    app.runner.allow(1)
-                    await anyio.sleep(0.01)
+            app.runner.allow(1)
+            await app.until(lambda: app.client.num_waiting == 2)
             reader = exchange(app.asgi, "GET", streams[2]["events_url"], headers=SSE)
             tasks.start_soon(reader.run)
             await reader.wait_until(lambda: b"event: queued" in reader.body)
@@ -181,11 +179,9 @@ async def test_under_overload_an_eventsource_is_told_to_come_back_and_a_post_get
     async with live_app(max_queue_size=1, scheduler=make_scheduler(max_num_seqs=1)) as app:
         with app.runner.held():
             await create(app)
-            with anyio.move_on_after(0.2):
-                while app.client.num_waiting:
-                    await anyio.sleep(0.01)
-            if app.client.num_waiting == 0:
-                await create(app)
+            app.runner.allow(1)
+            await app.until(lambda: app.client.num_waiting == 0)
+            await create(app)
             later = await call(app.asgi, "GET", "/v1/stream", query="prompt=x", headers=SSE)
             assert later.status == 200
             [event] = later.events()

@@ -8,7 +8,7 @@ import pytest
 
 from asgi_client import call, exchange
 from fake_engine import FakeRunner, expected_text, make_scheduler
-from live_app import LiveApp, live_app
+from live_app import live_app
 
 pytestmark = pytest.mark.anyio
 
@@ -114,7 +114,7 @@ async def test_a_stop_string_ends_the_text_before_it(num_stop_chars: int) -> Non
     async with live_app() as app:
         whole = await call(app.asgi, "POST", "/v1/completions", body)
         streamed = await call(app.asgi, "POST", "/v1/completions", body | {"stream": True})
-        await _until_idle(app)
+        await app.until(lambda: app.client.load.num_running == 0)
     assert whole.json()["choices"][0]["text"] == text[:at]
     assert whole.json()["choices"][0]["finish_reason"] == "stop"
     assert whole.json()["usage"]["completion_tokens"] == at + num_stop_chars
@@ -199,9 +199,3 @@ async def test_streams_are_merged_into_one_running_batch() -> None:
         texts = [request.json()["choices"][0]["text"] for request in requests]
     assert texts == [expected_text(f"n{i}", 30) for i in range(20)]
     assert max(runner.widths) == 20
-
-
-async def _until_idle(app: LiveApp) -> None:
-    with anyio.fail_after(10):
-        while app.client.load.num_running:
-            await anyio.sleep(0.005)

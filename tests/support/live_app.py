@@ -1,8 +1,10 @@
 """A whole App on the fake model, with its lifespan, inside a test's own event loop."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
+
+import anyio
 
 from fake_engine import FakeRunner, byte_tokenizer, make_scheduler
 from headrace.scheduler.scheduler import Scheduler
@@ -17,6 +19,12 @@ class LiveApp(App):
         self.runner = runner
         self.scheduler = scheduler
         super().__init__(settings, "fake", lambda: (scheduler, runner), byte_tokenizer)
+
+    async def until(self, predicate: Callable[[], bool]) -> None:
+        """Wait until `predicate()` holds: what the engine thread does is seen when its publication arrives."""
+        with anyio.fail_after(20):
+            while not predicate():  # noqa: ASYNC110 - no event tells of every publication
+                await anyio.sleep(0.001)
 
 
 @asynccontextmanager

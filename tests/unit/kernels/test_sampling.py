@@ -33,7 +33,8 @@ def filtered(
     order = np.argsort(-probs, kind="stable")
     kept = list(order[:top_k]) if top_k else list(order)
     mass = probs[kept].sum()
-    total, nucleus = 0.0, []
+    nucleus: list[int] = []
+    total = 0.0
     for token in kept:
         if nucleus and total >= top_p * mass:
             break

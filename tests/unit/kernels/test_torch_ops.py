@@ -90,7 +90,7 @@ def test_paged_attention(mix: str, block_size: int, heads: tuple[int, int], dtyp
     outputs = []
     for ops in (torch_ops, reference):
         plan = ops.plan_attention(metadata, block_size, q.device)
-        outputs.append(ops.paged_attention(q, k_cache, v_cache, plan, 32**-0.5))  # type: ignore[arg-type]
+        outputs.append(ops.paged_attention(q, k_cache, v_cache, plan, 32**-0.5))
     assert_close(outputs[0], outputs[1], dtype)
 
 

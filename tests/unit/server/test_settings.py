@@ -1,0 +1,64 @@
+"""Where a setting comes from, and what a wrong one says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.server.settings import Settings, SettingsError, load_settings
+
+
+def test_flags_win_over_the_environment_over_the_file_over_defaults(tmp_path: Path) -> None:
+    config = tmp_path / "headrace.toml"
+    config.write_text('port = 1\nhost = "file"\nmax_num_seqs = 3\n')
+    settings = load_settings(
+        ["some/model", "--config", str(config), "--port", "3"], {"HEADRACE_PORT": "2", "HEADRACE_HOST": "environment"}
+    )
+    assert (settings.port, settings.host, settings.max_num_seqs) == (3, "environment", 3)
+    assert settings.model == "some/model"
+    assert settings.block_size == Settings().block_size
+
+
+@pytest.mark.parametrize(
+    ("written", "num_bytes"), [("1024", 1024), ("2GiB", 2 << 30), ("512MB", 512 << 20), ("1.5k", 1536), ("3g", 3 << 30)]
+)
+def test_bytes_may_have_a_unit(written: str, num_bytes: int) -> None:
+    assert load_settings(["--kv-cache-bytes", written], {}).kv_cache_bytes == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("args", "environ", "toml", "named"),
+    [
+        ([], {"HEADRACE_PROT": "1"}, "", "HEADRACE_PROT"),
+        ([], {}, "prot = 1", "prot"),
+        ([], {}, "[server]\nport = 1", "server"),
+        ([], {}, "port = ", "config"),
+        ([], {}, 'port = "many"', "port"),
+        ([], {"HEADRACE_PORT": "-1"}, "", "port"),
+        (["--kv-cache-bytes", "2XB"], {}, "", "kv_cache_bytes"),
+        (["--kv-cache-bytes", "inf"], {}, "", "kv_cache_bytes"),
+        (["--kv-cache-bytes", "-5"], {}, "", "kv_cache_bytes"),
+        (["--device", "tpu"], {}, "", "device"),
+        (["--workers", "2"], {}, "", "workers"),
+        (["--max-num-batched-tokens", "8", "--max-num-seqs", "9"], {}, "", "max_num_batched_tokens"),
+    ],
+)
+def test_a_wrong_or_unknown_setting_is_named(
+    tmp_path: Path, args: list[str], environ: dict[str, str], toml: str, named: str
+) -> None:
+    config = tmp_path / "headrace.toml"
+    config.write_text(toml)
+    with pytest.raises(SettingsError, match=named):
+        load_settings([*args, "--config", str(config)], environ)
+
+
+def test_an_unknown_flag_ends_with_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_settings(["--prot", "1"], {})
+    assert "--prot" in capsys.readouterr().err
+
+
+def test_settings_are_frozen() -> None:
+    settings: Any = Settings()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.port = 1
