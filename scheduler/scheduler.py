@@ -81,7 +81,6 @@ class Scheduler:
         dropped = self._drop_cancelled() + self._drop_expired(now)
         rows: list[ScheduledRow] = []
         budget = self._max_num_batched_tokens
-        num_preemptions = self._num_preemptions
 
         for sequence in list(self._running.values()):
             if budget == 0:
@@ -91,8 +90,8 @@ class Scheduler:
                 rows.append(ScheduledRow(sequence, num_tokens))
                 budget -= num_tokens
 
-        # A step that had to preempt admits nobody: the blocks it freed belong to those that run.
-        while budget > 0 and num_preemptions == self._num_preemptions and (head := self._admit_next(now)):
+        # After a preemption the victim heads the queue, and of the blocks it needs some are taken: nobody is admitted.
+        while budget > 0 and (head := self._admit_next(now)):
             num_tokens = min(head.num_uncomputed_tokens, budget)
             rows.append(ScheduledRow(head, num_tokens))
             budget -= num_tokens

@@ -101,6 +101,8 @@ async def test_while_queued_the_others_run_on(route: str) -> None:
             queued.disconnect()
             await queued.done.wait()
             assert cancelled(app, "queued") >= 1
+            await let_pass(app, 2)
+            assert app.client.num_waiting == 0
         await first.done.wait()
         assert first.json()["choices"][0]["text"] == expected_text("hi", 100)
         await until_free(app)
@@ -120,7 +122,8 @@ async def test_in_a_prefill_chunk_its_blocks_are_freed(route: str) -> None:
             assert app.client.load.num_free_blocks < app.client.load.num_total_blocks
             request.disconnect()
             await request.done.wait()
-        await until_free(app)
+            app.runner.allow(1)  # the step under way; the next schedule() frees
+            await until_free(app)
         assert cancelled(app, "prefill") == 1
 
 
@@ -134,6 +137,8 @@ async def test_in_decode_its_neighbour_keeps_its_text(route: str) -> None:
             await let_pass(app, 4)
             request.disconnect()
             await request.done.wait()
+            await let_pass(app, 2)
+            assert app.client.load.num_running == 1, "only the neighbour runs on"
         assert cancelled(app, "decode") == 1
         await neighbour.done.wait()
         texts = [json.loads(event["data"])["choices"][0]["text"] for event in neighbour.events()[:-1]]
@@ -163,18 +168,22 @@ async def test_at_the_instant_of_the_last_token_it_ends_once(route: str, max_tok
 
 
 async def test_a_reader_that_takes_nothing_is_let_go_when_it_leaves() -> None:
+    async def take_nothing(message: Any) -> None:
+        if message.get("body"):
+            await anyio.sleep_forever()
+
     async with live_app() as app, anyio.create_task_group() as tasks:
-        request = start(app, "completion-stream", tasks, max_tokens=300)
-
-        async def take_nothing(message: Any) -> None:
-            if message.get("body"):
-                await anyio.sleep_forever()
-
-        request.reader = take_nothing
-        await request.wait_until(lambda: request.body != b"")
-        request.disconnect()
-        await request.done.wait()
-        await until_free(app)
+        with app.runner.held():
+            request = start(app, "completion-stream", tasks, max_tokens=300)
+            request.reader = take_nothing
+            app.runner.allow(1)
+            await request.wait_until(lambda: request.body != b"")
+            [generation] = app.client._generations.values()
+            request.disconnect()
+            await request.done.wait()
+            assert generation.log.num_subscribers == 0
+            app.runner.allow(1)
+            await until_free(app)
 
 
 async def test_a_reader_that_takes_one_write_at_a_time_gets_fewer_larger_events_without_a_gap() -> None:

@@ -49,6 +49,8 @@ async def test_a_stream_is_created_then_read_to_its_done_event() -> None:
     assert text_of(named) == TEXT
     tokens = [json.loads(event["data"]) for event in named if event["event"] == "token"]
     assert sum(token["num_tokens"] for token in tokens) == NUM_TOKENS
+    # A reader cut between the last token and `done` comes back for `done`, so they have ids of their own.
+    assert [event["id"] for event in named[-2:]] == [f"{stream['id']}:{NUM_TOKENS + i}" for i in (0, 1)]
     assert named[-1]["event"] == "done"
     done = json.loads(named[-1]["data"])
     assert done["finish_reason"] == "length"

@@ -121,6 +121,22 @@ async def test_a_stop_string_ends_the_text_before_it(num_stop_chars: int) -> Non
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks(streamed.body)) == text[:at]
 
 
+async def test_a_stop_string_frees_the_sequence_in_the_engine_too() -> None:
+    text = expected_text("stop here", 40)
+    async with live_app() as app, anyio.create_task_group() as tasks:
+        request = exchange(app.asgi, "POST", "/v1/completions")
+        request.send_body(
+            json.dumps({"prompt": "stop here", "max_tokens": 400, "stop": text[4:7], "temperature": 0}).encode()
+        )
+        with app.runner.held():
+            tasks.start_soon(request.run)
+            app.runner.allow(7)
+            await request.done.wait()
+            app.runner.allow(1)  # the step that was under way when the text was complete
+            await app.until(lambda: app.client.load.num_running == 0)
+        assert request.json()["choices"][0]["text"] == text[:4]
+
+
 async def test_a_silent_stream_gets_comments_and_a_flowing_one_none() -> None:
     runner = FakeRunner()
     async with live_app(runner=runner, heartbeat_s=1) as app, anyio.create_task_group() as tasks:
@@ -163,6 +179,21 @@ async def test_a_step_that_fails_ends_its_streams_with_an_error_event_and_the_en
     if whole in failed:
         assert whole.status == 500
     assert after.json()["choices"][0]["text"] == expected_text("x", 20)
+
+
+async def test_a_step_that_fails_leaves_those_that_waited() -> None:
+    async with live_app(scheduler=make_scheduler(max_num_seqs=1)) as app, anyio.create_task_group() as tasks:
+        requests = [exchange(app.asgi, "POST", "/v1/completions") for _ in range(2)]
+        with app.runner.held():
+            for i, request in enumerate(requests):
+                request.send_body(json.dumps({"prompt": f"w{i}", "max_tokens": 9, "temperature": 0}).encode())
+                tasks.start_soon(request.run)
+                await anyio.wait_all_tasks_blocked()
+            app.runner.fail_next = True
+        for request in requests:
+            await request.done.wait()
+    assert requests[0].status == 500
+    assert requests[1].json()["choices"][0]["text"] == expected_text("w1", 9)
 
 
 async def test_a_deadline_ends_a_stream_with_an_error_event_and_a_whole_answer_with_504() -> None:

@@ -65,6 +65,7 @@ class Life:
             assert still_running <= set(rows), "every running sequence gets its token"
         if running_before and (oldest := running_before[0]) in self.scheduler._running:
             assert oldest in rows, "the oldest always advances"
+        assert list(self.scheduler._waiting) == sorted(self.scheduler._waiting), "preempted ones keep their place"
         self.record(self.scheduler.update(output, run(output)))
         self.scheduler.check_books()
         return output
