@@ -200,6 +200,7 @@ async def test_a_reader_that_takes_one_write_at_a_time_gets_fewer_larger_events_
         async with anyio.create_task_group() as tasks:
             request = start(app, "completion-stream", tasks, max_tokens=120)
             request.reader = take_one_then_wait
+            await request.wait_until(lambda: writes != [])
             await until_free(app)  # the engine did not wait for the reader
             may_read_on.set()
     texts = [json.loads(event["data"])["choices"][0]["text"] for event in request.events()[:-1]]

@@ -189,6 +189,8 @@ async def test_a_step_that_fails_leaves_those_that_waited() -> None:
                 request.send_body(json.dumps({"prompt": f"w{i}", "max_tokens": 9, "temperature": 0}).encode())
                 tasks.start_soon(request.run)
                 await anyio.wait_all_tasks_blocked()
+            app.runner.allow(2)
+            await app.until(lambda: app.client.load.num_waiting == 1)
             app.runner.fail_next = True
         for request in requests:
             await request.done.wait()
