@@ -51,7 +51,7 @@ test: setup-test
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-all: setup-test
-	@$(BIN)/python -m pytest tests $(ARGS)
+	@TESTS_LONG=1 $(BIN)/python -m pytest tests $(ARGS)
 
 check: lint test
 

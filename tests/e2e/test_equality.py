@@ -15,7 +15,7 @@ from headrace.scheduler.model_source import ModelSource
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.tokenizer import Tokenizer, load_tokenizer
 
-NUM_OUTPUT_TOKENS = 24
+NUM_OUTPUT_TOKENS = 20
 BLOCK_SIZE = 16
 NUM_BLOCKS = 512
 
@@ -136,7 +136,7 @@ def test_tokens_equal_generate_sixteen_wide_with_staggered_arrival(
     assert width == 16
 
 
-@pytest.mark.parametrize("chunk", [3, 7, 17, 33])
+@pytest.mark.parametrize("chunk", [3, 7, 33])
 def test_tokens_equal_generate_when_prompts_are_chunked_at_awkward_sizes(
     runner: ModelRunner, prompts: list[list[int]], reference: list[list[int]], tokenizer: Tokenizer, chunk: int
 ) -> None:
