@@ -59,6 +59,15 @@ class KVCache:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
 
+    def clear(self, block_ids: torch.Tensor) -> None:
+        """Zero blocks (int64 [n]) that change hands.
+
+        Attention reads a block's unused slots too and gives them no weight, but no weight times infinity is not zero.
+        """
+        if len(block_ids):
+            for cache in (*self.keys, *self.values):
+                cache.index_fill_(0, block_ids, 0)
+
 
 class _Layer:
     def __init__(self, weights: Mapping[str, torch.Tensor], prefix: str) -> None:

@@ -15,7 +15,6 @@ class PackedLinear:
     """x [T, in] -> x @ weight.T [T, out]. The weight handed in, [out, in], is not kept where it was reordered."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self.num_bytes = weight.nbytes
         self._is_reordered = weight.device.type == "cpu" and _can_reorder(weight.dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_reordered else weight
 

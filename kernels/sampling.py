@@ -30,6 +30,7 @@ class SamplingBatch:
     masked: list[tuple[int, int]]
 
 
+@torch.inference_mode()
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
     """Draw one token id per row of logits, float32 [R, V], which are written to where tokens are masked."""
     if batch.masked:
@@ -84,14 +85,16 @@ def _draw(
     if len(plain):
         token_ids[plain] = _invert(probs[plain], uniform[plain])
     remaining = is_filtered.nonzero().flatten()
-    num_candidates = min(vocab_size, max(_NUM_CANDIDATES, int(top_k.max())))
+    num_candidates = min(vocab_size, _NUM_CANDIDATES)
     while len(remaining):
-        top, index = probs[remaining].topk(num_candidates, dim=-1)
-        is_kept, is_enough = _keep(top, top_k[remaining], top_p[remaining], min_p[remaining])
+        # How many candidates a row looks at must be its own doing: `topk` orders ties differently for another number.
+        tried = remaining[(top_k[remaining] <= num_candidates) | (num_candidates == vocab_size)]
+        top, index = probs[tried].topk(num_candidates, dim=-1)
+        is_kept, is_enough = _keep(top, top_k[tried], top_p[tried], min_p[tried])
         done = is_enough if num_candidates < vocab_size else torch.ones_like(is_enough)
-        drawn = _invert(torch.where(is_kept, top, 0.0)[done], uniform[remaining[done]])
-        token_ids[remaining[done]] = index[done].gather(1, drawn[:, None]).flatten()
-        remaining = remaining[~done]
+        drawn = _invert(torch.where(is_kept, top, 0.0)[done], uniform[tried[done]])
+        token_ids[tried[done]] = index[done].gather(1, drawn[:, None]).flatten()
+        remaining = remaining[~torch.isin(remaining, tried[done])]
         num_candidates = min(vocab_size, 8 * num_candidates)
     return token_ids
 

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 
 from headrace.kernels.ops import AttentionMetadata
 
+# Keys and values gathered for one call: enough rows to share its cost, little enough memory whatever the batch.
+_MAX_GATHERED_TOKENS = 16384
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
@@ -60,7 +63,15 @@ def plan_attention(metadata: AttentionMetadata, block_size: int, device: torch.d
         # A prompt chunk stands alone; decode rows share a call with contexts of the same power of two.
         width = num_blocks.bit_length() if num_query == 1 else -1 - b
         members.setdefault((num_query, width), []).append(b)
-    return [_make_group(metadata, num_query, batch, block_size, device) for (num_query, _), batch in members.items()]
+    groups = []
+    for (num_query, _), batch in members.items():
+        longest = max(metadata.context_lens[b] for b in batch)
+        width = max(1, _MAX_GATHERED_TOKENS // longest)
+        groups += [
+            _make_group(metadata, num_query, batch[i : i + width], block_size, device)
+            for i in range(0, len(batch), width)
+        ]
+    return groups
 
 
 def _make_group(

@@ -56,7 +56,7 @@ class EngineCore:
         self._load = load
         self._publish = publish
         self._clock = clock
-        self._inbox: deque[GenerationRequest | int] = deque()
+        self._inbox: deque[GenerationRequest | int | None] = deque()  # to submit, to cancel, to stop
         self._wake = threading.Event()
         self._is_stopping = False
         self._busy_s = 0.0
@@ -77,7 +77,7 @@ class EngineCore:
 
     def stop(self) -> None:
         """Ask the thread to end; what still runs ends with an error. Join with `join()`."""
-        self._is_stopping = True
+        self._inbox.append(None)
         self._wake.set()
 
     def join(self, timeout_s: float | None = None) -> bool:
@@ -102,8 +102,10 @@ class EngineCore:
         self._publish(EngineStopped(error))
 
     def _loop(self, scheduler: Scheduler, runner: Runner) -> None:
-        while not self._is_stopping:
+        while True:
             self._drain_inbox(scheduler)
+            if self._is_stopping:
+                break
             if not scheduler.has_work:
                 scheduler.check_books()
                 self._wake.wait()
@@ -113,15 +115,17 @@ class EngineCore:
             outputs = output.dropped + self._step(scheduler, runner, output)
             self._busy_s += self._clock() - started_s
             self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s)))
-        self._drain_inbox(scheduler)
-        self._publish(StepOutput(tuple(scheduler.fail_all("the server is shutting down")), scheduler.load()))
+        outputs = scheduler.fail_all("the server is shutting down")
+        self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s)))
 
     def _drain_inbox(self, scheduler: Scheduler) -> None:
         # Cleared before draining: what arrives after the last pop sets it again, so no wake-up is lost.
         self._wake.clear()
         while self._inbox:
             item = self._inbox.popleft()
-            if isinstance(item, GenerationRequest):
+            if item is None:
+                self._is_stopping = True
+            elif isinstance(item, GenerationRequest):
                 scheduler.add(item)
             else:
                 scheduler.cancel(item)

@@ -63,7 +63,10 @@ class GGUFFile:
     def get(self, key: str, default: Any = None) -> Any:
         """A metadata value as a Python object, `default` where it is absent."""
         field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except (ValueError, IndexError) as error:
+            raise ModelSourceError(f"{self.path}: the metadata `{key}` cannot be read: {error}") from error
 
     def require(self, key: str) -> Any:
         """A metadata value. Raises: UnsupportedModelError where it is absent."""
@@ -79,9 +82,6 @@ class GGUFFile:
     def arch(self, key: str, default: Any = None) -> Any:
         """A metadata value under the architecture's own prefix."""
         return self.get(f"{self.architecture}.{key}", default)
-
-    def has_tensor(self, name: str) -> bool:
-        return any(tensor.name == name for tensor in self._reader.tensors)
 
     def tensors(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         """Every tensor as (Hugging Face's name, float32 array).

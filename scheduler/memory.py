@@ -34,8 +34,10 @@ def _cgroup_available() -> int | None:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             base, limit_name, usage_name = _CGROUP_ROOT, "memory.max", "memory.current"
+            reclaimable = "inactive_file"
         elif controllers == "memory":
             base, limit_name, usage_name = _CGROUP_ROOT / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            reclaimable = "total_inactive_file"
         else:
             continue
         group = base / path.lstrip("/")
@@ -43,7 +45,16 @@ def _cgroup_available() -> int | None:
             if base not in (folder, *folder.parents):
                 break
             try:
-                left.append(int((folder / limit_name).read_text()) - int((folder / usage_name).read_text()))
+                limit, usage = (int((folder / name).read_text()) for name in (limit_name, usage_name))
             except (OSError, ValueError):  # absent, or "max"
                 continue
+            left.append(max(0, limit - usage + _read_stat(folder / "memory.stat", reclaimable)))
     return min(left, default=None)
+
+
+def _read_stat(path: Path, name: str) -> int:
+    """A line of memory.stat in bytes: page cache counts as used, and is given up on demand."""
+    try:
+        return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[0] == name)
+    except (OSError, ValueError, IndexError, StopIteration):
+        return 0

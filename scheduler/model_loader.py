@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _SUPPORTED_ROPE = {"default", "linear", "llama3", "yarn"}
 # Shares of free memory the KV cache may take: a CPU's is shared with the user's other programs.
 _KV_SHARE_CPU, _KV_SHARE_CUDA = 0.4, 0.85
+# Free memory where the system does not tell.
+_ASSUMED_BYTES = 4 * 2**30
 
 
 def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
@@ -42,10 +44,10 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
     device = _choose_device(config.device)
     dtype = _choose_dtype(config, device)
     if config.model_path.is_file():
-        decoder_config, weights = _read_gguf(open_gguf(config.model_path))
+        decoder_config, weights, is_tied = _read_gguf(open_gguf(config.model_path))
     else:
-        decoder_config, weights = _read_directory(config.model_path)
-    _check_weights(decoder_config, weights)
+        decoder_config, weights, is_tied = _read_directory(config.model_path)
+    _check_weights(decoder_config, weights, is_tied)
     weights = {name: weight.to(device, dtype) for name, weight in weights.items()}
     decoder = Decoder(decoder_config, weights, torch_ops)
 
@@ -82,13 +84,14 @@ def _choose_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     if device.type != "cpu":
-        return torch.bfloat16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     has_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def _read_directory(folder: Path) -> tuple[DecoderConfig, dict[str, torch.Tensor]]:
+def _read_directory(folder: Path) -> tuple[DecoderConfig, dict[str, torch.Tensor], bool]:
+    """(The shape, the weights, whether the output projection is the embedding)."""
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
@@ -105,10 +108,11 @@ def _read_directory(folder: Path) -> tuple[DecoderConfig, dict[str, torch.Tensor
             weights |= load_file(folder / name)
         except (OSError, SafetensorError) as error:
             raise ModelSourceError(f"{folder / name} cannot be read: {error}") from error
-    return decoder_config, weights
+    return decoder_config, weights, bool(config.tie_word_embeddings)
 
 
-def _read_gguf(file: GGUFFile) -> tuple[DecoderConfig, dict[str, torch.Tensor]]:
+def _read_gguf(file: GGUFFile) -> tuple[DecoderConfig, dict[str, torch.Tensor], bool]:
+    """As `_read_directory`."""
     if file.architecture != "llama":
         raise UnsupportedModelError(f"{file.path}: architecture {file.architecture!r} is not supported; llama is")
     weights = {name: torch.from_numpy(values) for name, values in file.tensors()}
@@ -128,11 +132,11 @@ def _read_gguf(file: GGUFFile) -> tuple[DecoderConfig, dict[str, torch.Tensor]]:
         tie_word_embeddings="lm_head.weight" not in weights,
         rope_parameters={"rope_type": "default", "rope_theta": float(file.arch("rope.freq_base", 10000.0))},
     )
-    if file.arch("rope.scaling.type", "none") not in ("none", None):
-        raise UnsupportedModelError(f"{file.path}: rope scaling {file.arch('rope.scaling.type')!r} is not supported")
+    if file.arch("rope.scaling.type", "none") != "none" or file.arch("rope.scale_linear", 1.0) != 1.0:
+        raise UnsupportedModelError(f"{file.path}: rope scaling is not supported")
     # Llama 3's scaling reaches a GGUF as one factor per frequency.
     factors = weights.pop("rope_freqs.weight", None)
-    return _decoder_config(config, factors), weights
+    return _decoder_config(config, factors), weights, bool(config.tie_word_embeddings)
 
 
 def _decoder_config(config: Any, rope_factors: torch.Tensor | None = None) -> DecoderConfig:
@@ -166,8 +170,10 @@ def _decoder_config(config: Any, rope_factors: torch.Tensor | None = None) -> De
     )
 
 
-def _check_weights(config: DecoderConfig, weights: dict[str, torch.Tensor]) -> None:
+def _check_weights(config: DecoderConfig, weights: dict[str, torch.Tensor], is_tied: bool) -> None:
     """Compare names and shapes with the config. Raises: ModelSourceError, naming the first that differs."""
+    if is_tied:
+        weights.pop("lm_head.weight", None)
     expected = {
         "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
         "model.norm.weight": (config.hidden_size,),
@@ -186,12 +192,14 @@ def _check_weights(config: DecoderConfig, weights: dict[str, torch.Tensor]) -> N
             f"{prefix}.mlp.up_proj.weight": (config.intermediate_size, config.hidden_size),
             f"{prefix}.mlp.down_proj.weight": (config.hidden_size, config.intermediate_size),
         }
+    if not is_tied:
+        expected["lm_head.weight"] = (config.vocab_size, config.hidden_size)
     for name, shape in expected.items():
         if name not in weights:
             raise ModelSourceError(f"the model lacks the weight {name}")
         if tuple(weights[name].shape) != shape:
             raise ModelSourceError(f"weight {name} has shape {tuple(weights[name].shape)}, the config says {shape}")
-    for name in set(weights) - set(expected) - {"lm_head.weight"}:
+    for name in set(weights) - set(expected):
         if name.endswith("rotary_emb.inv_freq"):
             del weights[name]
         else:
@@ -205,12 +213,13 @@ def _choose_num_blocks(config: EngineConfig, decoder: Decoder, max_model_len: in
         if decoder.device.type == "cuda":
             cache_bytes = int(torch.cuda.mem_get_info(decoder.device)[0] * _KV_SHARE_CUDA)
         else:
-            cache_bytes = int((available_bytes() or 4 * 2**30) * _KV_SHARE_CPU)
+            available = available_bytes()
+            cache_bytes = int((_ASSUMED_BYTES if available is None else available) * _KV_SHARE_CPU)
     # More than every running sequence at full length can never be used.
     num_useful = config.max_num_seqs * -(-max_model_len // config.block_size)
     num_blocks = min(cache_bytes // block_bytes, num_useful)
-    if num_blocks < 1:
-        raise CapacityError(f"the KV cache of {cache_bytes} bytes does not hold one block of {block_bytes} bytes")
+    if num_blocks * config.block_size < 2:
+        raise CapacityError(f"a KV cache of {cache_bytes} bytes is too small: a block takes {block_bytes} bytes")
     return num_blocks
 
 

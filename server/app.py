@@ -24,7 +24,7 @@ from headrace.scheduler.scheduler import Scheduler
 from headrace.server.endpoint import Endpoint, internal_error_response
 from headrace.server.engine_client import EngineClient
 from headrace.server.errors import UnavailableError, envelope
-from headrace.server.generate import Generator
+from headrace.server.generator import Generator
 from headrace.server.guard import LoopbackGuard
 from headrace.server.native_api import NativeApi
 from headrace.server.openai_api import OpenAIApi
@@ -35,6 +35,8 @@ from headrace.server.tokenizer import Tokenizer
 _SWEEP_INTERVAL_S = 0.25
 _LAG_INTERVAL_S = 0.1
 _DRAIN_POLL_S = 0.05
+# A step takes well under a second; a model that is still loading may take minutes, and nobody waits for it.
+_STOP_TIMEOUT_S = 5.0
 _STATIC = Path(__file__).parent / "static"
 
 
@@ -96,7 +98,7 @@ class App:
             tasks.start_soon(self._measure_lag)
             yield
             self.client.is_draining = True
-            await self.client.stop()
+            await self.client.stop(_STOP_TIMEOUT_S)
             tasks.cancel_scope.cancel()
 
     async def _watch_engine(self) -> None:
@@ -106,8 +108,11 @@ class App:
             self.generator.tokenizer = await anyio.to_thread.run_sync(self._load_tokenizer, abandon_on_cancel=True)
         except HeadraceError as exception:
             error = exception
-        await self.client.settled.wait()
-        error = error or self.client.error
+        else:
+            await self.client.settled.wait()
+            error = self.client.error
+        if self.client.is_draining:
+            return
         self.settled.set()
         self._on_engine_change(error)
         await self.client.stopped.wait()
@@ -179,7 +184,8 @@ class App:
         """Ready: the model is loaded and warm, and the server is not draining."""
         if self.is_ready:
             return JSONResponse({"status": "ready"})
-        return JSONResponse({"status": "draining" if self.client.is_draining else "loading"}, 503)
+        status = "draining" if self.client.is_draining else "loading"
+        return JSONResponse({"status": "engine_dead" if self.client.stopped.is_set() else status}, 503)
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.client.metrics.expose(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -19,29 +19,36 @@ class Detokenizer:
         self, tokenizer: Tokenizer, stop: tuple[str, ...], min_tokens: int = 0, skip_special_tokens: bool = True
     ) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._skip_special_tokens = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._pending: list[int] = []  # tokens whose text has not come out yet
         self._stop = stop
         self._min_tokens = min_tokens
-        self._token_ids: list[int] = []
-        self._num_decoded_chars = 0
+        self._num_tokens = 0
         self._held = ""
         self.is_stopped = False
 
     def push(self, token_id: int) -> str:
         """The text that may go out now. `is_stopped` is set once a stop string is complete: nothing follows it."""
         assert not self.is_stopped, "push after a stop string"
-        self._token_ids.append(token_id)
-        text = self._tokenizer.decode_step(self._stream, token_id)
-        self._num_decoded_chars += len(text)
+        self._num_tokens += 1
+        self._pending.append(token_id)
+        try:
+            text = self._tokenizer.decode_step(self._stream, token_id)
+        except Exception:
+            # Where a whole decode writes U+FFFD for stray bytes, the stream gives up: write it and begin anew.
+            text = self._tokenizer.decode(self._pending, skip_special_tokens=self._skip_special_tokens)
+            self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
+        if text:
+            self._pending.clear()
         return self._pass_on(text)
 
     def flush(self) -> str:
         """What is left at the end: an unfinished character, as U+FFFD, and text held back for a stop string."""
         if self.is_stopped:
             return ""
-        whole = self._tokenizer.decode(self._token_ids, skip_special_tokens=self._skip_special_tokens)
-        text = self._pass_on(whole[self._num_decoded_chars :])
+        pending, self._pending = self._pending, []
+        text = self._pass_on(self._tokenizer.decode(pending, skip_special_tokens=self._skip_special_tokens))
         if self.is_stopped:
             return text
         held, self._held = self._held, ""
@@ -51,7 +58,7 @@ class Detokenizer:
         if not self._stop:
             return text
         text = self._held + text
-        if len(self._token_ids) >= self._min_tokens:
+        if self._num_tokens >= self._min_tokens:
             found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
             if found:
                 self.is_stopped = True

@@ -7,6 +7,7 @@ their logs. What it knows of the engine's load is the last snapshot, plus what i
 import asyncio
 import contextlib
 import itertools
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ from headrace.server.detokenizer import Detokenizer
 from headrace.server.errors import ApiError, EngineFailedError, OverloadedError, UnavailableError
 from headrace.server.generation import Generation, Stages
 from headrace.server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
 
 # How fast the estimate of the queue's pace follows what is seen.
 _PACE_WEIGHT = 0.2
@@ -79,11 +82,20 @@ class EngineClient:
         self._loop = asyncio.get_running_loop()
         self._engine.start()
 
-    async def stop(self) -> None:
-        """End the engine thread; generations that still run end with an error."""
+    async def stop(self, timeout_s: float) -> None:
+        """End the engine thread; generations that still run end with an error.
+
+        A thread that is still loading, or hangs in a step, is not waited for beyond `timeout_s`: see `has_thread`.
+        """
         self._engine.stop()
-        await self.stopped.wait()
-        await anyio.to_thread.run_sync(self._engine.join)
+        with anyio.move_on_after(timeout_s):
+            await self.stopped.wait()
+            await anyio.to_thread.run_sync(self._engine.join)
+
+    @property
+    def has_thread(self) -> bool:
+        """Whether the engine thread is alive, as it may be after `stop`."""
+        return not self._engine.join(0)
 
     @contextmanager
     def reserve(self) -> Iterator[None]:
@@ -120,7 +132,7 @@ class EngineClient:
         self._check_accepting()
         stages.submitted_s = self.clock()
         request = GenerationRequest(next(self._ids), tuple(prompt_token_ids), sampling, stages.received_s, deadline_s)
-        generation = Generation(id, request, stages, detokenizer, [self._forget])
+        generation = Generation(id, request.request_id, len(prompt_token_ids), stages, detokenizer, [self._forget])
         if on_end is not None:
             generation.on_end.append(on_end)
         self._generations[request.request_id] = generation
@@ -136,7 +148,7 @@ class EngineClient:
         `error` is what its readers are told, where it was not their doing.
         """
         if not generation.is_over:
-            self._engine.cancel(generation.request.request_id)
+            self._engine.cancel(generation.request_id)
             generation.end(FinishReason.CANCELLED, self.clock(), error)
 
     def cancel_all(self, error: ApiError) -> None:
@@ -177,6 +189,10 @@ class EngineClient:
                 self.error = publication.error
                 self.stopped.set()
                 self.settled.set()
+                num_blocks = self.load.num_total_blocks
+                self.load = LoadSnapshot(
+                    num_received=self._num_submitted, num_total_blocks=num_blocks, num_free_blocks=num_blocks
+                )
                 for generation in list(self._generations.values()):
                     generation.end(FinishReason.ERROR, self.clock(), EngineFailedError("the engine has ended"))
 
@@ -190,9 +206,13 @@ class EngineClient:
                 continue  # cancelled or stopped on this side, and the engine had not heard yet
             if output.scheduled_s is not None:
                 num_started += 1
-                del self._queued[output.request_id]
+                self._queued.pop(output.request_id, None)
             self._observe(generation, output, now)
-            generation.receive(output, now)
+            try:
+                generation.receive(output, now)
+            except Exception:  # of this one's text: it must not cost the others theirs
+                logger.exception("request %s failed while its text was made", generation.id)
+                generation.end(FinishReason.ERROR, now, EngineFailedError("the text could not be decoded"))
             if generation.is_over and output.finish_reason is None:
                 self._engine.cancel(output.request_id)  # a stop string, which the engine cannot see
         self._pace.observe(now, num_started, is_backlogged=bool(self._queued))
@@ -209,8 +229,8 @@ class EngineClient:
                 metrics.itl.observe(now - stages.last_token_s)
 
     def _forget(self, generation: Generation) -> None:
-        del self._generations[generation.request.request_id]
-        self._queued.pop(generation.request.request_id, None)
+        del self._generations[generation.request_id]
+        self._queued.pop(generation.request_id, None)
         self.metrics.observe_end(generation)
 
 

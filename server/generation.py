@@ -7,7 +7,7 @@ stop string, a deadline, a cancellation.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from headrace.scheduler.messages import FinishReason, GenerationRequest, SequenceOutput
+from headrace.scheduler.messages import FinishReason, SequenceOutput
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.errors import ApiError, DeadlineError, EngineFailedError
 from headrace.server.stream_log import StreamLog, Terminal
@@ -29,10 +29,14 @@ class Stages:
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """`id` is what the log calls it, `request` what the engine got. `on_end` is called once the log has closed."""
+    """`id` is what the log calls it, `request_id` what the engine calls it; the prompt is not kept.
+
+    `on_end` is called once the log has closed.
+    """
 
     id: str
-    request: GenerationRequest
+    request_id: int
+    num_prompt_tokens: int
     stages: Stages
     detokenizer: Detokenizer
     on_end: list[Callable[["Generation"], None]]
@@ -79,9 +83,10 @@ class Generation:
         """Close the log; without effect on one that is already over."""
         if self.is_over:
             return
-        self._append(self.detokenizer.flush())
-        if self.detokenizer.is_stopped:
-            reason, error = FinishReason.STOP, None
+        if reason is not FinishReason.ERROR:
+            self._append(self.detokenizer.flush())
+            if self.detokenizer.is_stopped:
+                reason, error = FinishReason.STOP, None
         self.stages.end_s = now
         self.log.close(Terminal(reason, error))
         for callback in self.on_end:
@@ -89,7 +94,7 @@ class Generation:
 
     def usage(self, num_output_tokens: int | None = None) -> dict[str, int]:
         """OpenAI's usage, for all output tokens or the first so many."""
-        num_prompt = len(self.request.prompt_token_ids)
+        num_prompt = self.num_prompt_tokens
         num_output = self.num_output_tokens if num_output_tokens is None else num_output_tokens
         return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
 

@@ -20,8 +20,8 @@ from headrace.server.errors import (
     OverloadedError,
     UnavailableError,
 )
-from headrace.server.generate import Generator
 from headrace.server.generation import Generation, Stages
+from headrace.server.generator import Generator
 from headrace.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,

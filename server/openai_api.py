@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from headrace.scheduler.messages import FinishReason
-from headrace.server.generate import Generator
 from headrace.server.generation import Generation, Stages
+from headrace.server.generator import Generator
 from headrace.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,

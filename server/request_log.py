@@ -19,7 +19,7 @@ def log_request(generation: Generation, route: str) -> None:
         "id": generation.id,
         "route": route,
         "finish_reason": terminal.finish_reason.value,
-        "prompt_tokens": len(generation.request.prompt_token_ids),
+        "prompt_tokens": generation.num_prompt_tokens,
         "completion_tokens": generation.num_output_tokens,
         "stages_ms": {
             name.removesuffix("_s"): None if at_s is None else round((at_s - received_s) * 1000, 1)

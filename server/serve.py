@@ -1,6 +1,7 @@
 """`headrace serve`: settings to a listening server, and signals to an orderly end."""
 
 import logging
+import os
 import socket
 import sys
 import time
@@ -62,6 +63,8 @@ class _Server(uvicorn.Server):
 
     def __init__(self, settings: Settings, source: ModelSource, listener: socket.socket, started_s: float) -> None:
         self._listener = listener
+        host, port = listener.getsockname()[:2]
+        self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._started_s = started_s
         self._settings = settings
         self._error: Exception | None = None
@@ -90,9 +93,15 @@ class _Server(uvicorn.Server):
         super().__init__(config)
 
     def serve_until_signal(self) -> int:
-        say(f"version {VERSION}, loading {self._app.generator.model_name}")
+        say(f"version {VERSION}, loading {self._app.generator.model_name}, listening on {self._url}")
         self.run([self._listener])
-        return 1 if self._error is not None else 0
+        code = 1 if self._error is not None else 0
+        if self._app.client.has_thread:
+            # It is inside the model, where no Python can end it; leaving by the front door would abort in C++.
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(code)
+        return code
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._is_hurried = self.should_exit
@@ -114,8 +123,7 @@ class _Server(uvicorn.Server):
         open_gguf.cache_clear()  # the engine and the tokenizer have both read it
         assert self._app.client.ready is not None
         name = self._app.generator.model_name
-        host, port = self._listener.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        url = self._url
         say(f"{name}: {self._app.client.ready.description}")
         say(f"ready after {time.monotonic() - self._started_s:.1f} s")
         say(f"chat page: {url}/")

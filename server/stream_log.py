@@ -7,6 +7,7 @@ the writer never waits. The log is bounded by the request's max_tokens. It knows
 A cursor counts entries: 0 is the beginning, `end` the tail; the terminal entry counts as one more.
 """
 
+import sys
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -16,8 +17,8 @@ import anyio
 from headrace.scheduler.messages import FinishReason
 from headrace.server.errors import ApiError
 
-# What an entry weighs beside its text: list slots, an int and the string's header.
-_ENTRY_OVERHEAD_BYTES = 128
+# What an entry weighs beside its text: two list slots and an int.
+_ENTRY_OVERHEAD_BYTES = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class StreamLog:
         assert self.terminal is None, "append after close"
         self._texts.append(text)
         self._num_tokens.append(self._num_tokens[-1] + num_tokens)
-        self.num_bytes += len(text) + _ENTRY_OVERHEAD_BYTES
+        self.num_bytes += sys.getsizeof(text) + _ENTRY_OVERHEAD_BYTES
         self._wake()
 
     def close(self, terminal: Terminal) -> None:

@@ -14,6 +14,8 @@ from headrace.server.generation import Generation
 from headrace.server.stream_log import Subscriber
 
 _MAX_TOMBSTONES = 10_000
+# What a finished stream weighs beside its log: the objects that make it up.
+_STREAM_OVERHEAD_BYTES = 4096
 
 
 @dataclass(slots=True, eq=False)
@@ -69,7 +71,7 @@ class StreamRegistry:
     def finish(self, id: str) -> None:
         """Move a stream whose generation is over to the finished ones."""
         stream = self._finished[id] = self._running.pop(id)
-        self._num_finished_bytes += stream.generation.log.num_bytes
+        self._num_finished_bytes += _num_bytes(stream)
 
     def sweep(self, now: float) -> None:
         """Cancel streams without readers whose grace time is over, and forget finished ones."""
@@ -86,7 +88,11 @@ class StreamRegistry:
 
     def _forget(self, stream: NativeStream) -> None:
         del self._finished[stream.id]
-        self._num_finished_bytes -= stream.generation.log.num_bytes
+        self._num_finished_bytes -= _num_bytes(stream)
         self._tombstones[stream.id] = None
         while len(self._tombstones) > _MAX_TOMBSTONES:
             self._tombstones.popitem(last=False)
+
+
+def _num_bytes(stream: NativeStream) -> int:
+    return stream.generation.log.num_bytes + _STREAM_OVERHEAD_BYTES

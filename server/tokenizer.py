@@ -7,6 +7,7 @@ renders templates, and the bare tokenizer encodes.
 Control tokens in a user's text (`<|im_start|>`) become control tokens, as with Hugging Face's own default.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,8 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken, Tokenizer as BackendTokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from headrace.scheduler.errors import ModelSourceError, UnsupportedModelError
+from headrace.scheduler.errors import HeadraceError, ModelSourceError, UnsupportedModelError
 from headrace.scheduler.gguf_file import GGUFFile, open_gguf
 from headrace.scheduler.model_source import ModelSource
 from headrace.server.errors import BadRequestError
@@ -41,7 +41,6 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self.eos_token_ids = eos_token_ids
-        self.vocab_size = self._backend.get_vocab_size()
         # No text of more characters than this per token fits; a normalizer may shorten text, so then there is no bound.
         has_bound = self._backend.normalizer is None
         self.max_chars_per_token = max(map(len, self._backend.get_vocab())) if has_bound else None
@@ -73,29 +72,42 @@ class Tokenizer:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def decode_step(self, stream: DecodeStream, token_id: int) -> str:
-        """The text that `token_id` completes; empty while a character is unfinished."""
+        """The text that `token_id` completes; empty while a character is unfinished.
+
+        Raises: a bare Exception, from the library, where bytes that are no text follow text.
+        """
         return stream.step(self._backend, token_id) or ""
 
 
 def load_tokenizer(source: ModelSource) -> Tokenizer:
     """Read a model's tokenizer. Raises: ModelSourceError, UnsupportedModelError."""
-    return _from_gguf(open_gguf(source.path)) if source.is_gguf else _from_directory(source.path)
+    try:
+        return _from_gguf(open_gguf(source.path)) if source.is_gguf else _from_directory(source.path)
+    except HeadraceError:
+        raise
+    except Exception as error:  # the libraries that parse it raise anything, a bare Exception too
+        raise ModelSourceError(f"{source.path}: the tokenizer cannot be read: {error}") from error
 
 
 def _from_directory(folder: Path) -> Tokenizer:
-    try:
-        wrapper = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelSourceError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    # transformers imports torch, which the server's start must not wait for.
+    from transformers import AutoTokenizer
+
+    wrapper = AutoTokenizer.from_pretrained(folder)
     if not hasattr(wrapper, "backend_tokenizer"):
         raise UnsupportedModelError(f"{folder}: the model has no fast tokenizer")
+    # As `generate()` has it: the generation config's ids, else the model config's, else the tokenizer's.
     eos = wrapper.eos_token_id
-    if (folder / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(folder).eos_token_id or eos
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            stated = json.loads((folder / name).read_text()).get("eos_token_id")
+            eos = eos if stated is None else stated
     return Tokenizer(wrapper, _as_set(eos))
 
 
 def _from_gguf(file: GGUFFile) -> Tokenizer:
+    from transformers import PreTrainedTokenizerFast
+
     kind, pre = file.require("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise UnsupportedModelError(

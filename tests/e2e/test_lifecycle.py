@@ -118,6 +118,18 @@ def test_streams_that_outlast_the_grace_time_get_a_terminal_event(demo_model: Pa
         assert server.process.wait(30) == 0
 
 
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_loading_ends_the_server_quietly(demo_model: Path, sig: int) -> None:
+    process = ServerProcess([])
+    process.wait_for("loading")
+    with httpx.Client() as client:  # it listens already
+        address = process.wait_for(r"listening on (\S+)")[1]
+        assert client.get(f"{address}/health").status_code == 200
+    assert process.stop(sig) == 0
+    assert "Traceback" not in process.output
+    assert "terminate" not in process.output
+
+
 def test_a_second_signal_cuts_the_drain_short(demo_model: Path) -> None:
     with serving("--kv-cache-bytes", "256MiB", "--drain-grace-s", "600") as server:
         with RawRequest(server.url(), "/v1/completions", dict(LONG, max_tokens=8000)) as request:

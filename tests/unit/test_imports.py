@@ -1,6 +1,8 @@
 """The direction of dependencies: server -> scheduler -> kernels -> torch."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +41,11 @@ def test_each_folder_imports_only_what_lies_below_it(folder: str) -> None:
                 assert path.name in MAY_IMPORT_TORCH, f"{path} imports {name}"
             if name.startswith("headrace.kernels") and folder == "scheduler":
                 assert path.name in MAY_IMPORT_TORCH, f"{path} imports {name}"
+
+
+def test_the_servers_start_does_not_wait_for_torch() -> None:
+    code = "import sys, headrace.server.serve; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_no_folder_is_a_regular_package() -> None:

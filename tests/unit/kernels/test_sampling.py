@@ -98,6 +98,16 @@ def test_a_draw_depends_on_its_seed_and_position_only() -> None:
         assert sample(rows[i : i + 1].clone(), batch(1, position=i + 10, **own)) == [together[i]]
 
 
+def test_a_neighbours_top_k_changes_no_draw_where_many_tokens_tie() -> None:
+    # bfloat16 logits are full of equal values, whose order is up to the sort.
+    rows = logits(40, 5000, seed=8, spread=1.0).bfloat16().float()
+    for top_k in (0, 300, 1000, 4999):
+        with_neighbour = torch.cat((rows, rows[:1]))
+        fields = {"top_p": np.array([0.9] * 40 + [1.0]), "top_k": np.array([0] * 40 + [top_k])}
+        drawn = sample(with_neighbour, batch(41, position=np.arange(41), **fields))
+        assert drawn[:40] == sample(rows.clone(), batch(40, top_p=0.9, position=np.arange(40)))
+
+
 def test_greedy_rows_take_the_largest_beside_random_ones() -> None:
     rows = logits(4, 300, seed=6)
     drawn = sample(rows.clone(), batch(4, temperature=[0, 1, 0, 1]))

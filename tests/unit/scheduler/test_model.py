@@ -258,3 +258,46 @@ def test_a_cache_below_one_block_is_refused_and_a_small_one_bounds_the_context(t
     assert runner.max_context_tokens == 40
     config = EngineConfig(tmp_path, device="cpu", dtype="float32", kv_cache_bytes=1 << 20, max_model_len=99)
     assert load_engine(config)[1].max_context_tokens == 99
+
+
+def test_min_tokens_holds_the_end_back_for_so_many_tokens(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    _, runner = load_engine(EngineConfig(tmp_path, device="cpu", dtype="float32", kv_cache_bytes=1 << 20))
+    end = frozenset(range(VOCAB - 1))  # all tokens but one end the sequence
+    for min_tokens in (0, 1, 5):
+        scheduler = Scheduler(BlockPool(16), block_size=16, max_num_batched_tokens=16, max_num_seqs=1)
+        sampling = SamplingParams(temperature=0, max_tokens=20, min_tokens=min_tokens, stop_token_ids=end)
+        scheduler.add(GenerationRequest(0, (1, 2, 3), sampling, 0.0))
+        tokens: list[int] = []
+        while scheduler.has_work:
+            output = scheduler.schedule(0.0)
+            for result in scheduler.update(output, runner.run(output)):
+                tokens += result.token_ids
+        assert tokens[:min_tokens] == [VOCAB - 1] * min_tokens
+        assert len(tokens) >= min_tokens + 1
+
+
+def test_what_a_block_held_before_never_reaches_its_next_owner(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    _, runner = load_engine(EngineConfig(tmp_path, device="cpu", dtype="float32", kv_cache_bytes=1 << 20))
+    for cache in (*runner._cache.keys, *runner._cache.values):
+        cache.fill_(float("nan"))
+    scheduler = Scheduler(BlockPool(16), block_size=16, max_num_batched_tokens=7, max_num_seqs=4)
+    sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
+    outputs: list[list[int]] = [[] for _ in prompts()]
+    for i, prompt in enumerate(prompts()):
+        scheduler.add(GenerationRequest(i, tuple(prompt), sampling, 0.0))
+    while scheduler.has_work:
+        output = scheduler.schedule(0.0)
+        for result in scheduler.update(output, runner.run(output)):
+            outputs[result.request_id] += result.token_ids
+    assert outputs == reference(model)
+
+
+def test_an_output_projection_that_is_missing_or_misshapen_is_refused(tmp_path: Path) -> None:
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
+    with pytest.raises(ModelSourceError, match="lm_head"):
+        load_engine(EngineConfig(tmp_path, kv_cache_bytes=1 << 20))

@@ -176,13 +176,13 @@ def test_a_stop_token_ends_a_sequence_only_from_min_tokens_on() -> None:
     tokens = alone(made)
     stop = tokens[3]
     first_at = tokens.index(stop)
-    for min_tokens in (0, first_at + 1, first_at + 2):
+    for min_tokens in (0, first_at, first_at + 1):
         life = Life(make_scheduler(), 64, 32)
         sampling = SamplingParams(max_tokens=40, min_tokens=min_tokens, stop_token_ids=frozenset({stop}))
         life.add(GenerationRequest(0, made.prompt_token_ids, sampling, 0.0))
         while not life.ends[0]:
             life.step()
-        expected = next(i for i in range(40) if tokens[i] == stop and i + 1 >= min_tokens)
+        expected = next(i for i in range(40) if tokens[i] == stop and i >= min_tokens)
         assert life.tokens[0] == tokens[: expected + 1]
         assert life.ends[0] == [FinishReason.STOP]
 
@@ -195,6 +195,18 @@ def test_cancelling_what_is_unknown_or_over_does_nothing() -> None:
     scheduler.cancel(0)
     scheduler.cancel(99)
     assert scheduler.schedule(9.0).dropped == []
+
+
+def test_deadlines_of_requests_that_are_over_are_not_kept() -> None:
+    scheduler = make_scheduler()
+    life = Life(scheduler, 64, 32)
+    for id in range(1000):
+        made = request(id, 4, 1)
+        life.add(GenerationRequest(id, made.prompt_token_ids, made.sampling, 0.0, deadline_s=1e9))
+        life.step()
+        scheduler.cancel(id)
+    assert len(scheduler._deadlines) < 100
+    assert scheduler._cancelled == []
 
 
 def test_a_budget_below_the_batch_limit_is_a_bug() -> None:

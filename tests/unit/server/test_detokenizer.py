@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from tokenizers import Tokenizer as BackendTokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from fake_engine import byte_tokenizer
 from headrace.server.detokenizer import Detokenizer
@@ -72,6 +74,22 @@ def test_special_tokens_are_left_out_unless_asked_for(tokenizer: Tokenizer) -> N
     for skip, expected in ((True, "ab"), (False, "a<|end|>b")):
         detokenizer = Detokenizer(tokenizer, (), skip_special_tokens=skip)
         assert "".join([*(detokenizer.push(token) for token in (97, 256, 98)), detokenizer.flush()]) == expected
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(st.lists(st.integers(0, 7), max_size=30))
+def test_stray_bytes_of_a_byte_fallback_vocabulary_lose_no_token(token_ids: list[int]) -> None:
+    # Llama 2's kind of decoder, for which the library's stream gives up where a stray byte follows text.
+    vocab = {"a": 0, "b": 1, "<0x41>": 2, "<0xFF>": 3, "<0xC3>": 4, "<0xA9>": 5, "▁c": 6, "<unk>": 7}
+    backend = BackendTokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), frozenset())
+    detokenizer = Detokenizer(tokenizer, ())
+    text = "".join([*(detokenizer.push(token_id) for token_id in token_ids), detokenizer.flush()])
+    for letter in "abc":
+        assert text.count(letter) == tokenizer.decode(token_ids).count(letter)
 
 
 _tokenizers: list[Tokenizer] = []

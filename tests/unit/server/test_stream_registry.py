@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from headrace.scheduler.messages import FinishReason, GenerationRequest, SamplingParams
+from headrace.scheduler.messages import FinishReason
 from headrace.server.errors import GoneError, NotFoundError
 from headrace.server.generation import Generation, Stages
 from headrace.server.stream_registry import NativeStream, StreamRegistry
@@ -31,9 +31,8 @@ class Clocked:
         generation.end(FinishReason.CANCELLED, self.now)
 
     def add(self, id: str, *, continues_alone: bool = False) -> NativeStream:
-        request = GenerationRequest(0, (1,), SamplingParams(), 0.0)
         on_end = [lambda generation: self.registry.finish(generation.id)]
-        generation = Generation(id, request, Stages(self.now), _NoText(), on_end)  # type: ignore[arg-type]
+        generation = Generation(id, 0, 1, Stages(self.now), _NoText(), on_end)  # type: ignore[arg-type]
         stream = NativeStream(id, generation, 0, continues_alone, self.now)
         self.registry.add(stream)
         return stream
@@ -91,7 +90,7 @@ def test_a_finished_stream_is_kept_for_its_time_then_remembered_as_gone() -> Non
 
 
 def test_over_the_byte_limit_the_least_recently_read_finished_stream_goes_and_never_a_running_one() -> None:
-    clocked = Clocked(max_finished_bytes=3_000)
+    clocked = Clocked(max_finished_bytes=11_000)
     for id in ("a", "b", "c", "running"):
         clocked.add(id, continues_alone=True)
     clocked.registry.get("running").generation.log.append("x" * 50_000, 1)

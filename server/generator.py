@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 
 from headrace.scheduler.messages import EngineReady, SamplingParams
@@ -49,9 +50,11 @@ class Generator:
                 raise UnavailableError("the model is still loading", "loading")
             context = ready.max_context_tokens
             try:
+                # Not abandoned when the client leaves: the limiter would count the thread as free while it runs on.
                 token_ids = await anyio.to_thread.run_sync(
-                    _tokenize, self.tokenizer, request, context, abandon_on_cancel=True, limiter=self.limiter
+                    _tokenize, self.tokenizer, request, context, limiter=self.limiter
                 )
+                await anyio.lowlevel.checkpoint_if_cancelled()
             except anyio.get_cancelled_exc_class():
                 self.client.metrics.count_cancelled("tokenizing")
                 raise
