@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 from types import FrameType
 
@@ -17,12 +18,14 @@ from headrace.scheduler.model_source import ModelSource, resolve_model
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.app import App
 from headrace.server.settings import Settings
-from headrace.server.tokenizer import load_tokenizer
+from headrace.server.tokenizer import Tokenizer, load_tokenizer
 from headrace.server.version import VERSION
 
 # How long a client that reads nothing may hold up the end, once its last event is written.
 _CLOSE_TIMEOUT_S = 5
 _BACKLOG = 2048
+# transformers imports its parts when they are first named, and fails where two threads do so at once.
+_LOADING = threading.Lock()
 
 
 class ListenError(HeadraceError):
@@ -74,7 +77,7 @@ class _Server(uvicorn.Server):
             settings,
             name,
             load_engine=lambda: _load_engine(settings, source),
-            load_tokenizer=lambda: load_tokenizer(source),
+            load_tokenizer=lambda: _load_tokenizer(source),
             on_engine_change=self._report,
         )
         config = uvicorn.Config(
@@ -132,18 +135,23 @@ class _Server(uvicorn.Server):
 
 
 def _load_engine(settings: Settings, source: ModelSource) -> tuple[Scheduler, Runner]:
-    # Imported on the engine thread: torch takes a second or two, and the server listens meanwhile.
-    from headrace.scheduler.model_loader import load_engine
-
-    return load_engine(
-        EngineConfig(
-            model_path=source.path,
-            device=settings.device,
-            dtype=settings.dtype,
-            max_model_len=settings.max_model_len,
-            block_size=settings.block_size,
-            kv_cache_bytes=None if settings.kv_cache_bytes == "auto" else settings.kv_cache_bytes,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-        )
+    config = EngineConfig(
+        model_path=source.path,
+        device=settings.device,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        block_size=settings.block_size,
+        kv_cache_bytes=None if settings.kv_cache_bytes == "auto" else settings.kv_cache_bytes,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
     )
+    with _LOADING:
+        # Imported on the engine thread: torch takes a second or two, and the server listens meanwhile.
+        from headrace.scheduler.model_loader import load_engine
+
+        return load_engine(config)
+
+
+def _load_tokenizer(source: ModelSource) -> Tokenizer:
+    with _LOADING:
+        return load_tokenizer(source)
