@@ -96,9 +96,9 @@ class EngineCore:
             self._loop(scheduler, runner)
         except HeadraceError as exception:
             error = exception  # the operator's to mend, and said where the server ends
-        except Exception as exception:
+        except BaseException as exception:  # whatever ends this thread, the streams must hear of it
             logger.exception("the engine thread ended")
-            error = exception
+            error = exception if isinstance(exception, Exception) else RuntimeError(repr(exception))
         self._publish(EngineStopped(error))
 
     def _loop(self, scheduler: Scheduler, runner: Runner) -> None:

@@ -153,8 +153,7 @@ class App:
             Route("/v1/completions", endpoint(openai.completions), methods=["POST"]),
             Route("/v1/stream", endpoint(native.open), methods=["GET"]),
             Route("/v1/streams", endpoint(native.create), methods=["POST"]),
-            Route("/v1/streams/{id}", endpoint(native.snapshot), methods=["GET"]),
-            Route("/v1/streams/{id}", endpoint(native.cancel), methods=["DELETE"]),
+            Route("/v1/streams/{id}", endpoint(native.snapshot_or_cancel), methods=["GET", "DELETE"]),
             Route("/v1/streams/{id}/events", endpoint(native.events), methods=["GET"]),
         ]
 

@@ -63,7 +63,8 @@ class Endpoint:
             return
         except ApiError as error:
             # The rest of the body is not read, so the connection cannot carry another request.
-            await self._refuse(error, {"connection": "close"})(scope, receive, send)
+            response = self._refuse(error, {"connection": "close", "x-request-id": request.state.id})
+            await response(scope, receive, send)
             return
         # What `respond` starts it registers here, so that it ends with the response however that ends.
         with contextlib.ExitStack() as cleanup:
@@ -101,7 +102,8 @@ class Endpoint:
         if length is not None:
             if not (length.isascii() and length.isdigit()):
                 raise BadRequestError("content-length is not a number")
-            if int(length) > self._max_body_bytes:
+            # Python refuses to parse numbers of thousands of digits.
+            if len(length) > 20 or int(length) > self._max_body_bytes:
                 raise too_large
         body = bytearray()
         async for chunk in request.stream():

@@ -23,6 +23,7 @@ from headrace.server.errors import (
 from headrace.server.generation import Generation, Stages
 from headrace.server.generator import Generator
 from headrace.server.protocol import (
+    UNSUPPORTED,
     ChatCompletionRequest,
     CompletionRequest,
     GenerationParams,
@@ -62,6 +63,7 @@ class NativeApi:
         # Every native stream streams; what an OpenAI body says of streaming has no meaning here.
         fields.pop("stream", None)
         fields.pop("stream_options", None)
+        fields = {name: value for name, value in fields.items() if value is not None}
         if ("messages" in fields) == ("prompt" in fields):
             raise BadRequestError("exactly one of `messages` and `prompt` is required", param="messages")
         params: _StreamChatRequest | _StreamCompletionRequest
@@ -99,14 +101,11 @@ class NativeApi:
         stream = self._registry.get(request.path_params["id"])
         return self._read(stream, _last_event_id(request))
 
-    async def snapshot(self, request: Request, body: bytes) -> Response:
-        """GET /v1/streams/{id}."""
-        return self._snapshot(self._registry.get(request.path_params["id"]))
-
-    async def cancel(self, request: Request, body: bytes) -> Response:
-        """DELETE /v1/streams/{id}: end it; its readers get a `done` event. Harmless on one that is over."""
+    async def snapshot_or_cancel(self, request: Request, body: bytes) -> Response:
+        """GET /v1/streams/{id}: what there is. DELETE: end it, harmless on one that is over; its readers get `done`."""
         stream = self._registry.get(request.path_params["id"])
-        self._client.cancel(stream.generation)
+        if request.method == "DELETE":
+            self._client.cancel(stream.generation)
         return self._snapshot(stream)
 
     async def _start(
@@ -231,6 +230,8 @@ def _params_from_query(request: Request) -> _StreamCompletionRequest:
     """A completion's fields out of the query: text as it stands, all else as JSON. Raises: BadRequestError."""
     fields: dict[str, Any] = {}
     for name, value in request.query_params.items():
+        if name not in _StreamCompletionRequest.model_fields and name not in UNSUPPORTED:
+            continue
         fields[name] = value
         if name not in ("prompt", "model", "stop", "user", "on_disconnect"):
             try:

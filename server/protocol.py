@@ -18,7 +18,7 @@ MAX_MESSAGES = 2048
 MAX_NAME_CHARS = 512
 
 # Fields that exist elsewhere and ask for what this server does not do, with the values that ask for nothing.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
@@ -198,7 +198,7 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
 
 def parse_request(cls: type[BodyT], fields: dict[str, Any]) -> BodyT:
     """Validate a body's fields. Raises: BadRequestError or UnsupportedParameterError, naming the field."""
-    for name, neutral in _UNSUPPORTED.items():
+    for name, neutral in UNSUPPORTED.items():
         value = fields.get(name)
         # 0 and False are equal in Python and differ on the wire: `logprobs: 0` asks for something.
         if value is not None and not any(
@@ -213,7 +213,9 @@ def parse_request(cls: type[BodyT], fields: dict[str, Any]) -> BodyT:
 
 def _bad_request(error: ValidationError) -> ApiError:
     detail = error.errors(include_url=False, include_input=False)[0]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"]).lstrip(".")
+    # A field of several types has the type that was tried in its path, which means nothing to a client.
+    parts = [part for part in detail["loc"] if part != "str" and not str(part).startswith("list[")]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         # Our own checks of a whole object name the field they refuse.

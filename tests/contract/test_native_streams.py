@@ -268,6 +268,15 @@ async def test_a_stream_whose_step_fails_gets_an_error_event() -> None:
         assert (await read(app, stream, events[-1]["id"])).status == 204
 
 
+async def test_null_and_unknown_parameters_are_absent() -> None:
+    async with live_app() as app:
+        await read(app, await create(app, messages=None))
+        opened = await call(app.asgi, "GET", "/v1/stream", query="prompt=river&temperature=0&_=a1b2", headers=SSE)
+        assert text_of(opened.events()) == expected_text("river", 16)
+        wrong_method = await call(app.asgi, "PUT", "/v1/streams/x")
+        assert {"GET", "DELETE"} <= set(wrong_method.headers["allow"].split(", "))
+
+
 @pytest.mark.parametrize("fields", [{"prompt": "a", "messages": []}, {}, {"prompt": "a", "on_disconnect": "explode"}])
 async def test_a_wrong_body_starts_no_stream(fields: dict[str, Any]) -> None:
     async with live_app() as app:

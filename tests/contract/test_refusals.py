@@ -8,7 +8,7 @@ import pytest
 
 from asgi_client import Exchange, call, exchange
 from fake_engine import FakeRunner, expected_text, make_scheduler
-from headrace.server.protocol import _UNSUPPORTED
+from headrace.server.protocol import UNSUPPORTED
 from live_app import live_app
 
 pytestmark = pytest.mark.anyio
@@ -73,6 +73,8 @@ async def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
         ({"seed": 2**64}, "seed"),
         ({"seed": 1.5}, "seed"),
         ({"stop": [""]}, "stop"),
+        ({"stop": 5}, "stop"),
+        ({"prompt": {"text": "x"}}, "prompt"),
         ({"stop": ["x" * 1_000_000]}, "stop"),
         ({"stop": ["x"] * 10_000}, "stop"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
@@ -114,7 +116,7 @@ async def test_wrong_messages_are_refused(messages: Any, param: str | None) -> N
         assert_refused(await call(app.asgi, "POST", "/v1/chat/completions", {"messages": messages}), 400, param=param)
 
 
-@pytest.mark.parametrize("field", sorted(_UNSUPPORTED))
+@pytest.mark.parametrize("field", sorted(UNSUPPORTED))
 async def test_a_field_that_is_not_supported_is_refused_by_name_unless_it_asks_for_nothing(
     field: str,
 ) -> None:
@@ -122,7 +124,7 @@ async def test_a_field_that_is_not_supported_is_refused_by_name_unless_it_asks_f
         body = CHAT | {"max_tokens": 1, field: {"anything": ["at", "all"]}}
         refused = await call(app.asgi, "POST", "/v1/chat/completions", body)
         assert_refused(refused, 400, param=field, code="unsupported_parameter")
-        for neutral in (None, *_UNSUPPORTED[field]):
+        for neutral in (None, *UNSUPPORTED[field]):
             body = CHAT | {"max_tokens": 1, field: neutral}
             assert (await call(app.asgi, "POST", "/v1/chat/completions", body)).status == 200
 
@@ -174,7 +176,7 @@ async def test_other_media_types_and_compressed_bodies_are_415(headers: dict[str
         assert_refused(await call(app.asgi, "POST", "/v1/completions", OK, headers=headers), 415)
 
 
-@pytest.mark.parametrize("length", ["5000", "10", None, "minus one"])
+@pytest.mark.parametrize("length", ["5000", "10", None, "minus one", "9" * 5000])
 async def test_a_body_over_the_limit_is_413_whatever_its_length_claims(length: str | None) -> None:
     headers = {} if length is None else {"content-length": length}
     async with live_app(max_body_bytes=1000) as app:
@@ -184,6 +186,7 @@ async def test_a_body_over_the_limit_is_413_whatever_its_length_claims(length: s
         await request.run()
         assert_refused(request, 400 if length == "minus one" else 413)
         assert request.headers["connection"] == "close"
+        assert len(request.headers["x-request-id"]) == 32
 
 
 @pytest.mark.parametrize("stream", [True, False])
