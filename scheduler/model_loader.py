@@ -51,7 +51,11 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
     weights = {name: weight.to(device, dtype) for name, weight in weights.items()}
     decoder = Decoder(decoder_config, weights, torch_ops)
 
-    max_model_len = min(config.max_model_len or decoder_config.max_position, decoder_config.max_position)
+    max_model_len = config.max_model_len or decoder_config.max_position
+    if max_model_len > decoder_config.max_position:
+        raise CapacityError(
+            f"max_model_len {max_model_len} exceeds the model's own {decoder_config.max_position} tokens"
+        )
     num_blocks = _choose_num_blocks(config, decoder, max_model_len)
     cache = _allocate_cache(decoder, num_blocks, config.block_size)
     max_context_tokens = min(max_model_len, num_blocks * config.block_size)

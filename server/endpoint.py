@@ -25,6 +25,7 @@ from headrace.server.errors import (
     UnsupportedMediaTypeError,
     envelope,
 )
+from headrace.server.request_log import log_unaccepted
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,10 @@ logger = logging.getLogger(__name__)
 class Endpoint:
     """`respond` gets the request and its body (empty for GET and DELETE) and returns the response.
 
-    `request.state` holds `id`, 128 random bits that go out as x-request-id, `received_s`, and `cleanup`, an ExitStack
-    that is unwound after the response, or in its place. `on_disconnect` is told of a client that left while its body
-    was read, `on_rejected` of every refusal's status.
+    `request.state` holds `id`, 128 random bits that go out as x-request-id, `received_s`, `is_accepted`, which
+    `respond` sets once a generation will be logged, and `cleanup`, an ExitStack that is unwound after the response, or
+    in its place. `on_disconnect` is told of a client that left while its body was read, `on_rejected` of every
+    refusal's status.
     """
 
     def __init__(
@@ -54,16 +56,18 @@ class Endpoint:
         request = Request(scope, receive)
         request.state.id = secrets.token_hex(16)
         request.state.received_s = time.monotonic()
+        request.state.is_accepted = False
         try:
             if request.method == "HEAD":  # which Starlette adds to every GET route, and which must not start anything
                 raise MethodNotAllowedError("HEAD is not allowed here", headers={"allow": "GET"})
             body = await self._read_body(request) if request.method == "POST" else b""
         except ClientDisconnect:
             self._on_disconnect()
+            self._log(request, "cancelled: body")
             return
         except ApiError as error:
             # The rest of the body is not read, so the connection cannot carry another request.
-            response = self._refuse(error, {"connection": "close", "x-request-id": request.state.id})
+            response = self._refuse(request, error, {"connection": "close", "x-request-id": request.state.id})
             await response(scope, receive, send)
             return
         # What `respond` starts it registers here, so that it ends with the response however that ends.
@@ -80,14 +84,22 @@ class Endpoint:
         try:
             return await self._respond(request, body)
         except ApiError as error:
-            return self._refuse(error)
+            return self._refuse(request, error)
+        except anyio.get_cancelled_exc_class():
+            self._log(request, "cancelled: tokenizing")
+            raise
         except Exception:
             logger.exception("%s %s failed", request.method, request.url.path)
             return internal_error_response()
 
-    def _refuse(self, error: ApiError, headers: dict[str, str] | None = None) -> Response:
+    def _refuse(self, request: Request, error: ApiError, headers: dict[str, str] | None = None) -> Response:
         self._on_rejected(error.status)
+        self._log(request, f"refused: {error.status}")
         return error_response(error, headers)
+
+    def _log(self, request: Request, outcome: str) -> None:
+        if not request.state.is_accepted:  # else its generation has a line of its own
+            log_unaccepted(request.state.id, request.url.path, request.state.received_s, outcome)
 
     async def _read_body(self, request: Request) -> bytes:
         """Raises: ClientDisconnect; ApiError for what can be told from the headers, or a body over the limit."""

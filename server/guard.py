@@ -34,7 +34,14 @@ class LoopbackGuard:
         if _hostname(f"//{host}") not in self._hosts:
             return ForbiddenError(f"the host {host[:200]!r} is not served here; see the setting allowed_hosts")
         origin = headers.get("origin")
-        if origin is None or "*" in self._origins or origin in self._origins:
+        if "*" in self._origins or origin in self._origins:
+            return None
+        if origin is None:
+            # A page elsewhere can send a GET without an Origin, but not without its browser saying where from.
+            # Following a link to the chat page is fine.
+            is_foreign = headers.get("sec-fetch-site") in ("cross-site", "same-site")
+            if is_foreign and headers.get("sec-fetch-mode") != "navigate":
+                return ForbiddenError("pages of other origins may not call this server; see the setting cors_origins")
             return None
         if _netloc(origin) == host:
             return None

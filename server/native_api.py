@@ -84,6 +84,8 @@ class NativeApi:
         last_event_id = _last_event_id(request)
         if last_event_id:
             id, _, _ = last_event_id.rpartition(":")
+            if not id:
+                raise BadRequestError("last_event_id: names no stream", param="last_event_id")
             return self._read(self._registry.get(id), last_event_id)
         params = _params_from_query(request)
         try:
@@ -115,6 +117,7 @@ class NativeApi:
         id = secrets.token_hex(16)
         on_end = partial(self._finish, id, request.url.path)
         generation = await self._generator.start(params, request.state.id, Stages(request.state.received_s), on_end)
+        request.state.is_accepted = True
         stream = NativeStream(id, generation, int(time.time()), on_disconnect == "continue", self._client.clock())
         self._registry.add(stream)
         return stream
@@ -233,7 +236,9 @@ def _params_from_query(request: Request) -> _StreamCompletionRequest:
         if name not in _StreamCompletionRequest.model_fields and name not in UNSUPPORTED:
             continue
         fields[name] = value
-        if name not in ("prompt", "model", "stop", "user", "on_disconnect"):
+        if name == "stop":
+            fields[name] = request.query_params.getlist(name)
+        elif name not in ("prompt", "model", "user", "on_disconnect"):
             try:
                 fields[name] = parse_json_object(f'{{"value":{value}}}'.encode()).get("value")
             except (BadRequestError, UnicodeEncodeError):

@@ -61,6 +61,7 @@ class OpenAIApi:
     async def _complete(self, request: Request, params: GenerationParams, make_format: "type[_Format]") -> Response:
         id = f"{make_format.id_prefix}{request.state.id}"
         generation = await self._generator.start(params, id, Stages(request.state.received_s))
+        request.state.is_accepted = True
         request.state.cleanup.callback(self._finish, generation, request.url.path)
         format = make_format(id, self._generator.model_name)
         if params.stream:
@@ -76,6 +77,7 @@ class OpenAIApi:
 
     def _finish(self, generation: Generation, route: str) -> None:
         self._generator.client.cancel(generation)
+        generation.stages.end_s = self._generator.client.clock()  # of the response, which outlasts the last token
         log_request(generation, route)
 
 

@@ -64,6 +64,13 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
     "priority": (0,),
+    "add_special_tokens": (True,),
+    "detokenize": (True,),
+    "grammar": (),
+    "json_schema": (),
+    "structural_tag": (),
+    "logits_processors": ([],),
+    "no_repeat_ngram_size": (0,),
 }
 
 Flag = Annotated[bool, Field(strict=True)]
@@ -71,6 +78,8 @@ Count = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Name = Annotated[str, Field(strict=True, max_length=MAX_NAME_CHARS)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+# Fail fast: a list of millions of wrong items must not cost an error each.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class StreamOptions(BaseModel):
@@ -90,14 +99,15 @@ class GenerationParams(BaseModel):
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Count | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: Count | None = Field(None, ge=1, lt=2**31)
     min_tokens: Count | None = Field(None, ge=0, lt=2**31)
     temperature: Number | None = Field(None, ge=0, le=100)
     top_p: Number | None = Field(None, gt=0, le=1)
     top_k: Count | None = Field(None, ge=-1, lt=2**31)
     min_p: Number | None = Field(None, ge=0, le=1)
     seed: Count | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: str | list[str] | None = None
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=1024)
+    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: TokenIds | None = Field(None, max_length=1024)
     ignore_eos: Flag | None = None
     skip_special_tokens: Flag | None = None
     timeout: Number | None = Field(None, gt=0, le=1e6)
@@ -107,6 +117,8 @@ class GenerationParams(BaseModel):
     def _check(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only allowed with stream")
+        if None not in (limits := {self.max_tokens, self.max_completion_tokens}) and len(limits) == 2:
+            raise ValueError("max_tokens: differs from max_completion_tokens")
         stops = self.stop_strings
         if len(stops) > MAX_STOP_STRINGS:
             raise ValueError(f"stop: at most {MAX_STOP_STRINGS} stop strings")
@@ -117,6 +129,8 @@ class GenerationParams(BaseModel):
     @property
     def asked_max_tokens(self) -> tuple[str, int | None]:
         """(The field that limits the answer, its value)."""
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
         return "max_tokens", self.max_tokens
 
     @property
@@ -135,12 +149,21 @@ class ChatMessage(BaseModel):
     """A message whose content is text, whole or in parts."""
 
     role: str
-    content: str | list[TextPart] | None = None
+    name: Name | None = None
+    tool_calls: list[Any] | None = None
+    function_call: dict[str, Any] | None = None
+    refusal: str | None = None
+    audio: dict[str, Any] | None = None
+    prefix: Flag | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.role not in ("system", "developer", "user", "assistant"):
             raise ValueError("role: must be system, developer, user or assistant")
+        for field in ("tool_calls", "function_call", "refusal", "audio", "prefix"):
+            if getattr(self, field):
+                raise ValueError(f"{field}: is not supported")
         if self.content is None and self.role != "assistant":
             raise ValueError("content: must be text")
         if isinstance(self.content, list):
@@ -155,28 +178,22 @@ class ChatMessage(BaseModel):
             content = "".join(part.text or "" for part in self.content)
         else:
             content = self.content or ""
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        return message if self.name is None else message | {"name": self.name}
 
 
 class ChatCompletionRequest(GenerationParams):
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: Count | None = Field(None, ge=1, lt=2**31)
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
 
     prompt_field: ClassVar[str] = "messages"
     # Without a limit an answer may fill the context.
     default_max_tokens: ClassVar[int | None] = None
 
-    @property
-    def asked_max_tokens(self) -> tuple[str, int | None]:
-        if self.max_completion_tokens is not None:
-            return "max_completion_tokens", self.max_completion_tokens
-        return super().asked_max_tokens
-
 
 class CompletionRequest(GenerationParams):
     """`prompt` is one text or one list of token ids."""
 
-    prompt: str | list[TokenId] = Field(max_length=2**24)
+    prompt: str | TokenIds = Field(max_length=2**24)
 
     prompt_field: ClassVar[str] = "prompt"
     default_max_tokens: ClassVar[int | None] = 16

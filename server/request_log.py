@@ -2,11 +2,31 @@
 
 import json
 import logging
+import time
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 
 from headrace.server.generation import Generation
 
 logger = logging.getLogger("headrace.requests")
+
+
+def log_unaccepted(id: str, route: str, received_s: float, outcome: str) -> None:
+    """Write the line of a request that never became a generation: refused with a status, or its client left."""
+    end_s = time.monotonic()
+    line = {
+        "id": id,
+        "route": route,
+        "received": _wall_clock(received_s),
+        "finish_reason": outcome,
+        "stages_ms": {"end": round((end_s - received_s) * 1000, 1)},
+    }
+    logger.info("%s", json.dumps(line))
+
+
+def _wall_clock(monotonic_s: float) -> str:
+    at = datetime.now(UTC) - timedelta(seconds=time.monotonic() - monotonic_s)
+    return at.isoformat(timespec="milliseconds")
 
 
 def log_request(generation: Generation, route: str) -> None:
@@ -18,6 +38,7 @@ def log_request(generation: Generation, route: str) -> None:
     line = {
         "id": generation.id,
         "route": route,
+        "received": _wall_clock(received_s),
         "finish_reason": terminal.finish_reason.value,
         "prompt_tokens": generation.num_prompt_tokens,
         "completion_tokens": generation.num_output_tokens,

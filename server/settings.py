@@ -5,7 +5,9 @@ sources, is an error that names it.
 """
 
 import argparse
+import ipaddress
 import os
+import socket
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from pydantic_settings import (
     EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError as SourceError,
     TomlConfigSettingsSource,
 )
 
@@ -59,7 +62,7 @@ class Settings(BaseSettings):
         None, description="Hugging Face directory, .gguf file or hub id; the demo model where none is named"
     )
     served_model_name: str | None = Field(None, description="name that clients use; the model's own by default")
-    host: str = Field("127.0.0.1", description="address to listen on")
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     workers: int = Field(1, description="must be 1: one engine serves one process")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line shown")
@@ -105,6 +108,8 @@ class Settings(BaseSettings):
                 "workers: must be 1, since one engine thread owns the model and batches all requests; "
                 "for more, run more servers behind a router"
             )
+        if self.kv_cache_bytes == 0:
+            raise ValueError("kv_cache_bytes: must be more than 0")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens: {self.max_num_batched_tokens} is below max_num_seqs ({self.max_num_seqs}), "
@@ -114,7 +119,13 @@ class Settings(BaseSettings):
 
     @property
     def is_loopback(self) -> bool:
-        return self.host in ("127.0.0.1", "localhost", "::1")
+        """Whether only this machine can reach the server; where a name does not resolve, better so."""
+        try:
+            return ipaddress.ip_address(
+                socket.gethostbyname(self.host) if ":" not in self.host else self.host
+            ).is_loopback
+        except (OSError, ValueError):
+            return True
 
 
 def load_settings(args: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Settings:
@@ -164,7 +175,9 @@ def load_settings(args: Sequence[str] = (), environ: Mapping[str, str] | None = 
         return Sourced()
     except ValidationError as error:
         raise SettingsError("\n".join(_describe(detail) for detail in error.errors())) from None
-    except tomllib.TOMLDecodeError as error:
+    except SourceError as error:  # a variable that is no JSON where a list is wanted; the message names the field
+        raise SettingsError(f"{error}; a list is written as JSON") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"config: {known.config} is not valid TOML: {error}") from None
 
 

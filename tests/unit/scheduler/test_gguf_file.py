@@ -1,0 +1,309 @@
+"""GGUF files: what is read equals what was written, and what cannot be read is refused by name."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from gguf.quants import dequantize, quantize
+from hypothesis import given, settings, strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from headrace.scheduler.config import EngineConfig
+from headrace.scheduler.errors import HeadraceError, ModelSourceError, UnsupportedModelError
+from headrace.scheduler.gguf_file import GGUFFile, open_gguf
+from headrace.scheduler.messages import GenerationRequest, SamplingParams
+from headrace.scheduler.model_loader import load_engine
+
+Array = npt.NDArray[np.float32]
+
+NUM_HEADS, NUM_KV_HEADS, HIDDEN, FEED_FORWARD, VOCAB = 4, 2, 64, 96, 96
+METADATA: dict[str, Any] = {
+    "llama.context_length": 64,
+    "llama.embedding_length": HIDDEN,
+    "llama.block_count": 1,
+    "llama.feed_forward_length": FEED_FORWARD,
+    "llama.attention.head_count": NUM_HEADS,
+    "llama.attention.head_count_kv": NUM_KV_HEADS,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.freq_base": 10000.0,
+}
+# GGUF's name: (Hugging Face's, shape).
+TENSORS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "token_embd.weight": ("model.embed_tokens.weight", (VOCAB, HIDDEN)),
+    "output_norm.weight": ("model.norm.weight", (HIDDEN,)),
+    "output.weight": ("lm_head.weight", (VOCAB, HIDDEN)),
+    "blk.0.attn_norm.weight": ("model.layers.0.input_layernorm.weight", (HIDDEN,)),
+    "blk.0.attn_q.weight": ("model.layers.0.self_attn.q_proj.weight", (HIDDEN, HIDDEN)),
+    "blk.0.attn_k.weight": ("model.layers.0.self_attn.k_proj.weight", (HIDDEN // 2, HIDDEN)),
+    "blk.0.attn_v.weight": ("model.layers.0.self_attn.v_proj.weight", (HIDDEN // 2, HIDDEN)),
+    "blk.0.attn_output.weight": ("model.layers.0.self_attn.o_proj.weight", (HIDDEN, HIDDEN)),
+    "blk.0.ffn_norm.weight": ("model.layers.0.post_attention_layernorm.weight", (HIDDEN,)),
+    "blk.0.ffn_gate.weight": ("model.layers.0.mlp.gate_proj.weight", (FEED_FORWARD, HIDDEN)),
+    "blk.0.ffn_up.weight": ("model.layers.0.mlp.up_proj.weight", (FEED_FORWARD, HIDDEN)),
+    "blk.0.ffn_down.weight": ("model.layers.0.mlp.down_proj.weight", (HIDDEN, FEED_FORWARD)),
+}
+
+
+def random_tensors(seed: int = 0) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype(np.float32) * 0.3 for name, (_, shape) in TENSORS.items()}
+
+
+def write(
+    path: Path,
+    tensors: dict[str, Array],
+    kind: str = "F32",
+    metadata: dict[str, Any] | None = None,
+    *,
+    has_architecture: bool = True,
+) -> Path:
+    """A GGUF with these tensors, matrices as `kind`, and this metadata."""
+    writer = gguf.GGUFWriter(path, "llama")
+    if not has_architecture:
+        del writer.kv_data[0]["general.architecture"]
+    for key, value in (METADATA if metadata is None else metadata).items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_uint32(key, value)
+    quantization = gguf.GGMLQuantizationType[kind]
+    for name, values in tensors.items():
+        if values.ndim == 1:
+            writer.add_tensor(name, values)
+        else:
+            writer.add_tensor(name, quantize(values, quantization), raw_dtype=quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def load(path: Path) -> Any:
+    return load_engine(EngineConfig(path, device="cpu", dtype="float32", kv_cache_bytes=1 << 20))
+
+
+def from_llama_cpp_order(values: Array, num_heads: int) -> Array:
+    """Row by row: what llama.cpp keeps as a head's rows 2 i and 2 i + 1 are Hugging Face's i and i + D / 2."""
+    head_dim = len(values) // num_heads
+    rows = np.empty_like(values)
+    for head in range(num_heads):
+        for i in range(head_dim // 2):
+            rows[head * head_dim + i] = values[head * head_dim + 2 * i]
+            rows[head * head_dim + i + head_dim // 2] = values[head * head_dim + 2 * i + 1]
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
+def test_every_tensor_comes_out_dequantised_under_its_name_with_its_rows_in_order(tmp_path: Path, kind: str) -> None:
+    tensors = random_tensors()
+    quantization = gguf.GGMLQuantizationType[kind]
+    read = dict(GGUFFile(write(tmp_path / "tiny.gguf", tensors, kind)).tensors())
+    assert set(read) == {name for name, _ in TENSORS.values()}
+    for name, values in tensors.items():
+        expected = values if values.ndim == 1 else dequantize(quantize(values, quantization), quantization)
+        if name.endswith(("attn_q.weight", "attn_k.weight")):
+            expected = from_llama_cpp_order(expected, NUM_HEADS if "attn_q" in name else NUM_KV_HEADS)
+        ours = read[TENSORS[name][0]]
+        np.testing.assert_array_equal(ours, expected)
+        assert ours.dtype == np.float32
+        assert ours.flags.writeable
+
+
+def test_without_a_count_of_key_value_heads_there_are_as_many_as_query_heads(tmp_path: Path) -> None:
+    tensors = random_tensors() | {"blk.0.attn_k.weight": random_tensors(1)["blk.0.attn_q.weight"]}
+    metadata = {key: value for key, value in METADATA.items() if not key.endswith("head_count_kv")}
+    read = dict(GGUFFile(write(tmp_path / "tiny.gguf", tensors, metadata=metadata)).tensors())
+    expected = from_llama_cpp_order(tensors["blk.0.attn_k.weight"], NUM_HEADS)
+    np.testing.assert_array_equal(read["model.layers.0.self_attn.k_proj.weight"], expected)
+
+
+def test_metadata_is_read_with_its_type_and_a_default_for_what_is_absent(tmp_path: Path) -> None:
+    metadata = METADATA | {"tokenizer.ggml.tokens": ["a", "ü", "🌊"], "tokenizer.ggml.token_type": [1, 1, 3]}
+    file = GGUFFile(write(tmp_path / "tiny.gguf", {}, metadata=metadata))
+    assert file.architecture == "llama"
+    assert file.get("tokenizer.ggml.tokens") == ["a", "ü", "🌊"]
+    assert file.get("tokenizer.ggml.token_type") == [1, 1, 3]
+    assert file.arch("block_count") == file.require("llama.block_count") == 1
+    assert file.arch("absent", 5) == 5
+    assert file.get("absent") is None
+    with pytest.raises(UnsupportedModelError, match=r"tiny\.gguf.*absent\.key"):
+        file.require("absent.key")
+
+
+def test_a_file_is_parsed_once_for_all_who_ask(tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.gguf", {})
+    assert open_gguf(path) is open_gguf(path)
+    open_gguf.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return write(tmp_path_factory.mktemp("gguf") / "whole.gguf", random_tensors(), "Q8_0").read_bytes()
+
+
+def test_a_file_that_ends_too_early_is_refused_wherever_it_ends(whole: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "short.gguf"
+
+    @settings(max_examples=150, derandomize=True, deadline=None)
+    @given(st.integers(0, len(whole) - 1) | st.integers(0, 1500))
+    def refused(length: int) -> None:
+        path.write_bytes(whole[:length])
+        with pytest.raises(ModelSourceError, match=r"short\.gguf"):
+            GGUFFile(path)
+
+    refused()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda whole: b"GGML" + whole[4:], lambda whole: whole[:4] + b"\x09\0\0\0" + whole[8:], lambda whole: b"\0" * 500],
+    ids=["magic", "version", "zeros"],
+)
+def test_a_file_of_another_format_is_refused(whole: bytes, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "other.gguf"
+    path.write_bytes(damage(whole))
+    with pytest.raises(ModelSourceError, match=r"other\.gguf"):
+        load(path)
+
+
+def test_a_directory_or_nothing_in_its_place_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent.gguf"):
+        with pytest.raises(ModelSourceError, match=path.name):
+            GGUFFile(path)
+
+
+def test_a_damaged_header_is_refused_or_read_but_raises_nothing_else(whole: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.gguf"
+    messages: list[str] = []
+
+    @settings(max_examples=400, derandomize=True, deadline=None)
+    @given(st.integers(0, 1500), st.integers(0, 255))
+    def survives(at: int, byte: int) -> None:
+        path.write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
+        messages.extend(refusals(path))
+
+    survives()
+    assert messages, "some damage must show"
+    assert [message for message in messages if "damaged.gguf" not in message] == []
+
+
+def refusals(path: Path) -> Iterator[str]:
+    """What is said of a file that is refused; nothing of one that is read whole."""
+    try:
+        file = GGUFFile(path)
+        for key in (*METADATA, "general.architecture"):
+            file.get(key)
+        list(file.tensors())
+    except HeadraceError as error:
+        yield str(error)
+
+
+@pytest.mark.parametrize("key", [key for key in METADATA if not key.endswith(("head_count_kv", "freq_base"))])
+def test_missing_metadata_is_named(tmp_path: Path, key: str) -> None:
+    metadata = {name: value for name, value in METADATA.items() if name != key}
+    path = write(tmp_path / "tiny.gguf", random_tensors(), metadata=metadata)
+    with pytest.raises(UnsupportedModelError, match=key):
+        load(path)
+
+
+def test_a_missing_architecture_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.gguf", random_tensors(), has_architecture=False)
+    with pytest.raises(UnsupportedModelError, match=r"general\.architecture"):
+        load(path)
+
+
+@pytest.mark.parametrize("kind", ["Q5_0", "Q5_1"])
+def test_a_tensor_of_another_type_is_refused_with_its_name_and_type(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / "tiny.gguf", random_tensors(), kind)
+    with pytest.raises(UnsupportedModelError, match=rf"token_embd\.weight is {kind}.*Q4_0"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"llama.attention.head_count": 5}, "head"),
+        ({"llama.attention.head_count": 0}, "head"),
+        ({"llama.attention.head_count_kv": 3}, "head|shape"),
+        ({"llama.attention.head_count": [4, 4]}, "head"),
+        ({"llama.rope.scaling.type": "linear"}, "rope scaling"),
+        ({"llama.rope.scale_linear": 2.0}, "rope scaling"),
+        ({"llama.block_count": 2}, r"layers\.1"),
+        ({"llama.embedding_length": 128}, "shape"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_metadata_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = write(tmp_path / "tiny.gguf", random_tensors(), metadata=METADATA | change)
+    with pytest.raises(HeadraceError, match=message):
+        load(path)
+
+
+@pytest.mark.parametrize("name", [name for name in TENSORS if name != "output.weight"])
+def test_a_missing_tensor_is_named(tmp_path: Path, name: str) -> None:
+    tensors = {other: values for other, values in random_tensors().items() if other != name}
+    path = write(tmp_path / "tiny.gguf", tensors)
+    with pytest.raises(HeadraceError, match="embedding" if name == "token_embd.weight" else TENSORS[name][0]):
+        load(path)
+
+
+def test_frequency_factors_in_a_file_are_llama_3s_scaling(tmp_path: Path) -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "rope_theta": 10000.0,
+    }
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=FEED_FORWARD,
+        num_hidden_layers=1,
+        num_attention_heads=NUM_HEADS,
+        num_key_value_heads=NUM_KV_HEADS,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        rope_parameters=scaling,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    plain = LlamaConfig(**(config.to_dict() | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}))
+    factors = LlamaRotaryEmbedding(plain).inv_freq / LlamaRotaryEmbedding(config).inv_freq
+    assert factors.min() < factors.max()
+    path = write(tmp_path / "tiny.gguf", random_tensors() | {"rope_freqs.weight": factors.numpy()})
+    model: Any = LlamaForCausalLM(config).eval()
+    read = {name: torch.from_numpy(values) for name, values in GGUFFile(path).tensors()}
+    del read["rope_freqs.weight"]
+    model.load_state_dict(read)
+
+    prompt = list(range(40))
+    ids = torch.tensor([prompt])
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0
+    )
+    assert generate(path, prompt, 20) == expected[0, 40:].tolist()
+
+
+def generate(path: Path, prompt: list[int], num_tokens: int) -> list[int]:
+    scheduler, runner = load(path)
+    sampling = SamplingParams(temperature=0, max_tokens=num_tokens)
+    scheduler.add(GenerationRequest(0, tuple(prompt), sampling, 0.0))
+    tokens: list[int] = []
+    while scheduler.has_work:
+        output = scheduler.schedule(0.0)
+        for result in scheduler.update(output, runner.run(output)):
+            tokens += result.token_ids
+    return tokens

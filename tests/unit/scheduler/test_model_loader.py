@@ -1,0 +1,198 @@
+"""Hugging Face directories: what differs from what their config says is refused by name, before anything runs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from headrace.scheduler import model_loader
+from headrace.scheduler.config import EngineConfig
+from headrace.scheduler.errors import CapacityError, HeadraceError, ModelSourceError
+from headrace.scheduler.messages import GenerationRequest, SamplingParams
+from headrace.scheduler.model_loader import load_engine
+
+VOCAB = 96
+# 1 layer, keys and values, 2 heads of 16 floats.
+KV_BYTES_PER_TOKEN = 2 * 2 * 16 * 4
+
+
+def tiny_llama() -> Any:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_llama().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load(folder: Path, **fields: Any) -> Any:
+    defaults: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_cache_bytes": 1 << 20}
+    return load_engine(EngineConfig(folder, **(defaults | fields)))
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def generate(engine: tuple[Any, Any], prompt: list[int], num_tokens: int) -> list[int]:
+    scheduler, runner = engine
+    sampling = SamplingParams(temperature=0, max_tokens=num_tokens)
+    scheduler.add(GenerationRequest(0, tuple(prompt), sampling, 0.0))
+    tokens: list[int] = []
+    while scheduler.has_work:
+        output = scheduler.schedule(0.0)
+        for result in scheduler.update(output, runner.run(output)):
+            tokens += result.token_ids
+    return tokens
+
+
+def generate_with_hugging_face(folder: Path, prompt: list[int], num_tokens: int) -> list[int]:
+    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor([prompt])
+    tokens = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0
+    )
+    return tokens[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+
+WEIGHTS = sorted(tiny_llama().state_dict())
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_missing_weight_is_named(folder: Path, name: str) -> None:
+    change_weights(folder, lambda weights: weights.pop(name))
+    with pytest.raises(ModelSourceError, match=name):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_weight_of_the_wrong_shape_is_named(folder: Path, name: str) -> None:
+    change_weights(folder, lambda weights: weights.update({name: weights[name][:-16].clone()}))
+    with pytest.raises(ModelSourceError, match=name):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.q_norm.weight"])
+def test_a_weight_that_would_be_left_out_is_named(folder: Path, name: str) -> None:
+    change_weights(folder, lambda weights: weights.update({name: torch.zeros(64)}))
+    with pytest.raises(HeadraceError, match=name):
+        load(folder)
+
+
+def test_tables_that_old_checkpoints_carry_are_no_obstacle(folder: Path) -> None:
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    change_weights(folder, lambda weights: weights.update(table))
+    assert generate(load(folder), [5, 9, 2], 8) == generate_with_hugging_face(folder, [5, 9, 2], 8)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_an_output_head_is_used_or_not_as_hugging_face_does(folder: Path, is_tied: bool) -> None:
+    change_config(folder, tie_word_embeddings=is_tied)
+    assert generate(load(folder), [5, 9, 2], 12) == generate_with_hugging_face(folder, [5, 9, 2], 12)
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["{", "[]", "{}", '{"weight_map": {"model.norm.weight": "absent.safetensors"}}', '{"weight_map": []}'],
+)
+def test_an_index_that_leads_nowhere_is_refused(folder: Path, index: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelSourceError, match=r"index|absent"):
+        load(folder)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 4, 100, -1])
+def test_a_weight_file_that_ends_too_early_is_named(folder: Path, num_bytes: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:num_bytes])
+    with pytest.raises(ModelSourceError, match=r"model\.safetensors"):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"{}", b'{"model_type": "no-such-model"}', b"\xff"])
+def test_a_config_that_cannot_be_read_is_refused_with_its_folder(folder: Path, text: bytes) -> None:
+    (folder / "config.json").write_bytes(text)
+    with pytest.raises(ModelSourceError, match=folder.name):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": "large"},
+        {"hidden_size": None},
+        {"num_attention_heads": 3},
+        {"num_attention_heads": 0},
+        {"rms_norm_eps": None},
+        {"max_position_embeddings": None},
+        {"head_dim": 15},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+    ],
+    ids=str,
+)
+def test_a_config_that_contradicts_itself_is_refused_with_its_folder(folder: Path, fields: dict[str, Any]) -> None:
+    change_config(folder, **fields)
+    with pytest.raises(HeadraceError, match=folder.name):
+        load(folder)
+
+
+def test_a_gpu_that_is_not_there_is_an_error_that_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CapacityError, match="cuda:1"):
+        load(folder, device="cuda:1")
+    assert "on cpu" in load(folder, device="auto")[1].description
+
+
+def test_the_cache_takes_its_share_of_free_memory_and_no_more_than_can_be_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def num_blocks(available: int | None, **fields: Any) -> int:
+        monkeypatch.setattr(model_loader, "available_bytes", lambda: available)
+        scheduler, _ = load(folder, kv_cache_bytes=None, block_size=8, **fields)
+        return int(scheduler.load().num_total_blocks)
+
+    block_bytes = 8 * KV_BYTES_PER_TOKEN
+    assert num_blocks(100 * block_bytes) == 40
+    # 128 tokens in 16 blocks for each of 5 sequences.
+    assert num_blocks(10**9, max_num_seqs=5) == 5 * 16
+    assert num_blocks(None, max_num_seqs=5) == 5 * 16
+    assert num_blocks(10**9, max_num_seqs=5, max_model_len=20) == 5 * 3
+    with pytest.raises(CapacityError):
+        num_blocks(0)
+
+
+@pytest.mark.parametrize(("block_size", "num_blocks"), [(1, 2), (1, 3), (2, 1), (16, 1)])
+def test_the_smallest_cache_is_used_to_its_last_slot(folder: Path, block_size: int, num_blocks: int) -> None:
+    num_bytes = num_blocks * block_size * KV_BYTES_PER_TOKEN
+    scheduler, runner = load(folder, block_size=block_size, kv_cache_bytes=num_bytes)
+    runner.warm_up()
+    assert runner.max_context_tokens == num_blocks * block_size
+    num_tokens = runner.max_context_tokens - 1
+    assert generate((scheduler, runner), [5], num_tokens) == generate_with_hugging_face(folder, [5], num_tokens)

@@ -1,0 +1,302 @@
+"""The scheduler as a state machine: every rule of its policy, held after each of any sequence of events.
+
+The model is a fixed function of the tokens before it, so each request's answer alone is known, and so is whether a
+request that was preempted, chunked or batched got the same one. A dictionary stands for the KV cache, so that keys
+written over or not computed again are found out.
+"""
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fake_engine import make_scheduler, next_token
+from headrace.scheduler.messages import FinishReason, GenerationRequest, SamplingParams, SequenceOutput
+from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
+from headrace.scheduler.sequence import Sequence, SequenceStatus
+
+LETTERS = st.just(frozenset[int]()) | st.frozensets(st.integers(ord("a"), ord("z")), max_size=3)
+
+
+def alone(request: GenerationRequest) -> tuple[list[int], FinishReason]:
+    """What the request gets if nothing disturbs it."""
+    sampling, tokens = request.sampling, list[int]()
+    while True:
+        tokens.append(next_token([*request.prompt_token_ids, *tokens]))
+        if tokens[-1] in sampling.stop_token_ids and len(tokens) > sampling.min_tokens:
+            return tokens, FinishReason.STOP
+        if len(tokens) == sampling.max_tokens:
+            return tokens, FinishReason.LENGTH
+
+
+@dataclasses.dataclass
+class Record:
+    """What was asked and what was answered."""
+
+    request: GenerationRequest
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    scheduled_s: list[float] = dataclasses.field(default_factory=list)
+    ends: list[FinishReason] = dataclasses.field(default_factory=list)
+    is_cancelled: bool = False
+
+    @property
+    def is_over(self) -> bool:
+        return bool(self.ends)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Ids rise with arrival, so an order of arrival is an order of ids."""
+
+    @initialize(
+        num_blocks=st.integers(2, 16),
+        block_size=st.integers(1, 5),
+        budget=st.integers(1, 16),
+        max_num_seqs=st.integers(1, 5),
+    )
+    def start(self, num_blocks: int, block_size: int, budget: int, max_num_seqs: int) -> None:
+        self.block_size = block_size
+        self.capacity = num_blocks * block_size
+        self.budget = budget
+        self.max_num_seqs = min(max_num_seqs, budget)
+        self.scheduler: Scheduler = make_scheduler(num_blocks, block_size, budget, self.max_num_seqs)
+        self.records: dict[int, Record] = {}
+        self.sequences: dict[int, Sequence] = {}
+        # What each slot of the cache holds: (request, position, token).
+        self.slots: dict[int, tuple[int, int, int]] = {}
+        self.num_steps = 0
+        self.now = 0.0
+
+    @property
+    def alive(self) -> list[int]:
+        return [id for id, record in self.records.items() if not record.is_over]
+
+    @property
+    def running(self) -> dict[int, Sequence]:
+        return {id: s for id, s in self.sequences.items() if s.status is SequenceStatus.RUNNING}
+
+    @rule(data=st.data(), num_requests=st.integers(1, 4), lifetime_s=st.none() | st.integers(0, 12))
+    def add(self, data: st.DataObject, num_requests: int, lifetime_s: int | None) -> None:
+        for _ in range(num_requests):
+            # Short and long prompts; of the answers half would fill the pool to its last slot.
+            num_prompt = data.draw(st.integers(1, 3) | st.integers(1, self.capacity), "num_prompt")
+            num_prompt = min(num_prompt, self.capacity - 1)
+            longest = self.capacity - num_prompt
+            max_tokens = data.draw(st.just(longest) | st.integers(1, longest), "max_tokens")
+            sampling = SamplingParams(
+                max_tokens=max_tokens,
+                min_tokens=data.draw(st.integers(0, max_tokens), "min_tokens"),
+                stop_token_ids=data.draw(LETTERS, "stop_token_ids"),
+            )
+            id = len(self.records)
+            deadline_s = math.inf if lifetime_s is None else self.now + lifetime_s
+            prompt = tuple((id * 7 + i) % 200 for i in range(num_prompt))
+            self.records[id] = Record(GenerationRequest(id, prompt, sampling, self.now, deadline_s))
+            self.scheduler.add(self.records[id].request)
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        """Of any request, unknown and finished ones included, and perhaps for the second time."""
+        id = data.draw(st.integers(0, len(self.records)), "id")
+        self.scheduler.cancel(id)
+        if id in self.records:
+            self.records[id].is_cancelled |= not self.records[id].is_over
+
+    @rule(num_steps=st.integers(1, 6))
+    def step(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            output = self.schedule()
+            self.record(self.scheduler.update(output, self.compute(output)))
+            self.check_books()
+
+    @rule(data=st.data())
+    def step_while_a_cancel_arrives(self, data: st.DataObject) -> None:
+        output = self.schedule()
+        self.cancel(data)
+        self.record(self.scheduler.update(output, self.compute(output)))
+
+    @rule()
+    def step_that_raises(self) -> None:
+        output = self.schedule()
+        outputs = self.scheduler.fail([row.sequence for row in output.rows], "told to")
+        assert {o.request_id: o.finish_reason for o in outputs} == {
+            row.sequence.request.request_id: FinishReason.ERROR for row in output.rows
+        }
+        assert all(o.error == "told to" for o in outputs)
+        self.record(outputs)
+        assert all(self.records[o.request_id].scheduled_s for o in outputs), "it ran, and was not told so"
+
+    @rule(seconds=st.integers(1, 6))
+    def wait(self, seconds: int) -> None:
+        self.now += seconds
+
+    @precondition(lambda self: len(self.records) > 20)
+    @rule()
+    def end_everything(self) -> None:
+        alive = self.alive
+        outputs = self.scheduler.fail_all("over")
+        assert sorted(o.request_id for o in outputs) == alive
+        self.record(outputs)
+
+    def schedule(self) -> SchedulerOutput:
+        """Schedule a step and hold what came out against the policy."""
+        before = self.running
+        waiting = [id for id in self.alive if id not in before]
+        num_preemptions = self.scheduler.load().num_preemptions
+        output = self.scheduler.schedule(self.now)
+        self.check_dropped(output)
+        rows = {row.sequence.request.request_id: row for row in output.rows}
+        assert len(rows) == len(output.rows), "one row per sequence"
+        for id, row in rows.items():
+            self.sequences.setdefault(id, row.sequence)
+        running = self.running
+        admitted = [id for id in rows if id not in before]
+        preempted = [id for id in before if not self.records[id].is_over and id not in running]
+
+        assert sum(row.num_tokens for row in output.rows) <= self.budget
+        assert len(running) <= self.max_num_seqs
+        for id, row in rows.items():
+            assert id in running
+            assert 1 <= row.num_tokens <= row.sequence.num_uncomputed_tokens
+            end = row.sequence.num_computed_tokens + row.num_tokens
+            assert len(row.sequence.block_ids) >= -(-end // self.block_size), "no block for a token"
+        for id in running:
+            if running[id].num_uncomputed_tokens == 1:
+                assert id in rows, "a running sequence that can decode gets its token"
+        if alive := self.alive:
+            assert alive[0] in rows, "the oldest always advances"
+            assert admitted == [id for id in waiting if id in admitted], "admitted in order of arrival"
+        assert not (admitted and preempted), "a step that preempts admits nobody"
+        assert all(victim > id for victim in preempted for id in running), "the newest are preempted"
+        assert self.scheduler.load().num_preemptions == num_preemptions + len(preempted)
+        self.check_no_overtaking()
+        self.check_nobody_waits_for_nothing(output, bool(preempted))
+        self.num_steps += bool(output.rows)
+        self.check_books()
+        return output
+
+    def check_dropped(self, output: SchedulerOutput) -> None:
+        expected = {}
+        for id in self.alive:
+            if self.records[id].is_cancelled:
+                expected[id] = FinishReason.CANCELLED
+            elif self.records[id].request.deadline_s <= self.now:
+                expected[id] = FinishReason.DEADLINE
+        assert {o.request_id: o.finish_reason for o in output.dropped} == expected
+        self.record(output.dropped)
+        for id in expected:
+            assert id not in self.sequences or self.sequences[id].block_ids == [], "a dropped request holds blocks"
+
+    def check_no_overtaking(self) -> None:
+        running = self.running
+        waiting = [id for id in self.alive if id not in running]
+        assert not running or not waiting or max(running) < min(waiting)
+
+    def check_nobody_waits_for_nothing(self, output: SchedulerOutput, has_preempted: bool) -> None:
+        """Where somebody waits, the budget, the batch or the blocks are used up."""
+        running = self.running
+        waiting = [id for id in self.alive if id not in running]
+        if not waiting or has_preempted:
+            return
+        head = self.sequences.get(waiting[0])
+        num_tokens = len(head.token_ids if head else self.records[waiting[0]].request.prompt_token_ids)
+        assert (
+            sum(row.num_tokens for row in output.rows) == self.budget
+            or len(running) == self.max_num_seqs
+            or -(-num_tokens // self.block_size) > self.scheduler.load().num_free_blocks
+        )
+
+    @invariant()
+    def check_books(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.check_books()
+        load, running = self.scheduler.load(), self.running
+        assert load.num_running == len(running)
+        assert load.num_waiting == len(self.alive) - len(running)
+        assert load.num_received == len(self.records)
+        assert load.num_steps == self.num_steps
+        assert load.num_free_blocks == load.num_total_blocks - sum(len(s.block_ids) for s in running.values())
+
+    def compute(self, output: SchedulerOutput) -> list[int | None]:
+        """Write the rows' keys to the cache, and look whether each finds all those before its own."""
+        for row in output.rows:
+            start = row.sequence.num_computed_tokens
+            for position, slot, entry in self.entries(row.sequence, start + row.num_tokens):
+                if position >= start:
+                    self.slots[slot] = entry
+        for row in output.rows:
+            for _, slot, entry in self.entries(row.sequence, row.sequence.num_computed_tokens + row.num_tokens):
+                assert self.slots[slot] == entry, "a token's keys are not where the next one looks for them"
+        return [next_token(row.sequence.token_ids) if row.is_sampled else None for row in output.rows]
+
+    def entries(self, sequence: Sequence, end: int) -> Iterator[tuple[int, int, tuple[int, int, int]]]:
+        """(Position, slot, what belongs there) of a sequence's first tokens."""
+        for i in range(end):
+            slot = sequence.block_ids[i // self.block_size] * self.block_size + i % self.block_size
+            yield i, slot, (sequence.request.request_id, i, sequence.token_ids[i])
+
+    def record(self, outputs: list[SequenceOutput]) -> None:
+        for output in outputs:
+            record = self.records[output.request_id]
+            assert not record.is_over, "an output after the end"
+            record.tokens += output.token_ids
+            if output.scheduled_s is not None:
+                assert output.scheduled_s == self.now
+                record.scheduled_s.append(output.scheduled_s)
+            if output.finish_reason is not None:
+                record.ends.append(output.finish_reason)
+            assert bool(record.tokens) <= len(record.scheduled_s) <= 1, "told once, and before the first token"
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(10_000):
+            if not self.scheduler.has_work:
+                break
+            self.now += 1
+            self.step(1)
+        assert not self.scheduler.has_work, "livelock"
+        assert self.scheduler.load().num_free_blocks == self.scheduler.load().num_total_blocks
+        for record in self.records.values():
+            tokens, reason = alone(record.request)
+            assert len(record.ends) == 1
+            if record.ends[0] in (FinishReason.STOP, FinishReason.LENGTH):
+                assert (record.tokens, record.ends[0]) == (tokens, reason)
+            else:
+                assert record.tokens == tokens[: len(record.tokens)]
+                assert len(record.tokens) < len(tokens)
+
+
+TestSchedulerMachine: Any = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+
+
+def test_deadlines_are_kept_however_many_requests_came_and_went() -> None:
+    rng = random.Random(1)
+    scheduler = make_scheduler(num_blocks=8, block_size=4, max_num_batched_tokens=4, max_num_seqs=4)
+    due: list[tuple[float, int]] = []
+    for now in range(2000):
+        deadline_s = now + rng.choice([3, 30, 400]) * rng.random()
+        scheduler.add(GenerationRequest(now, (1, 2), SamplingParams(max_tokens=30), float(now), deadline_s))
+        due.append((deadline_s, now))
+        if rng.random() < 0.9:
+            scheduler.cancel(now)
+            due.remove((deadline_s, now))
+        output = scheduler.schedule(now)
+        expired = {o.request_id for o in output.dropped if o.finish_reason is FinishReason.DEADLINE}
+        assert expired == {id for at_s, id in due if at_s <= now}
+        due = [entry for entry in due if entry[0] > now]
+        sampled = [next_token(row.sequence.token_ids) if row.is_sampled else None for row in output.rows]
+        over = {o.request_id for o in scheduler.update(output, sampled) if o.finish_reason is not None}
+        due = [entry for entry in due if entry[1] not in over]
+    scheduler.check_books()

@@ -1,0 +1,43 @@
+"""Refusals as clients read them: OpenAI's envelope, and headers that say whether to come back."""
+
+import inspect
+
+import pytest
+
+from headrace.server import errors
+from headrace.server.errors import (
+    ApiError,
+    BadRequestError,
+    DeadlineError,
+    OverloadedError,
+    UnavailableError,
+    retry_headers,
+)
+
+ERRORS = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, ApiError)]
+
+
+@pytest.mark.parametrize("cls", ERRORS)
+def test_every_error_has_a_status_of_its_own_kind_and_all_four_fields(cls: type[ApiError]) -> None:
+    assert 400 <= cls.status < 600
+    error = cls.__new__(cls)
+    ApiError.__init__(error, "what is wrong", param="field")
+    assert error.envelope() == {
+        "error": {"message": "what is wrong", "type": cls.type, "param": "field", "code": error.code}
+    }
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.001, ("1", "1")), (0.75, ("1", "750")), (1.6, ("2", "1600")), (120.0, ("120", "120000"))],
+)
+def test_when_to_come_back_is_told_in_both_spellings(seconds: float, expected: tuple[str, str]) -> None:
+    assert retry_headers(seconds) == {"retry-after": expected[0], "retry-after-ms": expected[1]}
+    assert OverloadedError("full", seconds).headers == retry_headers(seconds)
+    assert UnavailableError("loading", "loading", seconds).headers == retry_headers(seconds)
+
+
+def test_where_a_retry_cannot_help_clients_are_told_not_to() -> None:
+    for error in (UnavailableError("dead", "engine_dead", None), DeadlineError("over")):
+        assert error.headers == {"x-should-retry": "false"}
+    assert BadRequestError("wrong").headers == {}

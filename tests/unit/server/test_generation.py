@@ -1,0 +1,169 @@
+"""A generation's text, tokens, times and its one end."""
+
+import json
+import logging
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from fake_engine import EOS, byte_tokenizer
+from headrace.scheduler.messages import FinishReason, SequenceOutput
+from headrace.server.detokenizer import Detokenizer
+from headrace.server.errors import ApiError, DeadlineError, EngineFailedError, UnavailableError
+from headrace.server.generation import Generation, Stages
+from headrace.server.request_log import log_request
+
+TOKENIZER = byte_tokenizer()
+
+
+def make(stop: tuple[str, ...] = (), *, ends: list[Generation] | None = None) -> Generation:
+    calls: list[Generation] = [] if ends is None else ends
+    return Generation(
+        id="gen",
+        request_id=7,
+        num_prompt_tokens=5,
+        stages=Stages(received_s=10.0, submitted_s=10.5),
+        detokenizer=Detokenizer(TOKENIZER, stop),
+        on_end=[calls.append],
+    )
+
+
+def step(text: str = "", **fields: Any) -> SequenceOutput:
+    return SequenceOutput(7, tuple(text.encode()), **fields)
+
+
+@pytest.mark.parametrize(
+    ("reason", "error"),
+    [
+        (FinishReason.LENGTH, None),
+        (FinishReason.CANCELLED, None),
+        (FinishReason.DEADLINE, DeadlineError),
+        (FinishReason.ERROR, EngineFailedError),
+    ],
+)
+def test_it_ends_once_with_the_engines_reason_and_tells_who_wants_to_know(
+    reason: FinishReason, error: type[ApiError] | None
+) -> None:
+    ends: list[Generation] = []
+    generation = make(ends=ends)
+    generation.receive(step("hi", scheduled_s=11.0), 12.0)
+    assert not generation.is_over
+    generation.receive(step(finish_reason=reason, error="broken" if error is EngineFailedError else None), 13.0)
+    assert generation.is_over
+    assert ends == [generation]
+    generation.end(FinishReason.CANCELLED, 14.0)
+    assert ends == [generation], "a second end has no effect"
+    terminal = generation.log.terminal
+    assert terminal is not None
+    assert terminal.finish_reason is reason
+    assert type(terminal.error) is (error or type(None))
+    assert generation.stages.end_s == 13.0
+    assert generation.log.text() == "hi"
+    if isinstance(terminal.error, EngineFailedError):
+        assert terminal.error.message == "broken"
+
+
+def test_an_end_from_outside_carries_its_own_error() -> None:
+    generation = make()
+    error = UnavailableError("going down", "draining")
+    generation.end(FinishReason.CANCELLED, 11.0, error)
+    assert generation.log.terminal is not None
+    assert generation.log.terminal.error is error
+    assert generation.phase == "queued"
+
+
+def test_the_log_is_closed_when_on_end_is_called() -> None:
+    seen: list[bool] = []
+    generation = make()
+    generation.on_end.append(lambda ended: seen.append(ended.is_over))
+    generation.end(FinishReason.CANCELLED, 11.0)
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("end_token", [EOS, ord("x")])
+def test_the_token_that_ends_it_counts_but_is_no_text(end_token: int) -> None:
+    generation = make()
+    generation.receive(SequenceOutput(7, (ord("a"), end_token), FinishReason.STOP, 11.0), 12.0)
+    assert generation.log.text() == "a"
+    assert generation.num_output_tokens == 2
+    assert generation.usage() == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+    assert generation.usage(1) == {"prompt_tokens": 5, "completion_tokens": 1, "total_tokens": 6}
+
+
+@pytest.mark.parametrize("reason", [None, FinishReason.LENGTH])
+def test_a_stop_string_ends_it_whatever_the_engine_says(reason: FinishReason | None) -> None:
+    ends: list[Generation] = []
+    generation = make(("END",), ends=ends)
+    generation.receive(step("xEN", scheduled_s=11.0), 12.0)
+    assert generation.log.text() == "x"
+    generation.receive(step("Dyz", finish_reason=reason), 13.0)
+    assert generation.log.text() == "x"
+    assert generation.log.terminal is not None
+    assert generation.log.terminal.finish_reason is FinishReason.STOP
+    assert generation.log.terminal.error is None
+    assert generation.num_output_tokens == 4, "nothing after the token that completed it counts"
+    assert len(ends) == 1
+
+
+@pytest.mark.parametrize("reason", [FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.DEADLINE])
+def test_text_held_back_for_a_stop_string_comes_out_at_the_end(reason: FinishReason) -> None:
+    generation = make(("</stop>",))
+    generation.receive(step("a</st", scheduled_s=11.0), 12.0)
+    assert generation.log.text() == "a"
+    generation.receive(step(finish_reason=reason), 13.0)
+    assert generation.log.text() == "a</st"
+    assert generation.log.terminal is not None
+    assert generation.log.terminal.finish_reason is reason
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(text=st.text("ab€😀", max_size=12), data=st.data())
+def test_every_token_is_counted_with_the_text_it_made(text: str, data: st.DataObject) -> None:
+    generation = make()
+    left, now = text.encode(), 11.0
+    while left:
+        size = data.draw(st.integers(1, len(left)))
+        generation.receive(SequenceOutput(7, tuple(left[:size]), scheduled_s=10.75), now)
+        left, now = left[size:], now + 1
+        counted = generation.log.read(0)
+        assert counted.text.encode() == text.encode()[: counted.num_tokens], "with a token a byte"
+    generation.receive(step(finish_reason=FinishReason.LENGTH), now)
+    assert generation.log.text() == text
+    assert generation.log.read(0).num_tokens == generation.num_output_tokens == len(text.encode())
+
+
+def test_stages_follow_the_first_and_the_last_token() -> None:
+    generation = make()
+    assert generation.phase == "queued"
+    assert generation.timings() == {"queue_s": None, "prefill_s": None, "ttft_s": None, "total_s": None}
+    generation.receive(step(scheduled_s=11.0), 11.5)
+    assert generation.phase == "prefill"
+    generation.receive(step("a"), 12.0)
+    assert generation.phase == "decode"
+    generation.receive(step("b"), 13.0)
+    generation.receive(step("c", finish_reason=FinishReason.LENGTH), 14.25)
+    stages = generation.stages
+    assert (stages.scheduled_s, stages.first_token_s, stages.last_token_s, stages.end_s) == (11.0, 12.0, 14.25, 14.25)
+    assert generation.timings() == {"queue_s": 0.5, "prefill_s": 1.0, "ttft_s": 2.0, "total_s": 4.25}
+
+
+def test_the_log_line_has_every_stage_and_no_text(caplog: pytest.LogCaptureFixture) -> None:
+    generation = make()
+    generation.receive(step("secret", finish_reason=FinishReason.LENGTH, scheduled_s=11.0), 12.0)
+    with caplog.at_level(logging.INFO, "headrace.requests"):
+        log_request(generation, "/v1/completions")
+    [record] = caplog.records
+    line = json.loads(record.getMessage())
+    assert "secret" not in record.getMessage()
+    assert (line["id"], line["route"], line["finish_reason"]) == ("gen", "/v1/completions", "length")
+    assert (line["prompt_tokens"], line["completion_tokens"]) == (5, 6)
+    assert line["stages_ms"] == {
+        "tokenized": None,
+        "submitted": 500.0,
+        "scheduled": 1000.0,
+        "first_token": 2000.0,
+        "last_token": 2000.0,
+        "first_byte": None,
+        "end": 2000.0,
+    }

@@ -1,0 +1,155 @@
+"""The exposition, read by Prometheus's own parser."""
+
+from collections.abc import Iterable
+
+import pytest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from fake_engine import byte_tokenizer
+from headrace.scheduler.messages import FinishReason, LoadSnapshot, SequenceOutput
+from headrace.server.detokenizer import Detokenizer
+from headrace.server.generation import Generation, Stages
+from headrace.server.metrics import PHASES, Metrics
+
+LOAD = LoadSnapshot(
+    num_waiting=1,
+    num_running=3,
+    num_received=9,
+    num_free_blocks=25,
+    num_total_blocks=100,
+    num_preemptions=4,
+    num_steps=77,
+    busy_s=1.5,
+)
+# The names that vLLM's dashboards and the routers in front of it read.
+VLLM_NAMES = {
+    "headrace_num_requests_running": "vllm:num_requests_running",
+    "headrace_num_requests_waiting": "vllm:num_requests_waiting",
+    "headrace_kv_cache_usage_ratio": "vllm:kv_cache_usage_perc",
+    "headrace_num_preemptions": "vllm:num_preemptions",
+    "headrace_prompt_tokens": "vllm:prompt_tokens",
+    "headrace_generation_tokens": "vllm:generation_tokens",
+    "headrace_requests_finished": "vllm:request_success",
+    "headrace_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
+    "headrace_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
+    "headrace_request_queue_time_seconds": "vllm:request_queue_time_seconds",
+    "headrace_e2e_request_latency_seconds": "vllm:e2e_request_latency_seconds",
+}
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def families(metrics: Metrics) -> list[Metric]:
+    return list(text_string_to_metric_families(metrics.expose().decode()))
+
+
+def samples(found: Iterable[Metric]) -> Samples:
+    read: Samples = {}
+    for family in found:
+        for sample in family.samples:
+            key = (sample.name, frozenset(sample.labels.items()))
+            assert key not in read, f"{key} twice"
+            read[key] = sample.value
+    return read
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    return samples(families(metrics))[name, frozenset(labels.items())]
+
+
+def make(name: str = "model") -> Metrics:
+    return Metrics(name, lambda: LOAD, lambda: 6)
+
+
+def over(reason: FinishReason, *, scheduled_s: float | None = 3.0, text: str = "a") -> Generation:
+    generation = Generation(
+        id="g",
+        request_id=0,
+        num_prompt_tokens=2,
+        stages=Stages(received_s=1.0),
+        detokenizer=Detokenizer(byte_tokenizer(), ()),
+        on_end=[],
+    )
+    generation.receive(SequenceOutput(0, tuple(text.encode()), scheduled_s=scheduled_s), 4.0)
+    generation.end(reason, 5.0)
+    return generation
+
+
+def test_gauges_show_the_last_load() -> None:
+    read = samples(families(make()))
+    expected = {
+        "headrace_num_requests_running": 3,
+        "headrace_num_requests_waiting": 6,
+        "headrace_kv_cache_usage_ratio": 0.75,
+        "headrace_kv_cache_free_blocks": 25,
+        "headrace_kv_cache_total_blocks": 100,
+        "headrace_num_preemptions_total": 4,
+        "headrace_engine_steps_total": 77,
+        "headrace_engine_busy_seconds_total": 1.5,
+    }
+    assert {name: read[name, frozenset()] for name in expected} == expected
+
+
+def test_before_the_engine_is_ready_the_cache_is_empty_and_nothing_divides_by_it() -> None:
+    metrics = Metrics("model", LoadSnapshot, lambda: 0)
+    assert value(metrics, "headrace_kv_cache_usage_ratio") == 0
+
+
+@pytest.mark.parametrize("model_name", ["model", 'we"ird\\name\n', "ünï/🌊"])
+def test_every_vllm_metric_has_the_values_of_its_own_and_the_models_name(model_name: str) -> None:
+    metrics = make(model_name)
+    metrics.prompt_tokens.inc(12)
+    metrics.generation_tokens.inc(34)
+    for seconds in (0.003, 0.2, 7.0, 1000.0):
+        for histogram in (metrics.ttft, metrics.itl, metrics.queue_time, metrics.e2e):
+            histogram.observe(seconds)
+    for reason in FinishReason:
+        metrics.observe_end(over(reason))
+    found = families(metrics)
+    by_name = {family.name: family for family in found}
+    own = samples(family for family in found if family.name.startswith("headrace_"))
+    for ours, theirs in VLLM_NAMES.items():
+        assert by_name[theirs].type == by_name[ours].type
+        assert by_name[theirs].documentation == by_name[ours].documentation
+        renamed = samples([by_name[theirs]])
+        for (name, labels), number in renamed.items():
+            assert ("model_name", model_name) in labels
+            assert own[ours + name.removeprefix(theirs), labels - {("model_name", model_name)}] == number
+        assert len(renamed) == len(by_name[ours].samples) > 0
+    assert {name for name in by_name if not name.startswith("headrace_")} == set(VLLM_NAMES.values())
+
+
+def test_ends_are_counted_by_reason_and_cancellations_by_phase() -> None:
+    metrics = make()
+    metrics.observe_end(over(FinishReason.STOP))
+    metrics.observe_end(over(FinishReason.STOP))
+    metrics.observe_end(over(FinishReason.CANCELLED))
+    metrics.observe_end(over(FinishReason.CANCELLED, text=""))
+    metrics.observe_end(over(FinishReason.CANCELLED, scheduled_s=None, text=""))
+    metrics.count_cancelled("body")
+    finished = {
+        reason.value: value(metrics, "headrace_requests_finished_total", finished_reason=reason.value)
+        for reason in FinishReason
+    }
+    assert finished == {"stop": 2, "length": 0, "cancelled": 3, "deadline_exceeded": 0, "error": 0}
+    cancelled = {phase: value(metrics, "headrace_requests_cancelled_total", phase=phase) for phase in PHASES}
+    assert cancelled == {"body": 1, "tokenizing": 0, "queued": 1, "prefill": 1, "decode": 1}
+    assert value(metrics, "headrace_e2e_request_latency_seconds_count") == 5
+    assert value(metrics, "headrace_e2e_request_latency_seconds_sum") == 5 * 4.0
+
+
+def test_labels_come_from_closed_sets_and_no_creation_times_are_shown() -> None:
+    metrics = make()
+    for status in (400, 429):
+        metrics.rejected.labels(str(status)).inc()
+    for family in families(metrics):
+        for sample in family.samples:
+            assert not sample.name.endswith("_created")
+            assert set(sample.labels) <= {"finished_reason", "phase", "status", "le", "model_name"}
+    assert value(metrics, "headrace_requests_rejected_total", status="429") == 1
+
+
+def test_two_servers_in_one_process_do_not_share_their_counts() -> None:
+    first, second = make("a"), make("b")
+    first.prompt_tokens.inc(5)
+    assert value(second, "headrace_prompt_tokens_total") == 0

@@ -1,0 +1,234 @@
+"""Bodies: what is refused is refused by name, and nothing but a refusal comes out of a wrong one."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from headrace.server.errors import ApiError, BadRequestError, UnsupportedParameterError
+from headrace.server.protocol import (
+    UNSUPPORTED,
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationParams,
+    parse_json_object,
+    parse_request,
+)
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+COMPLETION: dict[str, Any] = {"prompt": "hi"}
+ROUTES: list[tuple[type[GenerationParams], dict[str, Any]]] = [
+    (ChatCompletionRequest, CHAT),
+    (CompletionRequest, COMPLETION),
+]
+
+
+def refused(cls: type[GenerationParams], fields: dict[str, Any]) -> ApiError:
+    error = refusal(cls, fields)
+    assert error is not None, "it was accepted"
+    assert error.status == 400
+    assert error.param is not None
+    assert error.param in error.message
+    assert error.envelope()["error"]["param"] == error.param
+    return error
+
+
+def refusal(cls: type[GenerationParams], fields: dict[str, Any]) -> ApiError | None:
+    """The refusal, None where the body is accepted."""
+    try:
+        parse_request(cls, fields)
+    except ApiError as error:
+        return error
+    return None
+
+
+def field_of(error: ApiError) -> str:
+    """The top-level field that an error names."""
+    assert error.param is not None
+    return error.param.partition("[")[0].partition(".")[0]
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_what_is_not_supported_is_refused_by_name_unless_it_asks_for_nothing(name: str) -> None:
+    for cls, fields in ROUTES:
+        for asking in ({"a": 1}, ["a"], "something", -1, 2, 0.5, 10**40):
+            error = refused(cls, fields | {name: asking})
+            assert isinstance(error, UnsupportedParameterError)
+            assert error.param == name
+        for neutral in (None, *UNSUPPORTED[name]):
+            parse_request(cls, fields | {name: neutral})
+
+
+@pytest.mark.parametrize(("name", "value"), [("n", True), ("logprobs", 0), ("priority", False), ("echo", 0)])
+def test_numbers_and_flags_are_not_taken_for_each_other(name: str, value: Any) -> None:
+    assert refused(CompletionRequest, COMPLETION | {name: value}).param == name
+
+
+COUNTS = ["max_tokens", "min_tokens", "top_k", "seed"]
+NUMBERS = ["temperature", "top_p", "min_p", "timeout"]
+FLAGS = ["stream", "ignore_eos", "skip_special_tokens"]
+NAMES = ["model", "user"]
+
+
+@pytest.mark.parametrize(
+    ("names", "values"),
+    [
+        (COUNTS, [1.0, 1.5, "1", True, [1], {}, 10**400, -(10**400)]),
+        (NUMBERS, ["0.5", True, [0.5], {}, float("inf"), float("nan"), -1, 1e308, 10**400]),
+        (FLAGS, [0, 1, "true", [True], {}]),
+        (NAMES, [1, True, ["m"], {}, "m" * 513]),
+        (["stop"], [5, True, [5], [None], {}, "", [""], ["a"] * 17, "x" * 1001]),
+        (["stop_token_ids"], [5, "5", [True], [1.0], ["1"], [-1], [2**31], [0] * 1025]),
+        (["stream_options"], [5, [], "x", {}, {"include_usage": True}]),
+    ],
+    ids=["counts", "numbers", "flags", "names", "stop", "stop_token_ids", "stream_options"],
+)
+def test_a_value_of_the_wrong_type_or_range_is_refused_by_the_fields_name(names: list[str], values: list[Any]) -> None:
+    for cls, fields in ROUTES:
+        for name in names:
+            for value in values:
+                error = refused(cls, fields | {name: value})
+                assert error.param is not None
+                assert error.param.partition("[")[0] == name, f"{name}={value!r:.40}"
+
+
+@pytest.mark.parametrize(
+    "prompt", [5, True, None, {}, [1.5], ["a"], [True], [[1]], [-1], [2**31], [1, "a"]], ids=lambda value: repr(value)
+)
+def test_a_prompt_is_one_text_or_one_list_of_token_ids(prompt: Any) -> None:
+    error = refused(CompletionRequest, {"prompt": prompt})
+    assert error.param is not None
+    assert error.param.partition("[")[0] == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (5, ""),
+        ({"content": "x"}, ".role"),
+        ({"role": 5, "content": "x"}, ".role"),
+        ({"role": "king", "content": "x"}, ".role"),
+        ({"role": "user"}, ".content"),
+        ({"role": "user", "content": 5}, ".content"),
+        ({"role": "user", "content": [5]}, ".content"),
+        ({"role": "user", "content": [{"type": "text"}]}, ".content[0]"),
+        ({"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}, ".content[1]"),
+        ({"role": "user", "content": [{"type": "text", "text": 5}]}, ".content"),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_what_is_wrong_in_a_message_is_named_with_its_place(message: Any, field: str) -> None:
+    good = {"role": "user", "content": "x"}
+    assert refused(ChatCompletionRequest, {"messages": [good, message]}).param == f"messages[1]{field}"
+
+
+def test_null_is_absent_everywhere_and_what_is_unknown_is_ignored() -> None:
+    for cls, fields in ROUTES:
+        nulls: dict[str, Any] = {name: None for name in (*cls.model_fields, *UNSUPPORTED) if name not in fields}
+        assert parse_request(cls, fields | nulls) == parse_request(cls, fields)
+        unknown = {"surprise": [1], "__class__": 5, "model_config": {}, "prompt_field": "x"}
+        assert parse_request(cls, fields | unknown) == parse_request(cls, fields)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b" ",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"5",
+        b"{",
+        b'{"a": 1,}',
+        b"{'a': 1}",
+        b'{"a": 1} {}',
+        b'{"a": NaN}',
+        b'{"a": Infinity}',
+        b'{"a": -Infinity}',
+        b'{"a": "\\ud800"}',
+        b'{"a": "\\udc00x"}',
+        b'{"\\ud800": 1}',
+        b'{"a": "\xff"}',
+        b'{"a": "\xed\xa0\x80"}',
+        b'{"a": "\n"}',
+        b"\xef\xbb\xbf{}",
+        '{"a": 1}'.encode("utf-16"),
+        b'{"a": ' + b"[" * 100_000,
+        b'{"a": ' * 100_000 + b"1" + b"}" * 100_000,
+        b'{"a": ' + b"9" * 10_000 + b"}",
+    ],
+    ids=lambda body: repr(body[:24]),
+)
+def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        parse_json_object(body)
+    assert len(caught.value.message) < 200
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("number", ["1e400", "-1e400", "1e308"])
+def test_a_number_beyond_a_double_is_refused_where_it_is_read(name: str, number: str) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        parse_request(CompletionRequest, parse_json_object(f'{{"prompt": "a", "{name}": {number}}}'.encode()))
+    assert caught.value.param in (name, None)
+
+
+def test_a_great_many_unknown_keys_are_ignored() -> None:
+    body = json.dumps({f"key{i}": i for i in range(200_000)} | COMPLETION).encode()
+    assert parse_request(CompletionRequest, parse_json_object(body)) == parse_request(CompletionRequest, COMPLETION)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(sorted({*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, "n", "tools"}))
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(st.dictionaries(KEYS, VALUES, max_size=4))
+def test_any_object_is_accepted_or_refused_with_the_name_of_one_of_its_fields(fields: dict[str, Any]) -> None:
+    for cls, required in ROUTES:
+        error = refusal(cls, required | fields)
+        assert error is None or field_of(error) in fields
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(st.binary(max_size=40) | st.text(max_size=40).map(lambda text: f'{{"a": {text}}}'.encode(errors="replace")))
+def test_any_bytes_are_an_object_or_refused(body: bytes) -> None:
+    try:
+        parsed = parse_json_object(body)
+    except BadRequestError:
+        return
+    assert parsed == json.loads(body)
+
+
+def test_the_newer_name_of_max_tokens_wins_and_is_the_one_complained_of() -> None:
+    params = parse_request(ChatCompletionRequest, CHAT | {"max_tokens": 5, "max_completion_tokens": 9})
+    assert params.asked_max_tokens == ("max_completion_tokens", 9)
+    assert parse_request(ChatCompletionRequest, CHAT | {"max_tokens": 5}).asked_max_tokens == ("max_tokens", 5)
+    assert parse_request(CompletionRequest, COMPLETION).asked_max_tokens == ("max_tokens", None)
+    assert CompletionRequest.default_max_tokens == 16
+    assert ChatCompletionRequest.default_max_tokens is None
+
+
+def test_messages_reach_the_template_as_plain_text() -> None:
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None},
+    ]
+    params = parse_request(ChatCompletionRequest, {"messages": messages})
+    assert [message.as_template_input() for message in params.messages] == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": ""},
+    ]
+
+
+def test_stop_is_one_string_or_several() -> None:
+    for stop, expected in ((None, ()), ("a", ("a",)), (["a", "b"], ("a", "b")), ([], ())):
+        assert parse_request(CompletionRequest, COMPLETION | {"stop": stop}).stop_strings == expected

@@ -1,0 +1,183 @@
+"""Settings from each source, alone and against the others, and the files that are shipped."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, strategies as st
+from pydantic_core import PydanticUndefined
+
+from headrace.server.settings import Settings, SettingsError, load_settings
+
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.toml"))
+
+# Four different, acceptable values per setting: default, file, environment, flag.
+VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
+    "model": (None, "file", "env", "flag"),
+    "served_model_name": (None, "file", "env", "flag"),
+    "host": ("127.0.0.1", "file", "env", "flag"),
+    "port": (8000, 1, 2, 3),
+    "log_level": ("info", "debug", "warning", "error"),
+    "device": ("auto", "cpu", "cuda", "cuda:1"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "max_model_len": (None, 11, 12, 13),
+    "block_size": (16, 1, 2, 3),
+    "kv_cache_bytes": ("auto", 1, 2, 3),
+    "max_num_seqs": (256, 1, 2, 3),
+    "max_num_batched_tokens": (256, 301, 302, 303),
+    "max_queue_size": (1024, 1, 2, 3),
+    "request_timeout_s": (600.0, 1.5, 2.5, 3.5),
+    "tokenizer_threads": (2, 1, 3, 4),
+    "max_body_bytes": (4 * 2**20, 1, 2, 3),
+    "heartbeat_s": (15.0, 1.5, 2.5, 3.5),
+    "keep_alive_s": (75, 1, 2, 3),
+    "drain_grace_s": (30.0, 1.5, 2.5, 3.5),
+    "stream_grace_s": (15.0, 1.5, 2.5, 3.5),
+    "stream_ttl_s": (600.0, 1.5, 2.5, 3.5),
+    "stream_log_bytes": (64 * 2**20, 1, 2, 3),
+    "stream_retry_ms": (1000, 1, 2, 3),
+    "cors_origins": ((), ("file",), ("env",), ("flag",)),
+    "allowed_hosts": ((), ("file",), ("env",), ("flag",)),
+}
+
+
+def test_every_setting_is_tried_here() -> None:
+    # `workers` has one value only.
+    assert set(VALUES) == set(Settings.model_fields) - {"workers"}
+
+
+def as_flags(name: str, value: Any) -> list[str]:
+    text = value[0] if isinstance(value, tuple) else str(value)
+    return [text] if name == "model" else [f"--{name.replace('_', '-')}", text]
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_each_source_wins_over_those_before_it(tmp_path: Path, name: str) -> None:
+    default, in_file, in_environment, in_flag = VALUES[name]
+    config = tmp_path / "headrace.toml"
+    config.write_text(f"{name} = {json.dumps(in_file)}\n")
+    written = json.dumps(in_environment) if isinstance(in_environment, tuple) else str(in_environment)
+    others = Settings.model_construct().model_dump(exclude={name})
+    for has_file, has_environment, has_flag in itertools.product((False, True), repeat=3):
+        loaded = load_settings(
+            [*(["--config", str(config)] if has_file else []), *(as_flags(name, in_flag) if has_flag else [])],
+            {f"HEADRACE_{name.upper()}": written} if has_environment else {},
+        )
+        expected = in_flag if has_flag else in_environment if has_environment else in_file if has_file else default
+        assert getattr(loaded, name) == expected
+        assert loaded.model_dump(exclude={name}) == others
+
+
+@pytest.mark.parametrize(
+    ("environ", "toml"),
+    [
+        ({"HEADRACE_FIRST": "1", "HEADRACE_SECOND__X": "1", "headrace_third": "1"}, ""),
+        ({}, "FIRST = 1\nSECOND__X = 1\nthird = 1"),
+    ],
+    ids=["environment", "file"],
+)
+def test_every_unknown_key_is_named(tmp_path: Path, environ: dict[str, str], toml: str) -> None:
+    config = tmp_path / "headrace.toml"
+    config.write_text(toml)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(["--config", str(config)], environ)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    for name, line in zip(("first", "second__x", "third"), lines, strict=True):
+        assert name in line.lower()
+        assert "no such setting" in line
+
+
+@pytest.mark.parametrize("flag", ["--first", "--por", "--max_num_seqs", "--workers-of-the-world", "-p"])
+def test_a_flag_that_is_unknown_or_cut_short_is_named(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load_settings([flag, "1"], {})
+    assert caught.value.code == 2
+    assert flag in capsys.readouterr().err
+
+
+def test_variables_of_others_are_left_alone() -> None:
+    environ = {"PORT": "1", "HEADRACEPORT": "2", "HEADRACE_CACHE": "/somewhere", "XHEADRACE_PORT": "3"}
+    assert load_settings([], environ).model_dump() == load_settings([], {}).model_dump()
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [{"HEADRACE_CORS_ORIGINS": "[https:"}, {"HEADRACE_ALLOWED_HOSTS": "{my.box}"}, {"HEADRACE_PORT": ""}],
+    ids=str,
+)
+def test_a_variable_that_cannot_be_read_is_named(environ: dict[str, str]) -> None:
+    [name] = environ
+    field = name.removeprefix("HEADRACE_").lower()
+    with pytest.raises(SettingsError, match=field):
+        load_settings([], environ)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"port = 1\nport = 2", b"\xff\xfe", b"port 1", b'port = "\xff"', b"[port]\nx = 1", b"port = nan", b"port = 1.5"],
+    ids=repr,
+)
+def test_a_file_that_cannot_be_read_is_an_error_of_the_operator(tmp_path: Path, content: bytes) -> None:
+    config = tmp_path / "headrace.toml"
+    config.write_bytes(content)
+    with pytest.raises(SettingsError, match=r"config|port"):
+        load_settings(["--config", str(config)], {})
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent.toml"):
+        with pytest.raises(SettingsError, match=path.name):
+            load_settings(["--config", str(path)], {})
+
+
+@pytest.mark.parametrize("workers", ["0", "2", "-1", "many"])
+@pytest.mark.parametrize("source", ["flag", "environment"])
+def test_one_engine_serves_one_process(workers: str, source: str) -> None:
+    args, environ = (["--workers", workers], {}) if source == "flag" else ([], {"HEADRACE_WORKERS": workers})
+    with pytest.raises(SettingsError, match="workers"):
+        load_settings(args, environ)
+    assert load_settings(["--workers", "1"], {}).workers == 1
+
+
+UNITS = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "KiB": 2**10, "M": 2**20, "mib": 2**20, "GB": 2**30, "TiB": 2**40}
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(number=st.integers(0, 2**40), unit=st.sampled_from(sorted(UNITS)), spaces=st.sampled_from(["", " "]))
+def test_sizes_are_counted_in_powers_of_two(number: int, unit: str, spaces: str) -> None:
+    written = f"{spaces}{number}{unit}{spaces}"
+    loaded = load_settings([], {"HEADRACE_STREAM_LOG_BYTES": written, "HEADRACE_KV_CACHE_BYTES": written})
+    assert loaded.stream_log_bytes == loaded.kv_cache_bytes == number * UNITS[unit]
+
+
+@pytest.mark.parametrize(
+    "written", ["", "B", "GiB", "one", "1X", "1GG", "nan", "inf", "1e999", "-1", "-1GiB", "0x10", "1,5G", "auto "]
+)
+def test_what_is_no_size_is_refused(written: str) -> None:
+    with pytest.raises(SettingsError, match="stream_log_bytes"):
+        load_settings([], {"HEADRACE_STREAM_LOG_BYTES": written})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_file_that_is_shipped_can_be_read(path: Path) -> None:
+    load_settings(["--config", str(path)], {})
+
+
+def test_the_shipped_defaults_state_every_setting_with_its_default() -> None:
+    [path] = [path for path in CONFIGS if path.name == "default.toml"]
+    assert load_settings(["--config", str(path)], {}).model_dump() == load_settings([], {}).model_dump()
+    text = path.read_text()
+    for name, field in Settings.model_fields.items():
+        assert field.default is not PydanticUndefined
+        assert f"\n{name} = " in text or f"\n# {name} = " in text, f"default.toml does not mention {name}"
+
+
+@pytest.mark.parametrize(
+    ("host", "is_loopback"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("::", False), ("10.0.0.7", False)],
+)
+def test_loopback_is_known(host: str, is_loopback: bool) -> None:
+    assert load_settings(["--host", host], {}).is_loopback == is_loopback

@@ -1,0 +1,153 @@
+"""Readers of a log: each at its own pace and from its own cursor, none loses, repeats or holds up anything."""
+
+import anyio
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from headrace.scheduler.messages import FinishReason
+from headrace.server.stream_log import LogSlice, StreamLog, Subscriber, Terminal
+
+END = Terminal(FinishReason.LENGTH)
+
+# What happens in turn: None lets the readers run, a text is appended.
+EVENTS = st.lists(st.none() | st.text(min_size=1, max_size=3), max_size=20)
+
+
+@settings(max_examples=30, derandomize=True, deadline=None)
+@given(events=EVENTS, num_early=st.integers(0, 10), cursors=st.lists(st.integers(0, 10), max_size=4))
+def test_every_reader_from_any_cursor_gets_the_rest_once_and_in_order(
+    events: list[str | None], num_early: int, cursors: list[int]
+) -> None:
+    async def body() -> None:
+        log = StreamLog()
+        early = [f"early{i} " for i in range(num_early)]
+        for text in early:
+            log.append(text, 2)
+        pieces: dict[int, list[LogSlice]] = {i: [] for i in range(len(cursors))}
+
+        async def follow(i: int, cursor: int) -> None:
+            with log.subscribe(cursor) as subscriber:
+                while not pieces[i] or pieces[i][-1].terminal is None:
+                    piece = await subscriber.next()
+                    assert piece is not None
+                    assert piece.cursor == subscriber.cursor
+                    pieces[i].append(piece)
+
+        async with anyio.create_task_group() as tasks:
+            starts = [min(cursor, num_early) for cursor in cursors]
+            for i, start in enumerate(starts):
+                tasks.start_soon(follow, i, start)
+            for event in events:
+                if event is None:
+                    await anyio.wait_all_tasks_blocked()
+                else:
+                    log.append(event, 3)
+            log.close(END)
+        assert log.num_subscribers == 0
+        later = [event for event in events if event is not None]
+        for i, start in enumerate(starts):
+            assert "".join(piece.text for piece in pieces[i]) == "".join(early[start:] + later)
+            assert sum(piece.num_tokens for piece in pieces[i]) == 2 * (num_early - start) + 3 * len(later)
+            assert [piece.terminal for piece in pieces[i]] == [None] * (len(pieces[i]) - 1) + [END]
+            ends = [piece.cursor for piece in pieces[i]]
+            assert ends == sorted(set(ends))
+            assert all(piece.text or piece.terminal for piece in pieces[i]), "a wake-up for nothing"
+
+    anyio.run(body)
+
+
+@pytest.mark.anyio
+async def test_what_came_while_a_reader_was_away_is_one_piece_and_one_wake_up() -> None:
+    log = StreamLog()
+    with log.subscribe() as subscriber:
+        for i in range(1000):
+            log.append(f"{i} ", 1)
+        piece = await subscriber.next()
+        assert piece is not None
+        assert (piece.num_tokens, piece.cursor) == (1000, 1000)
+        assert await subscriber.next(0) is None
+        log.close(END)
+        assert await subscriber.next(0) == LogSlice("", 0, 1001, END)
+
+
+@pytest.mark.anyio
+async def test_a_writer_never_waits_for_a_reader_that_does_not_read() -> None:
+    log = StreamLog()
+    with log.subscribe() as slow, log.subscribe() as other:
+        for _ in range(50):
+            log.append("x", 1)
+            assert await other.next(0) is not None
+        assert slow.cursor == 0
+        piece = await slow.next()
+        assert piece is not None
+        assert piece.text == "x" * 50
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("is_woken_first", [True, False])
+async def test_a_reader_cancelled_while_it_waits_misses_nothing_when_it_comes_back(is_woken_first: bool) -> None:
+    log = StreamLog()
+    pieces: list[LogSlice | None] = []
+
+    async def read(subscriber: Subscriber) -> None:
+        pieces.append(await subscriber.next())
+
+    with log.subscribe() as subscriber:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read, subscriber)
+            await anyio.wait_all_tasks_blocked()
+            # Woken and cancelled in the same turn of the loop: either it got the text, or the next one does.
+            if is_woken_first:
+                log.append("a", 1)
+            tasks.cancel_scope.cancel()
+            if not is_woken_first:
+                log.append("a", 1)
+        if not pieces:
+            pieces.append(await subscriber.next(0))
+        assert pieces == [LogSlice("a", 1, 1, None)]
+        assert await subscriber.next(0) is None
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("cursor", "text"), [(0, "a"), (1, "")])
+async def test_a_log_that_is_over_is_read_without_waiting(cursor: int, text: str) -> None:
+    log = StreamLog()
+    log.append("a", 1)
+    log.close(END)
+    with log.subscribe(cursor) as subscriber:
+        assert await subscriber.next(0) == LogSlice(text, len(text), 2, END)
+
+
+def test_a_cursor_beyond_the_log_is_a_bug() -> None:
+    log = StreamLog()
+    log.append("a", 1)
+    for cursor in (-1, 2):
+        with pytest.raises(AssertionError):
+            log.subscribe(cursor)
+
+
+@pytest.mark.anyio
+async def test_leaving_ends_the_subscription_whatever_happens() -> None:
+    log = StreamLog()
+
+    async def fail() -> None:
+        with log.subscribe():
+            assert log.num_subscribers == 1
+            raise RuntimeError("reader")
+
+    with pytest.raises(RuntimeError, match="reader"):
+        await fail()
+    assert log.num_subscribers == 0
+    log.append("a", 1)
+    log.close(END)
+    assert log.read(0).text == "a"
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.lists(st.text(min_size=1, max_size=40), max_size=20))
+def test_a_log_weighs_at_least_its_text(texts: list[str]) -> None:
+    log = StreamLog()
+    for text in texts:
+        log.append(text, 1)
+    assert log.num_bytes >= sum(len(text.encode()) for text in texts)
+    assert log.num_bytes <= sum(4 * len(text) + 256 for text in texts)
