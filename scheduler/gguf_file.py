@@ -75,6 +75,14 @@ class GGUFFile:
             raise UnsupportedModelError(f"{self.path} lacks the metadata `{key}`")
         return value
 
+    def head_counts(self) -> tuple[int, int]:
+        """(Query heads, key and value heads). Raises: UnsupportedModelError where they differ from layer to layer."""
+        num_heads = self.require(f"{self.architecture}.attention.head_count")
+        num_kv_heads = self.arch("attention.head_count_kv", num_heads)
+        if not all(isinstance(count, int) and count > 0 for count in (num_heads, num_kv_heads)):
+            raise UnsupportedModelError(f"{self.path}: head counts of {num_heads} and {num_kv_heads} are not supported")
+        return num_heads, num_kv_heads
+
     @property
     def architecture(self) -> str:
         return str(self.require("general.architecture"))
@@ -86,10 +94,10 @@ class GGUFFile:
     def tensors(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         """Every tensor as (Hugging Face's name, float32 array).
 
-        Raises: UnsupportedModelError for a tensor type that is not F32, F16, BF16, Q8_0, Q4_0 or Q4_1.
+        Raises: UnsupportedModelError for a tensor type that is not F32, F16, BF16, Q8_0, Q4_0 or Q4_1;
+        ModelSourceError where the head counts do not divide a tensor's rows.
         """
-        num_heads = int(self.require(f"{self.architecture}.attention.head_count"))
-        num_kv_heads = int(self.arch("attention.head_count_kv", num_heads))
+        num_heads, num_kv_heads = self.head_counts()
         for tensor in self._reader.tensors:
             type_name = tensor.tensor_type.name
             if type_name not in _SUPPORTED_TYPES:
@@ -100,10 +108,11 @@ class GGUFFile:
             name = _hugging_face_name(tensor.name)
             # F32 tensors come as read-only views of the map; torch wants memory it may write to.
             values = np.require(dequantize(tensor.data, tensor.tensor_type), np.float32, requirements="W")
-            if name.endswith("q_proj.weight"):
-                values = _unpermute(values, num_heads)
-            elif name.endswith("k_proj.weight"):
-                values = _unpermute(values, num_kv_heads)
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                count = num_heads if name.endswith("q_proj.weight") else num_kv_heads
+                if values.ndim != 2 or len(values) % (2 * count):
+                    raise ModelSourceError(f"{self.path}: {count} heads do not divide {tensor.name}, {values.shape}")
+                values = _unpermute(values, count)
             yield name, values
 
 
@@ -116,8 +125,8 @@ def open_gguf(path: Path) -> GGUFFile:
 def _hugging_face_name(name: str) -> str:
     stem, _, suffix = name.rpartition(".")
     prefix = ""
-    if stem.startswith("blk."):
-        _, layer, stem = stem.split(".", 2)
+    if stem.startswith("blk.") and stem.count(".") == 2:
+        _, layer, stem = stem.split(".")
         prefix = f"model.layers.{layer}."
     return f"{prefix}{_TENSOR_NAMES.get(stem, stem)}.{suffix}"
 

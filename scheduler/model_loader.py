@@ -98,21 +98,29 @@ def _read_directory(folder: Path) -> tuple[DecoderConfig, dict[str, torch.Tensor
     """(The shape, the weights, whether the output projection is the embedding)."""
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a config that contradicts itself fails wherever transformers first looks
         raise ModelSourceError(f"{folder}: the config cannot be read: {error}") from error
     decoder_config = _decoder_config(config)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
     weights: dict[str, torch.Tensor] = {}
-    for name in files:
+    for path in _weight_files(folder):
         try:
-            weights |= load_file(folder / name)
+            weights |= load_file(path)
         except (OSError, SafetensorError) as error:
-            raise ModelSourceError(f"{folder / name} cannot be read: {error}") from error
-    return decoder_config, weights, bool(config.tie_word_embeddings)
+            raise ModelSourceError(f"{path} cannot be read: {error}") from error
+    # As transformers does: a checkpoint with an output projection that differs from its embedding is not tied.
+    head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
+    has_own_head = head is not None and embedding is not None and not torch.equal(head, embedding)
+    return decoder_config, weights, bool(config.tie_word_embeddings) and not has_own_head
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    try:
+        return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelSourceError(f"{index} is no index of weight files: {error!r}") from error
 
 
 def _read_gguf(file: GGUFFile) -> tuple[DecoderConfig, dict[str, torch.Tensor], bool]:
@@ -122,14 +130,14 @@ def _read_gguf(file: GGUFFile) -> tuple[DecoderConfig, dict[str, torch.Tensor], 
     weights = {name: torch.from_numpy(values) for name, values in file.tensors()}
     if "model.embed_tokens.weight" not in weights:
         raise UnsupportedModelError(f"{file.path} has no token embedding")
-    num_heads = int(file.require("llama.attention.head_count"))
+    num_heads, num_kv_heads = file.head_counts()
     config = LlamaConfig(
         vocab_size=weights["model.embed_tokens.weight"].shape[0],
         hidden_size=int(file.require("llama.embedding_length")),
         intermediate_size=int(file.require("llama.feed_forward_length")),
         num_hidden_layers=int(file.require("llama.block_count")),
         num_attention_heads=num_heads,
-        num_key_value_heads=int(file.arch("attention.head_count_kv", num_heads)),
+        num_key_value_heads=num_kv_heads,
         head_dim=int(file.arch("attention.key_length", int(file.require("llama.embedding_length")) // num_heads)),
         max_position_embeddings=int(file.require("llama.context_length")),
         rms_norm_eps=float(file.require("llama.attention.layer_norm_rms_epsilon")),

@@ -42,7 +42,14 @@ def resolve_model(model: str | None, say: Callable[[str], None] = print) -> Mode
     """
     if model is None:
         return ModelSource(fetch_demo_model(say), DEMO_MODEL_NAME)
-    path = Path(model).expanduser()
+    path = Path(model)
+    try:
+        path = path.expanduser()
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelSourceError(f"{model} is no path of a model: {error}") from error
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelSourceError(f"{model} is a file but not a .gguf file")

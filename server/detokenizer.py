@@ -57,9 +57,11 @@ class Detokenizer:
     def _pass_on(self, text: str) -> str:
         if not self._stop:
             return text
-        text = self._held + text
+        num_old, text = len(self._held), self._held + text
         if self._num_tokens >= self._min_tokens:
-            found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+            # One that was complete before `min_tokens` is text for good: what ends in the held part is no stop string.
+            starts = (text.find(stop, max(num_old - len(stop) + 1, 0)) for stop in self._stop)
+            found = [at for at in starts if at >= 0]
             if found:
                 self.is_stopped = True
                 return text[: min(found)]

@@ -5,10 +5,11 @@ from typing import Any
 
 import anyio
 import pytest
+from pydantic import ValidationError
 
 from asgi_client import Exchange, call, exchange
 from fake_engine import FakeRunner, expected_text, make_scheduler
-from headrace.server.protocol import UNSUPPORTED
+from headrace.server.protocol import UNSUPPORTED, CompletionRequest
 from live_app import live_app
 
 pytestmark = pytest.mark.anyio
@@ -104,6 +105,9 @@ async def test_a_wrong_value_is_refused_by_name(fields: dict[str, Any], param: s
     [
         ([], "messages"),
         ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "content": "x", "prefix": True}], "messages[0].prefix"),
+        ([{"role": "user", "content": [1] * 100_000}], "messages[0].content"),
         ([{"role": "king", "content": "x"}], "messages[0].role"),
         ([{"role": "user", "content": 5}], None),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}], None),
@@ -283,12 +287,44 @@ async def test_an_engine_that_dies_gives_every_stream_its_end_and_readiness_goes
         ({"origin": "http://evil.example"}, 403),
         ({"origin": "http://127.0.0.1:9999"}, 403),
         ({"origin": "null"}, 403),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, 403),
+        ({"sec-fetch-site": "same-site", "sec-fetch-mode": "cors"}, 403),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "cors", "origin": "https://chat.example"}, 200),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, 200),
+        ({"sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"}, 200),
+        ({"sec-fetch-site": "none"}, 200),
         ({"origin": "https://chat.example"}, 200),
     ],
 )
 async def test_on_loopback_host_and_origin_are_checked(headers: dict[str, str], status: int) -> None:
     async with live_app(cors_origins="https://chat.example") as app:
         assert (await call(app.asgi, "POST", "/v1/completions", OK, headers=headers)).status == status
+
+
+async def test_a_list_of_millions_of_wrong_items_costs_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fields in ({"stop": [1] * 100_000}, {"prompt": [""] * 100_000}, {"stop_token_ids": ["x"] * 1000}):
+        with pytest.raises(ValidationError) as wrong:
+            CompletionRequest.model_validate(OK | fields)
+        assert wrong.value.error_count() <= 3
+
+
+async def test_every_request_has_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="headrace.requests")
+    async with live_app() as app, anyio.create_task_group() as tasks:
+        await call(app.asgi, "POST", "/v1/completions", OK | {"prompt": "secret"})
+        await call(app.asgi, "POST", "/v1/completions", {"prompt": "secret", "n": 2})
+        await call(app.asgi, "POST", "/v1/completions", b"secret", headers={"content-type": "text/plain"})
+        leaving = exchange(app.asgi, "POST", "/v1/completions")
+        leaving.send_body(b'{"prompt": "secret', more_body=True)
+        tasks.start_soon(leaving.run)
+        await anyio.wait_all_tasks_blocked()
+        leaving.disconnect()
+        await leaving.done.wait()
+    lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "headrace.requests"]
+    outcomes = [line["finish_reason"] for line in lines]
+    assert outcomes == ["length", "refused: 400", "refused: 415", "cancelled: body"]
+    assert all(line["received"].endswith("+00:00") and "secret" not in str(line) for line in lines)
+    assert lines[0]["stages_ms"]["end"] >= lines[0]["stages_ms"]["first_byte"]
 
 
 async def test_a_page_of_an_allowed_origin_may_send_last_event_id() -> None:

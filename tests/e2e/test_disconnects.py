@@ -102,6 +102,34 @@ def test_a_client_that_reads_nothing_is_noticed_when_it_leaves(small: ServerProc
     _assert_nothing_left(small)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_with_a_second_request_in_the_pipe_is_noticed(small: ServerProcess, stream: bool) -> None:
+    with RawRequest(small.url(), "/v1/completions", dict(LONG, stream=stream)) as request:
+        request.socket.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+        _until(lambda: _load(small)[0] == 1, "it runs")
+    _assert_nothing_left(small)
+    assert "Traceback" not in small.output
+
+
+def test_a_client_that_offers_http2_gets_its_answer(small: ServerProcess) -> None:
+    body = b'{"prompt": "a", "max_tokens": 1}'
+    with RawRequest(small.url(), "/health") as request:
+        request.read_until(b"ok")
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: Upgrade, HTTP2-Settings\r\n"
+        head += b"upgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAoAAAAAIAAAAA\r\ncontent-type: application/json\r\n"
+        request.received = b""
+        request.socket.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        request.read_until(b'"finish_reason"')
+
+
+def test_endless_headers_are_cut_off(small: ServerProcess) -> None:
+    with RawRequest(small.url(), "/health") as request:
+        request.read_until(b"ok")
+        with pytest.raises(ConnectionError):
+            request.socket.sendall(b"GET / HTTP/1.1\r\nx: " + b"y" * 2**26)
+    assert httpx.get(f"{small.url()}/health").status_code == 200
+
+
 def test_a_client_that_leaves_at_its_last_token_leaves_nothing(small: ServerProcess) -> None:
     for max_tokens in (1, 2, 3):
         for _ in range(5):

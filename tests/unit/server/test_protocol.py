@@ -206,9 +206,12 @@ def test_any_bytes_are_an_object_or_refused(body: bytes) -> None:
     assert parsed == json.loads(body)
 
 
-def test_the_newer_name_of_max_tokens_wins_and_is_the_one_complained_of() -> None:
-    params = parse_request(ChatCompletionRequest, CHAT | {"max_tokens": 5, "max_completion_tokens": 9})
-    assert params.asked_max_tokens == ("max_completion_tokens", 9)
+def test_max_tokens_may_have_its_newer_name_or_both_that_agree() -> None:
+    newer = {"max_completion_tokens": 9}
+    assert parse_request(ChatCompletionRequest, CHAT | newer).asked_max_tokens == ("max_completion_tokens", 9)
+    both = newer | {"max_tokens": 9}
+    assert parse_request(ChatCompletionRequest, CHAT | both).asked_max_tokens == ("max_completion_tokens", 9)
+    assert refused(ChatCompletionRequest, CHAT | newer | {"max_tokens": 5}).param == "max_tokens"
     assert parse_request(ChatCompletionRequest, CHAT | {"max_tokens": 5}).asked_max_tokens == ("max_tokens", 5)
     assert parse_request(CompletionRequest, COMPLETION).asked_max_tokens == ("max_tokens", None)
     assert CompletionRequest.default_max_tokens == 16

@@ -40,6 +40,9 @@ def test_bytes_may_have_a_unit(written: str, num_bytes: int) -> None:
         (["--kv-cache-bytes", "-5"], {}, "", "kv_cache_bytes"),
         (["--device", "tpu"], {}, "", "device"),
         (["--workers", "2"], {}, "", "workers"),
+        ([], {"HEADRACE_CORS_ORIGINS": "https://a.b"}, "", "cors_origins"),
+        (["--kv-cache-bytes", "0"], {}, "", "kv_cache_bytes"),
+        (["--host", ""], {}, "", "host"),
         (["--max-num-batched-tokens", "8", "--max-num-seqs", "9"], {}, "", "max_num_batched_tokens"),
     ],
 )
@@ -56,6 +59,31 @@ def test_an_unknown_flag_ends_with_its_name(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         load_settings(["--prot", "1"], {})
     assert "--prot" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "is_loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.0.0.2", True),
+        ("127.1", True),
+        ("localhost", True),
+        ("::1", True),
+        ("0:0:0:0:0:0:0:1", True),
+        ("0.0.0.0", False),
+        ("192.168.1.2", False),
+        ("::", False),
+    ],
+)
+def test_a_loopback_address_is_known_in_every_spelling(host: str, is_loopback: bool) -> None:
+    assert load_settings(["--host", host], {}).is_loopback == is_loopback
+
+
+def test_a_config_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    config = tmp_path / "headrace.toml"
+    config.write_bytes(b"\xff\xfe")
+    with pytest.raises(SettingsError, match="config"):
+        load_settings(["--config", str(config)], {})
 
 
 def test_settings_are_frozen() -> None:
