@@ -168,7 +168,7 @@ class App:
                 CORSMiddleware,
                 allow_origins=settings.cors_origins,
                 allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["authorization", "content-type", "last-event-id"],
+                allow_headers=["*"],  # client libraries send headers of their own
                 expose_headers=["x-request-id", "retry-after", "retry-after-ms", "location"],
             )
             middleware.append(cors)

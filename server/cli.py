@@ -1,5 +1,6 @@
 """The `headrace` command: `serve` and `bench`."""
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -9,6 +10,13 @@ USAGE = """usage: headrace serve [MODEL] [--config FILE] [--port PORT ...]   ser
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the process's exit code."""
+    try:
+        return _run(args)
+    except KeyboardInterrupt:  # before a server or a measurement has taken the signal over
+        return 128 + signal.SIGINT
+
+
+def _run(args: Sequence[str] | None) -> int:
     command, *rest = list(sys.argv[1:] if args is None else args) or ["--help"]
     if command == "serve":
         from headrace.server.serve import serve

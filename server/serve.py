@@ -84,8 +84,8 @@ class _Server(uvicorn.Server):
             self._app.asgi,
             backlog=_BACKLOG,
             loop="uvloop",
-            # Bounds headers, answers clients that offer HTTP/2, and tells of a disconnect behind a pipelined request:
-            # httptools, the faster parser, does none of these.
+            # Bounds headers, answers clients that offer HTTP/2, and tells a stream of a disconnect behind a pipelined
+            # request: httptools, the faster parser, does none of these.
             http="h11",
             ws="none",
             lifespan="on",

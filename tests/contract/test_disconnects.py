@@ -4,16 +4,19 @@
 """
 
 import json
+import socket
 import threading
 from typing import Any
 
 import anyio
 import anyio.abc
 import pytest
+import uvicorn
 
 from asgi_client import Exchange, call, exchange
 from fake_engine import expected_text, make_scheduler
 from live_app import LiveApp, live_app
+from raw_client import RawRequest
 
 pytestmark = pytest.mark.anyio
 
@@ -185,6 +188,36 @@ async def test_a_reader_that_takes_nothing_is_let_go_when_it_leaves() -> None:
             assert generation.log.num_subscribers == 0
             app.runner.allow(1)
             await until_free(app)
+
+
+@pytest.mark.parametrize("hang_up", ["close", "reset"])
+async def test_a_socket_that_is_full_is_let_go_when_its_client_leaves(hang_up: str) -> None:
+    with socket.socket() as listener:
+        # Small buffers, inherited by connections, fill within a few hundred events.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listener.bind(("127.0.0.1", 0))
+        async with live_app() as app, anyio.create_task_group() as tasks:
+            server = uvicorn.Server(uvicorn.Config(app.asgi, http="h11", lifespan="off", log_config=None))
+            tasks.start_soon(server.serve, [listener])
+            await app.until(lambda: server.started)
+            with app.runner.held():
+                usage = {"include_usage": True, "continuous_usage_stats": True}
+                body = {"prompt": "hi", "max_tokens": 500, "stream": True, "stream_options": usage}
+                url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+                client = RawRequest(url, "/v1/completions", body, receive_bytes=2048)
+                for _ in range(400):
+                    await let_pass(app, 1)
+                [connection] = server.server_state.connections
+                assert connection.flow.write_paused, "the socket is full"  # type: ignore[union-attr]
+                [generation] = app.client._generations.values()
+                getattr(client, hang_up)()
+                await app.until(lambda: generation.is_over)
+                assert generation.log.num_subscribers == 0
+                app.runner.allow(1)
+                await until_free(app)
+            assert cancelled(app, "decode") == 1
+            server.should_exit = True
 
 
 async def test_a_reader_that_takes_one_write_at_a_time_gets_fewer_larger_events_without_a_gap() -> None:

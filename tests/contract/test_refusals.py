@@ -327,14 +327,16 @@ async def test_every_request_has_one_line_in_the_log(caplog: pytest.LogCaptureFi
     assert lines[0]["stages_ms"]["end"] >= lines[0]["stages_ms"]["first_byte"]
 
 
-async def test_a_page_of_an_allowed_origin_may_send_last_event_id() -> None:
+async def test_a_page_of_an_allowed_origin_may_send_its_own_headers() -> None:
     headers = {
         "origin": "https://chat.example",
         "access-control-request-method": "GET",
-        "access-control-request-headers": "last-event-id",
+        "access-control-request-headers": "last-event-id, x-stainless-lang",
     }
     async with live_app(cors_origins="https://chat.example") as app:
         preflight = await call(app.asgi, "OPTIONS", "/v1/streams/x/events", headers=headers)
     assert preflight.status == 200
     assert preflight.headers["access-control-allow-origin"] == "https://chat.example"
-    assert "last-event-id" in preflight.headers["access-control-allow-headers"].lower()
+    allowed = preflight.headers["access-control-allow-headers"].lower()
+    assert "last-event-id" in allowed
+    assert "x-stainless-lang" in allowed

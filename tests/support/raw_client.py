@@ -11,9 +11,21 @@ from urllib.parse import urlsplit
 class RawRequest:
     """A connection that has sent `sent` and reads only when told to."""
 
-    def __init__(self, url: str, path: str, body: Any = None, *, num_body_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        path: str,
+        body: Any = None,
+        *,
+        num_body_bytes: int | None = None,
+        receive_bytes: int | None = None,
+    ) -> None:
         parts = urlsplit(url)
-        self.socket = socket.create_connection((parts.hostname, parts.port), timeout=60)
+        self.socket = socket.socket()
+        if receive_bytes is not None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        self.socket.settimeout(60)
+        self.socket.connect((parts.hostname, parts.port))
         method = "GET" if body is None else "POST"
         payload = b"" if body is None else json.dumps(body).encode()
         head = (
