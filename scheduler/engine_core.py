@@ -91,7 +91,13 @@ class EngineCore:
         try:
             scheduler, runner = self._load()
             runner.warm_up()
-            ready = EngineReady(runner.max_context_tokens, runner.vocab_size, runner.description, scheduler.load())
+            ready = EngineReady(
+                runner.max_context_tokens,
+                scheduler.max_num_seqs,
+                runner.vocab_size,
+                runner.description,
+                scheduler.load(),
+            )
             self._publish(ready)
             self._loop(scheduler, runner)
         except HeadraceError as exception:

@@ -6,7 +6,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class GGUFFile:
         except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError, OverflowError) as error:
             raise ModelSourceError(f"{path} is not a readable GGUF file: {error}") from error
         self.path = path
+        self._tensors = {_hugging_face_name(tensor.name): tensor for tensor in self._reader.tensors}
 
     def get(self, key: str, default: Any = None) -> Any:
         """A metadata value as a Python object, `default` where it is absent."""
@@ -91,29 +92,35 @@ class GGUFFile:
         """A metadata value under the architecture's own prefix."""
         return self.get(f"{self.architecture}.{key}", default)
 
-    def tensors(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-        """Every tensor as (Hugging Face's name, float32 array).
+    @property
+    def names(self) -> Iterable[str]:
+        """The tensors' names as Hugging Face has them."""
+        return self._tensors.keys()
+
+    def num_rows(self, name: str) -> int:
+        """A tensor's first dimension, which the file writes last."""
+        return int(self._tensors[name].shape[-1])
+
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        """Dequantise a tensor.
 
         Raises: UnsupportedModelError for a tensor type that is not F32, F16, BF16, Q8_0, Q4_0 or Q4_1;
         ModelSourceError where the head counts do not divide a tensor's rows.
         """
-        num_heads, num_kv_heads = self.head_counts()
-        for tensor in self._reader.tensors:
-            type_name = tensor.tensor_type.name
-            if type_name not in _SUPPORTED_TYPES:
-                supported = ", ".join(sorted(_SUPPORTED_TYPES))
-                raise UnsupportedModelError(
-                    f"{self.path}: tensor {tensor.name} is {type_name}; supported are {supported}"
-                )
-            name = _hugging_face_name(tensor.name)
-            # F32 tensors come as read-only views of the map; torch wants memory it may write to.
-            values = np.require(dequantize(tensor.data, tensor.tensor_type), np.float32, requirements="W")
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                count = num_heads if name.endswith("q_proj.weight") else num_kv_heads
-                if values.ndim != 2 or len(values) % (2 * count):
-                    raise ModelSourceError(f"{self.path}: {count} heads do not divide {tensor.name}, {values.shape}")
-                values = _unpermute(values, count)
-            yield name, values
+        tensor = self._tensors[name]
+        type_name = tensor.tensor_type.name
+        if type_name not in _SUPPORTED_TYPES:
+            supported = ", ".join(sorted(_SUPPORTED_TYPES))
+            raise UnsupportedModelError(f"{self.path}: tensor {tensor.name} is {type_name}; supported are {supported}")
+        # F32 tensors come as read-only views of the map; torch wants memory it may write to.
+        values = np.require(dequantize(tensor.data, tensor.tensor_type), np.float32, requirements="W")
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            num_heads, num_kv_heads = self.head_counts()
+            count = num_heads if name.endswith("q_proj.weight") else num_kv_heads
+            if values.ndim != 2 or len(values) % (2 * count):
+                raise ModelSourceError(f"{self.path}: {count} heads do not divide {tensor.name}, {values.shape}")
+            values = _unpermute(values, count)
+        return values
 
 
 @functools.lru_cache(maxsize=2)

@@ -89,6 +89,7 @@ class EngineReady:
     """The model is loaded and warm. `max_context_tokens` is the longest prompt + output one request can have."""
 
     max_context_tokens: int
+    max_num_seqs: int
     vocab_size: int
     description: str
     load: LoadSnapshot

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _SUPPORTED_ROPE = {"default", "linear", "llama3", "yarn"}
 # Shares of free memory the KV cache may take: a CPU's is shared with the user's other programs.
 _KV_SHARE_CPU, _KV_SHARE_CUDA = 0.4, 0.85
+_ROPE_FACTORS = "rope_freqs.weight"
 # Free memory where the system does not tell.
 _ASSUMED_BYTES = 4 * 2**30
 
@@ -43,20 +44,22 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
     """
     device = _choose_device(config.device)
     dtype = _choose_dtype(config, device)
-    if config.model_path.is_file():
-        decoder_config, weights, is_tied = _read_gguf(open_gguf(config.model_path))
-    else:
-        decoder_config, weights, is_tied = _read_directory(config.model_path)
-    _check_weights(decoder_config, weights, is_tied)
-    weights = {name: weight.to(device, dtype) for name, weight in weights.items()}
-    decoder = Decoder(decoder_config, weights, torch_ops)
-
+    path = config.model_path
+    file = open_gguf(path) if path.is_file() else None
+    hf_config = _read_config(path) if file is None else _gguf_config(file)
+    decoder_config = _decoder_config(hf_config, None if file is None else _gguf_rope_factors(file))
     max_model_len = config.max_model_len or decoder_config.max_position
     if max_model_len > decoder_config.max_position:
-        raise CapacityError(
-            f"max_model_len {max_model_len} exceeds the model's own {decoder_config.max_position} tokens"
-        )
-    num_blocks = _choose_num_blocks(config, decoder, max_model_len)
+        raise CapacityError(f"max_model_len: {max_model_len} is over the model's own {decoder_config.max_position}")
+    if config.kv_cache_bytes is not None:  # wrong sizes are told before the weights are read
+        _num_blocks(config, decoder_config, dtype, max_model_len, config.kv_cache_bytes)
+
+    weights = _read_directory(path) if file is None else _read_gguf(file)
+    _check_weights(decoder_config, weights, _is_tied(hf_config, weights))
+    decoder = Decoder(decoder_config, {name: weight.to(device, dtype) for name, weight in weights.items()}, torch_ops)
+    del weights
+    cache_bytes = _free_bytes(device) if config.kv_cache_bytes is None else config.kv_cache_bytes
+    num_blocks = _num_blocks(config, decoder_config, dtype, max_model_len, cache_bytes)
     cache = _allocate_cache(decoder, num_blocks, config.block_size)
     max_context_tokens = min(max_model_len, num_blocks * config.block_size)
     cache_gib = num_blocks * config.block_size * decoder_config.kv_bytes_per_token(dtype) / 2**30
@@ -94,23 +97,28 @@ def _choose_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def _read_directory(folder: Path) -> tuple[DecoderConfig, dict[str, torch.Tensor], bool]:
-    """(The shape, the weights, whether the output projection is the embedding)."""
+def _read_config(folder: Path) -> Any:
     try:
-        config = AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder)
     except Exception as error:  # a config that contradicts itself fails wherever transformers first looks
         raise ModelSourceError(f"{folder}: the config cannot be read: {error}") from error
-    decoder_config = _decoder_config(config)
+
+
+def _read_directory(folder: Path) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = {}
     for path in _weight_files(folder):
         try:
             weights |= load_file(path)
         except (OSError, SafetensorError) as error:
             raise ModelSourceError(f"{path} cannot be read: {error}") from error
-    # As transformers does: a checkpoint with an output projection that differs from its embedding is not tied.
+    return weights
+
+
+def _is_tied(hf_config: Any, weights: dict[str, torch.Tensor]) -> bool:
+    """Whether the output projection is the embedding. As in transformers, it is not where the two differ."""
     head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
     has_own_head = head is not None and embedding is not None and not torch.equal(head, embedding)
-    return decoder_config, weights, bool(config.tie_word_embeddings) and not has_own_head
+    return bool(hf_config.tie_word_embeddings) and not has_own_head
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -123,35 +131,44 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ModelSourceError(f"{index} is no index of weight files: {error!r}") from error
 
 
-def _read_gguf(file: GGUFFile) -> tuple[DecoderConfig, dict[str, torch.Tensor], bool]:
-    """As `_read_directory`."""
+def _read_gguf(file: GGUFFile) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(file.read(name)) for name in file.names if name != _ROPE_FACTORS}
+
+
+def _gguf_rope_factors(file: GGUFFile) -> torch.Tensor | None:
+    """Llama 3's scaling reaches a GGUF as one factor per frequency."""
+    return torch.from_numpy(file.read(_ROPE_FACTORS)) if _ROPE_FACTORS in file.names else None
+
+
+def _gguf_config(file: GGUFFile) -> Any:
+    """The file's metadata as Hugging Face's config. Raises: UnsupportedModelError, ModelSourceError."""
     if file.architecture != "llama":
         raise UnsupportedModelError(f"{file.path}: architecture {file.architecture!r} is not supported; llama is")
-    weights = {name: torch.from_numpy(values) for name, values in file.tensors()}
-    if "model.embed_tokens.weight" not in weights:
+    if "model.embed_tokens.weight" not in file.names:
         raise UnsupportedModelError(f"{file.path} has no token embedding")
     num_heads, num_kv_heads = file.head_counts()
-    config = LlamaConfig(
-        vocab_size=weights["model.embed_tokens.weight"].shape[0],
-        hidden_size=int(file.require("llama.embedding_length")),
-        intermediate_size=int(file.require("llama.feed_forward_length")),
-        num_hidden_layers=int(file.require("llama.block_count")),
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads,
-        head_dim=int(file.arch("attention.key_length", int(file.require("llama.embedding_length")) // num_heads)),
-        max_position_embeddings=int(file.require("llama.context_length")),
-        rms_norm_eps=float(file.require("llama.attention.layer_norm_rms_epsilon")),
-        tie_word_embeddings="lm_head.weight" not in weights,
-        rope_parameters={"rope_type": "default", "rope_theta": float(file.arch("rope.freq_base", 10000.0))},
-    )
     if file.arch("rope.scaling.type", "none") != "none" or file.arch("rope.scale_linear", 1.0) != 1.0:
         raise UnsupportedModelError(f"{file.path}: rope scaling is not supported")
-    # Llama 3's scaling reaches a GGUF as one factor per frequency.
-    factors = weights.pop("rope_freqs.weight", None)
-    return _decoder_config(config, factors), weights, bool(config.tie_word_embeddings)
+    fields: dict[str, Any] = {
+        "vocab_size": file.num_rows("model.embed_tokens.weight"),
+        "hidden_size": int(file.require("llama.embedding_length")),
+        "intermediate_size": int(file.require("llama.feed_forward_length")),
+        "num_hidden_layers": int(file.require("llama.block_count")),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "head_dim": int(file.arch("attention.key_length", int(file.require("llama.embedding_length")) // num_heads)),
+        "max_position_embeddings": int(file.require("llama.context_length")),
+        "rms_norm_eps": float(file.require("llama.attention.layer_norm_rms_epsilon")),
+        "tie_word_embeddings": "lm_head.weight" not in file.names,
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(file.arch("rope.freq_base", 10000.0))},
+    }
+    try:
+        return LlamaConfig(**fields)
+    except Exception as error:  # as in `_read_config`
+        raise ModelSourceError(f"{file.path}: the metadata contradicts itself: {error}") from error
 
 
-def _decoder_config(config: Any, rope_factors: torch.Tensor | None = None) -> DecoderConfig:
+def _decoder_config(config: Any, rope_factors: torch.Tensor | None) -> DecoderConfig:
     """Translate a Hugging Face config. Raises: UnsupportedModelError, naming what is not supported."""
     if config.model_type != "llama":
         raise UnsupportedModelError(f"model type {config.model_type!r} is not supported; llama is")
@@ -218,20 +235,29 @@ def _check_weights(config: DecoderConfig, weights: dict[str, torch.Tensor], is_t
             raise UnsupportedModelError(f"the model has a weight that a Llama has not: {name}")
 
 
-def _choose_num_blocks(config: EngineConfig, decoder: Decoder, max_model_len: int) -> int:
-    block_bytes = config.block_size * decoder.config.kv_bytes_per_token(decoder.dtype)
-    cache_bytes = config.kv_cache_bytes
-    if cache_bytes is None:
-        if decoder.device.type == "cuda":
-            cache_bytes = int(torch.cuda.mem_get_info(decoder.device)[0] * _KV_SHARE_CUDA)
-        else:
-            available = available_bytes()
-            cache_bytes = int((_ASSUMED_BYTES if available is None else available) * _KV_SHARE_CPU)
+def _free_bytes(device: torch.device) -> int:
+    """What the KV cache may take of the memory that is free now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _KV_SHARE_CUDA)
+    available = available_bytes()
+    return int((_ASSUMED_BYTES if available is None else available) * _KV_SHARE_CPU)
+
+
+def _num_blocks(
+    config: EngineConfig, decoder_config: DecoderConfig, dtype: torch.dtype, max_model_len: int, cache_bytes: int
+) -> int:
+    """Blocks in so many bytes. Raises: CapacityError where they cannot hold what the settings ask for."""
+    block_bytes = config.block_size * decoder_config.kv_bytes_per_token(dtype)
     # More than every running sequence at full length can never be used.
     num_useful = config.max_num_seqs * -(-max_model_len // config.block_size)
     num_blocks = min(cache_bytes // block_bytes, num_useful)
-    if num_blocks * config.block_size < 2:
-        raise CapacityError(f"a KV cache of {cache_bytes} bytes is too small: a block takes {block_bytes} bytes")
+    num_slots = num_blocks * config.block_size
+    if num_slots < 2:
+        raise CapacityError(f"kv_cache_bytes: {cache_bytes} is too small, a block takes {block_bytes}")
+    if config.max_model_len is not None and num_slots < config.max_model_len:
+        raise CapacityError(
+            f"kv_cache_bytes: {cache_bytes} holds {num_slots} tokens, less than max_model_len ({config.max_model_len})"
+        )
     return num_blocks
 
 

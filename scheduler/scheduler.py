@@ -52,7 +52,7 @@ class Scheduler:
         self._pool = block_pool
         self._block_size = block_size
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._max_num_seqs = max_num_seqs
+        self.max_num_seqs = max_num_seqs
         self._sequences: dict[int, Sequence] = {}
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()
         self._running: OrderedDict[int, Sequence] = OrderedDict()
@@ -173,7 +173,7 @@ class Scheduler:
 
     def _admit_next(self, now: float) -> Sequence | None:
         """Start the head of the queue if its whole prompt finds blocks; behind it nobody overtakes."""
-        if not self._waiting or len(self._running) >= self._max_num_seqs:
+        if not self._waiting or len(self._running) >= self.max_num_seqs:
             return None
         sequence = next(iter(self._waiting.values()))
         num_blocks = self._num_missing_blocks(sequence, sequence.num_uncomputed_tokens)

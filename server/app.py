@@ -3,6 +3,7 @@
 Made on the main thread, run on the event loop. It wires the parts together and knows none of their insides.
 """
 
+import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,10 +24,10 @@ from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.endpoint import Endpoint, internal_error_response
 from headrace.server.engine_client import EngineClient
-from headrace.server.errors import UnavailableError, envelope
+from headrace.server.errors import ApiError, UnavailableError, envelope
 from headrace.server.generator import Generator
 from headrace.server.guard import LoopbackGuard
-from headrace.server.native_api import NativeApi
+from headrace.server.native_api import NativeApi, refuse_event_source
 from headrace.server.openai_api import OpenAIApi
 from headrace.server.settings import Settings
 from headrace.server.stream_registry import StreamRegistry
@@ -134,12 +135,13 @@ class App:
         openai, native = OpenAIApi(self.generator), NativeApi(self.generator, self.registry)
         metrics = self.client.metrics
 
-        def endpoint(respond: Callable[..., object]) -> Endpoint:
+        def endpoint(respond: Callable[..., object], refuse: Callable[[ApiError], Response] | None = None) -> Endpoint:
             return Endpoint(
                 respond,  # type: ignore[arg-type]
                 max_body_bytes=self.settings.max_body_bytes,
                 on_disconnect=lambda: metrics.count_cancelled("body"),
                 on_rejected=lambda status: metrics.rejected.labels(str(status)).inc(),
+                refuse=refuse,
             )
 
         return [
@@ -151,7 +153,7 @@ class App:
             Route("/v1/models", openai.models),
             Route("/v1/chat/completions", endpoint(openai.chat_completions), methods=["POST"]),
             Route("/v1/completions", endpoint(openai.completions), methods=["POST"]),
-            Route("/v1/stream", endpoint(native.open), methods=["GET"]),
+            Route("/v1/stream", endpoint(native.open, refuse_event_source), methods=["GET"]),
             Route("/v1/streams", endpoint(native.create), methods=["POST"]),
             Route("/v1/streams/{id}", endpoint(native.snapshot_or_cancel), methods=["GET", "DELETE"]),
             Route("/v1/streams/{id}/events", endpoint(native.events), methods=["GET"]),
@@ -202,7 +204,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:200]}: {error.detail}"
     content = envelope(message, type="invalid_request_error", code="not_found" if error.status_code == 404 else None)
-    return JSONResponse(content, error.status_code, headers=error.headers)
+    return JSONResponse(content, error.status_code, {**(error.headers or {}), "x-request-id": secrets.token_hex(16)})
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:

@@ -36,7 +36,7 @@ class Endpoint:
     `request.state` holds `id`, 128 random bits that go out as x-request-id, `received_s`, `is_accepted`, which
     `respond` sets once a generation will be logged, and `cleanup`, an ExitStack that is unwound after the response, or
     in its place. `on_disconnect` is told of a client that left while its body was read, `on_rejected` of every
-    refusal's status.
+    refusal's status; `refuse` makes the response of one that `respond` raised.
     """
 
     def __init__(
@@ -46,11 +46,13 @@ class Endpoint:
         max_body_bytes: int,
         on_disconnect: Callable[[], None],
         on_rejected: Callable[[int], None],
+        refuse: Callable[[ApiError], Response] | None = None,
     ) -> None:
         self._respond = respond
         self._max_body_bytes = max_body_bytes
         self._on_disconnect = on_disconnect
         self._on_rejected = on_rejected
+        self._refuse = refuse or error_response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -67,7 +69,9 @@ class Endpoint:
             return
         except ApiError as error:
             # The rest of the body is not read, so the connection cannot carry another request.
-            response = self._refuse(request, error, {"connection": "close", "x-request-id": request.state.id})
+            self._note_refusal(request, error)
+            response = error_response(error)
+            response.headers.update({"connection": "close", "x-request-id": request.state.id})
             await response(scope, receive, send)
             return
         # What `respond` starts it registers here, so that it ends with the response however that ends.
@@ -84,7 +88,8 @@ class Endpoint:
         try:
             return await self._respond(request, body)
         except ApiError as error:
-            return self._refuse(request, error)
+            self._note_refusal(request, error)
+            return self._refuse(error)
         except anyio.get_cancelled_exc_class():
             self._log(request, "cancelled: tokenizing")
             raise
@@ -92,10 +97,10 @@ class Endpoint:
             logger.exception("%s %s failed", request.method, request.url.path)
             return internal_error_response()
 
-    def _refuse(self, request: Request, error: ApiError, headers: dict[str, str] | None = None) -> Response:
-        self._on_rejected(error.status)
-        self._log(request, f"refused: {error.status}")
-        return error_response(error, headers)
+    def _note_refusal(self, request: Request, error: ApiError) -> None:
+        if not request.state.is_accepted:
+            self._on_rejected(error.status)
+            self._log(request, f"refused: {error.status}")
 
     def _log(self, request: Request, outcome: str) -> None:
         if not request.state.is_accepted:  # else its generation has a line of its own
@@ -131,8 +136,8 @@ async def _cancel_on_disconnect(receive: Receive, scope: anyio.CancelScope) -> N
     scope.cancel()
 
 
-def error_response(error: ApiError, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse(error.envelope(), error.status, {**error.headers, **(headers or {})})
+def error_response(error: ApiError) -> Response:
+    return JSONResponse(error.envelope(), error.status, error.headers)
 
 
 def internal_error_response() -> Response:

@@ -105,7 +105,10 @@ class EngineClient:
         queue is full.
         """
         self._check_accepting()
-        if self.num_waiting >= self._max_queue_size:
+        # Who can start at once does not wait: with nobody in the engine's queue, that is one for each free place.
+        assert self.ready is not None
+        num_startable = 0 if self.load.num_waiting else self.ready.max_num_seqs - self.load.num_running
+        if self.num_waiting >= self._max_queue_size + num_startable:
             # Jitter keeps the refused from coming back all at once; clients give up beyond 120 s.
             wait_s = self._pace.seconds_per_start * self.num_waiting * random.uniform(0.75, 1.25)
             raise OverloadedError(f"{self.num_waiting} requests are waiting already", min(120.0, max(1.0, wait_s)))

@@ -4,6 +4,8 @@ A page from elsewhere, open in the user's browser, can reach loopback too. Its O
 rebinding its Host does. Pure ASGI, since a wrapper that hides `receive` would hide disconnects.
 """
 
+import secrets
+import time
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -11,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.server.endpoint import error_response
 from headrace.server.errors import ForbiddenError
+from headrace.server.request_log import log_unaccepted
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -25,7 +28,11 @@ class LoopbackGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (error := self._refusal(Headers(scope=scope))) is not None:
-            await error_response(error)(scope, receive, send)
+            id = secrets.token_hex(16)
+            log_unaccepted(id, scope["path"][:200], time.monotonic(), f"refused: {error.status}")
+            response = error_response(error)
+            response.headers["x-request-id"] = id
+            await response(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 

@@ -36,6 +36,9 @@ _VLLM_NAMES = {
     "headrace_e2e_request_latency_seconds": "vllm:e2e_request_latency_seconds",
 }
 
+# Dashboards add vLLM's reasons up to requests that succeeded: what failed is in none of them.
+_VLLM_REASONS = {"stop": "stop", "length": "length", "cancelled": "abort"}
+
 
 class Metrics:
     """All metrics of one server. `load` and `num_waiting` are asked at scrape time."""
@@ -125,12 +128,11 @@ class _VllmCollector(Collector):
             if (name := _VLLM_NAMES.get(metric.name)) is None:
                 continue
             renamed = Metric(name, metric.documentation, metric.type)
-            renamed.samples = [
-                Sample(
-                    name + sample.name.removeprefix(metric.name),
-                    {**sample.labels, "model_name": self._model_name},
-                    sample.value,
-                )
-                for sample in metric.samples
-            ]
+            for sample in metric.samples:
+                labels = {**sample.labels, "model_name": self._model_name}
+                if (reason := labels.get("finished_reason")) is not None:
+                    if reason not in _VLLM_REASONS:
+                        continue
+                    labels["finished_reason"] = _VLLM_REASONS[reason]
+                renamed.samples.append(Sample(name + sample.name.removeprefix(metric.name), labels, sample.value))
             yield renamed

@@ -14,12 +14,8 @@ from typing import Any, Literal
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from headrace.server.errors import (
-    BadRequestError,
-    NotAcceptableError,
-    OverloadedError,
-    UnavailableError,
-)
+from headrace.server.endpoint import error_response
+from headrace.server.errors import ApiError, BadRequestError, NotAcceptableError
 from headrace.server.generation import Generation, Stages
 from headrace.server.generator import Generator
 from headrace.server.protocol import (
@@ -88,15 +84,7 @@ class NativeApi:
                 raise BadRequestError("last_event_id: names no stream", param="last_event_id")
             return self._read(self._registry.get(id), last_event_id)
         params = _params_from_query(request)
-        try:
-            stream = await self._start(request, params, params.on_disconnect)
-        except OverloadedError as error:
-            return _come_back_later(error.retry_after_s)
-        except UnavailableError as error:
-            if error.retry_after_s is None:
-                raise
-            return _come_back_later(error.retry_after_s)
-        return self._read(stream, "")
+        return self._read(await self._start(request, params, params.on_disconnect), "")
 
     async def events(self, request: Request, body: bytes) -> Response:
         """GET /v1/streams/{id}/events."""
@@ -247,8 +235,12 @@ def _params_from_query(request: Request) -> _StreamCompletionRequest:
     return parse_request(_StreamCompletionRequest, fields)
 
 
-def _come_back_later(retry_after_s: float) -> Response:
-    """Any status but 200 would end an EventSource for good: an empty stream makes it come back."""
+def refuse_event_source(error: ApiError) -> Response:
+    """A refusal of GET /v1/stream. Any status but 200 would end an EventSource for good: where coming back later helps,
+    an empty stream makes it do so."""
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is None:
+        return error_response(error)
 
     async def frames() -> AsyncIterator[bytes]:
         yield retry_frame(round(retry_after_s * 1000))

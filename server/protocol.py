@@ -71,6 +71,19 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "structural_tag": (),
     "logits_processors": ([],),
     "no_repeat_ngram_size": (0,),
+    "spaces_between_special_tokens": (True,),
+    "num_beams": (1,),
+    "early_stopping": (False,),
+    # Other servers' names of fields that change an answer.
+    "max_new_tokens": (),
+    "max_output_tokens": (),
+    "n_predict": (),
+    "min_new_tokens": (0,),
+    "stop_sequences": ([],),
+    "repeat_penalty": (1,),
+    "mirostat": (0,),
+    "thinking": (),
+    "reasoning": (),
 }
 
 Flag = Annotated[bool, Field(strict=True)]
@@ -85,6 +98,13 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 class StreamOptions(BaseModel):
     include_usage: Flag | None = None
     continuous_usage_stats: Flag | None = None
+    include_obfuscation: Flag | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.include_obfuscation:
+            raise ValueError("include_obfuscation: is not supported")
+        return self
 
 
 class GenerationParams(BaseModel):
@@ -228,10 +248,17 @@ def parse_request(cls: type[BodyT], fields: dict[str, Any]) -> BodyT:
         raise _bad_request(error) from None
 
 
+def _path(detail: Any) -> list[str | int]:
+    """Where an error is, without the types that were tried, which mean nothing to a client."""
+    return [part for part in detail["loc"] if part != "str" and not str(part).startswith("list[")]
+
+
 def _bad_request(error: ValidationError) -> ApiError:
-    detail = error.errors(include_url=False, include_input=False)[0]
-    # A field of several types has the type that was tried in its path, which means nothing to a client.
-    parts = [part for part in detail["loc"] if part != "str" and not str(part).startswith("list[")]
+    details = error.errors(include_url=False, include_input=False)
+    # A field of several types has an error for each: the one that got furthest is of the type that was meant.
+    same_field = [detail for detail in details if detail["loc"][:1] == details[0]["loc"][:1]]
+    detail = max(same_field, key=lambda detail: len(_path(detail)))
+    parts = _path(detail)
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":

@@ -54,7 +54,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
-        raise ListenError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+        raise ListenError(f"cannot listen on host {host}, port {port}: {error.strerror or error}") from None
 
 
 def say(line: str) -> None:

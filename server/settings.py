@@ -134,7 +134,7 @@ def load_settings(args: Sequence[str] = (), environ: Mapping[str, str] | None = 
     Raises: SettingsError, naming every key that is wrong.
     """
     variables = dict(os.environ if environ is None else environ)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser("headrace serve", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     known, flags = parser.parse_known_args(list(args))
     unknown = [
@@ -174,9 +174,12 @@ def load_settings(args: Sequence[str] = (), environ: Mapping[str, str] | None = 
     try:
         return Sourced()
     except ValidationError as error:
-        raise SettingsError("\n".join(_describe(detail) for detail in error.errors())) from None
-    except SourceError as error:  # a variable that is no JSON where a list is wanted; the message names the field
-        raise SettingsError(f"{error}; a list is written as JSON") from None
+        # A setting of several types has an error for each, and the first says most.
+        details = {detail["loc"][:1]: detail for detail in reversed(error.errors())}
+        raise SettingsError("\n".join(_describe(detail) for detail in reversed(details.values()))) from None
+    except SourceError as error:  # a variable that is no JSON where a list is wanted
+        name = str(error).partition('"')[2].partition('"')[0]
+        raise SettingsError(f'{name}: must be a list as JSON, such as ["a", "b"]') from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"config: {known.config} is not valid TOML: {error}") from None
 

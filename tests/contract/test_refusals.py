@@ -107,7 +107,7 @@ async def test_a_wrong_value_is_refused_by_name(fields: dict[str, Any], param: s
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}], "messages[0].tool_calls"),
         ([{"role": "assistant", "content": "x", "prefix": True}], "messages[0].prefix"),
-        ([{"role": "user", "content": [1] * 100_000}], "messages[0].content"),
+        ([{"role": "user", "content": [1] * 100_000}], "messages[0].content[0]"),
         ([{"role": "king", "content": "x"}], "messages[0].role"),
         ([{"role": "user", "content": 5}], None),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}], None),
@@ -218,6 +218,20 @@ async def test_a_full_queue_is_429_before_the_first_byte(stream: bool) -> None:
         assert (await call(app.asgi, "POST", "/v1/completions", OK)).status == 200
 
 
+async def test_who_can_start_at_once_is_not_counted_as_waiting() -> None:
+    scheduler = make_scheduler(max_num_seqs=4)
+    async with live_app(scheduler=scheduler, max_queue_size=2) as app, anyio.create_task_group() as tasks:
+        burst = [exchange(app.asgi, "POST", "/v1/completions") for _ in range(9)]
+        with app.runner.held():
+            for request in burst:
+                request.send_body(json.dumps(OK).encode())
+                tasks.start_soon(request.run)
+            await anyio.wait_all_tasks_blocked()
+        for request in burst:
+            await request.done.wait()
+    assert sorted(request.status or 0 for request in burst) == [200] * 6 + [429] * 3
+
+
 async def test_a_draining_server_is_503_and_not_ready_but_alive() -> None:
     async with live_app() as app, anyio.create_task_group() as tasks:
         with app.runner.held():
@@ -306,6 +320,45 @@ async def test_a_list_of_millions_of_wrong_items_costs_one_error(monkeypatch: py
         with pytest.raises(ValidationError) as wrong:
             CompletionRequest.model_validate(OK | fields)
         assert wrong.value.error_count() <= 3
+
+
+async def test_a_stream_that_is_told_to_come_back_is_logged_and_counted_as_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="headrace.requests")
+    async with live_app() as app:
+        await app.drain()
+        sse = {"accept": "text/event-stream"}
+        later = await call(app.asgi, "GET", "/v1/stream", query="prompt=x", headers=sse)
+        assert (later.status, len(later.headers["x-request-id"])) == (200, 32)
+        metrics = (await call(app.asgi, "GET", "/metrics")).body.decode()
+        assert 'headrace_requests_rejected_total{status="503"} 1.0' in metrics
+    [line] = [json.loads(record.getMessage()) for record in caplog.records if record.name == "headrace.requests"]
+    assert (line["id"], line["finish_reason"]) == (later.headers["x-request-id"], "refused: 503")
+
+
+async def test_a_deadline_that_passes_before_the_first_byte_is_an_end_and_no_refusal() -> None:
+    async with live_app() as app:
+        with app.runner.held():
+            answer = exchange(app.asgi, "POST", "/v1/completions")
+            answer.send_body(json.dumps(OK | {"timeout": 0.05}).encode())
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(answer.run)
+                await anyio.sleep(0.2)
+                app.runner.allow(100)
+                await answer.done.wait()
+        assert answer.status == 504
+        metrics = (await call(app.asgi, "GET", "/metrics")).body.decode()
+        assert "headrace_requests_rejected_total{" not in metrics
+        assert 'headrace_requests_finished_total{finished_reason="deadline_exceeded"} 1.0' in metrics
+
+
+async def test_refusals_before_any_route_carry_an_id_too() -> None:
+    async with live_app() as app:
+        for path, headers in (("/v1/models", {"host": "evil.example"}), ("/no/such/route", {})):
+            refused = await call(app.asgi, "GET", path, headers=headers)
+            assert refused.status in (403, 404)
+            assert len(refused.headers["x-request-id"]) == 32
 
 
 async def test_every_request_has_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

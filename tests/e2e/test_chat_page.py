@@ -1,12 +1,13 @@
 """The chat page in a real browser: it streams through EventSource, stops, and says what went wrong."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from requirements import need_program
 from server_process import ServerProcess, serving
@@ -71,7 +72,14 @@ def test_the_page_streams_an_answer_and_shows_its_speed(page: Page, server: Serv
     page.screenshot(path=ARTIFACTS / "chat.png")
 
 
+def _shorten(route: Route) -> None:
+    """Bound an answer, so that the context has room for another."""
+    body = route.request.post_data_json or {}
+    route.continue_(post_data=json.dumps(body | {"max_tokens": 24}))
+
+
 def test_a_second_turn_sends_the_first_along(page: Page) -> None:
+    page.route("**/v1/streams", _shorten)
     page.fill("#prompt", "My name is Ada.")
     page.click("#send")
     _answer(page, "done")

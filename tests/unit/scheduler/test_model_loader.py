@@ -170,6 +170,22 @@ def test_a_gpu_that_is_not_there_is_an_error_that_says_so(folder: Path, monkeypa
     assert "on cpu" in load(folder, device="auto")[1].description
 
 
+@pytest.mark.parametrize(
+    ("sizes", "keys"),
+    [
+        ({"max_model_len": 129}, "^max_model_len: "),
+        ({"kv_cache_bytes": 1}, "^kv_cache_bytes: "),
+        ({"kv_cache_bytes": 64 * KV_BYTES_PER_TOKEN, "max_model_len": 65}, "^kv_cache_bytes: .*max_model_len"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told_by_their_keys_before_the_weights_are_read(
+    folder: Path, sizes: dict[str, int], keys: str
+) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CapacityError, match=keys):
+        load(folder, **sizes)
+
+
 def test_the_cache_takes_its_share_of_free_memory_and_no_more_than_can_be_used(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

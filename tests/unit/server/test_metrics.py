@@ -112,11 +112,26 @@ def test_every_vllm_metric_has_the_values_of_its_own_and_the_models_name(model_n
         assert by_name[theirs].type == by_name[ours].type
         assert by_name[theirs].documentation == by_name[ours].documentation
         renamed = samples([by_name[theirs]])
+        if theirs == "vllm:request_success":
+            continue
         for (name, labels), number in renamed.items():
             assert ("model_name", model_name) in labels
             assert own[ours + name.removeprefix(theirs), labels - {("model_name", model_name)}] == number
         assert len(renamed) == len(by_name[ours].samples) > 0
     assert {name for name in by_name if not name.startswith("headrace_")} == set(VLLM_NAMES.values())
+
+
+def test_under_vllms_name_only_its_own_reasons_count_as_success() -> None:
+    metrics = make("model")
+    for reason in FinishReason:
+        metrics.observe_end(over(reason))
+    [family] = [family for family in families(metrics) if family.name == "vllm:request_success"]
+    assert {sample.labels["finished_reason"]: sample.value for sample in family.samples} == {
+        "stop": 1,
+        "length": 1,
+        "abort": 1,
+    }
+    assert {sample.labels["model_name"] for sample in family.samples} == {"model"}
 
 
 def test_ends_are_counted_by_reason_and_cancellations_by_phase() -> None:

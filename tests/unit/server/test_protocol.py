@@ -111,10 +111,10 @@ def test_a_prompt_is_one_text_or_one_list_of_token_ids(prompt: Any) -> None:
         ({"role": "king", "content": "x"}, ".role"),
         ({"role": "user"}, ".content"),
         ({"role": "user", "content": 5}, ".content"),
-        ({"role": "user", "content": [5]}, ".content"),
+        ({"role": "user", "content": [5]}, ".content[0]"),
         ({"role": "user", "content": [{"type": "text"}]}, ".content[0]"),
         ({"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}, ".content[1]"),
-        ({"role": "user", "content": [{"type": "text", "text": 5}]}, ".content"),
+        ({"role": "user", "content": [{"type": "text", "text": 5}]}, ".content[0].text"),
     ],
     ids=lambda value: repr(value)[:60],
 )
@@ -204,6 +204,18 @@ def test_any_bytes_are_an_object_or_refused(body: bytes) -> None:
     except BadRequestError:
         return
     assert parsed == json.loads(body)
+
+
+def test_an_option_of_the_stream_that_is_not_supported_is_refused_by_name() -> None:
+    body = CHAT | {"stream": True, "stream_options": {"include_obfuscation": True}}
+    assert refused(ChatCompletionRequest, body).param == "stream_options.include_obfuscation"
+    body["stream_options"] = {"include_obfuscation": False}
+    parse_request(ChatCompletionRequest, body)
+
+
+def test_the_item_of_a_prompt_that_is_wrong_is_named() -> None:
+    assert refused(CompletionRequest, {"prompt": [1, -1]}).param == "prompt[1]"
+    assert refused(CompletionRequest, {"prompt": 5}).param == "prompt"
 
 
 def test_max_tokens_may_have_its_newer_name_or_both_that_agree() -> None:

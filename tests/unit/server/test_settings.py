@@ -86,6 +86,22 @@ def test_a_config_file_that_is_no_text_is_named(tmp_path: Path) -> None:
         load_settings(["--config", str(config)], {})
 
 
+@pytest.mark.parametrize(
+    ("flags", "environ", "line"),
+    [
+        (["--kv-cache-bytes", "2XB"], {}, "kv_cache_bytes: expected a number of bytes"),
+        ([], {"HEADRACE_CORS_ORIGINS": "https://a.b"}, "cors_origins: must be a list as JSON"),
+    ],
+)
+def test_a_wrong_setting_has_one_line_that_begins_with_its_key(
+    flags: list[str], environ: dict[str, str], line: str
+) -> None:
+    with pytest.raises(SettingsError) as wrong:
+        load_settings(flags, environ)
+    assert str(wrong.value).startswith(line)
+    assert len(str(wrong.value).splitlines()) == 1
+
+
 def test_settings_are_frozen() -> None:
     settings: Any = Settings()
     with pytest.raises(ValueError, match="frozen"):
