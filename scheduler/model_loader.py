@@ -56,8 +56,8 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
 
     weights = _read_directory(path) if file is None else _read_gguf(file)
     _check_weights(decoder_config, weights, _is_tied(hf_config, weights))
-    decoder = Decoder(decoder_config, {name: weight.to(device, dtype) for name, weight in weights.items()}, torch_ops)
-    del weights
+    weights = {name: weight.to(device, dtype) for name, weight in weights.items()}
+    decoder = Decoder(decoder_config, weights, torch_ops)
     cache_bytes = _free_bytes(device) if config.kv_cache_bytes is None else config.kv_cache_bytes
     num_blocks = _num_blocks(config, decoder_config, dtype, max_model_len, cache_bytes)
     cache = _allocate_cache(decoder, num_blocks, config.block_size)
