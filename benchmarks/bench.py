@@ -11,7 +11,7 @@ import importlib.util
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -123,7 +123,7 @@ async def _prepare(
     )
     if settings.model == "auto":
         try:
-            client = client.with_model(await client.first_model())
+            client = replace(client, model=await client.first_model())
         except OSError as error:
             raise UnmeasurableError(f"cannot reach {settings.url.authority}: {error}") from error
     session.model = client.model

@@ -6,7 +6,7 @@ Speaks /v1/completions and /v1/chat/completions as Headrace, vLLM and llama.cpp 
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
@@ -41,10 +41,6 @@ class CompletionClient:
     model: str | None = None
     is_ignoring_eos: bool = True
     is_asking_continuous_usage: bool = False
-
-    def with_model(self, model: str | None) -> "CompletionClient":
-        """Return the same client for another model."""
-        return replace(self, model=model)
 
     def request_body(self, prompt: str, max_tokens: int) -> bytes:
         """Encode one greedy streaming request."""

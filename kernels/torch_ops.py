@@ -49,7 +49,6 @@ class _Group:
     mask [b, 1, q, n * S] float, 0 where visible and -inf elsewhere.
     """
 
-    num_seqs: int
     token_index: torch.Tensor
     block_index: torch.Tensor
     mask: torch.Tensor
@@ -90,7 +89,6 @@ def _make_group(
     is_hidden = torch.arange(num_blocks * block_size) >= num_visible[..., None]
     mask = torch.zeros(is_hidden.shape).masked_fill_(is_hidden, float("-inf"))
     return _Group(
-        len(batch),
         token_index.flatten().to(device),
         torch.tensor(blocks, device=device),
         mask.unsqueeze(1).to(device),

@@ -22,7 +22,7 @@ from starlette.staticfiles import StaticFiles
 from headrace.scheduler.engine_core import Runner
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.scheduler import Scheduler
-from headrace.server.endpoint import Endpoint, internal_error_response
+from headrace.server.endpoint import Endpoint, error_response, internal_error_response
 from headrace.server.engine_client import EngineClient
 from headrace.server.errors import ApiError, UnavailableError, envelope
 from headrace.server.generator import Generator
@@ -135,7 +135,9 @@ class App:
         openai, native = OpenAIApi(self.generator), NativeApi(self.generator, self.registry)
         metrics = self.client.metrics
 
-        def endpoint(respond: Callable[..., object], refuse: Callable[[ApiError], Response] | None = None) -> Endpoint:
+        def endpoint(
+            respond: Callable[..., object], refuse: Callable[[ApiError], Response] = error_response
+        ) -> Endpoint:
             return Endpoint(
                 respond,  # type: ignore[arg-type]
                 max_body_bytes=self.settings.max_body_bytes,

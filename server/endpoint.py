@@ -46,13 +46,13 @@ class Endpoint:
         max_body_bytes: int,
         on_disconnect: Callable[[], None],
         on_rejected: Callable[[int], None],
-        refuse: Callable[[ApiError], Response] | None = None,
+        refuse: Callable[[ApiError], Response],
     ) -> None:
         self._respond = respond
         self._max_body_bytes = max_body_bytes
         self._on_disconnect = on_disconnect
         self._on_rejected = on_rejected
-        self._refuse = refuse or error_response
+        self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -91,20 +91,20 @@ class Endpoint:
             self._note_refusal(request, error)
             return self._refuse(error)
         except anyio.get_cancelled_exc_class():
-            self._log(request, "cancelled: tokenizing")
+            if not request.state.is_accepted:
+                self._log(request, "cancelled: tokenizing")
             raise
         except Exception:
             logger.exception("%s %s failed", request.method, request.url.path)
             return internal_error_response()
 
     def _note_refusal(self, request: Request, error: ApiError) -> None:
-        if not request.state.is_accepted:
+        if not request.state.is_accepted:  # else its generation has an end and a line of its own
             self._on_rejected(error.status)
             self._log(request, f"refused: {error.status}")
 
     def _log(self, request: Request, outcome: str) -> None:
-        if not request.state.is_accepted:  # else its generation has a line of its own
-            log_unaccepted(request.state.id, request.url.path, request.state.received_s, outcome)
+        log_unaccepted(request.state.id, request.url.path, request.state.received_s, outcome)
 
     async def _read_body(self, request: Request) -> bytes:
         """Raises: ClientDisconnect; ApiError for what can be told from the headers, or a body over the limit."""

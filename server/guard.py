@@ -6,7 +6,7 @@ rebinding its Host does. Pure ASGI, since a wrapper that hides `receive` would h
 
 import secrets
 import time
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -38,7 +38,7 @@ class LoopbackGuard:
 
     def _refusal(self, headers: Headers) -> ForbiddenError | None:
         host = headers.get("host", "")
-        if _hostname(f"//{host}") not in self._hosts:
+        if _split(f"//{host}").hostname not in self._hosts:
             return ForbiddenError(f"the host {host[:200]!r} is not served here; see the setting allowed_hosts")
         origin = headers.get("origin")
         if "*" in self._origins or origin in self._origins:
@@ -50,20 +50,14 @@ class LoopbackGuard:
             if is_foreign and headers.get("sec-fetch-mode") != "navigate":
                 return ForbiddenError("pages of other origins may not call this server; see the setting cors_origins")
             return None
-        if _netloc(origin) == host:
+        if _split(origin).netloc == host:
             return None
         return ForbiddenError(f"pages of {origin[:200]!r} may not call this server; see the setting cors_origins")
 
 
-def _hostname(url: str) -> str | None:
+def _split(url: str) -> SplitResult:
+    """The URL's parts, all of them empty where it is none."""
     try:
-        return urlsplit(url).hostname
+        return urlsplit(url)
     except ValueError:
-        return None
-
-
-def _netloc(url: str) -> str | None:
-    try:
-        return urlsplit(url).netloc
-    except ValueError:
-        return None
+        return urlsplit("")

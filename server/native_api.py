@@ -223,10 +223,11 @@ def _params_from_query(request: Request) -> _StreamCompletionRequest:
     for name, value in request.query_params.items():
         if name not in _StreamCompletionRequest.model_fields and name not in UNSUPPORTED:
             continue
-        fields[name] = value
         if name == "stop":
             fields[name] = request.query_params.getlist(name)
-        elif name not in ("prompt", "model", "user", "on_disconnect"):
+        elif name in ("prompt", "model", "user", "on_disconnect"):
+            fields[name] = value
+        else:
             try:
                 fields[name] = parse_json_object(f'{{"value":{value}}}'.encode()).get("value")
             except (BadRequestError, UnicodeEncodeError):

@@ -139,10 +139,7 @@ class GenerationParams(BaseModel):
             raise ValueError("stream_options: only allowed with stream")
         if None not in (limits := {self.max_tokens, self.max_completion_tokens}) and len(limits) == 2:
             raise ValueError("max_tokens: differs from max_completion_tokens")
-        stops = self.stop_strings
-        if len(stops) > MAX_STOP_STRINGS:
-            raise ValueError(f"stop: at most {MAX_STOP_STRINGS} stop strings")
-        if not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
+        if not all(0 < len(stop) <= MAX_STOP_CHARS for stop in self.stop_strings):
             raise ValueError(f"stop: each stop string must have 1 to {MAX_STOP_CHARS} characters")
         return self
 

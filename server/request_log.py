@@ -13,20 +13,7 @@ logger = logging.getLogger("headrace.requests")
 
 def log_unaccepted(id: str, route: str, received_s: float, outcome: str) -> None:
     """Write the line of a request that never became a generation: refused with a status, or its client left."""
-    end_s = time.monotonic()
-    line = {
-        "id": id,
-        "route": route,
-        "received": _wall_clock(received_s),
-        "finish_reason": outcome,
-        "stages_ms": {"end": round((end_s - received_s) * 1000, 1)},
-    }
-    logger.info("%s", json.dumps(line))
-
-
-def _wall_clock(monotonic_s: float) -> str:
-    at = datetime.now(UTC) - timedelta(seconds=time.monotonic() - monotonic_s)
-    return at.isoformat(timespec="milliseconds")
+    _write(id, route, outcome, received_s, {"end_s": time.monotonic()})
 
 
 def log_request(generation: Generation, route: str) -> None:
@@ -35,13 +22,20 @@ def log_request(generation: Generation, route: str) -> None:
     assert terminal is not None
     stages = asdict(generation.stages)
     received_s = stages.pop("received_s")
+    counts = {"prompt_tokens": generation.num_prompt_tokens, "completion_tokens": generation.num_output_tokens}
+    _write(generation.id, route, terminal.finish_reason.value, received_s, stages, **counts)
+
+
+def _write(
+    id: str, route: str, finish_reason: str, received_s: float, stages: dict[str, float | None], **counts: int
+) -> None:
+    received_at = datetime.now(UTC) - timedelta(seconds=time.monotonic() - received_s)
     line = {
-        "id": generation.id,
+        "id": id,
         "route": route,
-        "received": _wall_clock(received_s),
-        "finish_reason": terminal.finish_reason.value,
-        "prompt_tokens": generation.num_prompt_tokens,
-        "completion_tokens": generation.num_output_tokens,
+        "received": received_at.isoformat(timespec="milliseconds"),
+        "finish_reason": finish_reason,
+        **counts,
         "stages_ms": {
             name.removesuffix("_s"): None if at_s is None else round((at_s - received_s) * 1000, 1)
             for name, at_s in stages.items()

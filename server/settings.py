@@ -79,7 +79,7 @@ class Settings(BaseSettings):
         None, ge=2, description="longest prompt + output in tokens; the model's own limit"
     )
     block_size: int = Field(16, ge=1, le=256, description="tokens per KV cache block")
-    kv_cache_bytes: Bytes | Literal["auto"] = Field(
+    kv_cache_bytes: Annotated[Bytes, Field(gt=0)] | Literal["auto"] = Field(
         "auto", description="KV cache size; auto takes a share of free memory"
     )
     max_num_seqs: int = Field(256, ge=1, le=4096, description="most sequences in the running batch")
@@ -108,8 +108,6 @@ class Settings(BaseSettings):
                 "workers: must be 1, since one engine thread owns the model and batches all requests; "
                 "for more, run more servers behind a router"
             )
-        if self.kv_cache_bytes == 0:
-            raise ValueError("kv_cache_bytes: must be more than 0")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens: {self.max_num_batched_tokens} is below max_num_seqs ({self.max_num_seqs}), "

@@ -1,6 +1,7 @@
 """The completion client: which events count as text, and what each end is called."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -149,7 +150,7 @@ def test_a_request_forces_its_length_and_asks_for_usage() -> None:
 
 
 def test_a_chat_request_holds_the_prompt_as_one_user_message() -> None:
-    body = json.loads(client(Endpoint.CHAT).with_model("m").request_body("a b", 7))
+    body = json.loads(replace(client(Endpoint.CHAT), model="m").request_body("a b", 7))
     assert body["messages"] == [{"role": "user", "content": "a b"}]
     assert body["model"] == "m"
     assert "prompt" not in body

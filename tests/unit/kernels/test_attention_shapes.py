@@ -155,7 +155,7 @@ def test_little_is_gathered_at_once_and_little_of_that_is_padding() -> None:
     row_of_token = {start: i for i, start in enumerate(batch.metadata.query_starts)}
     seen: list[int] = []
     for group in plan:
-        num_seqs, width = group.num_seqs, group.mask.shape[-1]
+        num_seqs, width = group.mask.shape[0], group.mask.shape[-1]
         members = [row_of_token[token] for token in group.token_index.view(num_seqs, -1)[:, 0].tolist()]
         assert num_seqs == 1 or num_seqs * width <= 16384 + 16 * num_seqs
         for member in members:

@@ -17,8 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import HeadraceError, ModelSourceError, UnsupportedModelError
 from headrace.scheduler.gguf_file import GGUFFile, open_gguf
-from headrace.scheduler.messages import GenerationRequest, SamplingParams
 from headrace.scheduler.model_loader import load_engine
+from tiny_llama import generate, generate_with_hugging_face, greedy
 
 Array = npt.NDArray[np.float32]
 
@@ -297,20 +297,6 @@ def test_frequency_factors_in_a_file_are_llama_3s_scaling(tmp_path: Path) -> Non
     model.load_state_dict(read)
 
     prompt = list(range(40))
-    ids = torch.tensor([prompt])
-    expected = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0
-    )
-    assert generate(path, prompt, 20) == expected[0, 40:].tolist()
-
-
-def generate(path: Path, prompt: list[int], num_tokens: int) -> list[int]:
     scheduler, runner = load(path)
-    sampling = SamplingParams(temperature=0, max_tokens=num_tokens)
-    scheduler.add(GenerationRequest(0, tuple(prompt), sampling, 0.0))
-    tokens: list[int] = []
-    while scheduler.has_work:
-        output = scheduler.schedule(0.0)
-        for result in scheduler.update(output, runner.run(output)):
-            tokens += result.token_ids
-    return tokens
+    [tokens] = generate(scheduler, runner, [prompt], [greedy(20)])
+    assert tokens == generate_with_hugging_face(model, prompt, 20)

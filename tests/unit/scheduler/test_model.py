@@ -10,59 +10,30 @@ import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize, quantize
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import CapacityError, HeadraceError, ModelSourceError, UnsupportedModelError
 from headrace.scheduler.gguf_file import GGUFFile
-from headrace.scheduler.messages import GenerationRequest, SamplingParams
+from headrace.scheduler.messages import SamplingParams
 from headrace.scheduler.model_loader import load_engine
 from headrace.scheduler.scheduler import Scheduler
+from tiny_llama import VOCAB_SIZE, generate, generate_with_hugging_face, greedy, tiny_config, tiny_llama
 
-VOCAB = 160
 NUM_TOKENS = 12
-
-
-def tiny_config(**fields: Any) -> LlamaConfig:
-    shape = {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.3,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    return LlamaConfig(**(shape | fields))
-
-
-def tiny_llama(**fields: Any) -> Any:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(tiny_config(**fields)).eval()
 
 
 def prompts() -> list[list[int]]:
     rng = np.random.default_rng(7)
-    return [rng.integers(0, VOCAB, length).tolist() for length in (1, 2, 5, 15, 16, 17, 31, 40)]
+    return [rng.integers(0, VOCAB_SIZE, length).tolist() for length in (1, 2, 5, 15, 16, 17, 31, 40)]
 
 
 def reference(model: Any) -> list[list[int]]:
-    outputs = []
-    for prompt in prompts():
-        ids = torch.tensor([prompt])
-        tokens = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0
-        )
-        outputs.append(tokens[0, len(prompt) :].tolist())
-    return outputs
+    return [generate_with_hugging_face(model, prompt, NUM_TOKENS) for prompt in prompts()]
 
 
-def generate(
+def generate_all(
     path: Path, *, num_blocks: int = 64, block_size: int = 4, budget: int = 64, max_num_seqs: int = 8
 ) -> tuple[list[list[int]], int]:
     config = EngineConfig(path, device="cpu", dtype="float32", block_size=block_size, kv_cache_bytes=1 << 20)
@@ -71,14 +42,7 @@ def generate(
     scheduler = Scheduler(
         BlockPool(num_blocks), block_size=block_size, max_num_batched_tokens=budget, max_num_seqs=max_num_seqs
     )
-    outputs: list[list[int]] = [[] for _ in prompts()]
-    for i, prompt in enumerate(prompts()):
-        scheduler.add(GenerationRequest(i, tuple(prompt), SamplingParams(temperature=0, max_tokens=NUM_TOKENS), 0.0))
-    while scheduler.has_work:
-        output = scheduler.schedule(0.0)
-        for result in scheduler.update(output, runner.run(output)):
-            outputs[result.request_id] += result.token_ids
-        scheduler.check_books()
+    outputs = generate(scheduler, runner, prompts(), [greedy(NUM_TOKENS)] * len(prompts()))
     return outputs, scheduler.load().num_preemptions
 
 
@@ -115,21 +79,21 @@ def generate(
 def test_a_llama_continues_as_generate_does(tmp_path: Path, fields: dict[str, Any]) -> None:
     model = tiny_llama(**fields)
     model.save_pretrained(tmp_path)
-    assert generate(tmp_path)[0] == reference(model)
+    assert generate_all(tmp_path)[0] == reference(model)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 5, 7, 13])
 def test_chunks_of_any_size_change_nothing(tmp_path: Path, budget: int) -> None:
     model = tiny_llama()
     model.save_pretrained(tmp_path)
-    assert generate(tmp_path, budget=budget, max_num_seqs=min(budget, 4))[0] == reference(model)
+    assert generate_all(tmp_path, budget=budget, max_num_seqs=min(budget, 4))[0] == reference(model)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 def test_preemption_changes_nothing(tmp_path: Path, block_size: int) -> None:
     model = tiny_llama()
     model.save_pretrained(tmp_path)
-    outputs, num_preemptions = generate(tmp_path, block_size=block_size, num_blocks=-(-56 // block_size))
+    outputs, num_preemptions = generate_all(tmp_path, block_size=block_size, num_blocks=-(-56 // block_size))
     assert outputs == reference(model)
     assert num_preemptions > 0
 
@@ -138,7 +102,7 @@ def test_a_sharded_model_is_read_whole(tmp_path: Path) -> None:
     model = tiny_llama()
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    assert generate(tmp_path)[0] == reference(model)
+    assert generate_all(tmp_path)[0] == reference(model)
 
 
 def write_gguf(path: Path, model: Any, kind: gguf.GGMLQuantizationType, architecture: str = "llama") -> None:
@@ -182,7 +146,7 @@ def test_a_gguf_of_every_supported_type_equals_its_dequantised_weights(tmp_path:
             parameter.data = torch.from_numpy(values.copy())
         read = GGUFFile(tmp_path / "tiny.gguf").read(name)
         np.testing.assert_array_equal(read, parameter.detach().numpy())
-    assert generate(tmp_path / "tiny.gguf")[0] == reference(model)
+    assert generate_all(tmp_path / "tiny.gguf")[0] == reference(model)
 
 
 def _truncate(path: Path) -> None:
@@ -263,17 +227,12 @@ def test_a_cache_below_one_block_is_refused_and_a_small_one_bounds_the_context(t
 def test_min_tokens_holds_the_end_back_for_so_many_tokens(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
     _, runner = load_engine(EngineConfig(tmp_path, device="cpu", dtype="float32", kv_cache_bytes=1 << 20))
-    end = frozenset(range(VOCAB - 1))  # all tokens but one end the sequence
+    end = frozenset(range(VOCAB_SIZE - 1))  # all tokens but one end the sequence
     for min_tokens in (0, 1, 5):
         scheduler = Scheduler(BlockPool(16), block_size=16, max_num_batched_tokens=16, max_num_seqs=1)
         sampling = SamplingParams(temperature=0, max_tokens=20, min_tokens=min_tokens, stop_token_ids=end)
-        scheduler.add(GenerationRequest(0, (1, 2, 3), sampling, 0.0))
-        tokens: list[int] = []
-        while scheduler.has_work:
-            output = scheduler.schedule(0.0)
-            for result in scheduler.update(output, runner.run(output)):
-                tokens += result.token_ids
-        assert tokens[:min_tokens] == [VOCAB - 1] * min_tokens
+        [tokens] = generate(scheduler, runner, [[1, 2, 3]], [sampling])
+        assert tokens[:min_tokens] == [VOCAB_SIZE - 1] * min_tokens
         assert len(tokens) >= min_tokens + 1
 
 
@@ -284,14 +243,7 @@ def test_what_a_block_held_before_never_reaches_its_next_owner(tmp_path: Path) -
     for cache in (*runner._cache.keys, *runner._cache.values):
         cache.fill_(float("nan"))
     scheduler = Scheduler(BlockPool(16), block_size=16, max_num_batched_tokens=7, max_num_seqs=4)
-    sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
-    outputs: list[list[int]] = [[] for _ in prompts()]
-    for i, prompt in enumerate(prompts()):
-        scheduler.add(GenerationRequest(i, tuple(prompt), sampling, 0.0))
-    while scheduler.has_work:
-        output = scheduler.schedule(0.0)
-        for result in scheduler.update(output, runner.run(output)):
-            outputs[result.request_id] += result.token_ids
+    outputs = generate(scheduler, runner, prompts(), [greedy(NUM_TOKENS)] * len(prompts()))
     assert outputs == reference(model)
 
 

@@ -8,40 +8,25 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from headrace.scheduler import model_loader
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import CapacityError, HeadraceError, ModelSourceError
-from headrace.scheduler.messages import GenerationRequest, SamplingParams
 from headrace.scheduler.model_loader import load_engine
+from tiny_llama import generate, generate_with_hugging_face, greedy, tiny_llama
 
-VOCAB = 96
 # 1 layer, keys and values, 2 heads of 16 floats.
 KV_BYTES_PER_TOKEN = 2 * 2 * 16 * 4
 
 
-def tiny_llama() -> Any:
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+def one_layer() -> Any:
+    return tiny_llama(seed=3, num_hidden_layers=1, max_position_embeddings=128)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    tiny_llama().save_pretrained(tmp_path)
+    one_layer().save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -61,28 +46,16 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def generate(engine: tuple[Any, Any], prompt: list[int], num_tokens: int) -> list[int]:
-    scheduler, runner = engine
-    sampling = SamplingParams(temperature=0, max_tokens=num_tokens)
-    scheduler.add(GenerationRequest(0, tuple(prompt), sampling, 0.0))
-    tokens: list[int] = []
-    while scheduler.has_work:
-        output = scheduler.schedule(0.0)
-        for result in scheduler.update(output, runner.run(output)):
-            tokens += result.token_ids
-    return tokens
+def generate_one(engine: tuple[Any, Any], prompt: list[int], num_tokens: int) -> list[int]:
+    return generate(*engine, [prompt], [greedy(num_tokens)])[0]
 
 
-def generate_with_hugging_face(folder: Path, prompt: list[int], num_tokens: int) -> list[int]:
+def reference(folder: Path, prompt: list[int], num_tokens: int) -> list[int]:
     model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = torch.tensor([prompt])
-    tokens = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0
-    )
-    return tokens[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+    return generate_with_hugging_face(model, prompt, num_tokens)
 
 
-WEIGHTS = sorted(tiny_llama().state_dict())
+WEIGHTS = sorted(one_layer().state_dict())
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -109,13 +82,13 @@ def test_a_weight_that_would_be_left_out_is_named(folder: Path, name: str) -> No
 def test_tables_that_old_checkpoints_carry_are_no_obstacle(folder: Path) -> None:
     table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     change_weights(folder, lambda weights: weights.update(table))
-    assert generate(load(folder), [5, 9, 2], 8) == generate_with_hugging_face(folder, [5, 9, 2], 8)
+    assert generate_one(load(folder), [5, 9, 2], 8) == reference(folder, [5, 9, 2], 8)
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_an_output_head_is_used_or_not_as_hugging_face_does(folder: Path, is_tied: bool) -> None:
     change_config(folder, tie_word_embeddings=is_tied)
-    assert generate(load(folder), [5, 9, 2], 12) == generate_with_hugging_face(folder, [5, 9, 2], 12)
+    assert generate_one(load(folder), [5, 9, 2], 12) == reference(folder, [5, 9, 2], 12)
 
 
 @pytest.mark.parametrize(
@@ -211,4 +184,4 @@ def test_the_smallest_cache_is_used_to_its_last_slot(folder: Path, block_size: i
     runner.warm_up()
     assert runner.max_context_tokens == num_blocks * block_size
     num_tokens = runner.max_context_tokens - 1
-    assert generate((scheduler, runner), [5], num_tokens) == generate_with_hugging_face(folder, [5], num_tokens)
+    assert generate_one((scheduler, runner), [5], num_tokens) == reference(folder, [5], num_tokens)

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from headrace.kernels import torch_ops
 from headrace.kernels.decoder import Decoder, DecoderConfig, KVCache
@@ -13,10 +12,10 @@ from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.messages import FinishReason, GenerationRequest, SamplingParams, SequenceOutput
 from headrace.scheduler.model_runner import ModelRunner
 from headrace.scheduler.scheduler import Scheduler
+from tiny_llama import VOCAB_SIZE, generate, tiny_llama
 
-VOCAB = 96
 NUM_TOKENS = 14
-PROMPTS = [[(7 * i + j * j) % VOCAB for j in range(length)] for i, length in enumerate((1, 3, 8, 9, 17, 30))]
+PROMPTS = [[(7 * i + j * j) % VOCAB_SIZE for j in range(length)] for i, length in enumerate((1, 3, 8, 9, 17, 30))]
 SAMPLINGS = [
     SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS),
     SamplingParams(temperature=1.0, seed=1, max_tokens=NUM_TOKENS),
@@ -38,19 +37,7 @@ class Engine:
         max_num_seqs: int = 8,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        torch.manual_seed(5)
-        shape: dict[str, Any] = {
-            "vocab_size": VOCAB,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-            "tie_word_embeddings": False,
-            "initializer_range": 0.2,
-        }
-        model: Any = LlamaForCausalLM(LlamaConfig(**shape))
+        model = tiny_llama(seed=5, initializer_range=0.2)
         config = DecoderConfig(
             num_layers=2,
             hidden_size=64,
@@ -58,7 +45,7 @@ class Engine:
             num_kv_heads=2,
             head_dim=16,
             intermediate_size=96,
-            vocab_size=VOCAB,
+            vocab_size=VOCAB_SIZE,
             rms_norm_eps=model.config.rms_norm_eps,
             max_position=128,
             inv_freq=model.model.rotary_emb.inv_freq,
@@ -73,13 +60,7 @@ class Engine:
         )
 
     def generate(self, prompts: list[list[int]], samplings: list[SamplingParams]) -> list[list[int]]:
-        for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-            self.scheduler.add(GenerationRequest(i, tuple(prompt), sampling, 0.0))
-        answers: list[list[int]] = [[] for _ in prompts]
-        while self.scheduler.has_work:
-            for output in self.step():
-                answers[output.request_id] += output.token_ids
-        return answers
+        return generate(self.scheduler, self.runner, prompts, samplings)
 
     def step(self) -> list[SequenceOutput]:
         output = self.scheduler.schedule(0.0)
@@ -140,7 +121,7 @@ def test_a_neighbours_tokens_never_change_an_answer(dtype: torch.dtype) -> None:
     """Same shapes, other contents: in any dtype each row is the same to the last bit, so its tokens are."""
     answers = []
     for shift in (0, 31):
-        prompts = [PROMPTS[3], [(token + shift) % VOCAB for token in PROMPTS[4]], PROMPTS[5]]
+        prompts = [PROMPTS[3], [(token + shift) % VOCAB_SIZE for token in PROMPTS[4]], PROMPTS[5]]
         answers.append(Engine(dtype=dtype).generate(prompts, [SAMPLINGS[0], SAMPLINGS[1], SAMPLINGS[2]]))
     assert answers[0][0] == answers[1][0]
     assert answers[0][2] == answers[1][2]
