@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any, Literal
 
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -22,7 +23,7 @@ from headrace.server.protocol import (
     UNSUPPORTED,
     ChatCompletionRequest,
     CompletionRequest,
-    GenerationParams,
+    Number,
     parse_json_object,
     parse_request,
 )
@@ -32,16 +33,23 @@ from headrace.server.stream_registry import NativeStream, StreamRegistry
 
 # How often a waiting reader is told its place in the queue.
 _QUEUE_POLL_S = 1.0
+# The longest grace time a request may ask for; without a reader for longer, it is `on_disconnect: continue`.
+_MAX_GRACE_S = 3600
 
 OnDisconnect = Literal["cancel", "continue"]
 
 
 class _StreamChatRequest(ChatCompletionRequest):
     on_disconnect: OnDisconnect | None = None
+    disconnect_grace_s: Number | None = Field(None, ge=0, le=_MAX_GRACE_S)
 
 
 class _StreamCompletionRequest(CompletionRequest):
     on_disconnect: OnDisconnect | None = None
+    disconnect_grace_s: Number | None = Field(None, ge=0, le=_MAX_GRACE_S)
+
+
+_StreamParams = _StreamChatRequest | _StreamCompletionRequest
 
 
 class NativeApi:
@@ -62,12 +70,12 @@ class NativeApi:
         fields = {name: value for name, value in fields.items() if value is not None}
         if ("messages" in fields) == ("prompt" in fields):
             raise BadRequestError("exactly one of `messages` and `prompt` is required", param="messages")
-        params: _StreamChatRequest | _StreamCompletionRequest
+        params: _StreamParams
         if "messages" in fields:
             params = parse_request(_StreamChatRequest, fields)
         else:
             params = parse_request(_StreamCompletionRequest, fields)
-        stream = await self._start(request, params, params.on_disconnect)
+        stream = await self._start(request, params)
         urls = _urls(stream.id)
         content = {"id": stream.id, "created": stream.created_s, "model": self._generator.model_name, **urls}
         return JSONResponse(content, 201, {"location": urls["url"]})
@@ -84,7 +92,7 @@ class NativeApi:
                 raise BadRequestError("last_event_id: names no stream", param="last_event_id")
             return self._read(self._registry.get(id), last_event_id)
         params = _params_from_query(request)
-        return self._read(await self._start(request, params, params.on_disconnect), "")
+        return self._read(await self._start(request, params), "")
 
     async def events(self, request: Request, body: bytes) -> Response:
         """GET /v1/streams/{id}/events."""
@@ -98,15 +106,14 @@ class NativeApi:
             self._client.cancel(stream.generation)
         return self._snapshot(stream)
 
-    async def _start(
-        self, request: Request, params: GenerationParams, on_disconnect: OnDisconnect | None
-    ) -> NativeStream:
+    async def _start(self, request: Request, params: _StreamParams) -> NativeStream:
         # Not the request's id, which is logged here and by proxies: a stream's id suffices to read it.
         id = secrets.token_hex(16)
         on_end = partial(self._finish, id, request.url.path)
         generation = await self._generator.start(params, request.state.id, Stages(request.state.received_s), on_end)
         request.state.is_accepted = True
-        stream = NativeStream(id, generation, int(time.time()), on_disconnect == "continue", self._client.clock())
+        continues_alone, now = params.on_disconnect == "continue", self._client.clock()
+        stream = NativeStream(id, generation, int(time.time()), continues_alone, now, grace_s=params.disconnect_grace_s)
         self._registry.add(stream)
         return stream
 
