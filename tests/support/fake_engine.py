@@ -1,13 +1,14 @@
 """A fake model for tests without torch: bytes are tokens, and the next one is a fixed function of those before it."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from tokenizers import AddedToken, Tokenizer as BackendTokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from headrace.scheduler.block_pool import BlockPool
+from headrace.scheduler.messages import RowResult
 from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
 from headrace.server.tokenizer import Tokenizer
 
@@ -16,12 +17,17 @@ VOCAB_SIZE = 257
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}[assistant]"
 
 
-def next_token(token_ids: list[int]) -> int:
+def next_token(token_ids: Iterable[int]) -> int:
     """The fake model: a lower-case letter that depends on every token before it."""
     state = 17
     for token_id in token_ids:
         state = (state * 31 + token_id) % 1_000_003
     return ord("a") + state % 26
+
+
+def run(output: SchedulerOutput) -> list[RowResult]:
+    """Compute a step's rows with `next_token`."""
+    return [RowResult(next_token(row.sequence.token_ids) if row.is_sampled else None) for row in output.rows]
 
 
 class FakeRunner:
@@ -44,7 +50,7 @@ class FakeRunner:
 
     def warm_up(self) -> None: ...
 
-    def run(self, output: SchedulerOutput) -> list[int | None]:
+    def run(self, output: SchedulerOutput) -> list[RowResult]:
         with self._changed:
             assert self._changed.wait_for(lambda: not self._is_held or self._num_allowed > 0, timeout=30)
             self._num_allowed -= self._is_held
@@ -53,7 +59,7 @@ class FakeRunner:
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("the fake model fails as told")
-        return [next_token(row.sequence.token_ids) if row.is_sampled else None for row in output.rows]
+        return run(output)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -74,13 +80,18 @@ class FakeRunner:
 
 
 def make_scheduler(
-    num_blocks: int = 64, block_size: int = 16, max_num_batched_tokens: int = 64, max_num_seqs: int = 32
+    num_blocks: int = 64,
+    block_size: int = 16,
+    max_num_batched_tokens: int = 64,
+    max_num_seqs: int = 32,
+    has_prefix_cache: bool = True,
 ) -> Scheduler:
     return Scheduler(
         BlockPool(num_blocks),
         block_size=block_size,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
+        has_prefix_cache=has_prefix_cache,
     )
 
 
