@@ -62,7 +62,7 @@ class BlockPool:
             self._block_ids[block_hash] = block_id
 
     def free(self, block_ids: list[int]) -> None:
-        """Let go of blocks. Of a sequence's cached blocks the last is evicted first: without it the others still serve."""
+        """Let go of blocks. A sequence's last block is evicted first: without it the others still serve."""
         for block_id in reversed(block_ids):
             assert self._num_holders[block_id] > 0, f"block {block_id} freed twice"
             self._num_holders[block_id] -= 1

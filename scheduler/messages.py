@@ -65,9 +65,10 @@ class GenerationRequest:
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """The model's own log probabilities at one position: of the token that is there, and `top`, the likeliest ones as
-    (token id, log probability), best first."""
+    (token id, log probability), best first. A prompt's first token, which nothing predicts, has none."""
 
-    logprob: float
+    token_id: int
+    logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
 
@@ -90,11 +91,11 @@ class SequenceOutput:
 
     request_id: int
     token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     scheduled_s: float | None = None
     num_cached_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: str | None = None
 
 

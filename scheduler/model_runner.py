@@ -4,6 +4,7 @@ Owned by the engine thread. It reads sequences and never changes them: the sched
 """
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -45,9 +46,9 @@ class ModelRunner:
         prompts = iter(_prompt_logprobs(logits[len(sampled) :], output.rows))
         drawn = iter(_draw(logits[: len(sampled)], sampled))
         return [
-            RowResult(
-                *(next(drawn) if row.is_sampled else (None, None)),
-                tuple(itertools.islice(prompts, len(_scored_positions(row)))),
+            replace(
+                next(drawn) if row.is_sampled else RowResult(),
+                prompt_logprobs=tuple(itertools.islice(prompts, len(row.scored_positions))),
             )
             for row in output.rows
         ]
@@ -84,7 +85,7 @@ class ModelRunner:
             slots += [blocks[i // block_size] * block_size + i % block_size for i in range(start, end)]
             new_blocks += [blocks[i // block_size] for i in range(start, end) if i % block_size == 0]
             # A token's log probability comes from the row of the one before it.
-            scored_rows += [query_starts[-1] + i - 1 - start for i in _scored_positions(row)]
+            scored_rows += [query_starts[-1] + i - 1 - start for i in row.scored_positions]
             query_starts.append(len(token_ids))
             context_lens.append(end)
             if row.is_sampled:
@@ -105,16 +106,7 @@ class ModelRunner:
         )
 
 
-def _scored_positions(row: ScheduledRow) -> range:
-    """The prompt's tokens whose log probabilities a row makes: none of them twice, if it computes some once more."""
-    sequence = row.sequence
-    if sequence.request.sampling.num_prompt_logprobs is None:
-        return range(0)
-    first = max(sequence.num_computed_tokens, sequence.num_prompt_logprobs) + 1
-    return range(first, min(sequence.num_computed_tokens + row.num_tokens + 1, sequence.num_prompt_tokens))
-
-
-def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[tuple[int, TokenLogprobs | None]]:
+def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[RowResult]:
     """The next token of each sequence, and its log probability where asked. logits float32 [R, V], written to."""
     observed = [i for i, sequence in enumerate(sequences) if sequence.request.sampling.num_logprobs is not None]
     unmodified = logits[observed] if observed else None
@@ -124,20 +116,21 @@ def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[tuple[int, To
         num_top = [sequences[i].request.sampling.num_logprobs or 0 for i in observed]
         found = _token_logprobs(unmodified, [token_ids[i] for i in observed], num_top)
         logprobs = dict(zip(observed, found, strict=True))
-    return [(token_id, logprobs.get(i)) for i, token_id in enumerate(token_ids)]
+    return [RowResult(token_id, logprobs.get(i)) for i, token_id in enumerate(token_ids)]
 
 
 def _prompt_logprobs(logits: torch.Tensor, rows: list[ScheduledRow]) -> list[TokenLogprobs]:
     """The log probabilities of the rows' scored tokens, in order. logits float32 [scored, V]."""
     if not len(logits):
         return []
-    scored = [(row.sequence, i) for row in rows for i in _scored_positions(row)]
+    scored = [(row.sequence, i) for row in rows for i in row.scored_positions]
     num_top = [sequence.request.sampling.num_prompt_logprobs or 0 for sequence, _ in scored]
     return _token_logprobs(logits, [sequence.token_ids[i] for sequence, i in scored], num_top)
 
 
 def _token_logprobs(logits: torch.Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprobs]:
-    return [TokenLogprobs(own, tuple(top)) for own, top in log_probabilities(logits, token_ids, num_top)]
+    found = log_probabilities(logits, token_ids, num_top)
+    return [TokenLogprobs(id, own, tuple(top)) for id, (own, top) in zip(token_ids, found, strict=True)]
 
 
 def _sampling_batch(sequences: list[Sequence]) -> SamplingBatch:

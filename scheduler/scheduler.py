@@ -34,6 +34,15 @@ class ScheduledRow:
         """Whether the row reaches the sequence's last token, so that the next one can be sampled."""
         return self.num_tokens == self.sequence.num_uncomputed_tokens
 
+    @property
+    def scored_positions(self) -> range:
+        """The prompt's tokens whose log probabilities the row makes; none twice, if it computes some once more."""
+        sequence = self.sequence
+        if sequence.request.sampling.num_prompt_logprobs is None:
+            return range(0)
+        first = max(sequence.num_computed_tokens, sequence.num_prompt_logprobs) + 1
+        return range(first, min(sequence.num_computed_tokens + self.num_tokens + 1, sequence.num_prompt_tokens))
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
@@ -134,11 +143,11 @@ class Scheduler:
                     SequenceOutput(
                         sequence.request.request_id,
                         () if result.token_id is None else (result.token_id,),
-                        () if result.logprobs is None else (result.logprobs,),
-                        result.prompt_logprobs,
                         finish_reason,
                         sequence.scheduled_s if is_first_run else None,
                         sequence.num_cached_tokens if is_first_run else 0,
+                        () if result.logprobs is None else (result.logprobs,),
+                        result.prompt_logprobs,
                     )
                 )
             if finish_reason is not None:

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer as BackendTokenizer, decoders, mode
 from transformers import PreTrainedTokenizerFast
 
 from headrace.scheduler.block_pool import BlockPool
-from headrace.scheduler.messages import RowResult
+from headrace.scheduler.messages import RowResult, TokenLogprobs
 from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
 from headrace.server.tokenizer import Tokenizer
 
@@ -27,7 +27,21 @@ def next_token(token_ids: Iterable[int]) -> int:
 
 def run(output: SchedulerOutput) -> list[RowResult]:
     """Compute a step's rows with `next_token`."""
-    return [RowResult(next_token(row.sequence.token_ids) if row.is_sampled else None) for row in output.rows]
+    results = []
+    for row in output.rows:
+        sampling, token_ids = row.sequence.request.sampling, row.sequence.token_ids
+        num_prompt_logprobs = sampling.num_prompt_logprobs or 0
+        prompt = tuple(fake_logprobs(token_ids[i], num_prompt_logprobs) for i in row.scored_positions)
+        token_id = next_token([sampling.choice, *token_ids] if sampling.choice else token_ids)
+        logprobs = None if sampling.num_logprobs is None else fake_logprobs(token_id, sampling.num_logprobs)
+        results.append(RowResult(token_id, logprobs, prompt) if row.is_sampled else RowResult(prompt_logprobs=prompt))
+    return results
+
+
+def fake_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
+    """Made of the token alone: it is the second likeliest after the next letter."""
+    top = [((token_id + 1) % VOCAB_SIZE, -0.5), (token_id, -1.0 - token_id / 1000), ((token_id + 2) % VOCAB_SIZE, -9.0)]
+    return TokenLogprobs(token_id, top[1][1], tuple(top[:num_top]))
 
 
 class FakeRunner:
@@ -110,9 +124,9 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(wrapper, frozenset({EOS}))
 
 
-def expected_text(prompt: str, num_tokens: int) -> str:
+def expected_text(prompt: str, num_tokens: int, choice: int = 0) -> str:
     """What the fake model answers to a completion prompt."""
     token_ids = list(prompt.encode())
     for _ in range(num_tokens):
-        token_ids.append(next_token(token_ids))
+        token_ids.append(next_token([choice, *token_ids] if choice else token_ids))
     return bytes(token_ids[len(prompt.encode()) :]).decode()

@@ -53,7 +53,7 @@ def test_the_repetition_penalty_is_hugging_faces(
     expected = logits[1]
     if tokens:
         processor = RepetitionPenaltyLogitsProcessor(penalty)
-        [expected] = processor(torch.tensor([tokens]), logits[1:2].clone())  # type: ignore[assignment]
+        [expected] = processor(torch.tensor([tokens]), logits[1:2].clone())
     assert torch.equal(penalised(logits, tokens, len(prompt), repetition=penalty), expected)
 
 

@@ -14,7 +14,7 @@ def batch(num_rows: int, **fields: Any) -> SamplingBatch:
     defaults: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
     defaults |= {"choice": 0, "position": 0}
     dtypes = {"top_k": np.int64, "seed": np.uint64, "choice": np.int64, "position": np.int64}
-    arrays = {
+    arrays: dict[str, Any] = {
         name: np.broadcast_to(np.asarray(fields.get(name, value)), num_rows).astype(dtypes.get(name, np.float32))
         for name, value in defaults.items()
     }

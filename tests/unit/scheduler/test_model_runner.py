@@ -190,7 +190,12 @@ def test_a_repetition_penalty_is_that_of_generate() -> None:
 @pytest.mark.parametrize("fields", [{}, {"budget": 1, "max_num_seqs": 1}, {"budget": 11}, {"num_blocks": 11}], ids=str)
 def test_log_probabilities_are_the_models_own_whatever_is_changed_for_sampling(fields: dict[str, Any]) -> None:
     engine = Engine(**fields)
-    own = {"num_logprobs": 3, "num_prompt_logprobs": 2, "repetition_penalty": 1.2, "logit_bias": ((5, 4.0), (6, -4.0))}
+    own: dict[str, Any] = {
+        "num_logprobs": 3,
+        "num_prompt_logprobs": 2,
+        "repetition_penalty": 1.2,
+        "logit_bias": ((5, 4.0), (6, -4.0)),
+    }
     samplings = [replace(sampling, **own) for sampling in SAMPLINGS]
     for i, (prompt, sampling) in enumerate(zip(PROMPTS, samplings, strict=True)):
         engine.scheduler.add(GenerationRequest(i, tuple(prompt), sampling, 0.0))

@@ -61,16 +61,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 5),
         has_prefix_cache=st.booleans(),
     )
-    def start(
-        self, num_blocks: int, block_size: int, budget: int, max_num_seqs: int, has_prefix_cache: bool
-    ) -> None:
+    def start(self, num_blocks: int, block_size: int, budget: int, max_num_seqs: int, has_prefix_cache: bool) -> None:
         self.block_size = block_size
         self.capacity = num_blocks * block_size
         self.budget = budget
         self.max_num_seqs = min(max_num_seqs, budget)
-        self.scheduler: Scheduler = make_scheduler(
-            num_blocks, block_size, budget, self.max_num_seqs, has_prefix_cache
-        )
+        self.scheduler: Scheduler = make_scheduler(num_blocks, block_size, budget, self.max_num_seqs, has_prefix_cache)
         self.records: dict[int, Record] = {}
         self.sequences: dict[int, Sequence] = {}
         # What each slot of the cache holds: the salt and every token up to its own.
@@ -102,15 +98,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             id = len(self.records)
             deadline_s = math.inf if lifetime_s is None else self.now + lifetime_s
             # Few prompts, so that some are the beginnings of others, or of others' answers.
-            prompt: tuple[int, ...] = tuple((data.draw(st.integers(0, 2), "prompt") + i) % 5 for i in range(num_prompt))
-            if self.records and data.draw(st.booleans(), "is_next_turn"):
+            base = data.draw(st.integers(0, 2), "prompt")
+            prompt = tuple((base + i) % 5 for i in range(num_prompt))
+            is_next_turn = data.draw(st.booleans(), "is_next_turn")
+            if self.records and is_next_turn:
                 earlier = self.records[data.draw(st.sampled_from(sorted(self.records)), "earlier")]
                 prompt = (*earlier.request.prompt_token_ids, *earlier.tokens, *prompt)[:num_prompt]
             salt = data.draw(st.sampled_from((b"", b"other")), "salt")
             leader_id = data.draw(st.none() | st.integers(0, id - 1) if id else st.none(), "leader_id")
-            self.records[id] = Record(
-                GenerationRequest(id, prompt, sampling, self.now, deadline_s, leader_id, salt)
-            )
+            self.records[id] = Record(GenerationRequest(id, prompt, sampling, self.now, deadline_s, leader_id, salt))
             self.scheduler.add(self.records[id].request)
 
     @rule(data=st.data())
