@@ -32,12 +32,14 @@ def tiny_config(model_type: str = "llama", **fields: Any) -> Any:
 
 
 def tiny_model(model_type: str, seed: int = 0, **fields: Any) -> Any:
-    """A model of any family of transformers, none of whose norms and biases is left at one or zero."""
+    """A model of any family of transformers whose every part matters: norms and biases that are not one and zero, and
+    embeddings that do not drown what the layers add to them."""
     torch.manual_seed(seed)
     model: Any = AutoModelForCausalLM.from_config(tiny_config(model_type, **fields)).eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
-            parameter.data += 0.2 * torch.randn_like(parameter)
+            parameter.data += 0.5 * torch.randn_like(parameter)
+    model.get_input_embeddings().weight.data *= 0.2
     return model
 
 
