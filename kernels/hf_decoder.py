@@ -115,6 +115,7 @@ class HuggingFaceDecoder:
     def load(self, weights: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device) -> None:
         """Take the weights, by Hugging Face's names of any age. Raises: WeightsError."""
         transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()  # what it would report is raised below
         try:
             self._model, report = type(self._model).from_pretrained(
                 None,
@@ -122,14 +123,17 @@ class HuggingFaceDecoder:
                 state_dict=weights,
                 dtype=dtype,
                 attn_implementation=_NAME,
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
         except RuntimeError as error:
             raise WeightsError(f"the weights do not fit the config: {error}") from error
-        for kind, adjective in (("missing_keys", "lacks the"), ("unexpected_keys", "has an unknown")):
-            names = sorted(name for name in report[kind] if not name.endswith(_DERIVED))
-            if names:
-                raise WeightsError(f"the model {adjective} weight {names[0]}")
+        for name, found, expected in sorted(report["mismatched_keys"]):
+            raise WeightsError(f"weight {name} has shape {tuple(found)}, the config says {tuple(expected)}")
+        for kind, verb in (("missing_keys", "lacks"), ("unexpected_keys", "should not have")):
+            for name in sorted(report[kind]):
+                if not name.endswith(_DERIVED):
+                    raise WeightsError(f"the model {verb} the weight {name}")
         self._model.to(device)
         self.dtype, self.device = dtype, device
 
