@@ -28,6 +28,7 @@ FAMILIES = frozenset(
         "gpt2",
         "gpt_neox",
         "granite",
+        "ministral",
         "mixtral",
         "olmo2",
         "olmo3",
@@ -75,6 +76,11 @@ class _Probe:
 _current: ContextVar[_Step | _Probe] = ContextVar("current")
 
 
+def declared(config: Any, name: str) -> Any:
+    """A field of a config that its family has, None for any other: transformers keeps stray keys and ignores them."""
+    return getattr(config, name) if hasattr(type(config), name) else None
+
+
 def empty_model(config: Any) -> Any:
     """Hugging Face's model of a config on the meta device: names, shapes and structure without memory."""
     config._experts_implementation = _NAME
@@ -106,7 +112,7 @@ class HuggingFaceDecoder:
             config.vocab_size, config.max_position_embeddings, tuple(probe.kv_shapes[i] for i in layers)
         )
         # Where layers have types, Hugging Face's masks go by these, whatever the attention is told.
-        types = getattr(config, "layer_types", None)
+        types = declared(config, "layer_types")
         self._windows = [
             probe.windows[i] if types is None else config.sliding_window if types[i] == "sliding_attention" else None
             for i in layers

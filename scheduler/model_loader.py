@@ -26,6 +26,7 @@ from headrace.kernels.hf_decoder import (
     HuggingFaceDecoder,
     UnsupportedConfigError,
     WeightsError,
+    declared,
     empty_model,
 )
 from headrace.scheduler.block_pool import BlockPool
@@ -215,7 +216,7 @@ def _check_config(config: Any) -> None:
             raise UnsupportedModelError(
                 f"rope type {rope_type!r} is not supported; {', '.join(sorted(_ROPE_TYPES))} are"
             )
-    for layer_type in getattr(config, "layer_types", None) or ():
+    for layer_type in declared(config, "layer_types") or ():
         if layer_type not in _LAYER_TYPES:
             raise UnsupportedModelError(
                 f"layer type {layer_type!r} is not supported; {', '.join(sorted(_LAYER_TYPES))} are"
@@ -229,18 +230,14 @@ def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) ->
     rotary = LlamaRotaryEmbedding(config)
     if 2 * len(rotary.inv_freq) != head_dim:
         raise UnsupportedModelError(f"head_dim {head_dim} does not rotate whole")
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        windows = (window,) * config.num_hidden_layers
-    else:
-        windows = tuple(window if kind == "sliding_attention" else None for kind in types)
+    types = declared(config, "layer_types") or ["sliding_attention"] * config.num_hidden_layers
+    window = declared(config, "sliding_window")
     decoder_config = DecoderConfig(
         vocab_size=config.vocab_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
-        windows=windows,
+        windows=tuple(window if kind == "sliding_attention" else None for kind in types),
         rms_norm_eps=config.rms_norm_eps,
         max_position=config.max_position_embeddings,
         inv_freq=rotary.inv_freq if rope_factors is None else rotary.inv_freq / rope_factors,

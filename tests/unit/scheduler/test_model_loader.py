@@ -208,6 +208,15 @@ def test_a_models_own_code_is_never_run(folder: Path, model_type: str) -> None:
     assert not (folder / "ran").exists()
 
 
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+def test_keys_of_another_family_in_a_config_mean_nothing(tmp_path: Path, family: str) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    prompt = [5, 9, 2, 7, 1]
+    expected = generate_one(load(tmp_path), prompt, 12)
+    change_config(tmp_path, sliding_window=2, layer_types=["sliding_attention"] * 2)
+    assert generate_one(load(tmp_path), prompt, 12) == expected
+
+
 def test_learned_positions_bound_the_context(tmp_path: Path) -> None:
     model = tiny_model("gpt2", max_position_embeddings=24)
     model.save_pretrained(tmp_path)
