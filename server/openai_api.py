@@ -62,7 +62,7 @@ class OpenAIApi:
         id = f"{make_format.id_prefix}{request.state.id}"
         generation = await self._generator.start(params, id, Stages(request.state.received_s))
         request.state.is_accepted = True
-        request.state.cleanup.callback(self._finish, generation, request.url.path)
+        request.state.cleanup.callback(self._finish, generation, request.scope["path"])
         format = make_format(id, self._generator.model_name)
         if params.stream:
             options = params.stream_options or StreamOptions()

@@ -13,6 +13,9 @@ pytestmark = pytest.mark.anyio
 OWN = "127.0.0.1:8000"
 
 
+def ignore(status: int) -> None: ...
+
+
 async def ask(
     headers: list[tuple[str, str]], *, allowed_hosts: tuple[str, ...] = (), cors_origins: tuple[str, ...] = ()
 ) -> tuple[bool, list[Message]]:
@@ -31,7 +34,7 @@ async def ask(
     async def keep(message: Message) -> None:
         sent.append(message)
 
-    guard = LoopbackGuard(app, allowed_hosts=allowed_hosts, cors_origins=cors_origins)
+    guard = LoopbackGuard(app, allowed_hosts=allowed_hosts, cors_origins=cors_origins, on_rejected=ignore)
     encoded = [(name.lower().encode(), text.encode("latin-1")) for name, text in headers]
     scope: dict[str, Any] = {"type": "http", "method": "GET", "path": "/", "headers": encoded}
     await guard(scope, no_message, keep)
@@ -124,5 +127,6 @@ async def test_the_lifespan_passes() -> None:
 
     async def nothing(*_: Any) -> Any: ...
 
-    await LoopbackGuard(app, allowed_hosts=(), cors_origins=())({"type": "lifespan"}, nothing, nothing)
+    guard = LoopbackGuard(app, allowed_hosts=(), cors_origins=(), on_rejected=ignore)
+    await guard({"type": "lifespan"}, nothing, nothing)
     assert passed == ["lifespan"]

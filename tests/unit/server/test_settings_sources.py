@@ -31,6 +31,9 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "request_timeout_s": (600.0, 1.5, 2.5, 3.5),
     "tokenizer_threads": (2, 1, 3, 4),
     "max_body_bytes": (4 * 2**20, 1, 2, 3),
+    "max_header_bytes": (64 * 2**10, 2000, 3000, 4000),
+    "receive_timeout_s": (60.0, 1.5, 2.5, 3.5),
+    "peer_timeout_s": (60, 5, 6, 7),
     "heartbeat_s": (15.0, 1.5, 2.5, 3.5),
     "keep_alive_s": (75, 1, 2, 3),
     "drain_grace_s": (30.0, 1.5, 2.5, 3.5),
@@ -38,6 +41,8 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "stream_ttl_s": (600.0, 1.5, 2.5, 3.5),
     "stream_log_bytes": (64 * 2**20, 1, 2, 3),
     "stream_retry_ms": (1000, 1, 2, 3),
+    "api_keys_file": (None, "file", "env", "flag"),
+    "open_metrics": (False, True, False, True),
     "cors_origins": ((), ("file",), ("env",), ("flag",)),
     "allowed_hosts": ((), ("file",), ("env",), ("flag",)),
 }
@@ -49,6 +54,8 @@ def test_every_setting_is_tried_here() -> None:
 
 
 def as_flags(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{'' if value else 'no-'}{name.replace('_', '-')}"]
     text = value[0] if isinstance(value, tuple) else str(value)
     return [text] if name == "model" else [f"--{name.replace('_', '-')}", text]
 
