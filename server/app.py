@@ -83,6 +83,7 @@ class App:
             exception_handlers={HTTPException: _http_error, Exception: _internal_error},
             lifespan=self._lifespan,
         )
+        self.asgi.router.redirect_slashes = False  # to a URL made of the Host header, which may be none
 
     @property
     def is_ready(self) -> bool:

@@ -75,7 +75,7 @@ class NativeApi:
         return JSONResponse(content, 201, {"location": urls["url"]})
 
     async def issue_ticket(self, request: Request) -> Response:
-        """POST /v1/stream/tickets: what GET /v1/stream takes in place of a key; whatever body there is has no meaning."""
+        """POST /v1/stream/tickets: what GET /v1/stream takes in place of a key. A body has no meaning here."""
         content = {"ticket": self._tickets.issue(request.state.tenant), "expires_in_s": TICKET_TTL_S}
         return JSONResponse(content, 201, {"cache-control": "no-store"})
 
