@@ -204,8 +204,9 @@ async def test_a_client_that_reads_nothing_is_cut_off_and_its_generation_with_it
                 [generation] = app.client._generations.values()
                 [connection] = server.server.server_state.connections
                 while not connection.flow.write_paused:  # type: ignore[union-attr]
+                    seen = app.client.load.num_steps
                     app.runner.allow(1)
-                    await anyio.sleep(0)
+                    await app.until(lambda seen=seen: app.client.load.num_steps > seen)  # type: ignore[misc]
                 await app.until(lambda: generation.is_over)
                 app.runner.allow(1)
         assert generation.log.terminal is not None

@@ -1,9 +1,11 @@
 """Starting, refusing to start, and ending, as an operator sees it."""
 
+import json
 import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -140,3 +142,71 @@ def test_a_second_signal_cuts_the_drain_short(demo_model: Path) -> None:
             server.process.send_signal(signal.SIGTERM)
             assert b'"code":"draining"' in request.read_to_end()
         assert server.process.wait(30) == 0
+
+
+def test_a_drain_with_many_streams_gives_each_of_them_one_end(demo_model: Path) -> None:
+    flags = ["--kv-cache-bytes", "2GiB", "--drain-grace-s", "600"]
+    with serving(*flags) as server, ThreadPoolExecutor(60) as threads:
+        url = server.url()
+        short = dict(LONG, max_tokens=12)
+        requests = [
+            RawRequest(url, "/v1/completions", body) for body in [short] * 20 + [LONG | {"max_tokens": 4000}] * 20
+        ]
+        bodies = [{name: value for name, value in body.items() if name != "stream"} for body in (short, LONG)]
+        for body in [bodies[0]] * 5 + [bodies[1]] * 5:
+            events_url = httpx.post(f"{url}/v1/streams", json=body).json()["events_url"]
+            requests.append(RawRequest(url, events_url))
+        whole = [RawRequest(url, "/v1/completions", body) for body in bodies]
+        list(threads.map(lambda request: request.read_until(b"data:"), requests))
+
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("draining")
+        assert httpx.get(f"{url}/ready").status_code == 503
+        assert httpx.get(f"{url}/health").status_code == 200
+        for path in ("/v1/completions", "/v1/streams"):
+            refused = httpx.post(url + path, json={"prompt": "x"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+            assert int(refused.headers["retry-after"]) >= 1
+        with RawRequest(url, "/v1/stream?prompt=x") as source:
+            source.read_until(b"\r\n0\r\n\r\n")
+            assert source.received.startswith(b"HTTP/1.1 200")
+            assert b"retry: 1000" in source.received
+            assert b"event:" not in source.received
+
+        finished = requests[:20] + requests[40:45]
+        ended = [*threads.map(RawRequest.read_to_end, [*finished, whole[0]])]
+        server.process.send_signal(signal.SIGTERM)  # what is left would go on for minutes
+        cut = requests[20:40] + requests[45:]
+        cut_ends = [*threads.map(RawRequest.read_to_end, [*cut, whole[1]])]
+        assert server.process.wait(60) == 0
+    for received in ended[:20]:
+        assert received.count(b'"finish_reason":"length"') == received.count(b"[DONE]") == 1
+        assert b'"error"' not in received
+    for received in ended[20:25]:
+        assert received.count(b"event: done") == 1
+        assert b"event: error" not in received
+    assert json.loads(ended[25].partition(b"\r\n\r\n")[2])["choices"][0]["finish_reason"] == "length"
+    for received in cut_ends[:20]:
+        assert received.count(b'"error":{') == received.count(b'"code":"draining"') == 1
+        assert b"[DONE]" not in received
+        assert received.endswith(b"\r\n0\r\n\r\n"), "ended, not torn"
+    for received in cut_ends[20:25]:
+        assert received.count(b"event: error") == received.count(b'"code":"draining"') == 1
+        assert b"event: done" not in received
+        assert received.endswith(b"\r\n0\r\n\r\n")
+    assert cut_ends[25].startswith(b"HTTP/1.1 503")
+    assert "Traceback" not in server.output
+
+
+def test_clients_that_read_nothing_do_not_keep_the_server_nor_make_it_complain(demo_model: Path) -> None:
+    with serving("--kv-cache-bytes", "256MiB", "--drain-grace-s", "0") as server:
+        # A stream, and answers that fill every buffer between here and there.
+        stream = RawRequest(server.url(), "/v1/completions", LONG, receive_bytes=2048)
+        full = RawRequest(server.url(), "/health", receive_bytes=2048)
+        with stream, full:
+            stream.read_until(b"data:")
+            full.socket.sendall(b"GET /static/chat.js HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n" * 1000)
+            httpx.get(f"{server.url()}/health")
+            assert server.stop() == 0
+    assert "Traceback" not in server.output
+    assert "ERROR" not in server.output
