@@ -1,4 +1,4 @@
-"""Keys and peers over real sockets: a key file read again by a running server, and a peer that vanishes without a word."""
+"""Keys and peers over real sockets: a key file read again by a running server, peers that vanish without a word."""
 
 import json
 import os
