@@ -27,6 +27,7 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "kv_cache_bytes": ("auto", 1, 2, 3),
     "max_num_seqs": (256, 1, 2, 3),
     "max_num_batched_tokens": (256, 301, 302, 303),
+    "enable_prefix_caching": (True, False, True, False),
     "max_queue_size": (1024, 1, 2, 3),
     "request_timeout_s": (600.0, 1.5, 2.5, 3.5),
     "tokenizer_threads": (2, 1, 3, 4),
