@@ -60,7 +60,7 @@ class HttpProtocol(H11Protocol):
         """Refuse what h11 could not read; uvicorn calls this while it handles h11's error."""
         error = sys.exception()
         assert isinstance(error, h11.RemoteProtocolError)
-        self._refuse(error.error_status_hint, str(error))
+        self._refuse(error.error_status_hint, str(error)[:200])
 
     def _time_head(self) -> None:
         """Start the clock on a head that is under way, stop it once it is whole."""

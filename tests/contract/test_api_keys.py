@@ -191,6 +191,25 @@ async def test_of_a_stream_that_is_gone_only_its_owner_hears(tmp_path: Path) -> 
         assert (await keyed.call("bob", "GET", stream["url"])).status == 404
 
 
+async def test_tenants_do_not_find_each_others_prompts_in_the_cache(tmp_path: Path) -> None:
+    body = BODY | {"prompt": "x" * 40}
+
+    async with keyed_app(tmp_path) as keyed:
+
+        async def num_cached(name: str) -> int:
+            answer = await keyed.call(name, "POST", "/v1/completions", body)
+            num: int = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+            return num
+
+        assert [await num_cached(name) for name in ("alice", "alice", "bob", "bob")] == [0, 32, 0, 32]
+        # By ticket too one is who one is.
+        query = f"prompt={'y' * 40}&max_tokens=1"
+        for _ in range(2):
+            await keyed.open(f"{query}&ticket={await keyed.ticket('alice')}")
+        body["prompt"] = "y" * 40
+        assert [await num_cached(name) for name in ("bob", "alice")] == [0, 32]
+
+
 async def test_get_stream_takes_a_key_or_a_ticket(tmp_path: Path) -> None:
     async with keyed_app(tmp_path) as keyed:
         assert_unauthorized(await keyed.open(QUERY))
