@@ -76,7 +76,7 @@ def append_key(path: Path, key: ApiKey) -> None:
     if path.exists() and key.name in {other.name for other in read_key_file(path)}:
         raise ApiKeysError(f"{path} has a key called {key.name!r} already")
     try:
-        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "a") as file:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as file:
             file.write(("\n" if path.stat().st_size else "") + key.as_toml())
     except OSError as error:
         raise ApiKeysError(f"cannot write {path}: {error.strerror}") from None
