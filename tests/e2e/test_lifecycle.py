@@ -1,12 +1,12 @@
 """Starting, refusing to start, and ending, as an operator sees it."""
 
-import json
 import signal
 import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -145,20 +145,24 @@ def test_a_second_signal_cuts_the_drain_short(demo_model: Path) -> None:
 
 
 def test_a_drain_with_many_streams_gives_each_of_them_one_end(demo_model: Path) -> None:
-    flags = ["--kv-cache-bytes", "2GiB", "--drain-grace-s", "600"]
-    with serving(*flags) as server, ThreadPoolExecutor(60) as threads:
+    last_chunk = b"\r\n0\r\n\r\n"
+    short, long = (dict(LONG, max_tokens=max_tokens) for max_tokens in (12, 4000))
+    with serving("--kv-cache-bytes", "2GiB", "--drain-grace-s", "600") as server, ThreadPoolExecutor(50) as threads:
         url = server.url()
-        short = dict(LONG, max_tokens=12)
-        requests = [
-            RawRequest(url, "/v1/completions", body) for body in [short] * 20 + [LONG | {"max_tokens": 4000}] * 20
-        ]
-        bodies = [{name: value for name, value in body.items() if name != "stream"} for body in (short, LONG)]
-        for body in [bodies[0]] * 5 + [bodies[1]] * 5:
-            events_url = httpx.post(f"{url}/v1/streams", json=body).json()["events_url"]
-            requests.append(RawRequest(url, events_url))
-        whole = [RawRequest(url, "/v1/completions", body) for body in bodies]
-        list(threads.map(lambda request: request.read_until(b"data:"), requests))
 
+        def start(body: dict[str, Any]) -> tuple[list[RawRequest], list[RawRequest], RawRequest]:
+            """Streams of OpenAI's, native ones, and an answer in one piece."""
+            fields = {name: value for name, value in body.items() if name != "stream"}
+            events_urls = [httpx.post(f"{url}/v1/streams", json=fields).json()["events_url"] for _ in range(5)]
+            streams = [RawRequest(url, "/v1/completions", body) for _ in range(20)]
+            return streams, [RawRequest(url, path) for path in events_urls], RawRequest(url, "/v1/completions", fields)
+
+        def finish(requests: list[RawRequest], end: bytes) -> None:
+            list(threads.map(lambda request: request.read_until(end), requests))
+
+        done, done_native, done_whole = start(short)
+        cut, cut_native, cut_whole = start(long)
+        finish([*done, *done_native, *cut, *cut_native], b"data:")
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("draining")
         assert httpx.get(f"{url}/ready").status_code == 503
@@ -168,33 +172,34 @@ def test_a_drain_with_many_streams_gives_each_of_them_one_end(demo_model: Path) 
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
             assert int(refused.headers["retry-after"]) >= 1
         with RawRequest(url, "/v1/stream?prompt=x") as source:
-            source.read_until(b"\r\n0\r\n\r\n")
-            assert source.received.startswith(b"HTTP/1.1 200")
-            assert b"retry: 1000" in source.received
-            assert b"event:" not in source.received
+            source.read_until(last_chunk)
+        assert source.received.startswith(b"HTTP/1.1 200")
+        assert b"retry: 1000" in source.received
+        assert b"event:" not in source.received
 
-        finished = requests[:20] + requests[40:45]
-        ended = [*threads.map(RawRequest.read_to_end, [*finished, whole[0]])]
-        server.process.send_signal(signal.SIGTERM)  # what is left would go on for minutes
-        cut = requests[20:40] + requests[45:]
-        cut_ends = [*threads.map(RawRequest.read_to_end, [*cut, whole[1]])]
+        finish([*done, *done_native], last_chunk)
+        finish([done_whole], b'"finish_reason":"length"')
+        server.process.send_signal(signal.SIGTERM)  # what is left would go on for long
+        everything = [*done, *done_native, done_whole, *cut, *cut_native, cut_whole]
+        list(threads.map(RawRequest.read_to_end, everything))
         assert server.process.wait(60) == 0
-    for received in ended[:20]:
-        assert received.count(b'"finish_reason":"length"') == received.count(b"[DONE]") == 1
-        assert b'"error"' not in received
-    for received in ended[20:25]:
-        assert received.count(b"event: done") == 1
-        assert b"event: error" not in received
-    assert json.loads(ended[25].partition(b"\r\n\r\n")[2])["choices"][0]["finish_reason"] == "length"
-    for received in cut_ends[:20]:
-        assert received.count(b'"error":{') == received.count(b'"code":"draining"') == 1
-        assert b"[DONE]" not in received
-        assert received.endswith(b"\r\n0\r\n\r\n"), "ended, not torn"
-    for received in cut_ends[20:25]:
-        assert received.count(b"event: error") == received.count(b'"code":"draining"') == 1
-        assert b"event: done" not in received
-        assert received.endswith(b"\r\n0\r\n\r\n")
-    assert cut_ends[25].startswith(b"HTTP/1.1 503")
+        for request in everything:
+            request.close()
+    for request in done:
+        assert request.received.count(b'"finish_reason":"length"') == request.received.count(b"[DONE]") == 1
+        assert b'"error"' not in request.received
+    for request in done_native:
+        assert request.received.count(b"event: done") == 1
+        assert b"event: error" not in request.received
+    for request in cut:
+        assert request.received.count(b'"error":{') == request.received.count(b'"code":"draining"') == 1
+        assert b"[DONE]" not in request.received
+    for request in cut_native:
+        assert request.received.count(b"event: error") == request.received.count(b'"code":"draining"') == 1
+        assert b"event: done" not in request.received
+    for request in (*cut, *cut_native):
+        assert request.received.endswith(last_chunk), "ended, not torn"
+    assert cut_whole.received.startswith(b"HTTP/1.1 503")
     assert "Traceback" not in server.output
 
 
