@@ -157,7 +157,7 @@ def test_tokens_equal_generate_after_preemption(
 def test_tokens_equal_generate_when_prompts_are_found_in_the_prefix_cache(
     runner: ModelRunner, prompts: list[list[int]], reference: list[list[int]], tokenizer: Tokenizer, chunk: int
 ) -> None:
-    """Each prompt again, and the next turn of each conversation: the prompt, its answer, and the beginning of another."""
+    """Each prompt again, and then with most of its answer."""
     turns = [prompt + answer for prompt, answer in zip(prompts, reference, strict=True)]
     longest = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))[:8]
     asked = [prompts[i] for i in longest] * 2 + [turns[i][:-4] for i in longest]
