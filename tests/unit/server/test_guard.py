@@ -150,8 +150,8 @@ class Keyed:
         file = tmp_path / "keys.toml"
         file.write_text(entry.as_toml() + other.as_toml())
         self.rejected: list[int] = []
-        options = {"keys": ApiKeys(file), "has_open_metrics": False} | options
-        self.guard = KeyGuard(self._app, on_rejected=self.rejected.append, **options)
+        defaults: dict[str, Any] = {"keys": ApiKeys(file), "has_open_metrics": False}
+        self.guard = KeyGuard(self._app, on_rejected=self.rejected.append, **(defaults | options))
         self.sent: list[Message] = []
 
     async def tenant(self, path: str, headers: dict[str, str] | None = None) -> str | None:
