@@ -8,28 +8,18 @@ Control tokens in a user's text (`<|im_start|>`) become control tokens, as with 
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
-from tokenizers import AddedToken, Tokenizer as BackendTokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers.decoders import DecodeStream
 
 from headrace.scheduler.errors import HeadraceError, ModelSourceError, UnsupportedModelError
-from headrace.scheduler.gguf_file import GGUFFile, open_gguf
+from headrace.scheduler.gguf_file import open_gguf
 from headrace.scheduler.model_source import ModelSource
 from headrace.server.errors import BadRequestError
-
-# GGUF's names for how text is split before merging. transformers' own table lacks `smollm`.
-_PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-}
-# Token types in a GGUF: control tokens vanish from decoded text, user-defined ones are matched whole but kept.
-_CONTROL, _USER_DEFINED = 3, 4
+from headrace.server.gguf_tokenizer import read_tokenizer
 
 
 class Tokenizer:
@@ -82,7 +72,7 @@ class Tokenizer:
 def load_tokenizer(source: ModelSource) -> Tokenizer:
     """Read a model's tokenizer. Raises: ModelSourceError, UnsupportedModelError."""
     try:
-        return _from_gguf(open_gguf(source.path)) if source.is_gguf else _from_directory(source.path)
+        return Tokenizer(*read_tokenizer(open_gguf(source.path))) if source.is_gguf else _from_directory(source.path)
     except HeadraceError:
         raise
     except Exception as error:  # the libraries that parse it raise anything, a bare Exception too
@@ -102,35 +92,6 @@ def _from_directory(folder: Path) -> Tokenizer:
         if (folder / name).is_file():
             stated = json.loads((folder / name).read_text()).get("eos_token_id")
             eos = eos if stated is None else stated
-    return Tokenizer(wrapper, _as_set(eos))
-
-
-def _from_gguf(file: GGUFFile) -> Tokenizer:
-    from transformers import PreTrainedTokenizerFast
-
-    kind, pre = file.require("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
-        raise UnsupportedModelError(
-            f"{file.path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported out of a GGUF; "
-            "use the model's Hugging Face directory"
-        )
-    tokens: list[str] = file.require("tokenizer.ggml.tokens")
-    types: list[int] = file.get("tokenizer.ggml.token_type", [])
-    merges = [tuple(merge.split(" ", 1)) for merge in file.require("tokenizer.ggml.merges")]
-    backend = BackendTokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-    backend.decoder = decoders.ByteLevel()
-    kinds = list(zip(tokens, types, strict=False))
-    backend.add_special_tokens([AddedToken(token, special=True) for token, kind in kinds if kind == _CONTROL])
-    backend.add_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == _USER_DEFINED])
-    eos = file.get("tokenizer.ggml.eos_token_id")
-    bos = file.get("tokenizer.ggml.bos_token_id")
-    wrapper = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=file.get("tokenizer.chat_template"),
-        bos_token=None if bos is None else tokens[bos],
-        eos_token=None if eos is None else tokens[eos],
-    )
     return Tokenizer(wrapper, _as_set(eos))
 
 
