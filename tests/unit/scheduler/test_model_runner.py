@@ -39,12 +39,10 @@ class Engine:
     ) -> None:
         model = tiny_llama(seed=5, initializer_range=0.2)
         config = DecoderConfig(
-            num_layers=2,
-            hidden_size=64,
+            windows=(None, None),
             num_heads=4,
             num_kv_heads=2,
             head_dim=16,
-            intermediate_size=96,
             vocab_size=VOCAB_SIZE,
             rms_norm_eps=model.config.rms_norm_eps,
             max_position=128,
