@@ -63,14 +63,20 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _ENDS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>"}
 
 
-def read_tokenizer(file: GGUFFile) -> tuple[Any, frozenset[int]]:
-    """transformers' wrapper around the file's tokenizer, and the tokens that end an answer.
+@dataclass(frozen=True, slots=True)
+class GGUFTokenizer:
+    """`special_tokens` are under transformers' names, for templates; `eos_token_ids` end an answer."""
+
+    backend: BackendTokenizer
+    special_tokens: dict[str, str]
+    eos_token_ids: frozenset[int]
+
+
+def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
+    """Build what the file describes.
 
     Raises: UnsupportedModelError for a kind or a split that is not known here; ModelSourceError.
     """
-    # transformers imports torch, which the server's start must not wait for.
-    from transformers import PreTrainedTokenizerFast
-
     kind, split_name = file.require("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
     if kind != "llama" and (kind != "gpt2" or split_name not in _SPLITS):
         raise UnsupportedModelError(
@@ -96,21 +102,20 @@ def read_tokenizer(file: GGUFFile) -> tuple[Any, frozenset[int]]:
     if kind == "llama":
         # A run of spaces that is a token is written with real ones, but looked up when they have been replaced.
         tokens = [
-            "▁" * len(token) if kind == _USER_DEFINED and not token.strip(" ") else token
-            for token, kind in zip(tokens, types, strict=True)
+            "▁" * len(token) if type_ == _USER_DEFINED and not token.strip(" ") else token
+            for token, type_ in zip(tokens, types, strict=True)
         ]
         backend = _sentencepiece(file, tokens, types, special.get("unk_token"))
     else:
         backend = _byte_level(file, tokens, _SPLITS[split_name])
     # Special tokens vanish from decoded text. User-defined ones are matched whole, too, and stay.
-    is_special = [kind in (_UNKNOWN, _CONTROL) or i in ends for i, kind in enumerate(types)]
-    added = [i for i, kind in enumerate(types) if is_special[i] or kind == _USER_DEFINED]
+    is_special = [type_ in (_UNKNOWN, _CONTROL) or i in ends for i, type_ in enumerate(types)]
+    added = [i for i, type_ in enumerate(types) if is_special[i] or type_ == _USER_DEFINED]
     backend.add_tokens([AddedToken(tokens[i], special=is_special[i], normalized=False) for i in added])
     if "bos" in named and file.get("tokenizer.ggml.add_bos_token", kind == "llama" or _SPLITS[split_name].add_bos):
         bos = special["bos_token"]
         backend.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, named["bos"])])
-    template = file.get("tokenizer.chat_template")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special), frozenset(ends)
+    return GGUFTokenizer(backend, special, frozenset(ends))
 
 
 def _byte_level(file: GGUFFile, tokens: list[str], split: _Split) -> BackendTokenizer:
@@ -146,9 +151,9 @@ def _merges(tokens: list[str], types: list[int], scores: list[float]) -> list[tu
     """
     vocab = set(tokens)
     pairs = [
-        (math.inf if kind == _USER_DEFINED else score, token[:cut], token[cut:])
-        for token, kind, score in zip(tokens, types, scores, strict=True)
-        if kind in (_NORMAL, _USER_DEFINED)
+        (math.inf if type_ == _USER_DEFINED else score, token[:cut], token[cut:])
+        for token, type_, score in zip(tokens, types, scores, strict=True)
+        if type_ in (_NORMAL, _USER_DEFINED)
         for cut in range(1, len(token))
         if token[:cut] in vocab and token[cut:] in vocab
     ]

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
-from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import Tokenizer as BackendTokenizer, models
 from tokenizers.decoders import DecodeStream
 
 from headrace.scheduler.errors import HeadraceError, ModelSourceError, UnsupportedModelError
-from headrace.scheduler.gguf_file import open_gguf
+from headrace.scheduler.gguf_file import GGUFFile, open_gguf
 from headrace.scheduler.model_source import ModelSource
 from headrace.server.errors import BadRequestError
 from headrace.server.gguf_tokenizer import read_tokenizer
@@ -25,9 +25,9 @@ from headrace.server.gguf_tokenizer import read_tokenizer
 class Tokenizer:
     """A model's tokenizer. `eos_token_ids` are the tokens that end an answer."""
 
-    def __init__(self, wrapper: Any, eos_token_ids: frozenset[int]) -> None:
+    def __init__(self, wrapper: Any, eos_token_ids: frozenset[int], backend: BackendTokenizer | None = None) -> None:
         self._wrapper = wrapper
-        self._backend: BackendTokenizer = wrapper.backend_tokenizer
+        self._backend: BackendTokenizer = wrapper.backend_tokenizer if backend is None else backend
         self._backend.no_truncation()
         self._backend.no_padding()
         self.eos_token_ids = eos_token_ids
@@ -72,7 +72,7 @@ class Tokenizer:
 def load_tokenizer(source: ModelSource) -> Tokenizer:
     """Read a model's tokenizer. Raises: ModelSourceError, UnsupportedModelError."""
     try:
-        return Tokenizer(*read_tokenizer(open_gguf(source.path))) if source.is_gguf else _from_directory(source.path)
+        return _from_gguf(open_gguf(source.path)) if source.is_gguf else _from_directory(source.path)
     except HeadraceError:
         raise
     except Exception as error:  # the libraries that parse it raise anything, a bare Exception too
@@ -93,6 +93,19 @@ def _from_directory(folder: Path) -> Tokenizer:
             stated = json.loads((folder / name).read_text()).get("eos_token_id")
             eos = eos if stated is None else stated
     return Tokenizer(wrapper, _as_set(eos))
+
+
+def _from_gguf(file: GGUFFile) -> Tokenizer:
+    from transformers import PreTrainedTokenizerFast
+
+    described = read_tokenizer(file)
+    # The wrapper would copy the backend, which takes longer than all else here; it only renders the template.
+    wrapper = PreTrainedTokenizerFast(
+        tokenizer_object=BackendTokenizer(models.BPE()),
+        chat_template=file.get("tokenizer.chat_template"),
+        **described.special_tokens,
+    )
+    return Tokenizer(wrapper, described.eos_token_ids, described.backend)
 
 
 def _as_set(eos: int | list[int] | None) -> frozenset[int]:
