@@ -21,6 +21,7 @@ from headrace.kernels.ops import Ops
 
 FAMILIES = frozenset(
     {
+        "cohere2",
         "gemma",
         "gemma2",
         "gemma3_text",
@@ -29,10 +30,14 @@ FAMILIES = frozenset(
         "granite",
         "mixtral",
         "olmo2",
+        "olmo3",
+        "phi",
         "phi3",
         "qwen2_moe",
         "qwen3_moe",
+        "smollm3",
         "stablelm",
+        "starcoder2",
     }
 )
 _NAME = "headrace"

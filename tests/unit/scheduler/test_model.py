@@ -18,7 +18,7 @@ from headrace.scheduler.gguf_file import GGUFFile
 from headrace.scheduler.messages import SamplingParams
 from headrace.scheduler.model_loader import load_engine
 from headrace.scheduler.scheduler import Scheduler
-from tiny_llama import VOCAB_SIZE, generate, generate_with_hugging_face, greedy, tiny_config, tiny_llama
+from tiny_models import VOCAB_SIZE, generate, generate_with_hugging_face, greedy, tiny_config, tiny_llama
 
 NUM_TOKENS = 12
 

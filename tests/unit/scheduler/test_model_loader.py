@@ -14,7 +14,7 @@ from headrace.scheduler import model_loader
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import CapacityError, HeadraceError, ModelSourceError
 from headrace.scheduler.model_loader import load_engine
-from tiny_llama import generate, generate_with_hugging_face, greedy, tiny_llama
+from tiny_models import generate, generate_with_hugging_face, greedy, tiny_llama
 
 # 1 layer, keys and values, 2 heads of 16 floats.
 KV_BYTES_PER_TOKEN = 2 * 2 * 16 * 4

@@ -12,7 +12,7 @@ from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.messages import FinishReason, GenerationRequest, SamplingParams, SequenceOutput
 from headrace.scheduler.model_runner import ModelRunner
 from headrace.scheduler.scheduler import Scheduler
-from tiny_llama import VOCAB_SIZE, generate, tiny_llama
+from tiny_models import VOCAB_SIZE, generate, tiny_llama
 
 NUM_TOKENS = 14
 PROMPTS = [[(7 * i + j * j) % VOCAB_SIZE for j in range(length)] for i, length in enumerate((1, 3, 8, 9, 17, 30))]
