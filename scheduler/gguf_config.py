@@ -1,18 +1,25 @@
 """A GGUF's metadata as Hugging Face's config.
 
-What llama.cpp has in code, and so not in the file, is filled in here: Gemma 3's pattern of windows, the base of its
-sliding layers' RoPE and the scale of its attention.
+What llama.cpp has in code, and so not in the file, is filled in here: the scale of Gemma's attention, and the base of
+RoPE in Gemma 3's sliding layers. Which layers slide is as the config's own default has it.
 """
 
 from typing import Any
 
-from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from headrace.scheduler.errors import ModelSourceError, UnsupportedModelError
 from headrace.scheduler.gguf_file import GGUFFile
 
-_CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma3": Gemma3TextConfig}
-_GEMMA3_27B_LAYERS = 62
+_CONFIGS = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma2": Gemma2Config,
+    "gemma3": Gemma3TextConfig,
+}
+# Gemma's largest models, which scale attention by another size than the head's: their numbers of layers.
+_GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
 
 def gguf_config(file: GGUFFile) -> Any:
@@ -40,17 +47,16 @@ def gguf_config(file: GGUFFile) -> Any:
         "tie_word_embeddings": "lm_head.weight" not in file.names,
         "rope_parameters": _rope(file),
     }
+    if architecture in _GEMMA_27B_LAYERS:
+        is_largest = fields["num_hidden_layers"] == _GEMMA_27B_LAYERS[architecture]
+        fields["query_pre_attn_scalar"] = hidden_size // num_heads if is_largest else fields["head_dim"]
+        fields["sliding_window"] = int(file.require(f"{architecture}.attention.sliding_window"))
+    if architecture == "gemma2":
+        fields["attn_logit_softcapping"] = float(file.arch("attn_logit_softcapping", 50.0))
+        fields["final_logit_softcapping"] = float(file.arch("final_logit_softcapping", 30.0))
     if architecture == "gemma3":
-        is_27b = fields["num_hidden_layers"] == _GEMMA3_27B_LAYERS
-        local_base = float(file.arch("rope.freq_base_swa", 10000.0))
-        fields |= {
-            "sliding_window": int(file.require("gemma3.attention.sliding_window")),
-            "query_pre_attn_scalar": hidden_size // num_heads if is_27b else fields["head_dim"],
-            "rope_parameters": {
-                "full_attention": fields["rope_parameters"],
-                "sliding_attention": {"rope_type": "default", "rope_theta": local_base},
-            },
-        }
+        local = {"rope_type": "default", "rope_theta": float(file.arch("rope.freq_base_swa", 10000.0))}
+        fields["rope_parameters"] = {"full_attention": fields["rope_parameters"], "sliding_attention": local}
     try:
         return _CONFIGS[architecture](**fields)
     except Exception as error:  # a config that contradicts itself fails wherever transformers first looks
