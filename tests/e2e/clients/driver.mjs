@@ -1,0 +1,30 @@
+// A client library as a process: reads a call per line of JSON, answers each with what the client saw as one line.
+// The process ends with its input and not before, so that what a client leaves open stays open. See driver.py.
+import { createInterface } from 'node:readline'
+
+export class Seen {
+  texts = []
+  finish_reasons = []
+  usage = null
+  num_chunks = 0
+  error = null
+
+  add(index, text, finishReason) {
+    this.texts[index] = (this.texts[index] ?? '') + (text ?? '')
+    this.finish_reasons[index] = finishReason ?? this.finish_reasons[index] ?? null
+  }
+}
+
+export async function serve(ways) {
+  for await (const line of createInterface({ input: process.stdin })) {
+    const call = JSON.parse(line)
+    const seen = new Seen()
+    try {
+      await ways[call.way](call, seen)
+    } catch (error) {
+      seen.error = { type: error.constructor.name, message: String(error.message), status: error.status ?? error.statusCode ?? null }
+    }
+    process.stdout.write(JSON.stringify(seen) + '\n')
+  }
+  process.exit()
+}
