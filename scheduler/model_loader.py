@@ -76,6 +76,7 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
         block_size=config.block_size,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
+        has_prefix_cache=config.enable_prefix_caching,
     )
     return scheduler, runner
 

@@ -29,6 +29,8 @@ _VLLM_NAMES = {
     "headrace_num_preemptions": "vllm:num_preemptions",
     "headrace_prompt_tokens": "vllm:prompt_tokens",
     "headrace_generation_tokens": "vllm:generation_tokens",
+    "headrace_prefix_cache_queries": "vllm:prefix_cache_queries",
+    "headrace_prefix_cache_hits": "vllm:prefix_cache_hits",
     "headrace_requests_finished": "vllm:request_success",
     "headrace_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
     "headrace_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
@@ -105,11 +107,14 @@ class _LoadCollector(Collector):
             ("num_requests_waiting", "Requests accepted and not yet running", self._num_waiting()),
             ("kv_cache_usage_ratio", "Share of KV cache blocks held", usage),
             ("kv_cache_free_blocks", "KV cache blocks free", load.num_free_blocks),
+            ("kv_cache_cached_blocks", "Free blocks that hold a reusable prefix", load.num_cached_blocks),
             ("kv_cache_total_blocks", "KV cache blocks in all", load.num_total_blocks),
         ):
             yield GaugeMetricFamily(f"headrace_{name}", text, value=value)
         for name, text, count in (
             ("num_preemptions", "Sequences preempted for want of blocks", load.num_preemptions),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", load.num_prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache", load.num_prefix_hits),
             ("engine_steps", "Steps the engine has computed", load.num_steps),
             ("engine_busy_seconds", "Time the engine spent in steps", load.busy_s),
         ):

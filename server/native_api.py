@@ -16,8 +16,9 @@ from starlette.responses import JSONResponse, Response
 
 from headrace.server.endpoint import error_response
 from headrace.server.errors import ApiError, BadRequestError, NotAcceptableError
-from headrace.server.generation import Generation, Stages
+from headrace.server.generation import Generation, Stages, usage
 from headrace.server.generator import Generator
+from headrace.server.logprobs import chat_logprobs
 from headrace.server.protocol import (
     UNSUPPORTED,
     ChatCompletionRequest,
@@ -104,7 +105,10 @@ class NativeApi:
         # Not the request's id, which is logged here and by proxies: a stream's id suffices to read it.
         id = secrets.token_hex(16)
         on_end = partial(self._finish, id, request.url.path)
-        generation = await self._generator.start(params, request.state.id, Stages(request.state.received_s), on_end)
+        if params.num_sequences > 1:
+            raise BadRequestError("n: a native stream has one answer to one prompt", param="n")
+        stages = Stages(request.state.received_s)
+        [generation] = await self._generator.start(params, request.state.id, stages, on_end)
         request.state.is_accepted = True
         stream = NativeStream(id, generation, int(time.time()), on_disconnect == "continue", self._client.clock())
         self._registry.add(stream)
@@ -112,7 +116,7 @@ class NativeApi:
 
     def _finish(self, id: str, route: str, generation: Generation) -> None:
         self._registry.finish(id)
-        log_request(generation, route)
+        log_request([generation], route)
 
     def _read(self, stream: NativeStream, last_event_id: str) -> Response:
         log = stream.generation.log
@@ -147,10 +151,13 @@ class NativeApi:
                             yield HEARTBEAT
                         continue
                     write = b""
-                    if piece.text:
+                    if piece.text or piece.logprobs:
                         if generation.stages.first_byte_s is None:
                             generation.stages.first_byte_s = clock()
-                        token = {"text": piece.text, "num_tokens": piece.num_tokens}
+                        token: dict[str, Any] = {"text": piece.text, "num_tokens": piece.num_tokens}
+                        if piece.logprobs:
+                            assert self._generator.tokenizer is not None
+                            token["logprobs"] = chat_logprobs(self._generator.tokenizer, piece.logprobs)["content"]
                         # The terminal entry is one of its own: a reader cut between the two gets it again.
                         end = piece.cursor - (piece.terminal is not None)
                         write = event_frame("token", token, id=f"{stream.id}:{end}")
@@ -170,7 +177,7 @@ class NativeApi:
             return event_frame("error", generation.log.terminal.error.envelope(), id=id)
         done = {
             "finish_reason": generation.log.terminal.finish_reason.value,
-            "usage": generation.usage(),
+            "usage": usage([generation]),
             "timings": generation.timings(),
         }
         return event_frame("done", done, id=id)
@@ -185,11 +192,11 @@ class NativeApi:
             "created": stream.created_s,
             "model": self._generator.model_name,
             "status": status if terminal is None else "finished",
-            "text": generation.log.text(),
+            "text": generation.log.read().text,
             "cursor": generation.log.end,
             "finish_reason": terminal.finish_reason.value if terminal else None,
             "error": error.envelope()["error"] if error else None,
-            "usage": generation.usage(),
+            "usage": usage([generation]),
             "timings": generation.timings(),
             **_urls(stream.id),
         }

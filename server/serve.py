@@ -146,6 +146,7 @@ def _load_engine(settings: Settings, source: ModelSource) -> tuple[Scheduler, Ru
         kv_cache_bytes=None if settings.kv_cache_bytes == "auto" else settings.kv_cache_bytes,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        enable_prefix_caching=settings.enable_prefix_caching,
     )
     with _LOADING:
         # Imported on the engine thread: torch takes a second or two, and the server listens meanwhile.

@@ -84,6 +84,7 @@ class Settings(BaseSettings):
     )
     max_num_seqs: int = Field(256, ge=1, le=4096, description="most sequences in the running batch")
     max_num_batched_tokens: int = Field(256, ge=1, le=65536, description="token budget of one step")
+    enable_prefix_caching: bool = Field(True, description="share the KV blocks of prompts that begin alike")
 
     max_queue_size: int = Field(1024, ge=1, description="most requests waiting; beyond, 429")
     request_timeout_s: float = Field(600, gt=0, description="longest a request may take in all")

@@ -8,6 +8,7 @@ Control tokens in a user's text (`<|im_start|>`) become control tokens, as with 
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,13 @@ _PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
     ),
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
 }
+# SentencePiece's sign for a space, and how it spells a byte that is no piece of its own.
+_METASPACE = "\u2581"
+_BYTE_FALLBACK = re.compile("<0x([0-9A-F]{2})>")
+# Byte-level vocabularies write bytes as characters: those that are visible as they stand, the others from 256 on.
+_VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_BYTE_OF = {chr(byte): byte for byte in _VISIBLE}
+_BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in _VISIBLE)}
 # Token types in a GGUF: control tokens vanish from decoded text, user-defined ones are matched whole but kept.
 _CONTROL, _USER_DEFINED = 3, 4
 
@@ -40,6 +48,8 @@ class Tokenizer:
         self._backend: BackendTokenizer = wrapper.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._added_tokens = self._backend.get_added_tokens_decoder()
+        self._is_byte_level = "ByteLevel" in repr(self._backend.decoder)
         self.eos_token_ids = eos_token_ids
         # No text of more characters than this per token fits; a normalizer may shorten text, so then there is no bound.
         has_bound = self._backend.normalizer is None
@@ -70,6 +80,17 @@ class Tokenizer:
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for, which may be a part of a character; none for an id that has no token."""
+        if (added := self._added_tokens.get(token_id)) is not None:
+            return str(added.content).encode()
+        piece = self._backend.id_to_token(token_id) or ""
+        if self._is_byte_level:
+            return bytes(_BYTE_OF[character] for character in piece)
+        if (byte := _BYTE_FALLBACK.fullmatch(piece)) is not None:
+            return bytes.fromhex(byte[1])
+        return piece.replace(_METASPACE, " ").encode()
 
     def decode_step(self, stream: DecodeStream, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is unfinished.

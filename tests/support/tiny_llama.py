@@ -36,11 +36,19 @@ def tiny_llama(seed: int = 0, **fields: Any) -> Any:
 
 
 def generate(
-    scheduler: Scheduler, runner: Runner, prompts: Sequence[list[int]], samplings: Sequence[SamplingParams]
+    scheduler: Scheduler,
+    runner: Runner,
+    prompts: Sequence[list[int]],
+    samplings: Sequence[SamplingParams],
+    leader_id: int | None = None,
 ) -> list[list[int]]:
-    """The tokens of each prompt, submitted together and run to their ends; the books are checked at every step."""
+    """The tokens of each prompt, submitted together and run to their ends; the books are checked at every step.
+
+    With `leader_id` all others follow that one.
+    """
     for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-        scheduler.add(GenerationRequest(i, tuple(prompt), sampling, 0.0))
+        leader = None if i == leader_id else leader_id
+        scheduler.add(GenerationRequest(i, tuple(prompt), sampling, 0.0, leader_id=leader))
     answers: list[list[int]] = [[] for _ in prompts]
     while scheduler.has_work:
         step = scheduler.schedule(0.0)

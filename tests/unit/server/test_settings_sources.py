@@ -27,6 +27,7 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "kv_cache_bytes": ("auto", 1, 2, 3),
     "max_num_seqs": (256, 1, 2, 3),
     "max_num_batched_tokens": (256, 301, 302, 303),
+    "enable_prefix_caching": (True, False, True, False),
     "max_queue_size": (1024, 1, 2, 3),
     "request_timeout_s": (600.0, 1.5, 2.5, 3.5),
     "tokenizer_threads": (2, 1, 3, 4),
@@ -49,6 +50,8 @@ def test_every_setting_is_tried_here() -> None:
 
 
 def as_flags(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{'' if value else 'no-'}{name.replace('_', '-')}"]
     text = value[0] if isinstance(value, tuple) else str(value)
     return [text] if name == "model" else [f"--{name.replace('_', '-')}", text]
 
