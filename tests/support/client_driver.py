@@ -13,6 +13,7 @@ class Seen:
 
     texts: list[str]
     finish_reasons: list[str | None]
+    logprobs: list[list[tuple[str, float]]]
     usage: dict[str, Any] | None
     num_chunks: int
     error: dict[str, Any] | None

@@ -6,12 +6,18 @@ import shutil
 import pytest
 
 
-def need_program(*names: str) -> str:
-    """The path of the first of these programs; without any the test is skipped, or fails."""
-    for name in names:
-        if (path := shutil.which(name)) is not None:
-            return path
-    message = f"none of {', '.join(names)} is installed"
+def need(is_there: bool, what: str) -> None:
+    """Go on only where it is there; otherwise the test is skipped, or fails."""
+    if is_there:
+        return
+    message = f"{what} is not installed"
     if os.environ.get("TESTS_REQUIRE_ALL"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+def need_program(*names: str) -> str:
+    """The path of the first of these programs; without any the test is skipped, or fails."""
+    paths = [path for name in names if (path := shutil.which(name)) is not None]
+    need(bool(paths), f"any of {', '.join(names)}")
+    return paths[0]

@@ -5,13 +5,18 @@ import { createInterface } from 'node:readline'
 export class Seen {
   texts = []
   finish_reasons = []
+  logprobs = []
   usage = null
   num_chunks = 0
   error = null
 
-  add(index, text, finishReason) {
+  // `logprobs` is either route's form, or null.
+  add(index, text, finishReason, logprobs) {
     this.texts[index] = (this.texts[index] ?? '') + (text ?? '')
     this.finish_reasons[index] = finishReason ?? this.finish_reasons[index] ?? null
+    const pairs = logprobs?.content?.map(item => [item.token, item.logprob])
+      ?? logprobs?.tokens?.map((token, i) => [token, logprobs.token_logprobs[i]]) ?? []
+    this.logprobs[index] = [...this.logprobs[index] ?? [], ...pairs]
   }
 }
 

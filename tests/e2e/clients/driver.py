@@ -7,7 +7,7 @@ beside it, in environments that have nothing of this project.
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,17 +33,31 @@ class Seen:
 
     texts: list[str] = field(default_factory=list)
     finish_reasons: list[str | None] = field(default_factory=list)
+    logprobs: list[list[tuple[str, float]]] = field(default_factory=list)
     usage: dict[str, int] | None = None
     num_chunks: int = 0
     error: dict[str, Any] | None = None
 
-    def add(self, index: int, text: str | None, finish_reason: str | None) -> None:
-        """Add a piece of a choice."""
+    def add(
+        self, index: int, text: str | None, finish_reason: str | None, logprobs: Iterable[tuple[str, float]] = ()
+    ) -> None:
+        """Add a piece of a choice; `logprobs` has its tokens, each with its log probability."""
         while len(self.texts) <= index:
             self.texts.append("")
             self.finish_reasons.append(None)
+            self.logprobs.append([])
         self.texts[index] += text or ""
         self.finish_reasons[index] = finish_reason or self.finish_reasons[index]
+        self.logprobs[index] += logprobs
+
+
+def pairs(logprobs: Any) -> list[tuple[str, float]]:
+    """The tokens and log probabilities out of either route's form as the SDK's objects, or None."""
+    if logprobs is None:
+        return []
+    if (content := getattr(logprobs, "content", None)) is not None:
+        return [(item.token, item.logprob) for item in content]
+    return list(zip(logprobs.tokens, logprobs.token_logprobs, strict=True))
 
 
 Way = Callable[[Call, Seen], Awaitable[None]]

@@ -30,7 +30,9 @@ def _chat_model(call: Call) -> ChatOpenAI:
 
 def _see(seen: Seen, message: AIMessage) -> None:
     """Add a whole message, or the sum of a stream's chunks."""
-    seen.add(0, message.text, message.response_metadata.get("finish_reason"))
+    logprobs = (message.response_metadata.get("logprobs") or {}).get("content") or []
+    tokens = [(item["token"], item["logprob"]) for item in logprobs]
+    seen.add(0, message.text, message.response_metadata.get("finish_reason"), tokens)
     if (usage := message.usage_metadata) is not None:
         prompt_tokens, completion_tokens = usage["input_tokens"], usage["output_tokens"]
         seen.usage = {

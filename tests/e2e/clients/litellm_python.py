@@ -9,7 +9,7 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
 import litellm
 
-from driver import Call, Seen, serve
+from driver import Call, Seen, pairs, serve
 
 
 def _asked(call: Call, provider: str) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def _see(seen: Seen, answer: Any) -> None:
             text = part.content
         else:
             text = choice.text
-        seen.add(choice.index, text, choice.finish_reason)
+        seen.add(choice.index, text, choice.finish_reason, pairs(getattr(choice, "logprobs", None)))
     if (usage := getattr(answer, "usage", None)) is not None:
         seen.usage = {name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
 
@@ -45,21 +45,21 @@ async def async_chat(call: Call, seen: Seen) -> None:
 
 
 async def chat_stream(call: Call, seen: Seen) -> None:
-    for chunk in litellm.completion(**_asked(call, "openai"), stream=True):
-        _see(seen, chunk)
-        seen.num_chunks += 1
-        if seen.num_chunks == call.leave_after:
-            break
+    with litellm.completion(**_asked(call, "openai"), stream=True) as stream:
+        for chunk in stream:
+            _see(seen, chunk)
+            seen.num_chunks += 1
+            if seen.num_chunks == call.leave_after:
+                break
 
 
 async def async_chat_stream(call: Call, seen: Seen) -> None:
-    stream = await litellm.acompletion(**_asked(call, "openai"), stream=True)
-    async for chunk in stream:
-        _see(seen, chunk)
-        seen.num_chunks += 1
-        if seen.num_chunks == call.leave_after:
-            await stream.aclose()
-            break
+    async with await litellm.acompletion(**_asked(call, "openai"), stream=True) as stream:
+        async for chunk in stream:
+            _see(seen, chunk)
+            seen.num_chunks += 1
+            if seen.num_chunks == call.leave_after:
+                break
 
 
 async def chat_builder(call: Call, seen: Seen) -> None:

@@ -9,7 +9,8 @@ const asked = call => ({ ...call.body, ...call.extra })
 
 function see(seen, answer) {
   for (const choice of answer.choices) {
-    seen.add(choice.index, choice.message?.content ?? choice.delta?.content ?? choice.text, choice.finish_reason)
+    const text = choice.message?.content ?? choice.delta?.content ?? choice.text
+    seen.add(choice.index, text, choice.finish_reason, choice.logprobs)
   }
   seen.usage = answer.usage ?? seen.usage
 }
@@ -32,12 +33,17 @@ serve({
   async chat_helper(call, seen) {
     let deltas = ''
     const stream = client.chat.completions.stream(asked(call), options(call))
-    stream.on('content', delta => { deltas += delta })
+    stream.on('content', delta => { deltas += delta }) // of the first choice
     stream.on('chunk', () => {
       seen.num_chunks += 1
       if (seen.num_chunks === call.leave_after) stream.abort()
     })
-    see(seen, await stream.finalChatCompletion())
+    try {
+      see(seen, await stream.finalChatCompletion())
+    } catch (error) {
+      if (error instanceof OpenAI.APIUserAbortError && call.leave_after) return
+      throw error
+    }
     if (deltas !== seen.texts[0]) throw new Error(`the helper's deltas differ: ${deltas}`)
   },
   async completion(call, seen) {
