@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 import openai
@@ -109,7 +110,7 @@ CLIENTS = [
         "litellm",
         "litellm_python.py",
         "chat async_chat chat_stream async_chat_stream chat_builder completion completion_stream",
-        _OPENAI_ERRORS | {"timeout": "Timeout", "failure": "MidStreamFallbackError"},
+        _OPENAI_ERRORS | {"timeout": "Timeout"},
         "litellm",
         "choices logprobs",
     ),
@@ -119,6 +120,7 @@ CLIENTS = [
 
 CHAT = {"messages": [{"role": "user", "content": "Name three colours 🌈."}]}
 COUNTING = {"messages": [{"role": "user", "content": "Count from 1 to 9, like this: 1, 2, 3, 4, 5, 6, 7, 8, 9"}]}
+JOKE = {"messages": [{"role": "user", "content": "Tell me a joke."}]}
 # (Feature it takes, the chat body, the completion body)
 ASKED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "length": ("", {**CHAT, "max_tokens": 12}, {"prompt": "The river", "max_tokens": 12}),
@@ -129,8 +131,8 @@ ASKED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "choices": (
         "choices",
-        {**CHAT, "max_tokens": 8, "n": 2, "temperature": 1.0, "seed": 7},
-        {"prompt": "Once", "max_tokens": 8, "n": 2, "temperature": 1.0, "seed": 7},
+        {**JOKE, "max_tokens": 8, "n": 2, "temperature": 1.5, "seed": 7},
+        {"prompt": "Once", "max_tokens": 8, "n": 2, "temperature": 1.5, "seed": 7},
     ),
     "logprobs": (
         "logprobs",
@@ -186,8 +188,8 @@ def _pairs(logprobs: dict[str, Any] | None) -> list[Any]:
     return [list(pair) for pair in zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)]
 
 
-def _counts(usage: dict[str, Any] | None) -> tuple[int, int, int] | None:
-    return usage and (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"])
+def _counts(usage: dict[str, Any] | None) -> list[int] | None:
+    return usage and [usage[count] for count in ("prompt_tokens", "completion_tokens", "total_tokens")]  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +240,7 @@ def test_a_client_gets_what_raw_http_gets(
     seen, raw = driver.call(way, body), _raw(server, client, body)
     assert seen.error is None
     assert seen.texts == raw.texts
-    assert all(len(text) > 3 for text in seen.texts)
+    assert all(seen.texts)
     if (client.name, way) != ("langchain", "completion_stream"):  # which yields bare texts
         assert _counts(seen.usage) == _counts(raw.usage)
         assert client.name == "vllm-bench" or seen.finish_reasons == raw.finish_reasons
@@ -259,7 +261,8 @@ def test_a_refusal_is_the_clients_own_exception(server: ServerProcess, drive: Dr
     for kind, wrong, status in (("unknown model", {"model": "no-such"}, 404), ("bad value", {"temperature": 500}, 400)):
         error = driver.call(way, body | wrong).error
         assert error is not None
-        assert (error["type"], error["status"]) == (client.errors[kind], status)
+        assert client.errors[kind] in error["types"]
+        assert error["status"] == status
         assert ("`no-such` does not exist" if status == 404 else "temperature: ") in error["message"]
 
 
@@ -282,7 +285,7 @@ def test_a_stream_that_fails_midway_is_an_exception(
     driver = drive(client, server)
     error = driver.call(way, _pick(way, LONG_CHAT, LONG_COMPLETION), extra={"timeout": 1}).error
     assert error is not None
-    assert error["type"] == client.errors["failure"]
+    assert client.errors["failure"] in error["types"]
     assert "the request's time was over" in error["message"]
 
 
@@ -294,7 +297,7 @@ def test_a_client_that_loses_patience_ends_the_generation(
     before = _num_finished(server, "cancelled")
     error = driver.call(way, _pick(way, LONG_CHAT, LONG_COMPLETION), timeout_s=1).error
     assert error is not None
-    assert error["type"] == client.errors["timeout"]
+    assert client.errors["timeout"] in error["types"]
     until(lambda: _num_finished(server, "cancelled") == before + 1, "the generation is cancelled")
 
 
@@ -317,7 +320,8 @@ def test_a_client_comes_back_after_an_overload(narrow: ServerProcess, drive: Dri
             until(lambda gauge=gauge: narrow.metrics()[gauge] == 1, gauge)  # type: ignore[misc]
         error = driver.call(way, body).error
         assert error is not None
-        assert (error["type"], error["status"]) == (client.errors["overload"], 429)
+        assert client.errors["overload"] in error["types"]
+        assert error["status"] == 429
         before = _num_overloads(narrow)
         with ThreadPoolExecutor(1) as pool:
             call = pool.submit(driver.call, way, body, max_retries=5)
@@ -401,8 +405,7 @@ def test_npm_eventsource_resumes_a_cut_stream_without_gap_or_repeat(server: Serv
     whole = httpx.post(f"{server.url()}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
     with TcpRelay(server.url(), cut_after_bytes=[1500, 1200]) as relay:
         if is_one_step:
-            query = httpx.QueryParams({**body, "ignore_eos": "true"})
-            result = _run_eventsource(f"{relay.url}/v1/stream?{query}")
+            result = _run_eventsource(f"{relay.url}/v1/stream?{urlencode(body | {'ignore_eos': 'true'})}")
         else:
             stream = httpx.post(f"{relay.url}/v1/streams", json=body).json()
             result = _run_eventsource(relay.url + stream["events_url"])

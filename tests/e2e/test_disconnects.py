@@ -102,17 +102,17 @@ def test_a_client_that_leaves_with_a_second_request_in_the_pipe_is_noticed(small
 def test_a_client_that_offers_http2_gets_its_answer(small: ServerProcess) -> None:
     body = b'{"prompt": "a", "max_tokens": 1}'
     with RawRequest(small.url(), "/health") as request:
-        request.readuntil(b"ok")
+        request.read_until(b"ok")
         head = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: Upgrade, HTTP2-Settings\r\n"
         head += b"upgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAoAAAAAIAAAAA\r\ncontent-type: application/json\r\n"
         request.received = b""
         request.socket.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
-        request.readuntil(b'"finish_reason"')
+        request.read_until(b'"finish_reason"')
 
 
 def test_endless_headers_are_cut_off(small: ServerProcess) -> None:
     with RawRequest(small.url(), "/health") as request:
-        request.readuntil(b"ok")
+        request.read_until(b"ok")
         with pytest.raises(ConnectionError):
             request.socket.sendall(b"GET / HTTP/1.1\r\nx: " + b"y" * 2**26)
     assert httpx.get(f"{small.url()}/health").status_code == 200
@@ -122,7 +122,7 @@ def test_a_client_that_leaves_at_its_last_token_leaves_nothing(small: ServerProc
     for max_tokens in (1, 2, 3):
         for _ in range(5):
             with RawRequest(small.url(), "/v1/completions", dict(LONG, stream=True, max_tokens=max_tokens)) as request:
-                request.readuntil(b'"finish_reason":"length"')
+                request.read_until(b'"finish_reason":"length"')
     _assert_nothing_left(small)
 
 
@@ -130,7 +130,7 @@ def test_a_native_stream_without_readers_ends_after_its_grace_time(server: Serve
     before = _load(server)[3]
     stream = httpx.post(f"{server.url()}/v1/streams", json=LONG).json()
     with RawRequest(server.url(), stream["events_url"]) as reader:
-        reader.readuntil(b"event: token")
+        reader.read_until(b"event: token")
     assert httpx.get(server.url() + stream["url"]).json()["status"] == "running"
     until(lambda: _load(server)[3] == before + 1, "cancelled after the grace time")
     assert httpx.get(server.url() + stream["url"]).json()["finish_reason"] == "cancelled"
@@ -140,7 +140,7 @@ def test_a_native_stream_without_readers_ends_after_its_grace_time(server: Serve
 def test_cancelled_streams_leave_no_descriptor_or_thread(small: ServerProcess) -> None:
     def leave_ten() -> None:
         requests = [RawRequest(small.url(), "/v1/completions", dict(LONG, stream=True)) for _ in range(10)]
-        requests[0].readuntil(b"data:")
+        requests[0].read_until(b"data:")
         for request in requests:
             request.reset()
         _assert_nothing_left(small)

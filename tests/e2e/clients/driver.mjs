@@ -20,6 +20,12 @@ export class Seen {
   }
 }
 
+const types = error => {
+  const names = []
+  for (let type = Object.getPrototypeOf(error); type; type = Object.getPrototypeOf(type)) names.push(type.constructor.name)
+  return names
+}
+
 export async function serve(ways) {
   for await (const line of createInterface({ input: process.stdin })) {
     const call = JSON.parse(line)
@@ -27,7 +33,7 @@ export async function serve(ways) {
     try {
       await ways[call.way](call, seen)
     } catch (error) {
-      seen.error = { type: error.constructor.name, message: String(error.message), status: error.status ?? error.statusCode ?? null }
+      seen.error = { types: types(error), message: error.message, status: error.status ?? error.statusCode ?? null }
     }
     process.stdout.write(JSON.stringify(seen) + '\n')
   }

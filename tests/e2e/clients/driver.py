@@ -65,14 +65,21 @@ Way = Callable[[Call, Seen], Awaitable[None]]
 
 def serve(ways: Mapping[str, Way]) -> None:
     """Answer calls until the input ends; what a way raises is the call's `error`."""
+    asyncio.run(_serve(ways))
+
+
+async def _serve(ways: Mapping[str, Way]) -> None:
     # Some libraries print hints to the user: out of the way of the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
-    with asyncio.Runner() as runner:
-        for line in sys.stdin:
-            call, seen = Call(**json.loads(line)), Seen()
-            try:
-                runner.run(ways[call.way](call, seen))
-            except Exception as error:
-                status = getattr(error, "status_code", None)
-                seen.error = {"type": type(error).__name__, "message": str(error), "status": status}
-            print(json.dumps(asdict(seen)), file=answers, flush=True)
+    # The loop runs between calls too, since asynchronous clients close connections in tasks of their own.
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        call, seen = Call(**json.loads(line)), Seen()
+        try:
+            await ways[call.way](call, seen)
+        except Exception as error:
+            seen.error = {
+                "types": [cls.__name__ for cls in type(error).__mro__],
+                "message": str(error),
+                "status": getattr(error, "status_code", None),
+            }
+        print(json.dumps(asdict(seen)), file=answers, flush=True)

@@ -73,10 +73,12 @@ async def completion(call: Call, seen: Seen) -> None:
 
 
 async def completion_stream(call: Call, seen: Seen) -> None:
-    for chunk in litellm.text_completion(**_asked(call, "text-completion-openai"), stream=True):
+    stream = litellm.text_completion(**_asked(call, "text-completion-openai"), stream=True)
+    for chunk in stream:
         _see(seen, chunk)
         seen.num_chunks += 1
         if seen.num_chunks == call.leave_after:
+            stream.completion_stream.close()  # the wrapper around it cannot be closed
             break
 
 

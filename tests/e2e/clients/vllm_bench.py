@@ -36,7 +36,7 @@ async def _ask(call: Call, seen: Seen, function: Any, path: str, prompt: Any) ->
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(call.timeout_s)) as session:
         output = await function(asked, session)
     if not output.success:
-        seen.error = {"type": "failed", "message": output.error, "status": None}
+        seen.error = {"types": [], "message": output.error, "status": None}
         return
     seen.add(0, output.generated_text, None)
     seen.usage = {
