@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from headrace.kernels.decoder import Decoder, KVCache, PackedBatch
+from headrace.kernels.hf_decoder import HuggingFaceDecoder
 from headrace.kernels.ops import AttentionMetadata, Ops
 from headrace.kernels.sampling import Penalties, SamplingBatch, log_probabilities, sample
 from headrace.scheduler.messages import GenerationRequest, RowResult, SamplingParams, TokenLogprobs
@@ -22,7 +23,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | HuggingFaceDecoder,
         cache: KVCache,
         ops: Ops,
         block_size: int,
@@ -36,7 +37,7 @@ class ModelRunner:
         self._block_size = block_size
         self._max_num_batched_tokens = max_num_batched_tokens
         self.max_context_tokens = max_context_tokens
-        self.vocab_size = decoder.config.vocab_size
+        self.vocab_size = decoder.shape.vocab_size
         self.description = description
 
     def run(self, output: SchedulerOutput) -> list[RowResult]:

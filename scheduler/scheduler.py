@@ -108,6 +108,7 @@ class Scheduler:
         dropped = self._drop_cancelled() + self._drop_expired(now)
         rows: list[ScheduledRow] = []
         budget = self._max_num_batched_tokens
+        num_preemptions = self._num_preemptions
 
         for sequence in list(self._running.values()):
             if budget == 0:
@@ -117,8 +118,9 @@ class Scheduler:
                 rows.append(ScheduledRow(sequence, num_tokens))
                 budget -= num_tokens
 
-        # After a preemption the victim heads the queue, and of the blocks it needs some are taken: nobody is admitted.
-        while budget > 0 and (head := self._admit_next(now)):
+        # A step that preempted admits nobody: a victim that shares a prefix could fit again at once, only to go again.
+        has_room = self._num_preemptions == num_preemptions
+        while has_room and budget > 0 and (head := self._admit_next(now)):
             num_tokens = min(head.num_uncomputed_tokens, budget)
             rows.append(ScheduledRow(head, num_tokens))
             budget -= num_tokens

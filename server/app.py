@@ -3,6 +3,7 @@
 Made on the main thread, run on the event loop. It wires the parts together and knows none of their insides.
 """
 
+import logging
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -22,21 +23,25 @@ from starlette.staticfiles import StaticFiles
 from headrace.scheduler.engine_core import Runner
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.scheduler import Scheduler
+from headrace.server.api_keys import ApiKeys, ApiKeysError
 from headrace.server.endpoint import Endpoint, error_response, internal_error_response
 from headrace.server.engine_client import EngineClient
 from headrace.server.errors import ApiError, UnavailableError, envelope
 from headrace.server.generator import Generator
-from headrace.server.guard import LoopbackGuard
+from headrace.server.guard import KeyGuard, LoopbackGuard
 from headrace.server.native_api import NativeApi, refuse_event_source
 from headrace.server.openai_api import OpenAIApi
 from headrace.server.settings import Settings
 from headrace.server.stream_registry import StreamRegistry
+from headrace.server.tickets import Tickets
 from headrace.server.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 _SWEEP_INTERVAL_S = 0.25
 _LAG_INTERVAL_S = 0.1
 _DRAIN_POLL_S = 0.05
-# A step takes well under a second; a model that is still loading may take minutes, and nobody waits for it.
+# A step takes well under a second.
 _STOP_TIMEOUT_S = 5.0
 _STATIC = Path(__file__).parent / "static"
 
@@ -56,7 +61,9 @@ class App:
         load_tokenizer: Callable[[], Tokenizer],
         on_engine_change: Callable[[Exception | None], None] = lambda error: None,
     ) -> None:
+        """Raises: ApiKeysError."""
         self.settings = settings
+        self.keys = None if settings.api_keys_file is None else ApiKeys(Path(settings.api_keys_file))
         self.client = EngineClient(load_engine, model_name=model_name, max_queue_size=settings.max_queue_size)
         self.registry = StreamRegistry(
             cancel=self.client.cancel,
@@ -64,6 +71,7 @@ class App:
             ttl_s=settings.stream_ttl_s,
             max_finished_bytes=settings.stream_log_bytes,
         )
+        self.tickets = Tickets(self.client.clock)
         limiter = anyio.CapacityLimiter(settings.tokenizer_threads)
         self.generator = Generator(self.client, settings, model_name, limiter)
         self.settled = anyio.Event()  # requests can be served, or never will be
@@ -75,12 +83,24 @@ class App:
             exception_handlers={HTTPException: _http_error, Exception: _internal_error},
             lifespan=self._lifespan,
         )
+        self.asgi.router.redirect_slashes = False  # to a URL made of the Host header, which may be none
 
     @property
     def is_ready(self) -> bool:
         client = self.client
         has_engine = client.ready is not None and not client.stopped.is_set()
         return has_engine and self.generator.tokenizer is not None and not client.is_draining
+
+    def reload_keys(self) -> None:
+        """Read the key file again; where it is not as it should be, the old keys stay."""
+        assert self.keys is not None
+        try:
+            self.keys.reload()
+        except ApiKeysError as error:
+            logger.error("the keys stay as they were: %s", error)
+            return
+        self.tickets.keep_only(self.keys.tenants)
+        logger.info("read the key file again: %d keys", len(self.keys.tenants))
 
     async def drain(self, is_hurried: Callable[[], bool] = lambda: False) -> None:
         """Refuse new requests, let those accepted finish within the grace time, end the rest."""
@@ -99,7 +119,8 @@ class App:
             tasks.start_soon(self._measure_lag)
             yield
             self.client.is_draining = True
-            await self.client.stop(_STOP_TIMEOUT_S)
+            # Loading may take minutes, and nobody waits for it.
+            await self.client.stop(0 if self.client.ready is None else _STOP_TIMEOUT_S)
             tasks.cancel_scope.cancel()
 
     async def _watch_engine(self) -> None:
@@ -132,7 +153,7 @@ class App:
             self.client.metrics.loop_lag.observe(max(0.0, self.client.clock() - started_s - _LAG_INTERVAL_S))
 
     def _routes(self) -> list[Route | Mount]:
-        openai, native = OpenAIApi(self.generator), NativeApi(self.generator, self.registry)
+        openai, native = OpenAIApi(self.generator), NativeApi(self.generator, self.registry, self.tickets)
         metrics = self.client.metrics
 
         def endpoint(
@@ -141,8 +162,9 @@ class App:
             return Endpoint(
                 respond,  # type: ignore[arg-type]
                 max_body_bytes=self.settings.max_body_bytes,
+                receive_timeout_s=self.settings.receive_timeout_s,
                 on_disconnect=lambda: metrics.count_cancelled("body"),
-                on_rejected=lambda status: metrics.rejected.labels(str(status)).inc(),
+                on_rejected=self._count_rejected,
                 refuse=refuse,
             )
 
@@ -156,6 +178,7 @@ class App:
             Route("/v1/chat/completions", endpoint(openai.chat_completions), methods=["POST"]),
             Route("/v1/completions", endpoint(openai.completions), methods=["POST"]),
             Route("/v1/stream", endpoint(native.open, refuse_event_source), methods=["GET"]),
+            Route("/v1/stream/tickets", native.issue_ticket, methods=["POST"]),
             Route("/v1/streams", endpoint(native.create), methods=["POST"]),
             Route("/v1/streams/{id}", endpoint(native.snapshot_or_cancel), methods=["GET", "DELETE"]),
             Route("/v1/streams/{id}/events", endpoint(native.events), methods=["GET"]),
@@ -164,8 +187,13 @@ class App:
     def _middleware(self) -> list[Middleware]:
         settings = self.settings
         middleware = []
-        if settings.is_loopback:
-            guard = Middleware(LoopbackGuard, allowed_hosts=settings.allowed_hosts, cors_origins=settings.cors_origins)
+        if self.keys is None and settings.is_loopback:
+            guard = Middleware(
+                LoopbackGuard,
+                allowed_hosts=settings.allowed_hosts,
+                cors_origins=settings.cors_origins,
+                on_rejected=self._count_rejected,
+            )
             middleware.append(guard)
         if settings.cors_origins:
             cors = Middleware(
@@ -176,7 +204,16 @@ class App:
                 expose_headers=["x-request-id", "retry-after", "retry-after-ms", "location"],
             )
             middleware.append(cors)
+        # Inside CORS: a preflight carries no key, and a page of another origin may read why it was refused.
+        middleware.append(
+            Middleware(
+                KeyGuard, keys=self.keys, has_open_metrics=settings.open_metrics, on_rejected=self._count_rejected
+            )
+        )
         return middleware
+
+    def _count_rejected(self, status: int) -> None:
+        self.client.metrics.rejected.labels(str(status)).inc()
 
     async def _health(self, request: Request) -> Response:
         """Alive: the loop answers and the engine thread has not ended."""
@@ -204,7 +241,7 @@ async def _chat_page(request: Request) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """The router's own refusals (no such route, wrong method) in the envelope."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    message = f"{request.method} {request.scope['path'][:200]}: {error.detail}"
     content = envelope(message, type="invalid_request_error", code="not_found" if error.status_code == 404 else None)
     return JSONResponse(content, error.status_code, {**(error.headers or {}), "x-request-id": secrets.token_hex(16)})
 

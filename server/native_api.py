@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from headrace.server.endpoint import error_response
-from headrace.server.errors import ApiError, BadRequestError, NotAcceptableError
+from headrace.server.errors import ApiError, BadRequestError, NotAcceptableError, UnauthorizedError
 from headrace.server.generation import Generation, Stages, usage
 from headrace.server.generator import Generator
 from headrace.server.logprobs import chat_logprobs
@@ -30,6 +30,7 @@ from headrace.server.protocol import (
 from headrace.server.request_log import log_request
 from headrace.server.sse import HEARTBEAT, EventStream, event_frame, retry_frame, to_json
 from headrace.server.stream_registry import NativeStream, StreamRegistry
+from headrace.server.tickets import TICKET_TTL_S, Ticket, Tickets
 
 # How often a waiting reader is told its place in the queue.
 _QUEUE_POLL_S = 1.0
@@ -48,11 +49,12 @@ class _StreamCompletionRequest(CompletionRequest):
 class NativeApi:
     """The routes under /v1/stream and /v1/streams."""
 
-    def __init__(self, generator: Generator, registry: StreamRegistry) -> None:
+    def __init__(self, generator: Generator, registry: StreamRegistry, tickets: Tickets) -> None:
         self._generator = generator
         self._client = generator.client
         self._settings = generator.settings
         self._registry = registry
+        self._tickets = tickets
 
     async def create(self, request: Request, body: bytes) -> Response:
         """POST /v1/streams: start a stream, answer with where to read it."""
@@ -73,8 +75,14 @@ class NativeApi:
         content = {"id": stream.id, "created": stream.created_s, "model": self._generator.model_name, **urls}
         return JSONResponse(content, 201, {"location": urls["url"]})
 
+    async def issue_ticket(self, request: Request) -> Response:
+        """POST /v1/stream/tickets: what GET /v1/stream takes in place of a key. A body has no meaning here."""
+        content = {"ticket": self._tickets.issue(request.state.tenant), "expires_in_s": TICKET_TTL_S}
+        return JSONResponse(content, 201, {"cache-control": "no-store"})
+
     async def open(self, request: Request, body: bytes) -> Response:
-        """GET /v1/stream: start a stream and read it in one step, or resume it where Last-Event-ID names one."""
+        """GET /v1/stream: start a stream and read it in one step, or resume the one that Last-Event-ID or the ticket
+        names."""
         if "text/event-stream" not in request.headers.get("accept", ""):
             # An image or a link on any page can make a GET, but none asks for an event stream.
             raise NotAcceptableError("accept must include text/event-stream")
@@ -84,8 +92,15 @@ class NativeApi:
             if not id:
                 raise BadRequestError("last_event_id: names no stream", param="last_event_id")
             return self._read(self._registry.get(id), last_event_id)
+        ticket = self._shown_ticket(request)
         params = _params_from_query(request)
-        return self._read(await self._start(request, params, params.on_disconnect), "")
+        if ticket is None:
+            return self._read(await self._start(request, params, params.on_disconnect), "")
+        request.state.tenant = ticket.tenant
+        async with ticket.lock:
+            if ticket.stream_id is None:
+                ticket.stream_id = (await self._start(request, params, params.on_disconnect)).id
+        return self._read(self._registry.get(ticket.stream_id), "")
 
     async def events(self, request: Request, body: bytes) -> Response:
         """GET /v1/streams/{id}/events."""
@@ -94,23 +109,35 @@ class NativeApi:
 
     async def snapshot_or_cancel(self, request: Request, body: bytes) -> Response:
         """GET /v1/streams/{id}: what there is. DELETE: end it, harmless on one that is over; its readers get `done`."""
-        stream = self._registry.get(request.path_params["id"])
+        stream = self._registry.get_owned(request.path_params["id"], request.state.tenant)
         if request.method == "DELETE":
             self._client.cancel(stream.generation)
         return self._snapshot(stream)
+
+    def _shown_ticket(self, request: Request) -> Ticket | None:
+        """None where none is needed: a key was sent, or there are none. Raises: UnauthorizedError."""
+        shown = request.query_params.get("ticket")
+        if shown is not None:
+            return self._tickets.show(shown)
+        if self._settings.api_keys_file is not None and not request.state.tenant:
+            raise UnauthorizedError("an API key is needed, or a ticket from POST /v1/stream/tickets")
+        return None
 
     async def _start(
         self, request: Request, params: GenerationParams, on_disconnect: OnDisconnect | None
     ) -> NativeStream:
         # Not the request's id, which is logged here and by proxies: a stream's id suffices to read it.
         id = secrets.token_hex(16)
-        on_end = partial(self._finish, id, request.url.path)
+        on_end = partial(self._finish, id, request.scope["path"])
         if params.num_sequences > 1:
             raise BadRequestError("n: a native stream has one answer to one prompt", param="n")
         stages = Stages(request.state.received_s)
-        [generation] = await self._generator.start(params, request.state.id, stages, on_end)
+        [generation] = await self._generator.start(
+            params, request.state.id, stages, on_end, tenant=request.state.tenant
+        )
         request.state.is_accepted = True
-        stream = NativeStream(id, generation, int(time.time()), on_disconnect == "continue", self._client.clock())
+        continues_alone, tenant = on_disconnect == "continue", request.state.tenant
+        stream = NativeStream(id, tenant, generation, int(time.time()), continues_alone, self._client.clock())
         self._registry.add(stream)
         return stream
 

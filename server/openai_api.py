@@ -64,9 +64,10 @@ class OpenAIApi:
 
     async def _complete(self, request: Request, params: GenerationParams, make_format: "type[_Format]") -> Response:
         id = f"{make_format.id_prefix}{request.state.id}"
-        generations = await self._generator.start(params, id, Stages(request.state.received_s))
+        stages = Stages(request.state.received_s)
+        generations = await self._generator.start(params, id, stages, tenant=request.state.tenant)
         request.state.is_accepted = True
-        request.state.cleanup.callback(self._finish, generations, request.url.path)
+        request.state.cleanup.callback(self._finish, generations, request.scope["path"])
         assert self._generator.tokenizer is not None
         has_logprobs = params.num_logprobs is not None
         format = make_format(id, self._generator.model_name, self._generator.tokenizer, len(generations), has_logprobs)

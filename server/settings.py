@@ -90,6 +90,13 @@ class Settings(BaseSettings):
     request_timeout_s: float = Field(600, gt=0, description="longest a request may take in all")
     tokenizer_threads: int = Field(2, ge=1, le=64, description="worker threads for templates and tokenizing")
     max_body_bytes: Bytes = Field(4 * 2**20, ge=1, description="largest request body")
+    max_header_bytes: Bytes = Field(64 * 2**10, ge=1024, description="largest request line and headers; beyond, 431")
+    receive_timeout_s: float = Field(
+        60, gt=0, description="how long a request's headers, and then its body, may take to arrive"
+    )
+    peer_timeout_s: int = Field(
+        60, ge=4, le=3600, description="how long a client may neither acknowledge nor read what it is sent"
+    )
     heartbeat_s: float = Field(15, ge=1, description="silence on a stream before a comment is sent")
     keep_alive_s: int = Field(75, ge=1, description="how long an idle connection is kept")
     drain_grace_s: float = Field(30, ge=0, description="on SIGTERM, how long running requests may go on")
@@ -99,6 +106,12 @@ class Settings(BaseSettings):
     stream_log_bytes: Bytes = Field(64 * 2**20, description="most memory for logs of finished native streams")
     stream_retry_ms: int = Field(1000, ge=1, description="reconnection delay that EventSource is told")
 
+    api_keys_file: str | None = Field(
+        None,
+        min_length=1,
+        description="TOML file of API keys; with one every request needs a key; SIGHUP reads it again",
+    )
+    open_metrics: bool = Field(False, description="serve /metrics without a key")
     cors_origins: tuple[str, ...] = Field((), description="other origins whose pages may call this server, or *")
     allowed_hosts: tuple[str, ...] = Field((), description="further names for the Host header on loopback")
 

@@ -32,7 +32,7 @@ async def live_app(
     *, runner: FakeRunner | None = None, scheduler: Scheduler | None = None, **settings: Any
 ) -> AsyncIterator[LiveApp]:
     """Start an App, wait until it is ready, stop it; afterwards no block is held and no generation is left."""
-    flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in settings.items()]
     app = LiveApp(load_settings(flags, {}), runner or FakeRunner(), scheduler or make_scheduler())
     async with app.asgi.router.lifespan_context(app.asgi):
         await app.settled.wait()

@@ -18,7 +18,7 @@ from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import HeadraceError, ModelSourceError, UnsupportedModelError
 from headrace.scheduler.gguf_file import GGUFFile, open_gguf
 from headrace.scheduler.model_loader import load_engine
-from tiny_llama import generate, generate_with_hugging_face, greedy
+from tiny_models import generate, generate_with_hugging_face, greedy
 
 Array = npt.NDArray[np.float32]
 

@@ -12,7 +12,7 @@ from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.messages import FinishReason, GenerationRequest, SamplingParams, SequenceOutput, TokenLogprobs
 from headrace.scheduler.model_runner import ModelRunner
 from headrace.scheduler.scheduler import Scheduler
-from tiny_llama import VOCAB_SIZE, generate, tiny_llama
+from tiny_models import VOCAB_SIZE, generate, tiny_llama
 
 NUM_TOKENS = 14
 PROMPTS = [[(7 * i + j * j) % VOCAB_SIZE for j in range(length)] for i, length in enumerate((1, 3, 8, 9, 17, 30))]
@@ -40,12 +40,10 @@ class Engine:
     ) -> None:
         self.model = model = tiny_llama(seed=5, initializer_range=0.2)
         config = DecoderConfig(
-            num_layers=2,
-            hidden_size=64,
+            windows=(None, None),
             num_heads=4,
             num_kv_heads=2,
             head_dim=16,
-            intermediate_size=96,
             vocab_size=VOCAB_SIZE,
             rms_norm_eps=model.config.rms_norm_eps,
             max_position=128,
@@ -67,7 +65,7 @@ class Engine:
     def generate(
         self, prompts: list[list[int]], samplings: list[SamplingParams], leader_id: int | None = None
     ) -> list[list[int]]:
-        return generate(self.scheduler, self.runner, prompts, samplings, leader_id)
+        return generate(self.scheduler, self.runner, prompts, samplings, leader_id=leader_id)
 
     def step(self) -> list[SequenceOutput]:
         output = self.scheduler.schedule(0.0)

@@ -32,6 +32,9 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "request_timeout_s": (600.0, 1.5, 2.5, 3.5),
     "tokenizer_threads": (2, 1, 3, 4),
     "max_body_bytes": (4 * 2**20, 1, 2, 3),
+    "max_header_bytes": (64 * 2**10, 2000, 3000, 4000),
+    "receive_timeout_s": (60.0, 1.5, 2.5, 3.5),
+    "peer_timeout_s": (60, 5, 6, 7),
     "heartbeat_s": (15.0, 1.5, 2.5, 3.5),
     "keep_alive_s": (75, 1, 2, 3),
     "drain_grace_s": (30.0, 1.5, 2.5, 3.5),
@@ -39,6 +42,8 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "stream_ttl_s": (600.0, 1.5, 2.5, 3.5),
     "stream_log_bytes": (64 * 2**20, 1, 2, 3),
     "stream_retry_ms": (1000, 1, 2, 3),
+    "api_keys_file": (None, "file", "env", "flag"),
+    "open_metrics": (False, True, False, True),
     "cors_origins": ((), ("file",), ("env",), ("flag",)),
     "allowed_hosts": ((), ("file",), ("env",), ("flag",)),
 }
