@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from headrace.scheduler.model_source import ModelSource, resolve_model
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.app import App
 from headrace.server.settings import Settings
+from headrace.server.tls import load_tls
 from headrace.server.tokenizer import Tokenizer, load_tokenizer
 from headrace.server.version import VERSION
 
@@ -40,13 +42,14 @@ def serve(settings: Settings) -> int:
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
     started_s = time.monotonic()
     try:
-        # Bound first: a port that is taken should not cost the time a model takes to load.
+        # First what is quickly told: a port that is taken should not cost the time a model takes to load.
+        tls = load_tls(settings)
         listener = _listen(settings.host, settings.port)
         source = resolve_model(settings.model, say)
     except HeadraceError as error:
         print(f"headrace: {error}", file=sys.stderr)
         return 1
-    return _Server(settings, source, listener, started_s).serve_until_signal()
+    return _Server(settings, source, listener, tls, started_s).serve_until_signal()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -64,10 +67,17 @@ def say(line: str) -> None:
 class _Server(uvicorn.Server):
     """uvicorn with a drain of our own: a first signal starts it, a second one cuts it short."""
 
-    def __init__(self, settings: Settings, source: ModelSource, listener: socket.socket, started_s: float) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        source: ModelSource,
+        listener: socket.socket,
+        tls: ssl.SSLContext | None,
+        started_s: float,
+    ) -> None:
         self._listener = listener
         host, port = listener.getsockname()[:2]
-        self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self._url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
         self._started_s = started_s
         self._settings = settings
         self._error: Exception | None = None
@@ -94,6 +104,7 @@ class _Server(uvicorn.Server):
             server_header=False,
             timeout_keep_alive=settings.keep_alive_s,
             timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
+            ssl_context_factory=(lambda config, default: tls) if tls else None,
         )
         super().__init__(config)
 

@@ -1,13 +1,12 @@
 """A client that leaves takes its sequence along, whatever the server was doing for it: over real sockets."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import pytest
 
 from raw_client import RawRequest
-from server_process import ServerProcess, serving
+from server_process import ServerProcess, serving, until as _until
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "temperature": 0}
 
@@ -19,13 +18,6 @@ def small(demo_model: object) -> Iterator[ServerProcess]:
         "--dtype", "float32", "--kv-cache-bytes", "512MiB", "--max-num-seqs", "2", "--max-num-batched-tokens", "32"
     ) as process:
         yield process
-
-
-def _until(predicate: Callable[[], bool], what: str) -> None:
-    """Ask again until it holds: the server's side of a hang-up is a packet away."""
-    deadline_s = time.monotonic() + 20
-    while not predicate():
-        assert time.monotonic() < deadline_s, f"never: {what}"
 
 
 def _load(server: ServerProcess) -> tuple[float, float, float, float]:

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class ServerProcess:
 
     def url(self) -> str:
         """The server's address, once it is ready."""
-        return self.wait_for(r"chat page: (http://\S+)/")[1]
+        return self.wait_for(r"chat page: (https?://\S+)/")[1]
 
     def stop(self, sig: int = signal.SIGTERM, timeout_s: float = 60) -> int:
         """Signal the process and wait for its end; returns its exit code."""
@@ -103,3 +104,10 @@ def serving(*args: str, env: dict[str, str] | None = None) -> Iterator[ServerPro
         yield server
     finally:
         server.stop()
+
+
+def until(predicate: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
+    """Ask again until it holds: the server's side of a hang-up is a packet away."""
+    deadline_s = time.monotonic() + timeout_s
+    while not predicate():
+        assert time.monotonic() < deadline_s, f"never: {what}"
