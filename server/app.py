@@ -4,7 +4,7 @@ Made on the main thread, run on the event loop. It wires the parts together and 
 """
 
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -25,13 +25,16 @@ from headrace.scheduler.scheduler import Scheduler
 from headrace.server.endpoint import Endpoint, error_response, internal_error_response
 from headrace.server.engine_client import EngineClient
 from headrace.server.errors import ApiError, UnavailableError, envelope
+from headrace.server.generation import Generation
 from headrace.server.generator import Generator
 from headrace.server.guard import LoopbackGuard
 from headrace.server.native_api import NativeApi, refuse_event_source
 from headrace.server.openai_api import OpenAIApi
+from headrace.server.request_log import log_request
 from headrace.server.settings import Settings
 from headrace.server.stream_registry import StreamRegistry
 from headrace.server.tokenizer import Tokenizer
+from headrace.server.tracing import Tracing
 
 _SWEEP_INTERVAL_S = 0.25
 _LAG_INTERVAL_S = 0.1
@@ -55,6 +58,7 @@ class App:
         load_engine: Callable[[], tuple[Scheduler, Runner]],
         load_tokenizer: Callable[[], Tokenizer],
         on_engine_change: Callable[[Exception | None], None] = lambda error: None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.settings = settings
         self.client = EngineClient(load_engine, model_name=model_name, max_queue_size=settings.max_queue_size)
@@ -69,6 +73,7 @@ class App:
         self.settled = anyio.Event()  # requests can be served, or never will be
         self._load_tokenizer = load_tokenizer
         self._on_engine_change = on_engine_change
+        self._tracing = tracing
         self.asgi = Starlette(
             routes=self._routes(),
             middleware=self._middleware(),
@@ -132,7 +137,8 @@ class App:
             self.client.metrics.loop_lag.observe(max(0.0, self.client.clock() - started_s - _LAG_INTERVAL_S))
 
     def _routes(self) -> list[Route | Mount]:
-        openai, native = OpenAIApi(self.generator), NativeApi(self.generator, self.registry)
+        openai = OpenAIApi(self.generator, self._report)
+        native = NativeApi(self.generator, self.registry, self._report)
         metrics = self.client.metrics
 
         def endpoint(
@@ -177,6 +183,12 @@ class App:
             )
             middleware.append(cors)
         return middleware
+
+    def _report(self, generation: Generation, route: str, trace_context: Mapping[str, str]) -> None:
+        """Log, and trace, a generation that is over."""
+        log_request(generation, route)
+        if self._tracing is not None:
+            self._tracing.record(generation, route, trace_context)
 
     async def _health(self, request: Request) -> Response:
         """Alive: the loop answers and the engine thread has not ended."""

@@ -26,9 +26,9 @@ from headrace.server.protocol import (
     parse_json_object,
     parse_request,
 )
-from headrace.server.request_log import log_request
 from headrace.server.sse import HEARTBEAT, EventStream, event_frame, retry_frame, to_json
 from headrace.server.stream_registry import NativeStream, StreamRegistry
+from headrace.server.tracing import Report, trace_context
 
 # How often a waiting reader is told its place in the queue.
 _QUEUE_POLL_S = 1.0
@@ -45,13 +45,14 @@ class _StreamCompletionRequest(CompletionRequest):
 
 
 class NativeApi:
-    """The routes under /v1/stream and /v1/streams."""
+    """The routes under /v1/stream and /v1/streams. `report` hears of every generation that is over."""
 
-    def __init__(self, generator: Generator, registry: StreamRegistry) -> None:
+    def __init__(self, generator: Generator, registry: StreamRegistry, report: Report) -> None:
         self._generator = generator
         self._client = generator.client
         self._settings = generator.settings
         self._registry = registry
+        self._report = report
 
     async def create(self, request: Request, body: bytes) -> Response:
         """POST /v1/streams: start a stream, answer with where to read it."""
@@ -103,16 +104,16 @@ class NativeApi:
     ) -> NativeStream:
         # Not the request's id, which is logged here and by proxies: a stream's id suffices to read it.
         id = secrets.token_hex(16)
-        on_end = partial(self._finish, id, request.url.path)
+        on_end = partial(self._finish, id, request.url.path, trace_context(request.headers))
         generation = await self._generator.start(params, request.state.id, Stages(request.state.received_s), on_end)
         request.state.is_accepted = True
         stream = NativeStream(id, generation, int(time.time()), on_disconnect == "continue", self._client.clock())
         self._registry.add(stream)
         return stream
 
-    def _finish(self, id: str, route: str, generation: Generation) -> None:
+    def _finish(self, id: str, route: str, context: dict[str, str], generation: Generation) -> None:
         self._registry.finish(id)
-        log_request(generation, route)
+        self._report(generation, route, context)
 
     def _read(self, stream: NativeStream, last_event_id: str) -> Response:
         log = stream.generation.log

@@ -25,18 +25,19 @@ from headrace.server.protocol import (
     parse_json_object,
     parse_request,
 )
-from headrace.server.request_log import log_request
 from headrace.server.sse import HEARTBEAT, EventStream, data_frame, to_json
+from headrace.server.tracing import Report, trace_context
 from headrace.server.version import SYSTEM_FINGERPRINT
 
 _DONE = b"data: [DONE]\n\n"
 
 
 class OpenAIApi:
-    """The routes of one model."""
+    """The routes of one model. `report` hears of every generation once its response is over too."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, report: Report) -> None:
         self._generator = generator
+        self._report = report
         self._created_s = int(time.time())
 
     async def chat_completions(self, request: Request, body: bytes) -> Response:
@@ -62,7 +63,7 @@ class OpenAIApi:
         id = f"{make_format.id_prefix}{request.state.id}"
         generation = await self._generator.start(params, id, Stages(request.state.received_s))
         request.state.is_accepted = True
-        request.state.cleanup.callback(self._finish, generation, request.url.path)
+        request.state.cleanup.callback(self._finish, generation, request)
         format = make_format(id, self._generator.model_name)
         if params.stream:
             options = params.stream_options or StreamOptions()
@@ -75,10 +76,10 @@ class OpenAIApi:
         generation.stages.first_byte_s = self._generator.client.clock()
         return JSONResponse(format.whole(generation.log.text(), piece.terminal.finish_reason, generation.usage()))
 
-    def _finish(self, generation: Generation, route: str) -> None:
+    def _finish(self, generation: Generation, request: Request) -> None:
         self._generator.client.cancel(generation)
         generation.stages.end_s = self._generator.client.clock()  # of the response, which outlasts the last token
-        log_request(generation, route)
+        self._report(generation, request.url.path, trace_context(request.headers))
 
 
 async def _frames(

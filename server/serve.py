@@ -21,6 +21,7 @@ from headrace.server.app import App
 from headrace.server.settings import Settings
 from headrace.server.tls import load_tls
 from headrace.server.tokenizer import Tokenizer, load_tokenizer
+from headrace.server.tracing import open_tracing
 from headrace.server.version import VERSION
 
 # How long a client that reads nothing may hold up the end, once its last event is written.
@@ -45,11 +46,11 @@ def serve(settings: Settings) -> int:
         # First what is quickly told: a port that is taken should not cost the time a model takes to load.
         tls = load_tls(settings)
         listener = _listen(settings.host, settings.port)
-        source = resolve_model(settings.model, say)
+        server = _Server(settings, resolve_model(settings.model, say), listener, tls, started_s)
     except HeadraceError as error:
         print(f"headrace: {error}", file=sys.stderr)
         return 1
-    return _Server(settings, source, listener, tls, started_s).serve_until_signal()
+    return server.serve_until_signal()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -83,12 +84,15 @@ class _Server(uvicorn.Server):
         self._error: Exception | None = None
         self._is_hurried = False
         name = settings.served_model_name or source.name
+        endpoint = settings.otlp_traces_endpoint
+        self._tracing = None if endpoint is None else open_tracing(endpoint, name)
         self._app = App(
             settings,
             name,
             load_engine=lambda: _load_engine(settings, source),
             load_tokenizer=lambda: _load_tokenizer(source),
             on_engine_change=self._report,
+            tracing=self._tracing,
         )
         config = uvicorn.Config(
             self._app.asgi,
@@ -111,6 +115,8 @@ class _Server(uvicorn.Server):
     def serve_until_signal(self) -> int:
         say(f"version {VERSION}, loading {self._app.generator.model_name}, listening on {self._url}")
         self.run([self._listener])
+        if self._tracing is not None:
+            self._tracing.close()
         code = 1 if self._error is not None else 0
         if self._app.client.has_thread:
             # It is inside the model, where no Python can end it; leaving by the front door would abort in C++.

@@ -20,7 +20,7 @@ class RawRequest:
         *,
         num_body_bytes: int | None = None,
         receive_bytes: int | None = None,
-        headers: str = "",
+        host: str | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         parts = urlsplit(url)
@@ -34,8 +34,8 @@ class RawRequest:
         method = "GET" if body is None else "POST"
         payload = b"" if body is None else json.dumps(body).encode()
         head = (
-            f"{method} {path} HTTP/1.1\r\nhost: {parts.netloc}\r\naccept: text/event-stream\r\n"
-            f"content-type: application/json\r\ncontent-length: {len(payload)}\r\n{headers}\r\n"
+            f"{method} {path} HTTP/1.1\r\nhost: {host or parts.netloc}\r\naccept: text/event-stream\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(payload)}\r\n\r\n"
         )
         self.socket.sendall(head.encode() + payload[:num_body_bytes])
         self.received = b""
