@@ -3,6 +3,7 @@
 Made on the main thread, run on the event loop. It wires the parts together and knows none of their insides.
 """
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -62,6 +63,7 @@ class App:
     ) -> None:
         self.settings = settings
         self.client = EngineClient(load_engine, model_name=model_name, max_queue_size=settings.max_queue_size)
+        self.client.metrics.watch("event_loop_tasks", "Tasks on the event loop", lambda: len(asyncio.all_tasks()))
         self.registry = StreamRegistry(
             cancel=self.client.cancel,
             grace_s=settings.stream_grace_s,
