@@ -18,7 +18,7 @@ PIP_PROGRESS := sed -un 's/^Collecting \([^ ]*\).*/  \1/p; s/^ *Downloading \(.*
 help:
 	@echo "make serve     install and serve the demo model on 127.0.0.1:8000 (ARGS='--port 9000' for more)"
 	@echo "make test      install with the test extras and run the tests (no GPU needed)"
-	@echo "make test-all  the same and the long ones, with clients in environments of their own (700 MB)"
+	@echo "make test-all  the same and the long ones: clients in environments of their own (700 MB), a soak of ten minutes"
 	@echo "make check     format, lint, types, tests"
 
 setup: $(VENV)/.installed

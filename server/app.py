@@ -3,9 +3,10 @@
 Made on the main thread, run on the event loop. It wires the parts together and knows none of their insides.
 """
 
+import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -27,14 +28,17 @@ from headrace.server.api_keys import ApiKeys, ApiKeysError
 from headrace.server.endpoint import Endpoint, error_response, internal_error_response
 from headrace.server.engine_client import EngineClient
 from headrace.server.errors import ApiError, UnavailableError, envelope
+from headrace.server.generation import Generation
 from headrace.server.generator import Generator
 from headrace.server.guard import KeyGuard, LoopbackGuard
 from headrace.server.native_api import NativeApi, refuse_event_source
 from headrace.server.openai_api import OpenAIApi
+from headrace.server.request_log import log_request
 from headrace.server.settings import Settings
 from headrace.server.stream_registry import StreamRegistry
 from headrace.server.tickets import Tickets
 from headrace.server.tokenizer import Tokenizer
+from headrace.server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +64,13 @@ class App:
         load_engine: Callable[[], tuple[Scheduler, Runner]],
         load_tokenizer: Callable[[], Tokenizer],
         on_engine_change: Callable[[Exception | None], None] = lambda error: None,
+        tracing: Tracing | None = None,
     ) -> None:
         """Raises: ApiKeysError."""
         self.settings = settings
         self.keys = None if settings.api_keys_file is None else ApiKeys(Path(settings.api_keys_file))
         self.client = EngineClient(load_engine, model_name=model_name, max_queue_size=settings.max_queue_size)
+        self.client.metrics.watch("event_loop_tasks", "Tasks on the event loop", lambda: len(asyncio.all_tasks()))
         self.registry = StreamRegistry(
             cancel=self.client.cancel,
             grace_s=settings.stream_grace_s,
@@ -77,6 +83,7 @@ class App:
         self.settled = anyio.Event()  # requests can be served, or never will be
         self._load_tokenizer = load_tokenizer
         self._on_engine_change = on_engine_change
+        self._tracing = tracing
         self.asgi = Starlette(
             routes=self._routes(),
             middleware=self._middleware(),
@@ -153,7 +160,8 @@ class App:
             self.client.metrics.loop_lag.observe(max(0.0, self.client.clock() - started_s - _LAG_INTERVAL_S))
 
     def _routes(self) -> list[Route | Mount]:
-        openai, native = OpenAIApi(self.generator), NativeApi(self.generator, self.registry, self.tickets)
+        openai = OpenAIApi(self.generator, self._report)
+        native = NativeApi(self.generator, self.registry, self.tickets, self._report)
         metrics = self.client.metrics
 
         def endpoint(
@@ -214,6 +222,12 @@ class App:
 
     def _count_rejected(self, status: int) -> None:
         self.client.metrics.rejected.labels(str(status)).inc()
+
+    def _report(self, generations: Sequence[Generation], route: str, trace_context: Mapping[str, str]) -> None:
+        """Log, and trace, the generations of a request that is over."""
+        log_request(generations, route)
+        if self._tracing is not None:
+            self._tracing.record(generations, route, trace_context)
 
     async def _health(self, request: Request) -> Response:
         """Alive: the loop answers and the engine thread has not ended."""

@@ -6,7 +6,7 @@ vLLM's `model_name` label. Labels come from closed sets.
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
@@ -69,6 +69,10 @@ class Metrics:
     def expose(self) -> bytes:
         """The text exposition of all metrics."""
         return generate_latest(self._registry) + generate_latest(self._vllm)
+
+    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Add a gauge whose value is asked when scraped."""
+        Gauge(f"headrace_{name}", text, registry=self._registry).set_function(value)
 
     def count_cancelled(self, phase: str) -> None:
         self._cancelled.labels(phase).inc()

@@ -27,10 +27,10 @@ from headrace.server.protocol import (
     parse_json_object,
     parse_request,
 )
-from headrace.server.request_log import log_request
 from headrace.server.sse import HEARTBEAT, EventStream, event_frame, retry_frame, to_json
 from headrace.server.stream_registry import NativeStream, StreamRegistry
 from headrace.server.tickets import TICKET_TTL_S, Ticket, Tickets
+from headrace.server.tracing import Report, trace_context
 
 # How often a waiting reader is told its place in the queue.
 _QUEUE_POLL_S = 1.0
@@ -47,14 +47,15 @@ class _StreamCompletionRequest(CompletionRequest):
 
 
 class NativeApi:
-    """The routes under /v1/stream and /v1/streams."""
+    """The routes under /v1/stream and /v1/streams. `report` hears of every generation that is over."""
 
-    def __init__(self, generator: Generator, registry: StreamRegistry, tickets: Tickets) -> None:
+    def __init__(self, generator: Generator, registry: StreamRegistry, tickets: Tickets, report: Report) -> None:
         self._generator = generator
         self._client = generator.client
         self._settings = generator.settings
         self._registry = registry
         self._tickets = tickets
+        self._report = report
 
     async def create(self, request: Request, body: bytes) -> Response:
         """POST /v1/streams: start a stream, answer with where to read it."""
@@ -128,7 +129,7 @@ class NativeApi:
     ) -> NativeStream:
         # Not the request's id, which is logged here and by proxies: a stream's id suffices to read it.
         id = secrets.token_hex(16)
-        on_end = partial(self._finish, id, request.scope["path"])
+        on_end = partial(self._finish, id, request.scope["path"], trace_context(request.headers))
         if params.num_sequences > 1:
             raise BadRequestError("n: a native stream has one answer to one prompt", param="n")
         stages = Stages(request.state.received_s)
@@ -141,9 +142,9 @@ class NativeApi:
         self._registry.add(stream)
         return stream
 
-    def _finish(self, id: str, route: str, generation: Generation) -> None:
+    def _finish(self, id: str, route: str, context: dict[str, str], generation: Generation) -> None:
         self._registry.finish(id)
-        log_request([generation], route)
+        self._report([generation], route, context)
 
     def _read(self, stream: NativeStream, last_event_id: str) -> Response:
         log = stream.generation.log

@@ -27,20 +27,21 @@ from headrace.server.protocol import (
     parse_json_object,
     parse_request,
 )
-from headrace.server.request_log import log_request
 from headrace.server.sse import HEARTBEAT, EventStream, data_frame, to_json
 from headrace.server.stream_log import LogSlice, Subscriber
 from headrace.server.tokenizer import Tokenizer
+from headrace.server.tracing import Report, trace_context
 from headrace.server.version import SYSTEM_FINGERPRINT
 
 _DONE = b"data: [DONE]\n\n"
 
 
 class OpenAIApi:
-    """The routes of one model."""
+    """The routes of one model. `report` hears of every generation once its response is over too."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, report: Report) -> None:
         self._generator = generator
+        self._report = report
         self._created_s = int(time.time())
 
     async def chat_completions(self, request: Request, body: bytes) -> Response:
@@ -67,7 +68,7 @@ class OpenAIApi:
         stages = Stages(request.state.received_s)
         generations = await self._generator.start(params, id, stages, tenant=request.state.tenant)
         request.state.is_accepted = True
-        request.state.cleanup.callback(self._finish, generations, request.scope["path"])
+        request.state.cleanup.callback(self._finish, generations, request)
         assert self._generator.tokenizer is not None
         has_logprobs = params.num_logprobs is not None
         format = make_format(id, self._generator.model_name, self._generator.tokenizer, len(generations), has_logprobs)
@@ -85,11 +86,11 @@ class OpenAIApi:
         generations[0].stages.first_byte_s = self._generator.client.clock()
         return JSONResponse(format.whole([generation.log.read() for generation in generations], usage(generations)))
 
-    def _finish(self, generations: list[Generation], route: str) -> None:
+    def _finish(self, generations: list[Generation], request: Request) -> None:
         for generation in generations:
             self._generator.client.cancel(generation)
         generations[0].stages.end_s = self._generator.client.clock()  # of the response, which outlasts the last token
-        log_request(generations, route)
+        self._report(generations, request.scope["path"], trace_context(request.headers))
 
 
 async def _frames(

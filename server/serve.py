@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -23,7 +24,9 @@ from headrace.scheduler.scheduler import Scheduler
 from headrace.server.app import App
 from headrace.server.http_protocol import HttpProtocol, watch_peers
 from headrace.server.settings import Settings
+from headrace.server.tls import load_tls
 from headrace.server.tokenizer import Tokenizer, load_tokenizer
+from headrace.server.tracing import open_tracing
 from headrace.server.version import VERSION
 
 # How long a client that reads nothing may hold up the end, once its last event is written.
@@ -45,10 +48,11 @@ def serve(settings: Settings) -> int:
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
     started_s = time.monotonic()
     try:
-        # Bound first: a port that is taken should not cost the time a model takes to load.
+        # First what is quickly told: a port that is taken should not cost the time a model takes to load.
+        tls = load_tls(settings)
         listener = _listen(settings.host, settings.port)
         watch_peers(listener, settings.peer_timeout_s)
-        server = _Server(settings, resolve_model(settings.model, say), listener, started_s)
+        server = _Server(settings, resolve_model(settings.model, say), listener, tls, started_s)
     except HeadraceError as error:
         print(f"headrace: {error}", file=sys.stderr)
         return 1
@@ -70,22 +74,32 @@ def say(line: str) -> None:
 class _Server(uvicorn.Server):
     """uvicorn with a drain of our own: a first signal starts it, a second one cuts it short."""
 
-    def __init__(self, settings: Settings, source: ModelSource, listener: socket.socket, started_s: float) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        source: ModelSource,
+        listener: socket.socket,
+        tls: ssl.SSLContext | None,
+        started_s: float,
+    ) -> None:
         self._listener = listener
         host, port = listener.getsockname()[:2]
-        self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self._url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
         self._started_s = started_s
         self._settings = settings
         self._error: Exception | None = None
         self._is_hurried = False
         self._is_closing = False
         name = settings.served_model_name or source.name
+        endpoint = settings.otlp_traces_endpoint
+        self._tracing = None if endpoint is None else open_tracing(endpoint, name)
         self._app = App(
             settings,
             name,
             load_engine=lambda: _load_engine(settings, source),
             load_tokenizer=lambda: _load_tokenizer(source),
             on_engine_change=self._report,
+            tracing=self._tracing,
         )
         config = uvicorn.Config(
             self._app.asgi,
@@ -101,12 +115,15 @@ class _Server(uvicorn.Server):
             server_header=False,
             timeout_keep_alive=settings.keep_alive_s,
             timeout_graceful_shutdown=2 * _CLOSE_TIMEOUT_S,  # never reached: see _cut_connections
+            ssl_context_factory=(lambda config, default: tls) if tls else None,
         )
         super().__init__(config)
 
     def serve_until_signal(self) -> int:
         say(f"version {VERSION}, loading {self._app.generator.model_name}, listening on {self._url}")
         self.run([self._listener])
+        if self._tracing is not None:
+            self._tracing.close()
         code = 1 if self._error is not None else 0
         if self._app.client.has_thread or not self._app.settled.is_set():
             # A thread is inside the model, where no Python can end it; leaving by the front door would wait for it, or

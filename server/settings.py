@@ -65,7 +65,15 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     workers: int = Field(1, description="must be 1: one engine serves one process")
+    tls_cert_file: Path | None = Field(None, description="PEM certificate chain; with it the server speaks HTTPS")
+    tls_key_file: Path | None = Field(None, description="PEM private key of the certificate")
+    tls_key_password_file: Path | None = Field(None, description="file with the key's password, where it has one")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line shown")
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="URL of an OpenTelemetry collector, such as http://127.0.0.1:4318/v1/traces; needs headrace[otel]",
+    )
 
     device: str = Field(
         "auto",
@@ -127,6 +135,10 @@ class Settings(BaseSettings):
                 f"max_num_batched_tokens: {self.max_num_batched_tokens} is below max_num_seqs ({self.max_num_seqs}), "
                 "but every running sequence must get a token in every step"
             )
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_cert_file, tls_key_file: one is of no use without the other")
+        if self.tls_key_password_file is not None and self.tls_key_file is None:
+            raise ValueError("tls_key_password_file: there is no tls_key_file that it could open")
         return self
 
     @property

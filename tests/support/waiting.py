@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 
 
-def until(predicate: Callable[[], bool], what: str) -> None:
+def until(predicate: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
     """Ask again until it holds: the server's side of a hang-up is a packet away."""
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + timeout_s
     while not predicate():
         assert time.monotonic() < deadline_s, f"never: {what}"
