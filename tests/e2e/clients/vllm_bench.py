@@ -30,8 +30,7 @@ async def _ask(call: Call, seen: Seen, function: Any, path: str, prompt: Any) ->
         prompt_len=0,
         output_len=call.body["max_tokens"],
         model=call.body["model"],
-        logprobs=call.body.get("logprobs"),
-        extra_body={"temperature": call.body["temperature"], **call.extra},
+        extra_body={name: call.body[name] for name in ("temperature", "stop") if name in call.body} | call.extra,
     )
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(call.timeout_s)) as session:
         output = await function(asked, session)
