@@ -1,6 +1,7 @@
 """Everything clients do, at random and for long, leaves a server as it was: ten minutes in `make test-all`.
 
-TESTS_SOAK_S is how long, TESTS_SEED repeats a run.
+TESTS_SOAK_S is how long, TESTS_SEED repeats a run's choices. `make test` runs a quarter of a minute, which is too short
+to tell a leak of memory from an allocator that is still filling.
 """
 
 import json
@@ -28,15 +29,16 @@ from server_process import ServerProcess, serving
 from waiting import until
 
 CONFIG = Path(__file__).parents[2] / "configs" / "soak.toml"
-DURATION_S = float(os.environ.get("TESTS_SOAK_S") or (600 if os.environ.get("TESTS_LONG") else 20))
+DURATION_S = float(os.environ.get("TESTS_SOAK_S") or (600 if os.environ.get("TESTS_LONG") else 15))
+IS_LONG = DURATION_S >= 60
 # The same load before anything is measured: threads start, allocators and caches fill, every block is touched.
-WARM_UP_S = max(10.0, min(90.0, DURATION_S / 4))
+WARM_UP_S = min(60.0, DURATION_S / 3)
 SEED = int(os.environ.get("TESTS_SEED") or random.randrange(2**32))
 
 # What two cores can nearly keep up with while they do something else: a queue forms, and empties.
 MEAN_GAP_S = 0.35
 MAX_CLIENTS = 32
-NUM_COMPARED = 24
+NUM_COMPARED = 24 if IS_LONG else 4
 # What the allocator may keep of its own accord. A leak of one log, task or block table per request shows as more.
 RESIDENT_MARGIN_BYTES = 48 * 2**20
 
@@ -46,7 +48,7 @@ PROMPTS = (
     "1, 2, 3, 4,",
     "def fibonacci(n):",
     "The water that drives the wheel comes down a channel. " * 6,
-    "word " * 250,
+    "word " * 90,
 )
 
 
@@ -312,6 +314,10 @@ def _is_idle(server: ServerProcess) -> bool:
     return metrics["headrace_num_requests_running"] == metrics["headrace_num_requests_waiting"] == 0 and is_free
 
 
+def _num_preemptions(server: ServerProcess) -> float:
+    return server.metrics()["headrace_num_preemptions_total"]
+
+
 async def _run_and_watch(server: ServerProcess, soak: Soak, duration_s: float) -> list[int]:
     """Run the load; returns the server's resident bytes, second by second."""
     resident_bytes = []
@@ -341,6 +347,8 @@ def test_a_server_ends_a_soak_where_it_began() -> None:
     with serving("--config", str(CONFIG), "--dtype", "float32") as server:
         soak = Soak(httpx.URL(server.url()), random.Random(SEED))
         anyio.run(_run_and_watch, server, soak, WARM_UP_S)
+        while IS_LONG and not _num_preemptions(server):  # so long there are blocks that were never touched
+            anyio.run(_run_and_watch, server, soak, 5)
         before = _settle(server, soak)
         resident = anyio.run(_run_and_watch, server, soak, DURATION_S)
         after = _settle(server, soak)
@@ -354,7 +362,8 @@ def test_a_server_ends_a_soak_where_it_began() -> None:
             before.num_threads,
             before.num_descriptors,
         )
-        assert after.resident_bytes <= before.resident_bytes + RESIDENT_MARGIN_BYTES
+        if IS_LONG:
+            assert after.resident_bytes <= before.resident_bytes + RESIDENT_MARGIN_BYTES
 
         _check_log(server)
         compared = random.Random(SEED).sample(sorted(soak.texts), min(NUM_COMPARED, len(soak.texts)))
@@ -362,7 +371,6 @@ def test_a_server_ends_a_soak_where_it_began() -> None:
             assert soak.texts[prompt, max_tokens] == {_alone(server, prompt, max_tokens)}
         assert len(compared) > 3
         assert soak.outcomes["left"] > 1
-        assert server.metrics()["headrace_num_preemptions_total"] > 0, "the cache was small enough to fight for"
         assert "Traceback" not in server.output
         assert server.stop() == 0
 
