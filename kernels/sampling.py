@@ -8,6 +8,7 @@ Papers: repetition penalty, CTRL (Keskar et al., 2019); top-p, Holtzman et al., 
 Frequency and presence penalty as OpenAI's API reference defines them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,8 +36,8 @@ class Penalties:
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
     """The settings of R rows, each an array [R]: temperature, top_p, min_p float32; top_k int64; seed uint64, choice
-    int64 and position int64 (the index of the token to be drawn). `biased` lists (row, token id, what is added to its
-    logit), `masked` lists (row, token id) pairs that must not be drawn; neither has a pair twice.
+    int64 and position int64 (the index of the token to be drawn). `biased` lists (row, token ids int64 [n], what is
+    added to their logits float32 [n]), `masked` (row, token ids that must not be drawn); no row has an id twice.
     """
 
     temperature: np.ndarray
@@ -47,8 +48,8 @@ class SamplingBatch:
     choice: np.ndarray
     position: np.ndarray
     penalties: list[Penalties] = field(default_factory=list)
-    biased: list[tuple[int, int, float]] = field(default_factory=list)
-    masked: list[tuple[int, int]] = field(default_factory=list)
+    biased: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
+    masked: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
 
 @torch.inference_mode()
@@ -57,11 +58,11 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
     for penalties in batch.penalties:
         _penalise(logits[penalties.row], penalties)
     if batch.biased:
-        rows, tokens, biases = zip(*batch.biased, strict=True)
-        logits[list(rows), list(tokens)] += torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+        rows, token_lists, biases = zip(*batch.biased, strict=True)
+        logits[_places(logits, rows, token_lists)] += torch.from_numpy(np.concatenate(biases)).to(logits)
     if batch.masked:
-        rows, tokens = zip(*batch.masked, strict=True)
-        logits[list(rows), list(tokens)] = float("-inf")
+        rows, token_lists = zip(*batch.masked, strict=True)
+        logits[_places(logits, rows, token_lists)] = float("-inf")
     token_ids = logits.argmax(dim=-1)
     random_rows = np.flatnonzero(batch.temperature > 0)
     if len(random_rows):
@@ -102,6 +103,15 @@ def log_probabilities(
     top = zip((values - total).tolist(), top_ids.tolist(), num_top, strict=True)
     pairs = [list(zip(ids[:num], logprobs[:num], strict=True)) for logprobs, ids, num in top]
     return list(zip(own, pairs, strict=True))
+
+
+def _places(
+    logits: torch.Tensor, rows: Sequence[int], token_ids: Sequence[np.ndarray]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The index of so many tokens in each of these rows."""
+    row_of_each = np.repeat(np.array(rows, dtype=np.int64), [len(ids) for ids in token_ids])
+    pair = torch.from_numpy(np.stack((row_of_each, np.concatenate(token_ids)))).to(logits.device)
+    return pair[0], pair[1]
 
 
 def _penalise(logits: torch.Tensor, penalties: Penalties) -> None:

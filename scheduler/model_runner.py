@@ -137,10 +137,9 @@ def _token_logprobs(logits: torch.Tensor, token_ids: list[int], num_top: list[in
 def _sampling_batch(sequences: list[Sequence]) -> SamplingBatch:
     params = [sequence.request.sampling for sequence in sequences]
     masked = [
-        (row, token_id)
+        (row, sequence.stop_token_ids)
         for row, sequence in enumerate(sequences)
         if sequence.num_output_tokens < params[row].min_tokens
-        for token_id in params[row].stop_token_ids
     ]
     return SamplingBatch(
         temperature=np.array([p.temperature for p in params], dtype=np.float32),
@@ -162,6 +161,6 @@ def _sampling_batch(sequences: list[Sequence]) -> SamplingBatch:
             for row, (p, sequence) in enumerate(zip(params, sequences, strict=True))
             if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
         ],
-        biased=[(row, token_id, bias) for row, p in enumerate(params) for token_id, bias in p.logit_bias],
+        biased=[(row, *sequences[row].biases) for row, p in enumerate(params) if p.logit_bias],
         masked=masked,
     )

@@ -165,6 +165,7 @@ class Scheduler:
                 sequence.request.request_id,
                 finish_reason=FinishReason.ERROR,
                 scheduled_s=sequence.scheduled_s if sequence.is_fresh else None,
+                num_cached_tokens=sequence.num_cached_tokens if sequence.is_fresh else 0,
                 error=error,
             )
             for sequence in sequences
@@ -200,9 +201,7 @@ class Scheduler:
         if not self._waiting or len(self._running) >= self.max_num_seqs:
             return None
         sequence = next(iter(self._waiting.values()))
-        leader_id = sequence.request.leader_id
-        leader = None if leader_id is None else self._sequences.get(leader_id)
-        if leader is not None and leader.num_computed_tokens < leader.num_prompt_tokens:
+        if self._waits_for_leader(sequence):
             return None
         cached = self._find_cached(sequence)
         num_blocks = -(-len(sequence.token_ids) // self._block_size) - len(cached)
@@ -215,17 +214,31 @@ class Scheduler:
         if sequence.scheduled_s is None:
             sequence.scheduled_s = now
             sequence.num_cached_tokens = sequence.num_computed_tokens
-            self._num_prefix_queries += sequence.num_prompt_tokens
-            self._num_prefix_hits += sequence.num_cached_tokens
+            if self._uses_prefix_cache(sequence):
+                self._num_prefix_queries += sequence.num_prompt_tokens
+                self._num_prefix_hits += sequence.num_cached_tokens
         del self._waiting[sequence.request.request_id]
         self._running[sequence.request.request_id] = sequence
         return sequence
 
+    def _waits_for_leader(self, sequence: Sequence) -> bool:
+        """Whether a prompt that this sequence can find, or whose log probabilities it shares, is still computed."""
+        leader = None if sequence.request.leader_id is None else self._sequences.get(sequence.request.leader_id)
+        if leader is None or leader.num_computed_tokens >= leader.num_prompt_tokens:
+            return False
+        is_findable = self._has_prefix_cache and sequence.num_prompt_tokens > self._block_size
+        return is_findable or leader.request.sampling.num_prompt_logprobs is not None
+
+    def _uses_prefix_cache(self, sequence: Sequence) -> bool:
+        """A prompt whose own log probabilities are still wanted has to be computed."""
+        is_scored = sequence.request.sampling.num_prompt_logprobs is not None
+        is_missing = is_scored and sequence.num_prompt_logprobs < sequence.num_prompt_tokens - 1
+        return self._has_prefix_cache and not is_missing
+
     def _find_cached(self, sequence: Sequence) -> list[int]:
         """The blocks of the longest cached prefix that leaves a token to compute, whose logits are needed."""
         block_ids: list[int] = []
-        # A prompt whose own log probabilities are wanted has to be computed.
-        if self._has_prefix_cache and sequence.request.sampling.num_prompt_logprobs is None:
+        if self._uses_prefix_cache(sequence):
             for index in range((len(sequence.token_ids) - 1) // self._block_size):
                 block_id = self._pool.find(sequence.block_hash(index, self._block_size))
                 if block_id is None:

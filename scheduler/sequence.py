@@ -8,6 +8,8 @@ import hashlib
 from array import array
 from enum import Enum, auto
 
+import numpy as np
+
 from headrace.scheduler.messages import GenerationRequest
 
 
@@ -20,12 +22,14 @@ class SequenceStatus(Enum):
 class Sequence:
     """A request's growing token list and its place in the KV cache.
 
-    `num_cached_tokens` is how many tokens its first run found in the prefix cache, `num_prompt_logprobs` how many
-    log probabilities of its prompt it has been given.
+    `biases` (token ids, values) and `stop_token_ids` are the request's, as arrays that no step need make anew.
+    `num_cached_tokens` is how many tokens its first run found in the prefix cache, `num_prompt_logprobs` how many log
+    probabilities of its prompt it has been given.
     """
 
     __slots__ = (
         "_block_hashes",
+        "biases",
         "block_ids",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -35,6 +39,7 @@ class Sequence:
         "request",
         "scheduled_s",
         "status",
+        "stop_token_ids",
         "token_ids",
     )
 
@@ -49,6 +54,9 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.num_preemptions = 0
         self.scheduled_s: float | None = None
+        bias = request.sampling.logit_bias
+        self.biases = np.array([i for i, _ in bias], np.int64), np.array([value for _, value in bias], np.float32)
+        self.stop_token_ids = np.array(sorted(request.sampling.stop_token_ids), np.int64)
         self._block_hashes: list[bytes] = []
 
     @property

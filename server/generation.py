@@ -49,7 +49,9 @@ class Generation:
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
     _num_silent_tokens: int = 0
-    _silent_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    _num_chars: int = 0
+    # Of tokens since the last text: (the character that it begins at, its log probabilities).
+    _silent_logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
 
     @property
     def is_over(self) -> bool:
@@ -79,7 +81,7 @@ class Generation:
             if output.finish_reason is FinishReason.STOP and i == len(output.token_ids):
                 break  # the token that ends a sequence is no part of its text
             if output.logprobs:
-                self._silent_logprobs.append(output.logprobs[i - 1])
+                self._silent_logprobs.append((self.detokenizer.num_chars, output.logprobs[i - 1]))
             self._append(self.detokenizer.push(token_id))
             if self.detokenizer.is_stopped:
                 self.end(FinishReason.STOP, now)
@@ -101,7 +103,7 @@ class Generation:
             if self.detokenizer.is_stopped:
                 reason, error = FinishReason.STOP, None
             elif self._silent_logprobs:  # of tokens without text, at the very end
-                self._write("")
+                self._write("", is_last=True)
         self.stages.end_s = now
         self.log.close(Terminal(reason, error))
         for callback in self.on_end:
@@ -121,10 +123,14 @@ class Generation:
         if text:
             self._write(text)
 
-    def _write(self, text: str) -> None:
-        self.log.append(text, self._num_silent_tokens, tuple(self._silent_logprobs))
+    def _write(self, text: str, *, is_last: bool = False) -> None:
+        self._num_chars += len(text)
+        # A token's log probability goes out when its text begins to, and with a stop string's text it never does.
+        num_due = sum(is_last or begin < self._num_chars for begin, _ in self._silent_logprobs)
+        logprobs = tuple(item for _, item in self._silent_logprobs[:num_due])
+        del self._silent_logprobs[:num_due]
+        self.log.append(text, self._num_silent_tokens, logprobs)
         self._num_silent_tokens = 0
-        self._silent_logprobs.clear()
 
 
 def usage(generations: Sequence[Generation], num_output_tokens: int | None = None) -> dict[str, Any]:

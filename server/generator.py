@@ -23,6 +23,8 @@ from headrace.server.tokenizer import Tokenizer
 
 # Below this a temperature is greedy: dividing by it would overflow.
 _MIN_TEMPERATURE = 1e-5
+# Log probabilities in one answer, alternatives and choices counted: some 20 MB of JSON.
+_MAX_LOGPROBS = 2**18
 
 
 @dataclass(slots=True)
@@ -97,7 +99,7 @@ class Generator:
             self.tokenizer,
             request.stop_strings,
             min_tokens=sampling.min_tokens,
-            skip_special_tokens=request.skip_special_tokens is not False,
+            skip_special_tokens=request.skips_special_tokens,
         )
         generation = Generation(
             id,
@@ -147,11 +149,12 @@ def _tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> 
     prompts = []
     for prompt in request.prompts:
         if isinstance(prompt, str):
-            token_ids, text = _encode(tokenizer, prompt, request, context, add_special_tokens=True), prompt
+            token_ids = _encode(tokenizer, prompt, request, context, add_special_tokens=True)
+            prompts.append(_Prompt(token_ids, prompt if request.echo else ""))
         else:
-            token_ids = tuple(prompt)
-            text = tokenizer.decode(prompt, skip_special_tokens=request.skip_special_tokens is not False)
-        prompts.append(_Prompt(token_ids, text if request.echo else ""))
+            has_echo = request.echo and len(prompt) < context  # a longer one is refused
+            text = tokenizer.decode(prompt, skip_special_tokens=request.skips_special_tokens) if has_echo else ""
+            prompts.append(_Prompt(tuple(prompt), text))
     return prompts
 
 
@@ -182,8 +185,16 @@ def _sampling_params(
             param=prompt_field,
         )
     max_tokens_field, max_tokens = request.asked_max_tokens
+    room = context
+    if request.num_logprobs is not None:
+        num_scored = num_prompt if request.is_echoed else 0
+        room = _MAX_LOGPROBS // ((1 + request.num_logprobs) * request.num_sequences) - num_scored
+        if room < (max_tokens or 1):
+            raise BadRequestError(
+                f"logprobs: more than {_MAX_LOGPROBS} log probabilities are asked for in all", param="logprobs"
+            )
     if max_tokens is None:
-        max_tokens = min(request.default_max_tokens or context, context - num_prompt)
+        max_tokens = min(request.default_max_tokens or context, context - num_prompt, room)
     if num_prompt + max_tokens > context:
         raise ContextLengthError(
             f"{num_prompt} prompt tokens and {max_tokens_field} {max_tokens} exceed the context of {context} tokens",

@@ -28,7 +28,7 @@ def chat_logprobs(tokenizer: Tokenizer, items: Iterable[TokenLogprobs]) -> dict[
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, items: Iterable[TokenLogprobs], offset: int
+    tokenizer: Tokenizer, items: Iterable[TokenLogprobs], offset: int, *, skip_special_tokens: bool
 ) -> tuple[dict[str, Any], int]:
     """The `logprobs` of a completion's choice whose first token begins at character `offset`, and the next offset."""
     tokens: list[str] = []
@@ -45,8 +45,9 @@ def completion_logprobs(
         # The token that is there is always told, so that there may be one more than asked for.
         top.append(None if item.logprob is None else likeliest | {tokens[-1]: own[-1]})
         offsets.append(offset)
-        # A character counts where it begins, in whichever token that is.
-        offset += sum(byte & 0xC0 != 0x80 for byte in token)
+        if not (skip_special_tokens and item.token_id in tokenizer.special_token_ids):
+            # A character counts where it begins, in whichever token that is.
+            offset += sum(byte & 0xC0 != 0x80 for byte in token)
     return {"tokens": tokens, "token_logprobs": own, "top_logprobs": top, "text_offset": offsets}, offset
 
 
@@ -55,4 +56,5 @@ def _text(token: bytes) -> str:
 
 
 def _finite(logprob: float | None) -> float | None:
-    return None if logprob is None else max(logprob, _LEAST)
+    # Of a row that overflowed it is no number, which is no JSON either.
+    return logprob if logprob is None or logprob > _LEAST else _LEAST

@@ -50,7 +50,7 @@ class Metrics:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
         self.rejected = self._counter("requests_rejected", "Requests refused before the first byte", "status")
-        self._finished = self._counter("requests_finished", "Requests that ended, by reason", "finished_reason")
+        self._finished = self._counter("requests_finished", "Answers that ended, by reason", "finished_reason")
         self._cancelled = self._counter("requests_cancelled", "Requests whose client left, by phase", "phase")
         self.ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token", _LONG)
         self.itl = self._histogram("inter_token_latency_seconds", "Between a request's tokens", _SHORT)
@@ -83,7 +83,7 @@ class Metrics:
         reason = generation.log.terminal.finish_reason
         stages = generation.stages
         self._finished.labels(reason.value).inc()
-        if reason is FinishReason.CANCELLED:
+        if reason is FinishReason.CANCELLED and generation.log.terminal.error is None:  # else nobody left
             self.count_cancelled(generation.phase)
         if stages.end_s is not None:
             self.e2e.observe(stages.end_s - stages.received_s)

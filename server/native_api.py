@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any, Literal
 
+import anyio.to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -185,7 +186,11 @@ class NativeApi:
                         token: dict[str, Any] = {"text": piece.text, "num_tokens": piece.num_tokens}
                         if piece.logprobs:
                             assert self._generator.tokenizer is not None
-                            token["logprobs"] = chat_logprobs(self._generator.tokenizer, piece.logprobs)["content"]
+                            # A reader that comes late gets thousands at once.
+                            found = await anyio.to_thread.run_sync(
+                                chat_logprobs, self._generator.tokenizer, piece.logprobs
+                            )
+                            token["logprobs"] = found["content"]
                         # The terminal entry is one of its own: a reader cut between the two gets it again.
                         end = piece.cursor - (piece.terminal is not None)
                         write = event_frame("token", token, id=f"{stream.id}:{end}")

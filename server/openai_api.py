@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+import anyio.to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -34,6 +35,8 @@ from headrace.server.tracing import Report, trace_context
 from headrace.server.version import SYSTEM_FINGERPRINT
 
 _DONE = b"data: [DONE]\n\n"
+# Tokens whose log probabilities are encoded on the loop: a millisecond or two, at most.
+_MAX_INLINE_LOGPROBS = 16
 
 
 class OpenAIApi:
@@ -70,8 +73,7 @@ class OpenAIApi:
         request.state.is_accepted = True
         request.state.cleanup.callback(self._finish, generations, request)
         assert self._generator.tokenizer is not None
-        has_logprobs = params.num_logprobs is not None
-        format = make_format(id, self._generator.model_name, self._generator.tokenizer, len(generations), has_logprobs)
+        format = make_format(id, self._generator.model_name, self._generator.tokenizer, params)
         if params.stream:
             options = params.stream_options or StreamOptions()
             return EventStream(_frames(generations, format, options, self._generator.settings.heartbeat_s))
@@ -84,11 +86,18 @@ class OpenAIApi:
                     if piece.terminal.error is not None:
                         raise piece.terminal.error
         generations[0].stages.first_byte_s = self._generator.client.clock()
-        return JSONResponse(format.whole([generation.log.read() for generation in generations], usage(generations)))
+        pieces = [generation.log.read() for generation in generations]
+        if params.num_logprobs is None:
+            return JSONResponse(format.whole(pieces, usage(generations)))
+        # Thousands of objects take longer to be made and encoded than the loop may be kept.
+        return await anyio.to_thread.run_sync(lambda: JSONResponse(format.whole(pieces, usage(generations))))
 
     def _finish(self, generations: list[Generation], request: Request) -> None:
+        ends = [generation.log.terminal for generation in generations]
+        # Where one choice failed the others end for its reason, and nobody left.
+        error = next((end.error for end in ends if end is not None and end.error is not None), None)
         for generation in generations:
-            self._generator.client.cancel(generation)
+            self._generator.client.cancel(generation, error)
         generations[0].stages.end_s = self._generator.client.clock()  # of the response, which outlasts the last token
         self._report(generations, request.scope["path"], trace_context(request.headers))
 
@@ -113,7 +122,10 @@ async def _frames(
             write = b""
             if piece.text or piece.logprobs:
                 counts = usage(generations, sum(num_tokens)) if is_continuous else None
-                write = opening + format.text_frame(piece, counts)
+                if len(piece.logprobs) <= _MAX_INLINE_LOGPROBS:
+                    write = opening + format.text_frame(piece, counts)
+                else:
+                    write = opening + await anyio.to_thread.run_sync(format.text_frame, piece, counts)
                 opening = b""
                 if stages.first_byte_s is None:
                     stages.first_byte_s = time.monotonic()
@@ -141,7 +153,7 @@ class _Format(ABC):
     object: str
     chunk_object: str
 
-    def __init__(self, id: str, model_name: str, tokenizer: Tokenizer, num_choices: int, has_logprobs: bool) -> None:
+    def __init__(self, id: str, model_name: str, tokenizer: Tokenizer, params: GenerationParams) -> None:
         self._head = {
             "id": id,
             "created": int(time.time()),
@@ -149,8 +161,8 @@ class _Format(ABC):
             "system_fingerprint": SYSTEM_FINGERPRINT,
         }
         self._tokenizer = tokenizer
-        self._num_choices = num_choices
-        self._has_logprobs = has_logprobs
+        self._num_choices = params.num_sequences
+        self._has_logprobs = params.num_logprobs is not None
 
     @abstractmethod
     def choice(self, piece: LogSlice) -> dict[str, Any]:
@@ -240,9 +252,10 @@ class _CompletionFormat(_Format):
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self, id: str, model_name: str, tokenizer: Tokenizer, num_choices: int, has_logprobs: bool) -> None:
-        super().__init__(id, model_name, tokenizer, num_choices, has_logprobs)
-        self._offsets = [0] * num_choices
+    def __init__(self, id: str, model_name: str, tokenizer: Tokenizer, params: GenerationParams) -> None:
+        super().__init__(id, model_name, tokenizer, params)
+        self._skip_special_tokens = params.skips_special_tokens
+        self._offsets = [0] * params.num_sequences
 
     def choice(self, piece: LogSlice) -> dict[str, Any]:
         assert piece.terminal is not None
@@ -260,6 +273,9 @@ class _CompletionFormat(_Format):
         if not self._has_logprobs:
             return None
         logprobs, self._offsets[piece.index] = completion_logprobs(
-            self._tokenizer, piece.logprobs, self._offsets[piece.index]
+            self._tokenizer,
+            piece.logprobs,
+            self._offsets[piece.index],
+            skip_special_tokens=self._skip_special_tokens,
         )
         return logprobs

@@ -131,7 +131,7 @@ class GenerationParams(BaseModel):
     repetition_penalty: Number | None = Field(None, ge=0.01, le=100)
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Bias] | None = Field(None, max_length=MAX_LOGIT_BIASES)
+    logit_bias: dict[str, Bias] | None = None
     seed: Count | None = Field(None, ge=-(2**63), lt=2**64)
     stop: str | Annotated[list[str], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: TokenIds | None = Field(None, max_length=1024)
@@ -152,6 +152,23 @@ class GenerationParams(BaseModel):
         if not all(key.isascii() and key.isdigit() and len(key) < 11 for key in self.logit_bias or ()):
             raise ValueError("logit_bias: its keys must be token ids")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        # A field's own limit is looked at when all its items have been validated.
+        if isinstance(biases := fields.get("logit_bias"), dict) and len(biases) > MAX_LOGIT_BIASES:
+            raise ValueError(f"logit_bias: must have at most {MAX_LOGIT_BIASES} items")
+        return fields
+
+    @property
+    def skips_special_tokens(self) -> bool:
+        return self.skip_special_tokens is not False
+
+    @property
+    def is_echoed(self) -> bool:
+        """Whether an answer begins with its prompt."""
+        return False
 
     @property
     def num_choices(self) -> int:
@@ -269,6 +286,10 @@ class CompletionRequest(GenerationParams):
         if isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int):
             return self.prompt
         return [self.prompt]  # type: ignore[return-value]
+
+    @property
+    def is_echoed(self) -> bool:
+        return bool(self.echo)
 
     @property
     def num_sequences(self) -> int:

@@ -32,14 +32,17 @@ _BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(b for b in range(256) i
 
 
 class Tokenizer:
-    """A model's tokenizer. `eos_token_ids` are the tokens that end an answer."""
+    """A model's tokenizer. `eos_token_ids` are the tokens that end an answer, `special_token_ids` those that decoding
+    can skip."""
 
     def __init__(self, wrapper: Any, eos_token_ids: frozenset[int], backend: BackendTokenizer | None = None) -> None:
         self._wrapper = wrapper
         self._backend: BackendTokenizer = wrapper.backend_tokenizer if backend is None else backend
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._added_tokens = frozenset(self._backend.get_added_tokens_decoder())
+        added_tokens = self._backend.get_added_tokens_decoder()
+        self._added_tokens = frozenset(added_tokens)
+        self.special_token_ids = frozenset(i for i, token in added_tokens.items() if token.special)
         self._is_byte_level = "ByteLevel" in repr(self._backend.decoder)
         self.eos_token_ids = eos_token_ids
         # No text of more characters than this per token fits; a normalizer may shorten text, so then there is no bound.
@@ -76,7 +79,9 @@ class Tokenizer:
         """The bytes a token stands for, which may be a part of a character; none for an id that has no token."""
         piece = self._backend.id_to_token(token_id) or ""
         if self._is_byte_level:
-            return piece.encode() if token_id in self._added_tokens else bytes(_BYTE_OF[c] for c in piece)
+            # A token with any other character stands for itself, as one that was added does.
+            is_bytes = token_id not in self._added_tokens and all(c in _BYTE_OF for c in piece)
+            return bytes(_BYTE_OF[c] for c in piece) if is_bytes else piece.encode()
         if (byte := _BYTE_FALLBACK.fullmatch(piece)) is not None:
             return bytes.fromhex(byte[1])
         return piece.replace(_METASPACE, " ").encode()

@@ -7,7 +7,7 @@ import anyio
 import pytest
 
 from asgi_client import call, chunks, exchange
-from fake_engine import FakeRunner, expected_text, make_scheduler
+from fake_engine import EOS, FakeRunner, expected_text, make_scheduler
 from live_app import live_app
 
 pytestmark = pytest.mark.anyio
@@ -76,6 +76,21 @@ async def test_one_wrong_prompt_of_several_refuses_all() -> None:
         assert app.client.num_waiting == 0
 
 
+async def test_log_probabilities_have_a_limit_in_all_which_cuts_only_what_was_not_asked_for() -> None:
+    asked = [
+        {"prompt": [list(b"a" * 400)] * 2, "max_tokens": 1, "echo": True, "logprobs": 20, "n": 16},
+        {"prompt": "a", "max_tokens": 100, "logprobs": 20, "n": 128},
+    ]
+    async with live_app() as app:
+        for body in asked:
+            answer = await call(app.asgi, "POST", "/v1/completions", body)
+            assert (answer.status, answer.json()["error"]["param"]) == (400, "logprobs")
+        body = {"messages": CHAT["messages"], "logprobs": True, "top_logprobs": 20, "n": 128}
+        answer = await call(app.asgi, "POST", "/v1/chat/completions", body)
+        assert answer.status == 200
+        assert answer.json()["usage"]["completion_tokens"] == 128 * (2**18 // (21 * 128))
+
+
 async def test_a_choice_that_fails_ends_the_response_and_the_others() -> None:
     runner = FakeRunner()
     async with live_app(runner=runner, scheduler=make_scheduler(max_num_seqs=1)) as app:
@@ -91,6 +106,8 @@ async def test_a_choice_that_fails_ends_the_response_and_the_others() -> None:
         assert request.body.count(b'"error"') == 1
         assert b"[DONE]" not in request.body
         assert app.client.num_unfinished == 0
+        metrics = (await call(app.asgi, "GET", "/metrics")).body.decode()
+        assert 'headrace_requests_cancelled_total{phase="queued"} 0.0' in metrics, "nobody left"
 
 
 async def test_a_client_that_leaves_takes_all_its_choices_with_it() -> None:
@@ -167,6 +184,15 @@ async def test_a_completions_log_probabilities_are_four_lists_of_one_length() ->
     assert [list(top) for top in logprobs["top_logprobs"]] == [[chr(ord(token) + 1), token] for token in text]
     parts = [choice["logprobs"] for chunk in read for choice in chunk["choices"] if choice["logprobs"]]
     assert {name: [item for part in parts for item in part[name]] for name in logprobs} == logprobs
+
+
+@pytest.mark.parametrize(("skips", "offsets"), [(True, [0, 0, 1]), (False, [0, 7, 8])])
+async def test_special_tokens_take_no_room_in_a_text_that_skips_them(skips: bool, offsets: list[int]) -> None:
+    body = {"prompt": [EOS, 104, 105], "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 0}
+    whole, _ = await both("/v1/completions", body | {"skip_special_tokens": skips})
+    [choice] = whole["choices"]
+    assert choice["text"].startswith("hi" if skips else "<|end|>hi")
+    assert choice["logprobs"]["text_offset"][:3] == offsets
 
 
 @pytest.mark.parametrize("prompt", ["h\u00e9llo", list("h\u00e9llo".encode())], ids=["text", "ids"])

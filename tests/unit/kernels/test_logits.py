@@ -60,7 +60,10 @@ def test_the_repetition_penalty_is_hugging_faces(
 def test_a_bias_is_added_after_the_penalties_and_decides() -> None:
     logits = random_logits(2, seed=1)
     heaviest = int(logits[0].argmax())
-    biased = [(0, heaviest, -100.0), (0, 7, 100.0), (1, 7, -100.0)]
+    biased = [
+        (0, np.array([heaviest, 7]), np.array([-100.0, 100.0], np.float32)),
+        (1, np.array([7]), np.array([-100.0], np.float32)),
+    ]
     penalties = [Penalties(0, np.array([7] * 20), 0, 10.0, 2.0, 2.0)]
     rows = logits.clone()
     drawn = sample(rows, greedy(2, biased=biased, penalties=penalties))

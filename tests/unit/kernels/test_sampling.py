@@ -120,7 +120,10 @@ def test_a_masked_token_is_never_drawn() -> None:
     rows = torch.zeros(2, 3)
     rows[:, 1] = 50.0
     for position in range(50):
-        drawn = sample(rows.clone(), batch(2, temperature=[0, 1], position=position, masked=[(0, 1), (1, 1)]))
+        drawn = sample(
+            rows.clone(),
+            batch(2, temperature=[0, 1], position=position, masked=[(0, np.array([1])), (1, np.array([1]))]),
+        )
         assert 1 not in drawn
 
 

@@ -26,7 +26,7 @@ def make_batch(
         np.array(seeds, np.uint64),
         np.zeros(len(rows), np.int64),
         np.array(positions, np.int64),
-        masked=masked or [],
+        masked=[(row, np.array([token])) for row, token in masked or []],
     )
 
 

@@ -134,9 +134,8 @@ def test_what_a_failed_step_was_computing_is_found_by_nobody() -> None:
     assert finish(cache, request(1))[0] == len(PROMPT) + 2
 
 
-@pytest.mark.parametrize("has_prefix_cache", [True, False])
-def test_followers_wait_for_their_leaders_prompt_and_nobody_overtakes(has_prefix_cache: bool) -> None:
-    cache = scheduler(max_num_batched_tokens=32, max_num_seqs=4, has_prefix_cache=has_prefix_cache)
+def test_followers_wait_for_their_leaders_prompt_and_nobody_overtakes() -> None:
+    cache = scheduler(max_num_batched_tokens=32, max_num_seqs=4)
     prompt = tuple(range(40))
     cache.add(request(0, prompt))
     for id in (1, 2):
@@ -144,12 +143,36 @@ def test_followers_wait_for_their_leaders_prompt_and_nobody_overtakes(has_prefix
     cache.add(request(3))
     assert step(cache)[0] == [(0, 32)]
     assert step(cache)[0] == [(0, 8)]
-    if has_prefix_cache:
-        assert step(cache)[0] == [(0, 1), (1, 4), (2, 4), (3, 14)]
-    else:
-        assert step(cache)[0] == [(0, 1), (1, 31)]
+    assert step(cache)[0] == [(0, 1), (1, 4), (2, 4), (3, 14)]
     while cache.has_work:
         step(cache)
+
+
+@pytest.mark.parametrize(("has_prefix_cache", "num_prompt"), [(False, 14), (True, BLOCK_SIZE)])
+def test_followers_do_not_wait_for_what_they_cannot_find(has_prefix_cache: bool, num_prompt: int) -> None:
+    cache = scheduler(has_prefix_cache=has_prefix_cache)
+    for id in range(3):
+        cache.add(request(id, PROMPT[:num_prompt], leader_id=0 if id else None))
+    assert step(cache)[0] == [(id, num_prompt) for id in range(3)]
+    assert cache.load().num_prefix_hits == 0
+
+
+def test_followers_wait_for_log_probabilities_that_they_share_even_without_the_cache() -> None:
+    cache = scheduler(max_num_batched_tokens=8, max_num_seqs=2, has_prefix_cache=False)
+    leader = request(0)
+    cache.add(replace(leader, sampling=replace(leader.sampling, num_prompt_logprobs=0)))
+    cache.add(request(1, leader_id=0))
+    assert [step(cache)[0] for _ in range(3)] == [[(0, 8)], [(0, 6)], [(0, 1), (1, 7)]]
+    assert cache.load().num_prefix_queries == 0
+
+
+def test_a_scored_prompt_is_found_again_once_it_has_been_scored() -> None:
+    cache = scheduler(num_blocks=9)
+    scored = request(1, max_tokens=9)
+    scored = replace(scored, sampling=replace(scored.sampling, num_prompt_logprobs=0))
+    num_computed, _ = finish(cache, request(0, tuple(range(14)), max_tokens=9), scored)
+    assert cache.load().num_preemptions > 0
+    assert num_computed < 2 * (14 + 8) + 14
 
 
 def test_followers_of_a_leader_that_left_run_on() -> None:

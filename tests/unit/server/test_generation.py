@@ -137,6 +137,14 @@ def test_log_probabilities_of_a_stop_string_that_is_cut_off_are_cut_off_too() ->
     assert [item.token_id for item in generation.log.read().logprobs] == [ord("a"), ord("b")]
 
 
+def test_tokens_of_a_stop_string_are_cut_off_where_text_comes_before_it_too() -> None:
+    generation = make(("abab c",))
+    for token in ("ab", "ab", "ab", " c"):
+        generation.receive(step(token, logprobs=scored(token), scheduled_s=11.0), 12.0)
+    piece = generation.log.read()
+    assert (piece.text, "".join(chr(item.token_id) for item in piece.logprobs)) == ("ab", "ab")
+
+
 def test_an_echo_comes_with_the_first_token_and_with_the_prompts_log_probabilities() -> None:
     generation = make()
     generation.echo = "hey"
