@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Literal
 
 import anyio.to_thread
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -24,7 +25,7 @@ from headrace.server.protocol import (
     UNSUPPORTED,
     ChatCompletionRequest,
     CompletionRequest,
-    GenerationParams,
+    Number,
     parse_json_object,
     parse_request,
 )
@@ -35,16 +36,23 @@ from headrace.server.tracing import Report, trace_context
 
 # How often a waiting reader is told its place in the queue.
 _QUEUE_POLL_S = 1.0
+# The longest grace time a request may ask for; without a reader for longer, it is `on_disconnect: continue`.
+_MAX_GRACE_S = 3600
 
 OnDisconnect = Literal["cancel", "continue"]
 
 
 class _StreamChatRequest(ChatCompletionRequest):
     on_disconnect: OnDisconnect | None = None
+    disconnect_grace_s: Number | None = Field(None, ge=0, le=_MAX_GRACE_S)
 
 
 class _StreamCompletionRequest(CompletionRequest):
     on_disconnect: OnDisconnect | None = None
+    disconnect_grace_s: Number | None = Field(None, ge=0, le=_MAX_GRACE_S)
+
+
+_StreamParams = _StreamChatRequest | _StreamCompletionRequest
 
 
 class NativeApi:
@@ -67,12 +75,12 @@ class NativeApi:
         fields = {name: value for name, value in fields.items() if value is not None}
         if ("messages" in fields) == ("prompt" in fields):
             raise BadRequestError("exactly one of `messages` and `prompt` is required", param="messages")
-        params: _StreamChatRequest | _StreamCompletionRequest
+        params: _StreamParams
         if "messages" in fields:
             params = parse_request(_StreamChatRequest, fields)
         else:
             params = parse_request(_StreamCompletionRequest, fields)
-        stream = await self._start(request, params, params.on_disconnect)
+        stream = await self._start(request, params)
         urls = _urls(stream.id)
         content = {"id": stream.id, "created": stream.created_s, "model": self._generator.model_name, **urls}
         return JSONResponse(content, 201, {"location": urls["url"]})
@@ -97,11 +105,11 @@ class NativeApi:
         ticket = self._shown_ticket(request)
         params = _params_from_query(request)
         if ticket is None:
-            return self._read(await self._start(request, params, params.on_disconnect), "")
+            return self._read(await self._start(request, params), "")
         request.state.tenant = ticket.tenant
         async with ticket.lock:
             if ticket.stream_id is None:
-                ticket.stream_id = (await self._start(request, params, params.on_disconnect)).id
+                ticket.stream_id = (await self._start(request, params)).id
         return self._read(self._registry.get(ticket.stream_id), "")
 
     async def events(self, request: Request, body: bytes) -> Response:
@@ -125,9 +133,7 @@ class NativeApi:
             raise UnauthorizedError("an API key is needed, or a ticket from POST /v1/stream/tickets")
         return None
 
-    async def _start(
-        self, request: Request, params: GenerationParams, on_disconnect: OnDisconnect | None
-    ) -> NativeStream:
+    async def _start(self, request: Request, params: _StreamParams) -> NativeStream:
         # Not the request's id, which is logged here and by proxies: a stream's id suffices to read it.
         id = secrets.token_hex(16)
         on_end = partial(self._finish, id, request.scope["path"], trace_context(request.headers))
@@ -138,8 +144,15 @@ class NativeApi:
             params, request.state.id, stages, on_end, tenant=request.state.tenant
         )
         request.state.is_accepted = True
-        continues_alone, tenant = on_disconnect == "continue", request.state.tenant
-        stream = NativeStream(id, tenant, generation, int(time.time()), continues_alone, self._client.clock())
+        stream = NativeStream(
+            id,
+            request.state.tenant,
+            generation,
+            int(time.time()),
+            continues_alone=params.on_disconnect == "continue",
+            unread_since_s=self._client.clock(),
+            grace_s=params.disconnect_grace_s,
+        )
         self._registry.add(stream)
         return stream
 

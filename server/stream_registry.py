@@ -20,7 +20,10 @@ _STREAM_OVERHEAD_BYTES = 4096
 
 @dataclass(slots=True, eq=False)
 class NativeStream:
-    """A stream: its owner, its generation, and since when it has no reader (None while it has one)."""
+    """A stream: its owner, its generation, and since when it has no reader (None while it has one).
+
+    `grace_s` is how long it may run without one, where its client asked for more or less than the server's own.
+    """
 
     id: str
     tenant: str
@@ -28,6 +31,7 @@ class NativeStream:
     created_s: int
     continues_alone: bool
     unread_since_s: float | None
+    grace_s: float | None = None
 
 
 class StreamRegistry:
@@ -85,7 +89,7 @@ class StreamRegistry:
         for stream in list(self._running.values()):
             if stream.unread_since_s is None or stream.continues_alone:
                 continue
-            if now - stream.unread_since_s >= self._grace_s:
+            if now - stream.unread_since_s >= (self._grace_s if stream.grace_s is None else stream.grace_s):
                 self._cancel(stream.generation)
         for stream in list(self._finished.values()):
             end_s = stream.generation.stages.end_s

@@ -1,272 +1,238 @@
-// The chat page: one conversation, one stream at a time, kept in this tab only.
-// It knows the native streams (POST /v1/streams, then EventSource), not how text is made.
+// The chat page: the chat in its address, the composer, and what goes around them. One answer at a time.
+// A chat is one page load, "/?chat=<id>": opening an old one and coming back to an answer under way are the same.
 
-// A small model wanders at the API's default temperature of 1.
-const SAMPLING = { temperature: 0.3, top_p: 0.9 };
+import { isOver } from './answer.js';
+import { fetchModelName, waitUntilReady } from './api.js';
+import { askForKey, initSettings, sampling, systemMessages } from './settings.js';
+import { deleteChat, isStoredAs, listChats, loadChat, newChat, saveChat } from './storage.js';
+import { Turn, isSendKey } from './turn.js';
+
+const SAVE_INTERVAL_MS = 1000;
+const END_MARGIN_PX = 48;
+const MAX_TITLE_CHARS = 60;
 
 const $ = (id) => document.getElementById(id);
-const form = $('composer');
 const prompt = $('prompt');
-const status = $('status');
 
-const turns = []; // answered ones only: chat templates want roles to alternate
-let current = null; // the Answer under way
-let whenReady = pollReady();
+let chat = loadChat(new URLSearchParams(location.search).get('chat')) ?? newChat();
+let turns = [];
+let current = null; // the answer under way
+let whenReady = becomeReady();
+let saveTimer = null;
+let isForgotten = false;
 
-const FINISH_REASONS = {
-  length: 'cut at the length limit',
-  cancelled: 'cancelled',
-  deadline_exceeded: 'deadline exceeded',
+const page = {
+  get isBusy() { return current !== null; },
+  isLast: (turn) => turn === turns.at(-1),
+  regenerate: (turn) => ask(turn),
+  edit(turn, question) {
+    for (const gone of turns.splice(turns.indexOf(turn))) gone.element.remove();
+    submit(question);
+  },
+  save() { saveTimer ??= setTimeout(saveNow, SAVE_INTERVAL_MS); },
+  announce(text) { $('announcer').textContent = text; },
+  follow,
+  copy,
 };
 
-/** One assistant message, from its request to its terminal event. */
-class Answer {
-  #article = addMessage('assistant', 'queued');
-  #text = new Text();
-  #meta = this.#article.querySelector('.meta');
-  #settle;
-  #stream = null;
-  #source = null;
-  #isStopping = false;
-  #requestedAt = 0;
-  #firstTokenAt = null;
-
-  constructor() {
-    this.#article.ariaBusy = 'true'; // read out once whole, not token by token
-    this.#article.querySelector('.text').append(this.#text);
-    this.settled = new Promise((resolve) => { this.#settle = resolve; });
-  }
-
-  get text() { return this.#text.data; }
-  get state() { return this.#article.dataset.state; }
-  get isSettled() { return this.state === 'done' || this.state === 'error'; }
-
-  async request(messages) {
-    this.#note('Waiting for the model…');
-    await whenReady;
-    if (this.isSettled) return;
-    this.#requestedAt = performance.now();
-    this.#note('Waiting for the first token…');
-    let stream;
-    try {
-      const response = await fetch('/v1/streams', {
-        method: 'POST',
-        headers: { 'Content-Type': 'application/json' },
-        body: JSON.stringify({ messages, ...SAMPLING }),
-      });
-      if (!response.ok) {
-        this.#fail(await refusalText(response));
-        if (response.status === 503) whenReady = pollReady();
-        return;
-      }
-      stream = await response.json();
-    } catch {
-      this.#fail('The server cannot be reached.');
-      whenReady = pollReady();
-      return;
-    }
-    if (this.isSettled) {
-      cancelStream(stream.url); // stopped before its id was known
-      return;
-    }
-    this.#stream = stream;
-    this.#listen();
-  }
-
-  async stop() {
-    if (this.#isStopping || this.isSettled) return;
-    this.#isStopping = true;
-    if (!this.#stream) {
-      this.#finish({ finish_reason: 'cancelled' });
-      return;
-    }
-    this.#note('Stopping…');
-    // Once cancelled, the stream's own `done` ends the message, with its usage.
-    if (!await cancelStream(this.#stream.url)) this.#finish({ finish_reason: 'cancelled' });
-  }
-
-  #listen() {
-    this.#source = new EventSource(this.#stream.events_url);
-    const on = (type, listener) => this.#source.addEventListener(type, listener);
-    on('open', () => this.#noteProgress());
-    on('queued', (event) => this.#noteProgress(JSON.parse(event.data)));
-    on('token', (event) => this.#append(JSON.parse(event.data).text));
-    on('done', (event) => this.#finish(JSON.parse(event.data)));
-    on('error', (event) => {
-      // The server's own `error` events carry data; the browser's, upon a lost connection, none.
-      if (event.data) this.#fail(JSON.parse(event.data).error.message);
-      else if (this.#source.readyState === EventSource.CONNECTING) this.#note('Reconnecting…');
-      else {
-        this.#fail('The connection was lost and the stream cannot be resumed.');
-        cancelStream(this.#stream.url); // nobody reads it any more: this is also how a reload looks
-      }
-    });
-  }
-
-  #append(text) {
-    this.#firstTokenAt ??= performance.now();
-    this.#text.appendData(text);
-    this.#article.dataset.state = 'streaming';
-    this.#noteProgress();
-  }
-
-  #noteProgress(queue) {
-    if (this.#isStopping) this.#note('Stopping…');
-    else if (this.state === 'streaming') this.#note('');
-    else if (queue?.position > 0) this.#note(queueText(queue));
-    else this.#note('Waiting for the first token…');
-  }
-
-  #note(text) {
-    if (this.#meta.textContent !== text) this.#meta.textContent = text;
-    follow();
-  }
-
-  #finish({ finish_reason: reason, usage }) {
-    const now = performance.now();
-    const parts = [];
-    const numTokens = usage?.completion_tokens;
-    if (numTokens != null) parts.push(`${numTokens} token${numTokens === 1 ? '' : 's'}`);
-    if (this.#firstTokenAt !== null) {
-      parts.push(`first token after ${((this.#firstTokenAt - this.#requestedAt) / 1000).toFixed(2)} s`);
-      // The first token's time is the queue's and the prompt's, so it is left out of the rate.
-      if (numTokens > 1) parts.push(`${((numTokens - 1) * 1000 / (now - this.#firstTokenAt)).toFixed(1)} tokens/s`);
-    }
-    if (reason !== 'stop') parts.push(FINISH_REASONS[reason] ?? reason);
-    this.#end('done', parts.join(' · '));
-  }
-
-  #fail(message) { this.#end('error', message); }
-
-  #end(state, note) {
-    if (this.isSettled) return;
-    this.#source?.close();
-    this.#article.dataset.state = state;
-    this.#article.ariaBusy = 'false';
-    this.#note(note);
-    this.#settle();
-  }
+/** Show the chat, and go on with an answer that is not over. */
+function open() {
+  $('turns').replaceChildren();
+  turns = [];
+  for (const record of chat.turns) addTurn(record);
+  showControls();
+  follow();
+  const last = turns.at(-1);
+  if (!last || isOver(last.shown)) return;
+  const answer = last.follow();
+  settle(answer);
+  if (last.shown.stream) answer.resume();
+  else answer.request(bodyFor(last), { whenReady, askForKey });
 }
 
-async function submit() {
-  const question = prompt.value;
+function submit(question) {
   if (current || !question.trim()) return;
-  prompt.value = '';
   isFollowing = true;
-  addMessage('user', 'done').querySelector('.text').textContent = question;
-  current = new Answer();
+  ask(addTurn({ question, answers: [], shown: 0 }));
+}
+
+/** Ask for a (further) answer in the last turn. */
+function ask(turn) {
+  if (current) return;
+  const answer = turn.begin();
+  settle(answer);
+  answer.request(bodyFor(turn), { whenReady, askForKey });
+}
+
+async function settle(answer) {
+  current = answer;
   showControls();
-
-  const history = turns.flatMap(({ question, answer }) => [
-    { role: 'user', content: question },
-    { role: 'assistant', content: answer },
-  ]);
-  current.request([...history, { role: 'user', content: question }]);
-  await current.settled;
-
-  if (current.text) turns.push({ question, answer: current.text });
-  else if (current.state === 'error') prompt.value ||= question; // so that Enter tries again
+  saveNow();
+  await answer.settled;
   current = null;
   showControls();
+  saveNow();
+  if (answer.record.error) whenReady = becomeReady();
+}
+
+/** The whole chat up to the turn. Turns that were not answered are left out: templates want roles to alternate. */
+function bodyFor(turn) {
+  const messages = systemMessages();
+  for (const { record: { question }, shown } of turns.slice(0, turns.indexOf(turn))) {
+    if (shown.text) messages.push({ role: 'user', content: question }, { role: 'assistant', content: shown.text });
+  }
+  messages.push({ role: 'user', content: turn.record.question });
+  return { messages, ...sampling() };
+}
+
+function addTurn(record) {
+  const turn = new Turn(record, page);
+  turns.push(turn);
+  $('turns').append(turn.element);
+  return turn;
 }
 
 function showControls() {
-  const hadFocus = [$('send'), $('stop')].includes(document.activeElement);
+  const { activeElement } = document;
   $('send').hidden = current !== null;
   $('stop').hidden = current === null;
-  // The button that was pressed is gone. Not on touch screens, where focus raises a keyboard.
-  if (hadFocus && matchMedia('(hover: hover)').matches) prompt.focus();
+  $('welcome').hidden = turns.length > 0;
+  for (const turn of turns) turn.showControls();
+  document.title = turns.length ? `${titleOf(chat)} · Headrace` : 'Headrace';
+  // What had the focus may be gone. Not on touch screens, where focus raises a keyboard.
+  if (activeElement === prompt || !matchMedia('(hover: hover)').matches) return;
+  if (current) $('stop').focus();
+  else if (activeElement === $('stop') || activeElement === document.body) prompt.focus();
 }
 
-function addMessage(role, state) {
-  const article = $('message').content.firstElementChild.cloneNode(true);
-  article.dataset.role = role;
-  article.dataset.state = state;
-  article.ariaLabel = role === 'user' ? 'You' : 'Assistant';
-  $('messages').append(article);
-  follow();
-  return article;
+function saveNow() {
+  clearTimeout(saveTimer);
+  saveTimer = null;
+  if (!turns.length || isForgotten) return;
+  chat.turns = turns.map((turn) => turn.record);
+  if (saveChat(chat)) history.replaceState(null, '', `/?chat=${chat.id}`);
+  else $('keys').textContent = 'This chat cannot be kept in the browser: it will be gone after a reload.';
 }
 
-async function cancelStream(url) {
-  try {
-    // keepalive: the request has to outlive the page when that is being left.
-    const options = { method: 'DELETE', keepalive: true, signal: AbortSignal.timeout(5000) };
-    return (await fetch(url, options)).ok;
-  } catch {
-    return false;
-  }
+function titleOf({ turns }) {
+  const text = (turns[0]?.question ?? '').trim().replace(/\s+/g, ' ');
+  return text.length > MAX_TITLE_CHARS ? `${text.slice(0, MAX_TITLE_CHARS)}…` : text;
 }
 
-async function refusalText(response) {
-  const body = await response.json().catch(() => null); // a proxy's error page is not JSON
-  const message = body?.error?.message ?? `The server answered ${response.status}.`;
-  const retryAfter = response.headers.get('Retry-After');
-  return retryAfter ? `${message} Try again in ${retryAfter} s.` : message;
+function showChats() {
+  const items = listChats().map((each) => {
+    const item = $('chat-template').content.firstElementChild.cloneNode(true);
+    const link = item.querySelector('a');
+    link.textContent = titleOf(each);
+    link.href = `/?chat=${each.id}`;
+    if (each.id === chat.id) link.ariaCurrent = 'page';
+    const button = item.querySelector('button');
+    button.ariaLabel = `Delete “${link.textContent}”`;
+    button.addEventListener('click', () => {
+      deleteChat(each.id);
+      item.remove();
+      $('chats').querySelector('button').focus();
+      if (each.id !== chat.id) return;
+      isForgotten = true;
+      current?.stop();
+      location.assign('/');
+    });
+    return item;
+  });
+  $('chat-list').replaceChildren(...items);
+  if (!$('chats').open) $('chats').showModal();
 }
 
-function queueText({ position, eta_s: etaS }) {
-  return `Queued, position ${position}` + (etaS == null ? '' : `, about ${Math.ceil(etaS)} s`);
-}
-
-async function pollReady() {
-  for (;;) {
-    const response = await fetch('/ready', { cache: 'no-store' }).catch(() => null);
-    if (response?.ok) break;
-    if (response) showStatus('loading', 'loading the model…');
-    else showStatus('unreachable', 'no connection…');
-    await new Promise((resolve) => setTimeout(resolve, 1000));
-  }
-  showStatus('ready', 'ready');
-  showModel();
+async function becomeReady() {
+  await waitUntilReady((status) => showStatus(status, status === 'loading' ? 'loading the model' : 'no connection'));
+  showStatus('ready', '');
+  $('model').textContent = await fetchModelName() ?? $('model').textContent;
 }
 
 function showStatus(state, text) {
-  status.dataset.state = state;
-  if (status.textContent !== text) status.textContent = text;
+  $('status').dataset.state = state;
+  if ($('status-text').textContent !== text) $('status-text').textContent = text;
 }
 
-async function showModel() {
-  const response = await fetch('/v1/models').catch(() => null);
-  if (response?.ok) $('model').textContent = (await response.json()).data[0]?.id ?? '';
+async function copy(text, button) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch { // there is no clipboard on plain http from elsewhere than this machine
+    const field = document.body.appendChild(document.createElement('textarea'));
+    field.value = text;
+    field.select();
+    document.execCommand('copy');
+    field.remove();
+    button.focus();
+  }
+  page.announce('Copied');
+  button.dataset.state = 'copied';
+  setTimeout(() => delete button.dataset.state, 1500);
 }
 
-// Keep the newest text in view, unless the reader has scrolled up.
+// The newest text stays in view, unless the reader has scrolled up.
 let isFollowing = true;
 let lastScrollY = 0;
-let isFollowDue = false;
 
 function follow() {
-  if (isFollowDue) return;
-  isFollowDue = true;
-  requestAnimationFrame(() => {
-    isFollowDue = false;
-    if (isFollowing) scrollTo(0, document.documentElement.scrollHeight);
-  });
+  if (isFollowing) scrollTo(0, document.documentElement.scrollHeight);
+  showJump();
+}
+
+function showJump() {
+  $('jump').hidden = isFollowing || document.documentElement.scrollHeight - scrollY - innerHeight < END_MARGIN_PX;
 }
 
 addEventListener('scroll', () => {
-  const isAtEnd = scrollY + innerHeight >= document.documentElement.scrollHeight - 32;
+  const isAtEnd = scrollY + innerHeight >= document.documentElement.scrollHeight - END_MARGIN_PX;
   // Text that arrives also moves the end away: only a move upwards is the reader's.
   isFollowing = isAtEnd || (isFollowing && scrollY >= lastScrollY);
   lastScrollY = scrollY;
+  showJump();
 }, { passive: true });
 
-form.addEventListener('submit', (event) => {
+$('jump').addEventListener('click', () => {
+  isFollowing = true;
+  follow();
+  prompt.focus({ preventScroll: true });
+});
+
+$('composer').addEventListener('submit', (event) => {
   event.preventDefault();
-  submit();
+  if (current || !prompt.value.trim()) return;
+  const question = prompt.value;
+  prompt.value = '';
+  submit(question);
 });
 
 prompt.addEventListener('keydown', (event) => {
-  // Safari ends a composition before its Enter arrives; 229 still marks it.
-  const isComposing = event.isComposing || event.keyCode === 229;
-  if (event.key !== 'Enter' || event.shiftKey || isComposing) return;
+  if (!isSendKey(event)) return;
   event.preventDefault();
-  submit();
+  $('composer').requestSubmit();
+});
+
+$('suggestions').addEventListener('click', (event) => {
+  if (event.target.localName === 'button') submit(event.target.textContent);
+});
+
+$('turns').addEventListener('click', ({ target }) => {
+  if (target.className === 'copy-code') copy(target.closest('.code').querySelector('code').textContent, target);
 });
 
 $('stop').addEventListener('click', () => current?.stop());
+$('open-chats').addEventListener('click', showChats);
 addEventListener('keydown', (event) => {
-  if (event.key === 'Escape' && !event.isComposing) current?.stop();
+  if (event.key === 'Escape' && !event.isComposing && !document.querySelector('dialog[open]')) current?.stop();
 });
-addEventListener('pagehide', () => current?.stop());
+addEventListener('pagehide', saveNow);
+document.addEventListener('visibilitychange', () => { if (document.hidden) saveNow(); });
+addEventListener('storage', (event) => {
+  // The same chat in another tab.
+  if (current || !event.newValue || !isStoredAs(chat, event.key)) return;
+  chat = JSON.parse(event.newValue);
+  open();
+});
+
+history.scrollRestoration = 'manual';
+initSettings();
+open();
