@@ -72,7 +72,7 @@ class _PlainReader(gguf.GGUFReader):
             values = [self._get(start, dtype, count)]
             end = start + values[0].nbytes
         elif kind == _STRING:
-            values, end, view = [], start, memoryview(self.data)
+            values, end, view = [], start, memoryview(self.data)  # type: ignore[arg-type]
             for _ in range(count):
                 begin, end = end + 8, end + 8 + int.from_bytes(view[end : end + 8], sys.byteorder)
                 if end > len(view):
