@@ -28,6 +28,7 @@ FAMILIES = frozenset(
         "gpt2",
         "gpt_neox",
         "granite",
+        "ministral",
         "mixtral",
         "olmo2",
         "olmo3",
@@ -75,6 +76,11 @@ class _Probe:
 _current: ContextVar[_Step | _Probe] = ContextVar("current")
 
 
+def declared(config: Any, name: str) -> Any:
+    """A field of a config that its family has, None for any other: transformers keeps stray keys and ignores them."""
+    return getattr(config, name) if hasattr(type(config), name) else None
+
+
 def empty_model(config: Any) -> Any:
     """Hugging Face's model of a config on the meta device: names, shapes and structure without memory."""
     config._experts_implementation = _NAME
@@ -106,7 +112,7 @@ class HuggingFaceDecoder:
             config.vocab_size, config.max_position_embeddings, tuple(probe.kv_shapes[i] for i in layers)
         )
         # Where layers have types, Hugging Face's masks go by these, whatever the attention is told.
-        types = getattr(config, "layer_types", None)
+        types = declared(config, "layer_types")
         self._windows = [
             probe.windows[i] if types is None else config.sliding_window if types[i] == "sliding_attention" else None
             for i in layers
@@ -115,6 +121,7 @@ class HuggingFaceDecoder:
     def load(self, weights: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device) -> None:
         """Take the weights, by Hugging Face's names of any age. Raises: WeightsError."""
         transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()  # what it would report is raised below
         try:
             self._model, report = type(self._model).from_pretrained(
                 None,
@@ -122,14 +129,17 @@ class HuggingFaceDecoder:
                 state_dict=weights,
                 dtype=dtype,
                 attn_implementation=_NAME,
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
         except RuntimeError as error:
             raise WeightsError(f"the weights do not fit the config: {error}") from error
-        for kind, adjective in (("missing_keys", "lacks the"), ("unexpected_keys", "has an unknown")):
-            names = sorted(name for name in report[kind] if not name.endswith(_DERIVED))
-            if names:
-                raise WeightsError(f"the model {adjective} weight {names[0]}")
+        for name, found, expected in sorted(report["mismatched_keys"]):
+            raise WeightsError(f"weight {name} has shape {tuple(found)}, the config says {tuple(expected)}")
+        for kind, verb in (("missing_keys", "lacks"), ("unexpected_keys", "should not have")):
+            for name in sorted(report[kind]):
+                if not name.endswith(_DERIVED):
+                    raise WeightsError(f"the model {verb} the weight {name}")
         self._model.to(device)
         self.dtype, self.device = dtype, device
 

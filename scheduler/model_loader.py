@@ -26,6 +26,7 @@ from headrace.kernels.hf_decoder import (
     HuggingFaceDecoder,
     UnsupportedConfigError,
     WeightsError,
+    declared,
     empty_model,
 )
 from headrace.scheduler.block_pool import BlockPool
@@ -162,8 +163,8 @@ def _plan_model(path: Path, config: Any, rope_factors: torch.Tensor | None) -> t
     try:
         _check_config(config)
         if config.model_type in _COMPACT_FAMILIES:
-            return _plan_compact(config, rope_factors)
-        return _plan_breadth(config)
+            return _plan_compact(path, config, rope_factors)
+        return _plan_breadth(path, config)
     except (UnsupportedModelError, UnsupportedConfigError) as error:
         raise UnsupportedModelError(f"{path}: {error}") from error
     except Exception as error:  # as in `_read_config`
@@ -188,29 +189,28 @@ def _check_config(config: Any) -> None:
             raise UnsupportedModelError(
                 f"rope type {rope_type!r} is not supported; {', '.join(sorted(_ROPE_TYPES))} are"
             )
-    for layer_type in getattr(config, "layer_types", None) or ():
+    for layer_type in declared(config, "layer_types") or ():
         if layer_type not in _LAYER_TYPES:
             raise UnsupportedModelError(
                 f"layer type {layer_type!r} is not supported; {', '.join(sorted(_LAYER_TYPES))} are"
             )
 
 
-def _plan_compact(config: Any, rope_factors: torch.Tensor | None) -> tuple[ModelShape, _Build]:
+def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) -> tuple[ModelShape, _Build]:
     if config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act {config.hidden_act!r} is not supported; silu is")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotary = LlamaRotaryEmbedding(config)
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        windows = (window,) * config.num_hidden_layers
-    else:
-        windows = tuple(window if kind == "sliding_attention" else None for kind in types)
+    if 2 * len(rotary.inv_freq) != head_dim:
+        raise UnsupportedModelError(f"head_dim {head_dim} does not rotate whole")
+    types = declared(config, "layer_types") or ["sliding_attention"] * config.num_hidden_layers
+    window = declared(config, "sliding_window")
     decoder_config = DecoderConfig(
         vocab_size=config.vocab_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        windows=windows,
+        head_dim=head_dim,
+        windows=tuple(window if kind == "sliding_attention" else None for kind in types),
         rms_norm_eps=config.rms_norm_eps,
         max_position=config.max_position_embeddings,
         inv_freq=rotary.inv_freq if rope_factors is None else rotary.inv_freq / rope_factors,
@@ -219,26 +219,28 @@ def _plan_compact(config: Any, rope_factors: torch.Tensor | None) -> tuple[Model
     expected = {name: weight.shape for name, weight in empty_model(config).state_dict().items()}
 
     def build(weights: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device) -> Decoder:
-        _check_weights(expected, weights, _is_tied(config, weights))
+        _check_weights(path, expected, weights, _is_tied(config, weights))
         return Decoder(decoder_config, {name: weights.pop(name).to(device, dtype) for name in [*weights]}, torch_ops)
 
     return decoder_config.shape, build
 
 
-def _plan_breadth(config: Any) -> tuple[ModelShape, _Build]:
+def _plan_breadth(path: Path, config: Any) -> tuple[ModelShape, _Build]:
     decoder = HuggingFaceDecoder(config, torch_ops)
 
     def build(weights: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device) -> HuggingFaceDecoder:
         try:
             decoder.load(weights, dtype, device)
         except WeightsError as error:
-            raise ModelSourceError(str(error)) from error
+            raise ModelSourceError(f"{path}: {error}") from error
         return decoder
 
     return decoder.shape, build
 
 
-def _check_weights(expected: Mapping[str, torch.Size], weights: dict[str, torch.Tensor], is_tied: bool) -> None:
+def _check_weights(
+    path: Path, expected: Mapping[str, torch.Size], weights: dict[str, torch.Tensor], is_tied: bool
+) -> None:
     """Compare names and shapes. Raises: ModelSourceError, naming the first that differs."""
     if is_tied:
         weights.pop("lm_head.weight", None)
@@ -246,14 +248,14 @@ def _check_weights(expected: Mapping[str, torch.Size], weights: dict[str, torch.
         if is_tied and name == "lm_head.weight":
             continue
         if name not in weights:
-            raise ModelSourceError(f"the model lacks the weight {name}")
+            raise ModelSourceError(f"{path} lacks the weight {name}")
         if weights[name].shape != shape:
             raise ModelSourceError(
-                f"weight {name} has shape {tuple(weights[name].shape)}, the config says {tuple(shape)}"
+                f"{path}: weight {name} has shape {tuple(weights[name].shape)}, the config says {tuple(shape)}"
             )
     for name in set(weights) - set(expected):
         if not name.endswith("rotary_emb.inv_freq"):
-            raise ModelSourceError(f"the model has a weight that the config has not: {name}")
+            raise ModelSourceError(f"{path} has a weight that the config has not: {name}")
         del weights[name]
 
 

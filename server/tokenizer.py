@@ -83,7 +83,7 @@ def _from_directory(folder: Path) -> Tokenizer:
     # transformers imports torch, which the server's start must not wait for.
     from transformers import AutoTokenizer
 
-    wrapper = AutoTokenizer.from_pretrained(folder)
+    wrapper = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not hasattr(wrapper, "backend_tokenizer"):
         raise UnsupportedModelError(f"{folder}: the model has no fast tokenizer")
     # As `generate()` has it: the generation config's ids, else the model config's, else the tokenizer's.

@@ -35,7 +35,9 @@ def tiny_model(model_type: str, seed: int = 0, **fields: Any) -> Any:
     """A model of any family of transformers whose every part matters: norms and biases that are not one and zero, and
     embeddings that do not drown what the layers add to them."""
     torch.manual_seed(seed)
-    model: Any = AutoModelForCausalLM.from_config(tiny_config(model_type, **fields)).eval()
+    # Eager attention is the definition: transformers 5.17 has Gemma 2 use one by default that forgets the softcap.
+    config = tiny_config(model_type, **fields)
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.5 * torch.randn_like(parameter)

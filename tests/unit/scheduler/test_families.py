@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from headrace.kernels.hf_decoder import FAMILIES
 from headrace.scheduler.block_pool import BlockPool
@@ -82,6 +81,7 @@ BREADTH: dict[str, list[dict[str, Any]]] = {
             "attention_bias": True,
         }
     ],
+    "ministral": [{"sliding_window": 6, "layer_types": [SLIDING, FULL], "head_dim": 24}],
     "mixtral": [MIXTURE, MIXTURE | {"sliding_window": 6}],
     "olmo2": [{}],
     "olmo3": [{"sliding_window": 5, "layer_types": [SLIDING, FULL]}],
@@ -97,8 +97,14 @@ BREADTH: dict[str, list[dict[str, Any]]] = {
             "layer_types": [SLIDING, FULL],
         },
     ],
-    "qwen3_moe": [MIXTURE | {"head_dim": 32, "mlp_only_layers": [0]}],
-    "smollm3": [{"no_rope_layers": [1, 0]}],
+    "qwen3_moe": [
+        MIXTURE | {"head_dim": 32, "mlp_only_layers": [0]},
+        MIXTURE | {"head_dim": 16, "use_sliding_window": True, "sliding_window": 7},
+    ],
+    "smollm3": [
+        {"no_rope_layers": [1, 0]},
+        {"use_sliding_window": True, "sliding_window": 5, "layer_types": [SLIDING, FULL]},
+    ],
     "stablelm": [{"use_qkv_bias": True}, {"qk_layernorm": True, "use_parallel_residual": True}],
     "starcoder2": [{"sliding_window": 6}],
 }
