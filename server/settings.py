@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     )
 
     model: CliPositionalArg[str | None] = Field(
-        None, description="Hugging Face directory, .gguf file or hub id; the demo model where none is named"
+        None, description="directory, .gguf file, gemma3-270m or hub id; the demo model where none is named"
     )
     served_model_name: str | None = Field(None, description="name that clients use; the model's own by default")
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")

@@ -33,7 +33,7 @@ TEXTS = [
     "Q: What is the capital of France?\nA: Paris.\nQ: What is the capital of Italy?\nA:",
     "def fibonacci(n):\n    if n < 2:\n",
     "  水車が回る。 Das Mühlrad <b>dreht</b> sich 🌊  und",
-    "The water that drives the wheel comes down a channel called a headrace. " * 32,
+    "The water that drives the wheel comes down a channel called a headrace. " * 36,
 ]
 PROGRAM = '#include <stdio.h>\nint main(void) {\n    printf("hi\\n");\n    return 0;\n}\n'
 is_long = pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
@@ -137,7 +137,7 @@ def test_transformers_reads_the_same_model_and_text_out_of_the_file(
     for name, weight in weights.items():
         torch.testing.assert_close(weight, state[name], rtol=0, atol=0)
     config, ours = theirs.config.to_dict(), gguf_config(open_gguf(path)).to_dict()
-    named = ("quantization_config", "_name_or_path", "dtype", "unk_token_id")
+    named = ("quantization_config", "_name_or_path", "_model_name_or_path", "dtype", "unk_token_id")
     assert {key: config[key] for key in config if key not in named} == {
         key: ours[key] for key in ours if key not in named
     }
@@ -153,7 +153,7 @@ def test_transformers_reads_the_same_model_and_text_out_of_the_file(
 def test_with_a_template_in_its_file_it_chats(path: Path, reference: Any, tmp_path: Path) -> None:
     template = (
         "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
-        "<start_of_turn>model\n"
+        "{{ '<start_of_turn>model\n' }}"
     )
     copy = tmp_path / "chatty.gguf"
     script = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--chat-template", template]
