@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import anyio
 import pytest
@@ -59,7 +60,7 @@ def traced() -> Iterator[Traced]:
 )
 async def test_a_request_makes_one_span_under_its_callers(method: str, path: str, operation: str) -> None:
     path, _, stream = path.partition("?")
-    body = {"max_tokens": 5, "temperature": 0, "ignore_eos": True, "stream": bool(stream)}
+    body: dict[str, Any] = {"max_tokens": 5, "temperature": 0, "ignore_eos": True, "stream": bool(stream)}
     body |= {"messages": [{"role": "user", "content": PROMPT}]} if "chat" in path else {"prompt": PROMPT}
     query = f"prompt={PROMPT.replace(' ', '+')}&max_tokens=5&temperature=0&ignore_eos=true"
     with traced() as seen:

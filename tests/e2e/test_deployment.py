@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import kubernetes_validate
+import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml  # type: ignore[import-untyped]
 
@@ -52,7 +52,7 @@ def test_systemd_accepts_the_unit_and_finds_it_well_confined(tmp_path: Path) -> 
 def test_the_unit_leaves_time_to_drain() -> None:
     text = (CONFIGS / "headrace.service").read_text()
     [timeout_s] = re.findall(r"^TimeoutStopSec=(\d+)$", text, flags=re.MULTILINE)
-    assert int(timeout_s) > Settings().drain_grace_s + CLOSING_S  # type: ignore[call-arg]
+    assert int(timeout_s) > Settings().drain_grace_s + CLOSING_S
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_the_manifests_probes_ask_routes_that_exist(container: Any) -> None:
     assert {probe["path"] for probe in probes.values()} <= _served_paths()
     [port] = container["ports"]
     assert {probe["port"] for probe in probes.values()} == {port["name"]}
-    assert port["containerPort"] == Settings().port  # type: ignore[call-arg]
+    assert port["containerPort"] == Settings().port
 
 
 def test_the_manifest_leaves_time_to_drain_and_hides_the_services_address(
