@@ -85,14 +85,15 @@ class Soak:
     async def fill_cache(self) -> None:
         """Have every block written to, whose memory then belongs to the process for good."""
 
-        async def write() -> None:
-            async with self._request("POST", "/v1/completions", {"prompt": "word " * 490, "max_tokens": 8}) as response:
+        async def write(i: int) -> None:
+            body = {"prompt": f"{i} " + "word " * 485, "max_tokens": 8}  # no two share a block
+            async with self._request("POST", "/v1/completions", body) as response:
                 await response.read_to_end()
                 assert response.status == 200, response.body
 
         async with anyio.create_task_group() as tasks:
-            for _ in range(6):
-                tasks.start_soon(write)
+            for i in range(6):
+                tasks.start_soon(write, i)
 
     def _body(self, **fields: Any) -> dict[str, Any]:
         body: dict[str, Any] = {
