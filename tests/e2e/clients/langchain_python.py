@@ -79,7 +79,10 @@ async def completion(call: Call, seen: Seen) -> None:
     result = OpenAI(**_fields(call)).generate([call.body["prompt"]])
     for index, generation in enumerate(result.generations[0]):
         assert generation.generation_info is not None
-        seen.add(index, generation.text, generation.generation_info["finish_reason"])
+        info = generation.generation_info
+        logprobs = info["logprobs"] or {"tokens": [], "token_logprobs": []}
+        tokens = zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)
+        seen.add(index, generation.text, info["finish_reason"], tokens)
     assert result.llm_output is not None
     seen.usage = result.llm_output["token_usage"]
 

@@ -78,7 +78,6 @@ async def completion_stream(call: Call, seen: Seen) -> None:
         _see(seen, chunk)
         seen.num_chunks += 1
         if seen.num_chunks == call.leave_after:
-            stream.completion_stream.close()  # the wrapper around it cannot be closed
             break
 
 
