@@ -20,7 +20,7 @@ class LiveServer(uvicorn.Server):
     def __init__(self, runner: FakeRunner, scheduler: Scheduler, port: int, settings: dict[str, Any]) -> None:
         self.runner = runner
         self._is_settled = threading.Event()
-        flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
         self.app = App(
             load_settings(flags, {}),
             "fake",

@@ -1,0 +1,68 @@
+"""The chat page as its user sees it: asking, waiting for an answer, reading what it says."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from playwright.sync_api import Browser, Locator, Page, expect
+
+TIMEOUT_MS = 60_000
+
+
+class ChatPage:
+    """One tab. `problems` are the page's uncaught errors, which `open_chat_page` wants to be none."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.problems: list[str] = []
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("console", self._on_console)
+
+    def _on_console(self, message: Any) -> None:
+        # Chromium reports every refused or cut request as an error of the page's; those are what some tests are about.
+        if message.type == "error" and not message.text.startswith("Failed to load resource"):
+            self.problems.append(message.text)
+
+    def open(self, url: str) -> None:
+        self.page.goto(url)
+        expect(self.page.locator("#status")).to_have_attribute("data-state", "ready", timeout=TIMEOUT_MS)
+
+    def ask(self, question: str) -> None:
+        self.page.fill("#prompt", question)
+        self.page.press("#prompt", "Enter")
+
+    @property
+    def answer(self) -> Locator:
+        """The last answer."""
+        return self.page.locator(".answer").last
+
+    @property
+    def text(self) -> str:
+        return self.answer.locator(".text").inner_text()
+
+    def until(self, state: str) -> None:
+        expect(self.answer).to_have_attribute("data-state", state, timeout=TIMEOUT_MS)
+
+    def until_note(self, pattern: str) -> None:
+        expect(self.answer.locator(".note")).to_have_text(re.compile(pattern), timeout=TIMEOUT_MS)
+
+    def until_text(self, text: str) -> None:
+        expect(self.answer.locator(".text")).to_have_text(text, timeout=TIMEOUT_MS)
+
+    def stored(self) -> Any:
+        """The newest chat that the browser keeps."""
+        key = "Object.keys(localStorage).filter((key) => key.startsWith('headrace.chat.')).sort().at(-1)"
+        return json.loads(self.page.evaluate(f"localStorage.getItem({key})"))
+
+
+@contextmanager
+def open_chat_page(browser: Browser, url: str, **options: Any) -> Iterator[ChatPage]:
+    """A tab of its own context, open at `url`; what goes wrong inside it fails the test."""
+    context = browser.new_context(**({"viewport": {"width": 1100, "height": 800}} | options))
+    chat = ChatPage(context.new_page())
+    chat.open(url)
+    yield chat
+    context.close()
+    assert chat.problems == []
