@@ -166,7 +166,7 @@ def test_a_damaged_gguf_is_refused_by_its_name(tmp_path: Path, damage: Callable[
 
 
 @pytest.mark.parametrize(
-    ("kind", "architecture", "message"), [("Q5_1", "llama", "Q5_1"), ("F32", "qwen2", "architecture 'qwen2'")]
+    ("kind", "architecture", "message"), [("Q5_1", "llama", "Q5_1"), ("F32", "phi3", "architecture 'phi3'")]
 )
 def test_a_gguf_that_is_not_supported_is_refused(tmp_path: Path, kind: str, architecture: str, message: str) -> None:
     path = tmp_path / "tiny.gguf"
