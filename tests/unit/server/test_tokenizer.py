@@ -36,6 +36,9 @@ def test_it_encodes_decodes_and_renders_as_hugging_faces_does(path: Path, ours: 
     assert ours.render_chat(CHAT) == theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     assert ours.eos_token_ids == {theirs.convert_tokens_to_ids(end) for end in ("<|im_end|>", "<|endoftext|>")}
 
+    # The vocabulary lacks a few bytes: the model's own tokenizer drops them, transformers 5.17 writes an unknown token.
+    theirs.backend_tokenizer.model.unk_token = None
+
     @settings(max_examples=200, derandomize=True, deadline=None)
     @given(st.text(max_size=60) | st.from_regex(r"[ a-z0-9\n<|_>]{0,60}"))
     def compare(text: str) -> None:
