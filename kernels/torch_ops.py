@@ -120,8 +120,8 @@ def _make_group(
     num_blocks = -(-int(context_lens.max()) // block_size)
     blocks = []
     for b in batch:
-        table = metadata.block_tables[b][:num_blocks]
-        # Any block may pad a table: the mask hides it.
+        # Blocks behind its context may hold another's keys. Any that was written may pad a table: the mask hides it.
+        table = metadata.block_tables[b][: -(-metadata.context_lens[b] // block_size)]
         blocks += table + table[:1] * (num_blocks - len(table))
     starts = torch.tensor([metadata.query_starts[b] for b in batch])
     token_index = starts[:, None] + torch.arange(num_query)

@@ -75,9 +75,15 @@ def append_key(path: Path, key: ApiKey) -> None:
     """Add an entry to a file, which is made if need be, for its owner's eyes only. Raises: ApiKeysError."""
     if path.exists() and key.name in {other.name for other in read_key_file(path)}:
         raise ApiKeysError(f"{path} has a key called {key.name!r} already")
+    entry = key.as_toml()
+    try:
+        before = path.read_text() if path.exists() else ""
+        tomllib.loads(f"{before}\n{entry}")
+    except (OSError, ValueError):
+        raise ApiKeysError(f"{path} is not a file of [[keys]] tables that another can be added to") from None
     try:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as file:
-            file.write(("\n" if path.stat().st_size else "") + key.as_toml())
+            file.write(("\n" if before else "") + entry)
     except OSError as error:
         raise ApiKeysError(f"cannot write {path}: {error.strerror}") from None
 

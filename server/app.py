@@ -6,6 +6,7 @@ Made on the main thread, run on the event loop. It wires the parts together and 
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ from headrace.server.generator import Generator
 from headrace.server.guard import KeyGuard, LoopbackGuard
 from headrace.server.native_api import NativeApi, refuse_event_source
 from headrace.server.openai_api import OpenAIApi
-from headrace.server.request_log import log_request
+from headrace.server.request_log import log_request, log_unaccepted
 from headrace.server.settings import Settings
 from headrace.server.stream_registry import StreamRegistry
 from headrace.server.tickets import Tickets
@@ -87,7 +88,7 @@ class App:
         self.asgi = Starlette(
             routes=self._routes(),
             middleware=self._middleware(),
-            exception_handlers={HTTPException: _http_error, Exception: _internal_error},
+            exception_handlers={HTTPException: self._http_error, Exception: _internal_error},
             lifespan=self._lifespan,
         )
         self.asgi.router.redirect_slashes = False  # to a URL made of the Host header, which may be none
@@ -100,7 +101,9 @@ class App:
 
     def reload_keys(self) -> None:
         """Read the key file again; where it is not as it should be, the old keys stay."""
-        assert self.keys is not None
+        if self.keys is None:
+            logger.info("there is no key file to read again")
+            return
         try:
             self.keys.reload()
         except ApiKeysError as error:
@@ -172,7 +175,7 @@ class App:
                 max_body_bytes=self.settings.max_body_bytes,
                 receive_timeout_s=self.settings.receive_timeout_s,
                 on_disconnect=lambda: metrics.count_cancelled("body"),
-                on_rejected=self._count_rejected,
+                on_rejected=self.count_rejected,
                 refuse=refuse,
             )
 
@@ -200,7 +203,7 @@ class App:
                 LoopbackGuard,
                 allowed_hosts=settings.allowed_hosts,
                 cors_origins=settings.cors_origins,
-                on_rejected=self._count_rejected,
+                on_rejected=self.count_rejected,
             )
             middleware.append(guard)
         if settings.cors_origins:
@@ -215,12 +218,12 @@ class App:
         # Inside CORS: a preflight carries no key, and a page of another origin may read why it was refused.
         middleware.append(
             Middleware(
-                KeyGuard, keys=self.keys, has_open_metrics=settings.open_metrics, on_rejected=self._count_rejected
+                KeyGuard, keys=self.keys, has_open_metrics=settings.open_metrics, on_rejected=self.count_rejected
             )
         )
         return middleware
 
-    def _count_rejected(self, status: int) -> None:
+    def count_rejected(self, status: int) -> None:
         self.client.metrics.rejected.labels(str(status)).inc()
 
     def _report(self, generations: Sequence[Generation], route: str, trace_context: Mapping[str, str]) -> None:
@@ -228,6 +231,16 @@ class App:
         log_request(generations, route)
         if self._tracing is not None:
             self._tracing.record(generations, route, trace_context)
+
+    async def _http_error(self, request: Request, error: Exception) -> Response:
+        """The router's own refusals (no such route, wrong method) in the envelope."""
+        assert isinstance(error, HTTPException)
+        id, path = secrets.token_hex(16), request.scope["path"]
+        self.count_rejected(error.status_code)
+        log_unaccepted(id, path, time.monotonic(), f"refused: {error.status_code}")
+        code = "not_found" if error.status_code == 404 else None
+        content = envelope(f"{request.method} {path[:200]}: {error.detail}", type="invalid_request_error", code=code)
+        return JSONResponse(content, error.status_code, {**(error.headers or {}), "x-request-id": id})
 
     async def _health(self, request: Request) -> Response:
         """Alive: the loop answers and the engine thread has not ended."""
@@ -250,14 +263,6 @@ async def _chat_page(request: Request) -> Response:
         _STATIC / "index.html",
         headers={"content-security-policy": "default-src 'self'; frame-ancestors 'none'", "cache-control": "no-cache"},
     )
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """The router's own refusals (no such route, wrong method) in the envelope."""
-    assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.scope['path'][:200]}: {error.detail}"
-    content = envelope(message, type="invalid_request_error", code="not_found" if error.status_code == 404 else None)
-    return JSONResponse(content, error.status_code, {**(error.headers or {}), "x-request-id": secrets.token_hex(16)})
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:

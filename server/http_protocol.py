@@ -10,24 +10,29 @@ import json
 import secrets
 import socket
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from headrace.server.errors import envelope
+from headrace.server.request_log import log_unaccepted
 from headrace.server.settings import Settings
 
 _MAX_HEADERS = 100
+_LINGER_S = 1.0
 # Of TCP's keep-alive: so many probes without an answer, each after an equal part of half the time.
 _NUM_PROBES = 3
 
 
 class HttpProtocol(H11Protocol):
-    """One connection; `settings` has the limits."""
+    """One connection; `settings` has the limits, `on_rejected` is told the status of every refusal."""
 
-    def __init__(self, settings: Settings, **uvicorn_arguments: Any) -> None:
+    def __init__(self, settings: Settings, on_rejected: Callable[[int], None], **uvicorn_arguments: Any) -> None:
         super().__init__(**uvicorn_arguments)
+        self._on_rejected = on_rejected
         self._settings = settings
         self.conn = _BoundedConnection(settings.max_header_bytes)
         self._head_timer: asyncio.TimerHandle | None = None
@@ -40,6 +45,13 @@ class HttpProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._time_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:
+            # Answered without its body having been read, of which nobody knows when it will end. Not closed at once:
+            # the client should find the answer, not a reset.
+            self.loop.call_later(_LINGER_S, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -79,12 +91,15 @@ class HttpProtocol(H11Protocol):
 
     def _refuse(self, status: int, message: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer is under way, and has to end torn
+            id = secrets.token_hex(16)
+            self._on_rejected(status)
+            log_unaccepted(id, "", time.monotonic(), f"refused: {status}")
             body = json.dumps(envelope(message, type="invalid_request_error")).encode()
             headers = [
                 ("content-type", "application/json"),
                 ("content-length", str(len(body))),
                 ("connection", "close"),
-                ("x-request-id", secrets.token_hex(16)),
+                ("x-request-id", id),
             ]
             response = h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status])
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
@@ -110,6 +125,9 @@ class _BoundedConnection(h11.Connection):
     def next_event(self) -> Any:
         event = super().next_event()
         if isinstance(event, h11.Request):
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in event.headers}:
+                # What a proxy took for the body's end may not be what this server takes for it (RFC 9112, 6.3).
+                raise h11.RemoteProtocolError("both content-length and transfer-encoding", error_status_hint=400)
             num_bytes = len(event.target) + sum(len(name) + len(value) for name, value in event.headers)
             if len(event.headers) > _MAX_HEADERS or num_bytes > self._max_header_bytes:
                 raise h11.RemoteProtocolError(

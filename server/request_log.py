@@ -2,12 +2,15 @@
 
 import json
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 
 from headrace.server.generation import Generation, usage
+
+_STREAM_ID = re.compile("^/v1/streams/[^/]+")
 
 logger = logging.getLogger("headrace.requests")
 
@@ -45,7 +48,7 @@ def _write(
     received_at = datetime.now(UTC) - timedelta(seconds=time.monotonic() - received_s)
     line = {
         "id": id,
-        "route": route,
+        "route": _STREAM_ID.sub("/v1/streams/{id}", route)[:200],  # whoever knows a stream's id may read it
         "received": received_at.isoformat(timespec="milliseconds"),
         "finish_reason": finish_reason,
         **counts,

@@ -107,7 +107,7 @@ class _Server(uvicorn.Server):
             loop="uvloop",
             # Made of h11, which answers clients that offer HTTP/2, and tells a stream of a disconnect behind a
             # pipelined request: httptools, the faster parser, does neither.
-            http=partial(HttpProtocol, settings),  # type: ignore[arg-type]  # a class, as far as uvicorn calls it
+            http=partial(HttpProtocol, settings, self._app.count_rejected),  # type: ignore[arg-type]  # a class, as far as uvicorn calls it
             ws="none",
             lifespan="on",
             log_config=None,
@@ -120,6 +120,8 @@ class _Server(uvicorn.Server):
         super().__init__(config)
 
     def serve_until_signal(self) -> int:
+        if self._app.keys is None and not self._settings.is_loopback:
+            say("anyone who reaches this address may use it: there are no keys (see api_keys_file)")
         say(f"version {VERSION}, loading {self._app.generator.model_name}, listening on {self._url}")
         self.run([self._listener])
         if self._tracing is not None:
@@ -137,9 +139,10 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """In place of uvicorn's: callbacks on the loop, which may touch what lives there."""
         loop = asyncio.get_running_loop()
-        callbacks = {signal.SIGINT: self._end, signal.SIGTERM: self._end}
-        if self._app.keys is not None:
-            callbacks[signal.SIGHUP] = self._app.reload_keys
+        # A terminal that closes ends what it started; a service is told by SIGHUP to read its files again.
+        is_in_terminal = self._app.keys is None and sys.stdin is not None and sys.stdin.isatty()
+        on_hang_up = self._end if is_in_terminal else self._app.reload_keys
+        callbacks = {signal.SIGINT: self._end, signal.SIGTERM: self._end, signal.SIGHUP: on_hang_up}
         for number, callback in callbacks.items():
             loop.add_signal_handler(number, callback)
         try:

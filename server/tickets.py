@@ -1,7 +1,7 @@
 """Tickets for GET /v1/stream: EventSource can send no key, and a key has no place in a URL.
 
 Lives on the event loop. A ticket starts one stream and names it from then on: shown again, as EventSource does when it
-reconnects, it resumes that stream. It expires some time after it was last shown.
+reconnects, it resumes that stream. It expires some time after it was issued, or last shown since it started one.
 """
 
 import secrets
@@ -53,8 +53,9 @@ class Tickets:
         for tickets in self._tickets.values():
             found = tickets.get(ticket)
             if found is not None and found.expires_s > now:
-                found.expires_s = now + TICKET_TTL_S
-                tickets.move_to_end(ticket)
+                if found.stream_id is not None:  # unspent it expires, however often it is shown
+                    found.expires_s = now + TICKET_TTL_S
+                    tickets.move_to_end(ticket)
                 return found
         raise InvalidTicketError("this ticket was not issued here, or has expired")
 

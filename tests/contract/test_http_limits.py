@@ -50,7 +50,7 @@ async def listening(
         listener.bind(("127.0.0.1", 0))
         async with live_app(**flags) as app, anyio.create_task_group() as tasks:
             settings = app.settings.model_copy(update={"peer_timeout_s": peer_timeout_s})
-            protocol: Any = partial(HttpProtocol, settings)
+            protocol: Any = partial(HttpProtocol, settings, app.count_rejected)
             server = uvicorn.Server(uvicorn.Config(app.asgi, http=protocol, lifespan="off", log_config=None))
             tasks.start_soon(server.serve, [listener])
             await app.until(lambda: server.started)
@@ -72,6 +72,33 @@ def post(body: Any, *, head: bytes = b"") -> bytes:
     payload = json.dumps(body).encode()
     start = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     return start + head + b"content-length: %d\r\n\r\n" % len(payload) + payload
+
+
+UNREAD = b" HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9999999\r\n\r\n" + b"x" * 100
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    [b"GET /health", b"GET /", b"POST /", b"GET /no/such", b"POST /v1/stream/tickets", b"GET /v1/models"],
+)
+async def test_a_body_that_nobody_reads_ends_its_connection(request_line: bytes) -> None:
+    async with listening() as server:
+        assert b"HTTP/1.1 " in await server.answer(request_line + UNREAD)
+
+
+async def test_a_body_with_two_lengths_is_refused_and_refusals_are_counted_and_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="headrace.requests")
+    async with listening() as server:
+        two = b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
+        assert_refused(await server.answer(HEALTH + two), 400)
+        await server.answer(HEALTH.replace(b"/health", b"/nope") + b"connection: close\r\n\r\n")
+        metrics = await server.answer(HEALTH.replace(b"/health", b"/metrics") + b"connection: close\r\n\r\n")
+    for status in (b"400", b"404"):
+        assert b'headrace_requests_rejected_total{status="%b"} 1.0' % status in metrics
+    records = [record for record in caplog.records if record.name == "headrace.requests"]
+    assert [json.loads(record.getMessage())["finish_reason"] for record in records] == ["refused: 400", "refused: 404"]
 
 
 def assert_refused(answer: bytes, status: int) -> None:

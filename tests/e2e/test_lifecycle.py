@@ -133,6 +133,13 @@ def test_a_signal_while_loading_ends_the_server_quietly(demo_model: Path, sig: i
     assert "terminate" not in process.output
 
 
+def test_a_hang_up_leaves_a_server_without_keys_as_it_was(demo_model: Path) -> None:
+    with serving("--kv-cache-bytes", "64MiB", "--max-model-len", "512") as server:
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for("no key file to read again")
+        assert httpx.get(f"{server.url()}/ready").status_code == 200
+
+
 def test_a_second_signal_cuts_the_drain_short(demo_model: Path) -> None:
     with serving("--kv-cache-bytes", "256MiB", "--drain-grace-s", "600") as server:
         with RawRequest(server.url(), "/v1/completions", dict(LONG, max_tokens=8000)) as request:

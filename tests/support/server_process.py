@@ -21,6 +21,7 @@ class ServerProcess:
         self._changed = threading.Condition()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "headrace.server", "--port", "0", *args],
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

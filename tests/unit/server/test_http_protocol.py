@@ -56,7 +56,9 @@ def connection() -> tuple[HttpProtocol, Transport, Loop]:
     loop, transport = Loop(), Transport()
     config = uvicorn.Config(app, log_config=None)
     settings = load_settings([], {})
-    protocol = HttpProtocol(settings, config=config, server_state=ServerState(), app_state={}, _loop=loop)
+    protocol = HttpProtocol(
+        settings, lambda status: None, config=config, server_state=ServerState(), app_state={}, _loop=loop
+    )
     protocol.connection_made(transport)  # type: ignore[arg-type]
     loop.timers.clear()  # of the head, which is not looked at here
     return protocol, transport, loop

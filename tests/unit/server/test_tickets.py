@@ -32,10 +32,21 @@ def test_a_ticket_belongs_to_who_asked_for_it_and_is_not_to_be_guessed() -> None
 def test_a_ticket_expires_some_time_after_it_was_last_shown() -> None:
     store = Clocked()
     ticket = store.issue("alice")
+    store.show(ticket).stream_id = "its stream"
     for _ in range(3):
+        assert store.show(ticket).stream_id is not None
         store.now += TICKET_TTL_S - 1
-        assert store.show(ticket).stream_id is None
-    store.now += TICKET_TTL_S
+    store.now += 1
+    with pytest.raises(InvalidTicketError):
+        store.show(ticket)
+
+
+def test_a_ticket_that_starts_nothing_expires_however_often_it_is_shown() -> None:
+    store = Clocked()
+    ticket = store.issue("alice")
+    store.now += TICKET_TTL_S - 1
+    store.show(ticket)
+    store.now += 1
     with pytest.raises(InvalidTicketError):
         store.show(ticket)
 
@@ -49,6 +60,7 @@ def test_a_tenants_tickets_are_bounded_and_cost_no_other_tenant_theirs(monkeypat
     store = Clocked()
     others = store.issue("bob")
     first, second, third = (store.issue("alice") for _ in range(3))
+    store.show(first).stream_id = "its stream"
     store.show(first)
     fourth = store.issue("alice")
     assert [store.holds(ticket) for ticket in (others, first, second, third, fourth)] == [True, True, False, True, True]
