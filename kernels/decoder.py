@@ -129,9 +129,7 @@ class Decoder:
             self._layers.append(_Layer(weights, prefix))
             for name in [name for name in weights if name.startswith(f"{prefix}.")]:
                 del weights[name]
-        angles = torch.outer(torch.arange(config.max_position, dtype=torch.float32), config.inv_freq.float().cpu())
-        self._cos = (angles.cos() * config.rope_scale).to(self.device)
-        self._sin = (angles.sin() * config.rope_scale).to(self.device)
+        self._inv_freq = config.inv_freq.float().to(self.device)
 
     @torch.inference_mode()
     def forward(self, batch: PackedBatch, cache: KVCache) -> torch.Tensor:
@@ -139,7 +137,8 @@ class Decoder:
         config, ops = self._config, self._ops
         num_q, num_kv, eps = config.num_heads, config.num_kv_heads, config.rms_norm_eps
         scale = config.head_dim**-0.5
-        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
+        angles = batch.positions[:, None].float() * self._inv_freq
+        cos, sin = angles.cos() * config.rope_scale, angles.sin() * config.rope_scale
         hidden = F.embedding(batch.token_ids, self._embedding)
         layers = zip(self._layers, config.windows, cache.keys, cache.values, strict=True)
         for layer, window, k_cache, v_cache in layers:

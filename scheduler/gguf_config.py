@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
-from headrace.scheduler.errors import ModelSourceError, UnsupportedModelError
+from headrace.scheduler.errors import HeadraceError, ModelSourceError, UnsupportedModelError
 from headrace.scheduler.gguf_file import GGUFFile
 
 _CONFIGS = {
@@ -24,6 +24,15 @@ _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
 def gguf_config(file: GGUFFile) -> Any:
     """Raises: UnsupportedModelError, naming what is missing or not supported; ModelSourceError."""
+    try:
+        return _read_config(file)
+    except HeadraceError:
+        raise
+    except Exception as error:  # a config that contradicts itself fails wherever transformers first looks
+        raise ModelSourceError(f"{file.path}: the metadata contradicts itself: {error}") from error
+
+
+def _read_config(file: GGUFFile) -> Any:
     architecture = file.architecture
     if architecture not in _CONFIGS:
         raise UnsupportedModelError(
@@ -57,10 +66,9 @@ def gguf_config(file: GGUFFile) -> Any:
     if architecture == "gemma3":
         local = {"rope_type": "default", "rope_theta": float(file.arch("rope.freq_base_swa", 10000.0))}
         fields["rope_parameters"] = {"full_attention": fields["rope_parameters"], "sliding_attention": local}
-    try:
-        return _CONFIGS[architecture](**fields)
-    except Exception as error:  # a config that contradicts itself fails wherever transformers first looks
-        raise ModelSourceError(f"{file.path}: the metadata contradicts itself: {error}") from error
+    if (num_rotated := int(file.arch("rope.dimension_count", fields["head_dim"]))) != fields["head_dim"]:
+        raise UnsupportedModelError(f"{file.path}: rotating {num_rotated} of {fields['head_dim']} is not supported")
+    return _CONFIGS[architecture](**fields)
 
 
 def _rope(file: GGUFFile) -> dict[str, Any]:

@@ -95,6 +95,8 @@ class GGUFFile:
         self._is_gemma = str(self.get("general.architecture")).startswith("gemma")
         names = _GEMMA_TENSOR_NAMES if self._is_gemma else _TENSOR_NAMES
         self._tensors = {_hugging_face_name(tensor.name, names): tensor for tensor in self._reader.tensors}
+        if len(self._tensors) < len(self._reader.tensors):
+            raise ModelSourceError(f"{path} has two tensors of one name")
 
     def get(self, key: str, default: Any = None) -> Any:
         """A metadata value as a Python object, `default` where it is absent."""

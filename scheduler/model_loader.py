@@ -116,7 +116,8 @@ def _read_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a config that contradicts itself fails wherever transformers first looks
-        raise ModelSourceError(f"{folder}: the config cannot be read: {error}") from error
+        hint = "; code that comes with a model is never run" if "trust_remote_code" in str(error) else ""
+        raise ModelSourceError(f"{folder}: the config cannot be read{hint}: {error}") from error
 
 
 def _read_directory(folder: Path) -> dict[str, torch.Tensor]:
@@ -126,6 +127,10 @@ def _read_directory(folder: Path) -> dict[str, torch.Tensor]:
             weights |= load_file(path)
         except (OSError, SafetensorError) as error:
             raise ModelSourceError(f"{path} cannot be read: {error}") from error
+    for name, weight in weights.items():
+        # Others stand for numbers by a scale that this loader does not know of.
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise UnsupportedModelError(f"{folder}: weight {name} is {weight.dtype}; use a float checkpoint or a GGUF")
     return weights
 
 
@@ -139,16 +144,24 @@ def _is_tied(hf_config: Any, weights: dict[str, torch.Tensor]) -> bool:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
+        if not (folder / "model.safetensors").is_file():
+            raise ModelSourceError(f"{folder} has no model.safetensors; convert weights of other formats to it")
         return [folder / "model.safetensors"]
     try:
-        return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ModelSourceError(f"{index} names a file outside its folder: {outside[0]}")
+        return [folder / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelSourceError(f"{index} is no index of weight files: {error!r}") from error
 
 
 def _read_gguf(file: GGUFFile, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     # Cast one by one: all of them in float32 would be twice the model.
-    return {name: torch.from_numpy(file.read(name)).to(dtype) for name in file.names if name != _ROPE_FACTORS}
+    try:
+        return {name: torch.from_numpy(file.read(name)).to(dtype) for name in file.names if name != _ROPE_FACTORS}
+    except ValueError as error:
+        raise ModelSourceError(f"{file.path} has a tensor that cannot be read: {error}") from error
 
 
 def _gguf_rope_factors(file: GGUFFile) -> torch.Tensor | None:
@@ -157,7 +170,7 @@ def _gguf_rope_factors(file: GGUFFile) -> torch.Tensor | None:
 
 
 def _plan_model(path: Path, config: Any, rope_factors: torch.Tensor | None) -> tuple[ModelShape, _Build]:
-    """What is to be known before the weights are read, and what turns them into the model, which empties their dict.
+    """What is to be known before the weights are read, and what turns them into the model.
 
     Raises: UnsupportedModelError, naming what is not supported; ModelSourceError for a config that cannot be.
     """
@@ -183,6 +196,19 @@ def _check_config(config: Any) -> None:
         )
     if getattr(config, "quantization_config", None):
         raise UnsupportedModelError("quantization_config is not supported; a float checkpoint or a GGUF is")
+    num_kv_heads = declared(config, "num_key_value_heads") or config.num_attention_heads
+    window, types = declared(config, "sliding_window"), declared(config, "layer_types")
+    has_sliding_layers = "sliding_attention" in (types or ())
+    for is_wrong, text in (
+        (config.num_hidden_layers < 1, "num_hidden_layers is below 1"),
+        (config.max_position_embeddings < 2, "max_position_embeddings is below 2"),
+        (config.num_attention_heads % num_kv_heads, f"{num_kv_heads} key/value heads do not divide the heads"),
+        (has_sliding_layers and window is None, "layer_types has sliding layers, but there is no sliding_window"),
+        ((has_sliding_layers or types is None) and window is not None and window < 1, "sliding_window is below 1"),
+        (declared(config, "attn_logit_softcapping") == 0, "attn_logit_softcapping is 0"),
+    ):
+        if is_wrong:
+            raise UnsupportedModelError(text)
     rope = getattr(config, "rope_parameters", None) or {}
     parts = [part for part in rope.values() if isinstance(part, dict)] or [rope]
     for rope_type in (part.get("rope_type", "default") for part in parts):

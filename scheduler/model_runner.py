@@ -4,6 +4,7 @@ Owned by the engine thread. It reads sequences and never changes them: the sched
 """
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from headrace.kernels.decoder import Decoder, KVCache, PackedBatch
 from headrace.kernels.hf_decoder import HuggingFaceDecoder
 from headrace.kernels.ops import AttentionMetadata, Ops
 from headrace.kernels.sampling import Penalties, SamplingBatch, log_probabilities, sample
+from headrace.scheduler.errors import ModelSourceError
 from headrace.scheduler.messages import GenerationRequest, RowResult, SamplingParams, TokenLogprobs
 from headrace.scheduler.scheduler import ScheduledRow, SchedulerOutput
 from headrace.scheduler.sequence import Sequence
@@ -55,13 +57,19 @@ class ModelRunner:
         ]
 
     def warm_up(self) -> None:
-        """Run a full prompt chunk, then a decode step, so that the first request pays for no first use."""
+        """Run a full prompt chunk, then a decode step, so that the first request pays for no first use.
+
+        Raises: ModelSourceError where what comes out is not a number.
+        """
         num_tokens = min(self._max_num_batched_tokens, self.max_context_tokens - 1)
-        request = GenerationRequest(-1, (0,) * num_tokens, SamplingParams(temperature=1.0, top_p=0.9), 0.0)
+        sampling = SamplingParams(temperature=1.0, top_p=0.9, num_logprobs=0)
+        request = GenerationRequest(-1, (0,) * num_tokens, sampling, 0.0)
         sequence = Sequence(request)
         # The blocks are nobody's yet, and what is written there is overwritten before it can be seen.
         sequence.block_ids = list(range(-(-(num_tokens + 1) // self._block_size)))
-        self.run(SchedulerOutput([ScheduledRow(sequence, num_tokens)], []))
+        [result] = self.run(SchedulerOutput([ScheduledRow(sequence, num_tokens)], []))
+        if result.logprobs is None or math.isnan(result.logprobs.logprob or 0.0):
+            raise ModelSourceError("the model computes no numbers: its weights are damaged, or exceed this dtype")
         sequence.num_computed_tokens = num_tokens
         sequence.token_ids.append(0)
         self.run(SchedulerOutput([ScheduledRow(sequence, 1)], []))

@@ -55,6 +55,8 @@ _SPLITS = {
     "qwen2": _Split((_QWEN2,), is_nfc=True),
     "tekken": _Split((_TEKKEN,), ignore_merges=True, add_bos=True),
 }
+# Names that other converters have for the same.
+_SPLITS |= {"llama3": _SPLITS["llama-bpe"], "llama-v3": _SPLITS["llama-bpe"], "deepseek-r1-qwen": _SPLITS["qwen2"]}
 
 # Token types; type 6, a byte of SentencePiece's, is known by its name.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4

@@ -12,7 +12,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer as BackendTokenizer, models
 from tokenizers.decoders import DecodeStream
 
@@ -69,7 +68,7 @@ class Tokenizer:
             return self._wrapper.apply_chat_template(  # type: ignore[no-any-return]
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # a template is a program, and fails as it likes
             raise BadRequestError(f"the chat template refuses these messages: {error}", param="messages") from error
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
@@ -108,6 +107,9 @@ def _from_directory(folder: Path) -> Tokenizer:
     # transformers imports torch, which the server's start must not wait for.
     from transformers import AutoTokenizer
 
+    # Where there are none, transformers makes up an empty one.
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UnsupportedModelError(f"{folder} has no tokenizer.json, tokenizer.model or vocab.json")
     wrapper = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not hasattr(wrapper, "backend_tokenizer"):
         raise UnsupportedModelError(f"{folder}: the model has no fast tokenizer")

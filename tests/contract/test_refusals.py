@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from asgi_client import Exchange, call, exchange
-from fake_engine import FakeRunner, expected_text, make_scheduler
+from fake_engine import EOS, FakeRunner, expected_text, make_scheduler
 from headrace.scheduler.messages import RowResult
 from headrace.server.protocol import UNSUPPORTED, CompletionRequest
 from live_app import live_app
@@ -141,6 +141,16 @@ async def test_null_is_absent_and_unknown_fields_are_ignored() -> None:
             app.asgi, "POST", "/v1/chat/completions", CHAT | fields | {"max_tokens": 1, "surprise": [1]}
         )
         assert answer.status == 200
+
+
+async def test_an_end_that_the_model_has_no_logit_for_costs_no_step() -> None:
+    runner = FakeRunner()
+    runner.vocab_size = EOS  # a tokenizer may know more tokens than the model
+    async with live_app(runner=runner) as app:
+        answer = await call(app.asgi, "POST", "/v1/completions", OK | {"min_tokens": 2})
+        assert answer.status == 200
+        [generation] = runner.stop_token_ids
+        assert EOS not in generation
 
 
 async def test_an_unknown_model_is_404_and_the_served_one_may_be_named() -> None:

@@ -57,6 +57,7 @@ class FakeRunner:
         self.max_context_tokens = max_context_tokens
         self.num_steps = 0
         self.widths: list[int] = []
+        self.stop_token_ids: set[frozenset[int]] = set()
         self.fail_next = False
         self._is_held = False
         self._num_allowed = 0
@@ -70,6 +71,7 @@ class FakeRunner:
             self._num_allowed -= self._is_held
         self.num_steps += 1
         self.widths.append(len(output.rows))
+        self.stop_token_ids |= {row.sequence.request.sampling.stop_token_ids for row in output.rows}
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("the fake model fails as told")

@@ -135,7 +135,7 @@ def test_what_a_gemma_file_leaves_out_is_as_llama_cpp_has_it(tmp_path: Path) -> 
     ("metadata", "error", "message"),
     [
         ({"rope.scaling.type": "yarn"}, UnsupportedModelError, "rope scaling"),
-        ({"attention.head_count_kv": 3}, ModelSourceError, "the config says"),
+        ({"attention.head_count_kv": 3}, UnsupportedModelError, "do not divide"),
         ({"attention.key_length": 16}, ModelSourceError, "the config says"),
     ],
     ids=str,

@@ -169,7 +169,7 @@ def test_a_config_that_contradicts_itself_is_refused_with_its_folder(folder: Pat
         ("gemma3_text", {"use_bidirectional_attention": True}, "later tokens"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ("olmo2", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-        ("olmo2", {"hidden_size": 66}, "contradicts itself|cannot be read"),
+        ("olmo2", {"hidden_size": 66}, "contradicts itself|cannot be read|safetensors"),
         ("gpt2", {"num_attention_heads": 5}, "contradicts itself"),
     ],
     ids=str,
@@ -300,3 +300,52 @@ def test_the_smallest_cache_is_used_to_its_last_slot(folder: Path, block_size: i
     assert runner.max_context_tokens == num_blocks * block_size
     num_tokens = runner.max_context_tokens - 1
     assert generate_one((scheduler, runner), [5], num_tokens) == reference(folder, [5], num_tokens)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_key_value_heads": 3},
+        {"num_hidden_layers": 0},
+        {"max_position_embeddings": 1},
+        {"model_type": "mistral", "sliding_window": 0},
+        {"model_type": "mistral", "sliding_window": -1},
+        {"model_type": "gemma2", "attn_logit_softcapping": 0.0, "head_dim": 16},
+        {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2, "sliding_window": None},
+    ],
+    ids=str,
+)
+def test_sizes_that_no_model_can_have_are_named(tmp_path: Path, fields: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | {"model_type": "llama"} | fields))
+    field = next(name for name in reversed(fields) if name not in ("head_dim", "layer_types"))
+    message = {"num_key_value_heads": "heads"}.get(field, field)
+    with pytest.raises(HeadraceError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_plain_floats_are_refused(folder: Path, dtype: torch.dtype) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    change_weights(folder, lambda weights: weights.update({name: weights[name].to(dtype)}))
+    with pytest.raises(UnsupportedModelError, match=name):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "sub/model.safetensors"])
+def test_an_index_does_not_lead_out_of_its_folder(folder: Path, name: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ModelSourceError, match="outside its folder"):
+        load(folder)
+
+
+def test_weights_of_another_format_are_to_be_converted(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelSourceError, match="convert"):
+        load(folder)
+
+
+def test_a_model_that_computes_no_numbers_is_refused_while_warming_up(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights["model.norm.weight"].fill_(float("nan")))
+    _, runner = load(folder)
+    with pytest.raises(ModelSourceError, match="no numbers"):
+        runner.warm_up()

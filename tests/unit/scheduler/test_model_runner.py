@@ -125,6 +125,18 @@ def test_what_a_block_held_before_never_reaches_its_next_holder(dtype: torch.dty
     assert engine.generate(PROMPTS[2:4], SAMPLINGS[2:4]) == expected
 
 
+@pytest.mark.parametrize("block_size", [1, 4, 8])
+def test_a_chunk_of_one_token_does_not_look_behind_its_context(block_size: int) -> None:
+    """It shares a call with longer contexts, and its own later blocks are allocated and not yet cleared."""
+    prompts = [[(3 * i) % VOCAB_SIZE for i in range(num_blocks * block_size)] for num_blocks in (2, 7)]
+    fields: dict[str, Any] = {"num_blocks": 96 // block_size, "block_size": block_size, "budget": 2, "max_num_seqs": 2}
+    expected = Engine(**fields).generate(prompts, SAMPLINGS[:2])
+    engine = Engine(**fields)
+    for tensor in (*engine.cache.keys, *engine.cache.values):
+        tensor.fill_(float("nan"))
+    assert engine.generate(prompts, SAMPLINGS[:2]) == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_neighbours_tokens_never_change_an_answer(dtype: torch.dtype) -> None:
     """Same shapes, other contents: in any dtype each row is the same to the last bit, so its tokens are."""

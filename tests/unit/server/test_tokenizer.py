@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
+from headrace.scheduler.errors import UnsupportedModelError
 from headrace.scheduler.model_source import ModelSource, fetch_packaged_model
 from headrace.server.errors import BadRequestError
 from headrace.server.tokenizer import Tokenizer, load_tokenizer
@@ -64,3 +65,9 @@ def test_a_template_that_refuses_its_messages_is_the_clients_error(ours: Tokeniz
     with pytest.raises(BadRequestError) as refused:
         ours.render_chat([{"role": "user"}])
     assert refused.value.param == "messages"
+
+
+def test_a_directory_without_a_tokenizer_is_refused_and_not_given_an_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.json"):
+        load_tokenizer(ModelSource(tmp_path, "model"))
