@@ -26,8 +26,8 @@ from requirements import lack, need_program
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-# After the drain: connections that close and the engine, five seconds each.
-CLOSING_S = 10
+# After the drain: connections, the engine and traces, five seconds each.
+CLOSING_S = 15
 
 
 def _served_paths() -> set[str]:
@@ -96,7 +96,7 @@ def test_the_manifests_probes_ask_routes_that_exist(container: Any) -> None:
     assert port["containerPort"] == Settings().port
 
 
-def test_the_manifest_leaves_time_to_drain_and_hides_the_services_address(
+def test_the_manifest_leaves_time_to_drain_and_fits_the_image_and_itself(
     manifests: dict[str, Any], container: Any
 ) -> None:
     pod = manifests["Deployment"]["spec"]["template"]["spec"]
@@ -107,6 +107,8 @@ def test_the_manifest_leaves_time_to_drain_and_hides_the_services_address(
     assert pod["enableServiceLinks"] is False
     labels = manifests["Deployment"]["spec"]["template"]["metadata"]["labels"]
     assert manifests["Service"]["spec"]["selector"].items() <= labels.items()
+    user = pod["securityContext"]["runAsUser"]
+    assert f"USER {user}:" in (CONFIGS / "Dockerfile").read_text()
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
 

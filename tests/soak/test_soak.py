@@ -33,15 +33,17 @@ CONFIG = Path(__file__).parents[2] / "configs" / "soak.toml"
 DURATION_S = float(os.environ.get("TESTS_SOAK_S") or (600 if os.environ.get("TESTS_LONG") else 15))
 IS_LONG = DURATION_S >= 60
 # The same load before anything is measured: threads start, allocators and caches fill.
-WARM_UP_S = min(60.0, DURATION_S / 3)
+WARM_UP_S = DURATION_S / 4
 SEED = int(os.environ.get("TESTS_SEED") or random.randrange(2**32))
 
 # What two cores can nearly keep up with while they do something else: a queue forms, and empties.
 MEAN_GAP_S = 0.35
 MAX_CLIENTS = 32
 NUM_COMPARED = 24 if IS_LONG else 4
-# What the allocator may keep of its own accord. A leak of one log, task or block table per request shows as more.
-RESIDENT_MARGIN_BYTES = 48 * 2**20
+# oneDNN keeps a kernel for each of the last 1024 shapes it met, which comes to some 60 MiB and is not all there after
+# the warm-up; the allocator keeps some too. A task, a descriptor or a block shows as one too many; of memory, what is
+# seen is a leak of 40 KiB per client of a ten-minute run.
+RESIDENT_MARGIN_BYTES = 64 * 2**20
 
 PROMPTS = (
     "The mill wheel",
