@@ -6,22 +6,27 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := tests/e2e/clients
+CLIENT_VENVS := $(CLIENTS)/.venvs
 ARGS ?=
 # pip, with a line per package instead of its dozens.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
 PIP_PROGRESS := sed -un 's/^Collecting \([^ ]*\).*/  \1/p; s/^ *Downloading \(.*\)/    downloading \1/p; s/^Installing.*/  installing/p'
 
-.PHONY: help setup setup-test serve test test-all check lint clean
+.PHONY: help setup setup-test setup-clients serve test test-all check lint clean
 
 help:
 	@echo "make serve     install and serve the demo model on 127.0.0.1:8000 (ARGS='--port 9000' for more)"
 	@echo "make test      install with the test extras and run the tests (no GPU needed)"
-	@echo "make test-all  the same and the long ones"
+	@echo "make test-all  the same and the long ones: clients in environments of their own (700 MB), a soak of ten minutes"
 	@echo "make check     format, lint, types, tests"
 
 setup: $(VENV)/.installed
 
 setup-test: $(VENV)/.installed-test tests/e2e/node_modules/.installed
+
+setup-clients: $(patsubst %,$(CLIENT_VENVS)/%/.installed,openai2 langchain litellm vllm-bench) \
+	$(CLIENT_VENVS)/vllm-bench/endpoint_request_func.py $(CLIENTS)/node_modules/.installed
 
 $(BIN)/python:
 	@echo "headrace: making the virtual environment $(VENV)"
@@ -37,12 +42,26 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP_INSTALL) -e '.[test]' | $(PIP_PROGRESS)
 	@touch $@
 
-# The npm client's test is skipped, aloud, where there is no Node.
-tests/e2e/node_modules/.installed: tests/e2e/package.json tests/e2e/package-lock.json
+# The npm clients' tests are skipped, aloud, where there is no Node.
+%/node_modules/.installed: %/package.json %/package-lock.json
 	@if command -v npm >/dev/null; then \
-		echo "headrace: installing the npm test clients"; \
-		npm ci --prefix tests/e2e --no-audit --no-fund --loglevel=error && touch $@; \
+		echo "headrace: installing the npm test clients of $*"; \
+		npm ci --prefix $* --no-audit --no-fund --loglevel=error && touch $@; \
 	else echo "headrace: no npm here: the tests with npm clients will be skipped"; fi
+
+$(CLIENT_VENVS)/%/.installed: $(CLIENTS)/%.txt
+	@echo "headrace: installing the test client $*"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --disable-pip-version-check -qq -r $<
+	@touch $@
+
+$(CLIENT_VENVS)/vllm-bench/endpoint_request_func.py: $(CLIENTS)/vllm-source.txt $(CLIENT_VENVS)/vllm-bench/.installed
+	@echo "headrace: fetching vLLM's wheel (320 MB, not kept) for one file of its benchmark"
+	@folder=$$(mktemp -d); trap 'rm -r "$$folder"' EXIT; \
+	$(@D)/bin/python -m pip download --disable-pip-version-check -qq --no-cache-dir --no-deps \
+		--only-binary :all: --platform manylinux_2_28_x86_64 --dest "$$folder" -r $<; \
+	$(@D)/bin/python -c 'import pathlib, sys, zipfile; member = zipfile.ZipFile(sys.argv[1]).read(sys.argv[2]); \
+		pathlib.Path(sys.argv[3]).write_bytes(member)' "$$folder"/*.whl vllm/benchmarks/lib/$(@F) $@
 
 serve: setup
 	@$(BIN)/headrace serve $(ARGS)
@@ -50,7 +69,7 @@ serve: setup
 test: setup-test
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-all: setup-test
+test-all: setup-test setup-clients
 	@TESTS_LONG=1 $(BIN)/python -m pytest tests $(ARGS)
 
 check: lint test
@@ -67,4 +86,4 @@ lint: setup-test .typecheck
 	@for folder in server scheduler kernels benchmarks configs; do ln -sfn ../../$$folder .typecheck/headrace/$$folder; done
 
 clean:
-	rm -rf $(VENV) .typecheck tests/e2e/node_modules build *.egg-info
+	rm -rf $(VENV) .typecheck tests/e2e/node_modules $(CLIENTS)/node_modules $(CLIENT_VENVS) build *.egg-info

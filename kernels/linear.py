@@ -12,16 +12,17 @@ import torch.nn.functional as F
 
 
 class PackedLinear:
-    """x [T, in] -> x @ weight.T [T, out]. The weight handed in, [out, in], is not kept where it was reordered."""
+    """x [T, in] -> x @ weight.T + bias [T, out]. The weight, [out, in], is not kept where it was reordered."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._bias = bias
         self._is_reordered = weight.device.type == "cpu" and _can_reorder(weight.dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_reordered else weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._is_reordered:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")  # type: ignore[no-any-return]
-        return F.linear(x, self._weight)
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
+        return F.linear(x, self._weight, self._bias)
 
 
 @functools.cache

@@ -34,7 +34,7 @@ class Ops(Protocol):
     """The ops, as a module or an object."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Root-mean-square norm over the last axis. x [T, E], weight [E] -> [T, E] in x's dtype.
+        """Root-mean-square norm over the last axis. x [..., E], weight [E] -> like x.
 
         Zhang and Sennrich, 2019.
         """
@@ -63,10 +63,18 @@ class Ops(Protocol):
         """Prepare what all layers of a step share; the result is for this implementation's `paged_attention`."""
 
     def paged_attention(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Any, scale: float
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        plan: Any,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """Causal attention of every query token over its own sequence's context in the cache.
 
         q [T, H, D], caches [N, S, G, D], query head h reads key/value head h // (H / G) -> [T, H, D] in q's dtype.
-        PagedAttention (Kwon et al., SOSP 2023).
+        `window` lets a token see that many tokens, the last of them itself (Mistral; Jiang et al., 2023); `softcap`
+        bounds the scaled scores to +-softcap by tanh (Gemma 2; 2024). PagedAttention (Kwon et al., SOSP 2023).
         """

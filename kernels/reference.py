@@ -40,7 +40,13 @@ def plan_attention(metadata: AttentionMetadata, block_size: int, device: torch.d
 
 
 def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionMetadata, scale: float
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: AttentionMetadata,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     num_groups = q.shape[1] // k_cache.shape[2]
     out = torch.empty_like(q)
@@ -50,6 +56,9 @@ def paged_attention(
         values = v_cache[blocks].flatten(0, 1)[:context_len].float().repeat_interleave(num_groups, dim=1)
         for token in range(start, end):
             num_visible = context_len - (end - 1 - token)
-            scores = torch.einsum("hd,shd->hs", q[token].float(), keys[:num_visible]) * scale
-            out[token] = torch.einsum("hs,shd->hd", scores.softmax(-1), values[:num_visible]).to(q.dtype)
+            seen = slice(0 if window is None else max(0, num_visible - window), num_visible)
+            scores = torch.einsum("hd,shd->hs", q[token].float(), keys[seen]) * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            out[token] = torch.einsum("hs,shd->hd", scores.softmax(-1), values[seen]).to(q.dtype)
     return out

@@ -1,24 +1,43 @@
-"""Picking the next token of every row of a batch: greedy, temperature, top-k, top-p, min-p, with a seed per row.
+"""Picking the next token of every row of a batch, with a seed per row, and the log probabilities around it.
 
-Order: temperature, top-k, top-p, min-p (on the probabilities after temperature, relative to the largest). A row's
-randomness is one uniform number made from its seed and position alone (SplitMix64, Steele et al., OOPSLA 2014), used
-to invert the cumulative distribution, so neither its neighbours nor the batch's order can change what it draws.
-Papers: top-p, Holtzman et al., 2020; min-p, Nguyen et al., 2024.
+Order: repetition, frequency and presence penalty, logit bias, masks (all of which count for greedy rows too), then
+temperature, top-k, top-p, min-p (on the probabilities after temperature, relative to the largest). A row's randomness
+is one uniform number made from its seed, choice and position alone (SplitMix64, Steele et al., OOPSLA 2014), used to
+invert the cumulative distribution, so neither its neighbours nor the batch's order can change what it draws.
+Papers: repetition penalty, CTRL (Keskar et al., 2019); top-p, Holtzman et al., 2020; min-p, Nguyen et al., 2024.
+Frequency and presence penalty as OpenAI's API reference defines them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 # How many of the likeliest tokens are looked at first; rows whose top-p mass reaches further look at eight times more.
 _NUM_CANDIDATES = 256
+# The most likely tokens that `log_probabilities` looks for.
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """The penalties of one row: `repetition` on all its `token_ids` (int64 [n]), the others on those from
+    `num_prompt_tokens` on."""
+
+    row: int
+    token_ids: np.ndarray
+    num_prompt_tokens: int
+    repetition: float
+    presence: float
+    frequency: float
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
-    """The settings of R rows, each an array [R]: temperature, top_p, min_p float32; top_k int64; seed uint64,
-    position int64 (the index of the token to be drawn). `masked` lists (row, token id) pairs that must not be drawn.
+    """The settings of R rows, each an array [R]: temperature, top_p, min_p float32; top_k int64; seed uint64, choice
+    int64 and position int64 (the index of the token to be drawn). `biased` lists (row, token ids int64 [n], what is
+    added to their logits float32 [n]), `masked` (row, token ids that must not be drawn); no row has an id twice.
     """
 
     temperature: np.ndarray
@@ -26,16 +45,24 @@ class SamplingBatch:
     top_p: np.ndarray
     min_p: np.ndarray
     seed: np.ndarray
+    choice: np.ndarray
     position: np.ndarray
-    masked: list[tuple[int, int]]
+    penalties: list[Penalties] = field(default_factory=list)
+    biased: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
+    masked: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
 
 @torch.inference_mode()
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
-    """Draw one token id per row of logits, float32 [R, V], which are written to where tokens are masked."""
+    """Draw one token id per row of logits, float32 [R, V], which are written to where a setting changes them."""
+    for penalties in batch.penalties:
+        _penalise(logits[penalties.row], penalties)
+    if batch.biased:
+        rows, token_lists, biases = zip(*batch.biased, strict=True)
+        logits[_places(logits, rows, token_lists)] += torch.from_numpy(np.concatenate(biases)).to(logits)
     if batch.masked:
-        rows, tokens = zip(*batch.masked, strict=True)
-        logits[list(rows), list(tokens)] = float("-inf")
+        rows, token_lists = zip(*batch.masked, strict=True)
+        logits[_places(logits, rows, token_lists)] = float("-inf")
     token_ids = logits.argmax(dim=-1)
     random_rows = np.flatnonzero(batch.temperature > 0)
     if len(random_rows):
@@ -50,15 +77,55 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
             pick(batch.top_k),
             pick(batch.top_p),
             pick(batch.min_p),
-            pick(uniforms(batch.seed, batch.position)),
+            pick(uniforms(batch.seed, batch.choice, batch.position)),
         )
     return token_ids.tolist()
 
 
-def uniforms(seed: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """One number in [0, 1) per row from its seed and position: float64 [R]."""
-    mixed = _splitmix64(_splitmix64(seed.astype(np.uint64)) ^ position.astype(np.uint64))
+def uniforms(seed: np.ndarray, choice: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """One number in [0, 1) per row from its seed, choice and position: float64 [R]."""
+    mixed = _splitmix64(seed.astype(np.uint64)) ^ choice.astype(np.uint64)
+    mixed = _splitmix64(_splitmix64(mixed) ^ position.astype(np.uint64))
     return np.asarray((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+@torch.inference_mode()
+def log_probabilities(
+    logits: torch.Tensor, token_ids: list[int], num_top: list[int]
+) -> list[tuple[float, list[tuple[int, float]]]]:
+    """Per row of logits, float32 [R, V]: the log probability of its token, and its `num_top` likeliest tokens, at most
+    MAX_TOP_LOGPROBS, as (token id, log probability), best first."""
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    index = torch.tensor(token_ids, dtype=torch.int64, device=logits.device)
+    own = (logits.gather(1, index[:, None]) - total).flatten().tolist()
+    # The same number for all rows: `topk` orders ties differently for another one.
+    values, top_ids = logits.topk(min(MAX_TOP_LOGPROBS, logits.shape[-1]), dim=-1)
+    top = zip((values - total).tolist(), top_ids.tolist(), num_top, strict=True)
+    pairs = [list(zip(ids[:num], logprobs[:num], strict=True)) for logprobs, ids, num in top]
+    return list(zip(own, pairs, strict=True))
+
+
+def _places(
+    logits: torch.Tensor, rows: Sequence[int], token_ids: Sequence[np.ndarray]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The index of so many tokens in each of these rows."""
+    row_of_each = np.repeat(np.array(rows, dtype=np.int64), [len(ids) for ids in token_ids])
+    pair = torch.from_numpy(np.stack((row_of_each, np.concatenate(token_ids)))).to(logits.device)
+    return pair[0], pair[1]
+
+
+def _penalise(logits: torch.Tensor, penalties: Penalties) -> None:
+    """Change one row, [V], in place."""
+    # Writing the same value twice is harmless, so a token that occurs often needs no care but where occurrences count.
+    token_ids = torch.from_numpy(penalties.token_ids).to(logits.device)
+    output_ids = token_ids[penalties.num_prompt_tokens :]
+    if penalties.repetition != 1:
+        score = logits[token_ids]
+        logits[token_ids] = torch.where(score < 0, score * penalties.repetition, score / penalties.repetition)
+    if penalties.presence:
+        logits[output_ids] = logits[output_ids] - penalties.presence
+    if penalties.frequency:
+        logits.index_add_(0, output_ids, torch.full_like(output_ids, -penalties.frequency, dtype=logits.dtype))
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:

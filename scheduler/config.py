@@ -17,3 +17,4 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 256
+    enable_prefix_caching: bool = True

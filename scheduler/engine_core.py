@@ -17,6 +17,7 @@ from headrace.scheduler.messages import (
     EngineReady,
     EngineStopped,
     GenerationRequest,
+    RowResult,
     SequenceOutput,
     StepOutput,
 )
@@ -36,8 +37,8 @@ class Runner(Protocol):
 
     def warm_up(self) -> None: ...
 
-    def run(self, output: SchedulerOutput) -> Seq[int | None]:
-        """Compute all rows; return the sampled token of each, None for a row that is not sampled."""
+    def run(self, output: SchedulerOutput) -> Seq[RowResult]:
+        """Compute all rows."""
 
 
 class EngineCore:
@@ -141,10 +142,10 @@ class EngineCore:
         if not output.rows:
             return []
         try:
-            sampled = runner.run(output)
+            results = runner.run(output)
         except Exception:
             logger.exception("a step of %d sequences raised", len(output.rows))
             return scheduler.fail(
                 [row.sequence for row in output.rows], "the model failed while computing this request"
             )
-        return scheduler.update(output, sampled)
+        return scheduler.update(output, results)

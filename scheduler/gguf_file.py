@@ -6,7 +6,8 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import functools
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from gguf.quants import dequantize
 
 from headrace.scheduler.errors import ModelSourceError, UnsupportedModelError
 
-_SUPPORTED_TYPES = {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"}
+_SUPPORTED_TYPES = {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K"}
+_ARRAY, _STRING = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
+# Dequantised at a time: a whole tensor at once takes twice the time and three times its size.
+_CHUNK_BYTES = 2**20
 
 _TENSOR_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -27,17 +31,24 @@ _TENSOR_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GEMMA_TENSOR_NAMES = _TENSOR_NAMES | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 
 
 class _PlainReader(gguf.GGUFReader):
-    """The package's reader without its cost: slicing a memory map 400,000 times takes four times as long as
-    slicing the array under it."""
+    """The package's reader without its cost: a memory map is sliced four times as slowly as the array under it, and
+    a vocabulary's numbers would be 500,000 slices."""
 
     def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> npt.NDArray[Any]:
         if isinstance(self.data, np.memmap):
@@ -49,6 +60,28 @@ class _PlainReader(gguf.GGUFReader):
             raise ValueError("the file ends too early")
         return self.data[offset:end].view(dtype)
 
+    def _get_field_parts(
+        self, orig_offs: int, raw_type: int
+    ) -> tuple[int, list[npt.NDArray[Any]], list[int], list[gguf.GGUFValueType]]:
+        """(Bytes, parts, which of the parts are values, types) of a metadata value."""
+        if raw_type != _ARRAY or self.byte_order != "I":
+            return super()._get_field_parts(orig_offs, raw_type)
+        head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
+        kind, count, start = gguf.GGUFValueType(head[0][0]), int(head[1][0]), orig_offs + 12
+        if (dtype := self.gguf_scalar_to_np.get(kind)) is not None:
+            values = [self._get(start, dtype, count)]
+            end = start + values[0].nbytes
+        elif kind == _STRING:
+            values, end, view = [], start, self.data.data
+            for _ in range(count):
+                begin, end = end + 8, end + 8 + int.from_bytes(view[end : end + 8], sys.byteorder)
+                if end > len(view):
+                    raise ValueError("the file ends too early")
+                values.append(self.data[begin:end])
+        else:
+            raise ValueError("an array of arrays")
+        return end - orig_offs, head + values, list(range(2, 2 + len(values))), [_ARRAY, kind]
+
 
 class GGUFFile:
     """A parsed file. The tensors stay on disk, mapped, until they are asked for."""
@@ -59,7 +92,11 @@ class GGUFFile:
         except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError, OverflowError) as error:
             raise ModelSourceError(f"{path} is not a readable GGUF file: {error}") from error
         self.path = path
-        self._tensors = {_hugging_face_name(tensor.name): tensor for tensor in self._reader.tensors}
+        self._is_gemma = str(self.get("general.architecture")).startswith("gemma")
+        names = _GEMMA_TENSOR_NAMES if self._is_gemma else _TENSOR_NAMES
+        self._tensors = {_hugging_face_name(tensor.name, names): tensor for tensor in self._reader.tensors}
+        if len(self._tensors) < len(self._reader.tensors):
+            raise ModelSourceError(f"{path} has two tensors of one name")
 
     def get(self, key: str, default: Any = None) -> Any:
         """A metadata value as a Python object, `default` where it is absent."""
@@ -102,19 +139,25 @@ class GGUFFile:
         return int(self._tensors[name].shape[-1])
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
-        """Dequantise a tensor.
+        """Dequantise a tensor, and undo what llama.cpp's conversion did to its values.
 
-        Raises: UnsupportedModelError for a tensor type that is not F32, F16, BF16, Q8_0, Q4_0 or Q4_1;
-        ModelSourceError where the head counts do not divide a tensor's rows.
+        Raises: UnsupportedModelError for a tensor type that is not read here; ModelSourceError where the head counts
+        do not divide a tensor's rows.
         """
         tensor = self._tensors[name]
         type_name = tensor.tensor_type.name
         if type_name not in _SUPPORTED_TYPES:
             supported = ", ".join(sorted(_SUPPORTED_TYPES))
             raise UnsupportedModelError(f"{self.path}: tensor {tensor.name} is {type_name}; supported are {supported}")
-        # F32 tensors come as read-only views of the map; torch wants memory it may write to.
-        values = np.require(dequantize(tensor.data, tensor.tensor_type), np.float32, requirements="W")
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
+        rows = tensor.data.reshape(-1, tensor.data.shape[-1])
+        values = np.empty((len(rows), int(tensor.shape[0])), np.float32)
+        step = max(1, _CHUNK_BYTES // max(1, rows[:1].nbytes))
+        for start in range(0, len(rows), step):
+            values[start : start + step] = dequantize(rows[start : start + step], tensor.tensor_type)
+        values = values.reshape([int(size) for size in reversed(tensor.shape)])
+        if self._is_gemma and name.endswith("norm.weight"):
+            values -= 1  # llama.cpp multiplies by the weight, Hugging Face by one more
+        if self.architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             num_heads, num_kv_heads = self.head_counts()
             count = num_heads if name.endswith("q_proj.weight") else num_kv_heads
             if values.ndim != 2 or len(values) % (2 * count):
@@ -129,13 +172,13 @@ def open_gguf(path: Path) -> GGUFFile:
     return GGUFFile(path)
 
 
-def _hugging_face_name(name: str) -> str:
+def _hugging_face_name(name: str, names: Mapping[str, str]) -> str:
     stem, _, suffix = name.rpartition(".")
     prefix = ""
     if stem.startswith("blk.") and stem.count(".") == 2:
         _, layer, stem = stem.split(".")
         prefix = f"model.layers.{layer}."
-    return f"{prefix}{_TENSOR_NAMES.get(stem, stem)}.{suffix}"
+    return f"{prefix}{names.get(stem, stem)}.{suffix}"
 
 
 def _unpermute(weight: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:

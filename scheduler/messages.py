@@ -21,41 +21,81 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to pick tokens for one sequence. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch these off."""
+    """How to pick tokens for one sequence. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch these off.
+
+    `choice` numbers the sequences that share a seed. `logit_bias` holds (token id, bias). `num_logprobs` asks for each
+    new token's log probability and those of so many likeliest ones, `num_prompt_logprobs` for the prompt's from its
+    second token on; None for neither.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    choice: int = 0
     max_tokens: int = 16
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A prompt to continue. `request_id` is the server's own and never reused within a process."""
+    """A prompt to continue. `request_id` is the server's own and never reused within a process.
+
+    `leader_id` names an earlier request with the same prompt: this one waits until that prompt is computed, and then
+    finds it in the prefix cache. Only requests with equal `cache_salt` share cached blocks.
+    """
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     arrival_s: float
     deadline_s: float = float("inf")
+    leader_id: int | None = None
+    cache_salt: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The model's own log probabilities at one position: of the token that is there, and `top`, the likeliest ones as
+    (token id, log probability), best first. A prompt's first token, which nothing predicts, has none."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What a step computed for one row. `token_id` is None where the row stops short of its sequence's last token."""
+
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceOutput:
     """What one step did for one sequence.
 
-    `scheduled_s` is set once, on the step that first ran the sequence. `token_ids` can be empty: a chunk of prefill
-    produces none, nor does a cancellation.
+    `scheduled_s` is set once, on the step that first ran the sequence, and so is `num_cached_tokens`. `token_ids` can
+    be empty: a chunk of prefill produces none, nor does a cancellation. `logprobs` has an item per token where asked.
     """
 
     request_id: int
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     scheduled_s: float | None = None
+    num_cached_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: str | None = None
 
 
@@ -63,14 +103,19 @@ class SequenceOutput:
 class LoadSnapshot:
     """The engine's load after a step: all that admission and /metrics may know of the engine.
 
-    `num_received` counts the submissions drained so far, so that the loop can add those still in the inbox.
+    `num_received` counts the submissions drained so far, so that the loop can add those still in the inbox. Of the
+    free blocks `num_cached_blocks` hold a reusable prefix. Of `num_prefix_queries` prompt tokens that were looked up in
+    the prefix cache, `num_prefix_hits` were found.
     """
 
     num_waiting: int = 0
     num_running: int = 0
     num_received: int = 0
     num_free_blocks: int = 0
+    num_cached_blocks: int = 0
     num_total_blocks: int = 0
+    num_prefix_queries: int = 0
+    num_prefix_hits: int = 0
     num_preemptions: int = 0
     num_steps: int = 0
     busy_s: float = 0.0

@@ -1,11 +1,14 @@
 """Building the engine from a model on disk: config, weights, KV cache, runner, scheduler.
 
-Called once, on the engine thread. Hugging Face's classes supply configs and RoPE maths; weights are read straight from
-safetensors or GGUF, since building a Hugging Face model first takes several times as long.
+Called once, on the engine thread. Weights are read straight from safetensors or GGUF, under Hugging Face's names either
+way. The families of the compact decoder are packed from them, since filling a Hugging Face model first takes several
+times as long; other families go the breadth path. Hugging Face's classes supply configs, RoPE maths, names and shapes.
 """
 
 import json
 import logging
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,23 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from headrace.kernels import torch_ops
-from headrace.kernels.decoder import Decoder, DecoderConfig, KVCache
+from headrace.kernels.decoder import Decoder, DecoderConfig, KVCache, ModelShape
+from headrace.kernels.hf_decoder import (
+    FAMILIES,
+    HuggingFaceDecoder,
+    UnsupportedConfigError,
+    WeightsError,
+    declared,
+    empty_model,
+)
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import CapacityError, ModelSourceError, UnsupportedModelError
+from headrace.scheduler.gguf_config import gguf_config
 from headrace.scheduler.gguf_file import GGUFFile, open_gguf
 from headrace.scheduler.memory import available_bytes
 from headrace.scheduler.model_runner import ModelRunner
@@ -28,13 +40,17 @@ from headrace.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-# RoPE variants whose angles depend on each sequence's own length cannot come from one table.
-_SUPPORTED_ROPE = {"default", "linear", "llama3", "yarn"}
+_COMPACT_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+# RoPE variants whose angles depend on each sequence's own length are not the same for all rows of a batch.
+_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # Shares of free memory the KV cache may take: a CPU's is shared with the user's other programs.
 _KV_SHARE_CPU, _KV_SHARE_CUDA = 0.4, 0.85
 _ROPE_FACTORS = "rope_freqs.weight"
 # Free memory where the system does not tell.
 _ASSUMED_BYTES = 4 * 2**30
+
+_Build = Callable[[dict[str, torch.Tensor], torch.dtype, torch.device], Decoder | HuggingFaceDecoder]
 
 
 def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
@@ -46,26 +62,24 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
     dtype = _choose_dtype(config, device)
     path = config.model_path
     file = open_gguf(path) if path.is_file() else None
-    hf_config = _read_config(path) if file is None else _gguf_config(file)
-    decoder_config = _decoder_config(hf_config, None if file is None else _gguf_rope_factors(file))
-    max_model_len = config.max_model_len or decoder_config.max_position
-    if max_model_len > decoder_config.max_position:
-        raise CapacityError(f"max_model_len: {max_model_len} is over the model's own {decoder_config.max_position}")
+    hf_config = _read_config(path) if file is None else gguf_config(file)
+    shape, build = _plan_model(path, hf_config, None if file is None else _gguf_rope_factors(file))
+    max_model_len = config.max_model_len or shape.max_position
+    if max_model_len > shape.max_position:
+        raise CapacityError(f"max_model_len: {max_model_len} is over the model's own {shape.max_position}")
     if config.kv_cache_bytes is not None:  # wrong sizes are told before the weights are read
-        _num_blocks(config, decoder_config, dtype, max_model_len, config.kv_cache_bytes)
+        _num_blocks(config, shape, dtype, max_model_len, config.kv_cache_bytes)
 
-    weights = _read_directory(path) if file is None else _read_gguf(file)
-    _check_weights(decoder_config, weights, _is_tied(hf_config, weights))
-    weights = {name: weight.to(device, dtype) for name, weight in weights.items()}
-    decoder = Decoder(decoder_config, weights, torch_ops)
+    decoder = build(_read_directory(path) if file is None else _read_gguf(file, dtype), dtype, device)
     cache_bytes = _free_bytes(device) if config.kv_cache_bytes is None else config.kv_cache_bytes
-    num_blocks = _num_blocks(config, decoder_config, dtype, max_model_len, cache_bytes)
-    cache = _allocate_cache(decoder, num_blocks, config.block_size)
+    num_blocks = _num_blocks(config, shape, dtype, max_model_len, cache_bytes)
+    cache = _allocate_cache(shape, num_blocks, config.block_size, dtype, device)
     max_context_tokens = min(max_model_len, num_blocks * config.block_size)
-    cache_gib = num_blocks * config.block_size * decoder_config.kv_bytes_per_token(dtype) / 2**30
+    cache_gib = num_blocks * config.block_size * shape.kv_bytes_per_token(dtype) / 2**30
+    maker = "transformers'" if isinstance(decoder, HuggingFaceDecoder) else "packed"
     description = (
-        f"{decoder_config.num_layers}-layer decoder in {str(dtype).removeprefix('torch.')} on {device}, torch ops; "
-        f"KV cache {cache_gib:.2f} GiB, {num_blocks} blocks of {config.block_size} tokens; "
+        f"{maker} {hf_config.model_type}, {len(shape.kv_shapes)} layers in {str(dtype).removeprefix('torch.')} on "
+        f"{device}, torch ops; KV cache {cache_gib:.2f} GiB, {num_blocks} blocks of {config.block_size} tokens; "
         f"context {max_context_tokens} tokens"
     )
     runner = ModelRunner(
@@ -76,6 +90,7 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
         block_size=config.block_size,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
+        has_prefix_cache=config.enable_prefix_caching,
     )
     return scheduler, runner
 
@@ -99,9 +114,10 @@ def _choose_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
 
 def _read_config(folder: Path) -> Any:
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a config that contradicts itself fails wherever transformers first looks
-        raise ModelSourceError(f"{folder}: the config cannot be read: {error}") from error
+        hint = "; code that comes with a model is never run" if "trust_remote_code" in str(error) else ""
+        raise ModelSourceError(f"{folder}: the config cannot be read{hint}: {error}") from error
 
 
 def _read_directory(folder: Path) -> dict[str, torch.Tensor]:
@@ -111,6 +127,10 @@ def _read_directory(folder: Path) -> dict[str, torch.Tensor]:
             weights |= load_file(path)
         except (OSError, SafetensorError) as error:
             raise ModelSourceError(f"{path} cannot be read: {error}") from error
+    for name, weight in weights.items():
+        # Others stand for numbers by a scale that this loader does not know of.
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise UnsupportedModelError(f"{folder}: weight {name} is {weight.dtype}; use a float checkpoint or a GGUF")
     return weights
 
 
@@ -124,15 +144,24 @@ def _is_tied(hf_config: Any, weights: dict[str, torch.Tensor]) -> bool:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
+        if not (folder / "model.safetensors").is_file():
+            raise ModelSourceError(f"{folder} has no model.safetensors; convert weights of other formats to it")
         return [folder / "model.safetensors"]
     try:
-        return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ModelSourceError(f"{index} names a file outside its folder: {outside[0]}")
+        return [folder / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelSourceError(f"{index} is no index of weight files: {error!r}") from error
 
 
-def _read_gguf(file: GGUFFile) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(file.read(name)) for name in file.names if name != _ROPE_FACTORS}
+def _read_gguf(file: GGUFFile, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    # Cast one by one: all of them in float32 would be twice the model.
+    try:
+        return {name: torch.from_numpy(file.read(name)).to(dtype) for name in file.names if name != _ROPE_FACTORS}
+    except ValueError as error:
+        raise ModelSourceError(f"{file.path} has a tensor that cannot be read: {error}") from error
 
 
 def _gguf_rope_factors(file: GGUFFile) -> torch.Tensor | None:
@@ -140,99 +169,121 @@ def _gguf_rope_factors(file: GGUFFile) -> torch.Tensor | None:
     return torch.from_numpy(file.read(_ROPE_FACTORS)) if _ROPE_FACTORS in file.names else None
 
 
-def _gguf_config(file: GGUFFile) -> Any:
-    """The file's metadata as Hugging Face's config. Raises: UnsupportedModelError, ModelSourceError."""
-    if file.architecture != "llama":
-        raise UnsupportedModelError(f"{file.path}: architecture {file.architecture!r} is not supported; llama is")
-    if "model.embed_tokens.weight" not in file.names:
-        raise UnsupportedModelError(f"{file.path} has no token embedding")
-    num_heads, num_kv_heads = file.head_counts()
-    if file.arch("rope.scaling.type", "none") != "none" or file.arch("rope.scale_linear", 1.0) != 1.0:
-        raise UnsupportedModelError(f"{file.path}: rope scaling is not supported")
-    fields: dict[str, Any] = {
-        "vocab_size": file.num_rows("model.embed_tokens.weight"),
-        "hidden_size": int(file.require("llama.embedding_length")),
-        "intermediate_size": int(file.require("llama.feed_forward_length")),
-        "num_hidden_layers": int(file.require("llama.block_count")),
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": num_kv_heads,
-        "head_dim": int(file.arch("attention.key_length", int(file.require("llama.embedding_length")) // num_heads)),
-        "max_position_embeddings": int(file.require("llama.context_length")),
-        "rms_norm_eps": float(file.require("llama.attention.layer_norm_rms_epsilon")),
-        "tie_word_embeddings": "lm_head.weight" not in file.names,
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(file.arch("rope.freq_base", 10000.0))},
-    }
+def _plan_model(path: Path, config: Any, rope_factors: torch.Tensor | None) -> tuple[ModelShape, _Build]:
+    """What is to be known before the weights are read, and what turns them into the model.
+
+    Raises: UnsupportedModelError, naming what is not supported; ModelSourceError for a config that cannot be.
+    """
     try:
-        return LlamaConfig(**fields)
+        _check_config(config)
+        if config.model_type in _COMPACT_FAMILIES:
+            return _plan_compact(path, config, rope_factors)
+        return _plan_breadth(path, config)
+    except (UnsupportedModelError, UnsupportedConfigError) as error:
+        raise UnsupportedModelError(f"{path}: {error}") from error
     except Exception as error:  # as in `_read_config`
-        raise ModelSourceError(f"{file.path}: the metadata contradicts itself: {error}") from error
+        raise ModelSourceError(f"{path}: the config contradicts itself: {error}") from error
 
 
-def _decoder_config(config: Any, rope_factors: torch.Tensor | None) -> DecoderConfig:
-    """Translate a Hugging Face config. Raises: UnsupportedModelError, naming what is not supported."""
-    if config.model_type != "llama":
-        raise UnsupportedModelError(f"model type {config.model_type!r} is not supported; llama is")
-    for name in ("attention_bias", "mlp_bias"):
-        if getattr(config, name, False):
-            raise UnsupportedModelError(f"a model with {name} is not supported")
+def _check_config(config: Any) -> None:
+    """Raises: UnsupportedModelError for a family that was not tested, or a feature no path has."""
+    families = _COMPACT_FAMILIES | FAMILIES
+    if config.model_type not in families:
+        text_type = getattr(getattr(config, "text_config", None), "model_type", None)
+        hint = f"; a text-only {text_type} is" if text_type in families else ""
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} is not supported{hint}; supported are {', '.join(sorted(families))}"
+        )
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedModelError("quantization_config is not supported; a float checkpoint or a GGUF is")
+    num_kv_heads = declared(config, "num_key_value_heads") or config.num_attention_heads
+    window, types = declared(config, "sliding_window"), declared(config, "layer_types")
+    has_sliding_layers = "sliding_attention" in (types or ())
+    for is_wrong, text in (
+        (config.num_hidden_layers < 1, "num_hidden_layers is below 1"),
+        (config.max_position_embeddings < 2, "max_position_embeddings is below 2"),
+        (config.num_attention_heads % num_kv_heads, f"{num_kv_heads} key/value heads do not divide the heads"),
+        (has_sliding_layers and window is None, "layer_types has sliding layers, but there is no sliding_window"),
+        ((has_sliding_layers or types is None) and window is not None and window < 1, "sliding_window is below 1"),
+        (declared(config, "attn_logit_softcapping") == 0, "attn_logit_softcapping is 0"),
+    ):
+        if is_wrong:
+            raise UnsupportedModelError(text)
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    for rope_type in (part.get("rope_type", "default") for part in parts):
+        if rope_type not in _ROPE_TYPES:
+            raise UnsupportedModelError(
+                f"rope type {rope_type!r} is not supported; {', '.join(sorted(_ROPE_TYPES))} are"
+            )
+    for layer_type in declared(config, "layer_types") or ():
+        if layer_type not in _LAYER_TYPES:
+            raise UnsupportedModelError(
+                f"layer type {layer_type!r} is not supported; {', '.join(sorted(_LAYER_TYPES))} are"
+            )
+
+
+def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) -> tuple[ModelShape, _Build]:
     if config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act {config.hidden_act!r} is not supported; silu is")
-    rope_type = config.rope_parameters["rope_type"]
-    if rope_type not in _SUPPORTED_ROPE:
-        raise UnsupportedModelError(
-            f"rope type {rope_type!r} is not supported; {', '.join(sorted(_SUPPORTED_ROPE))} are"
-        )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotary = LlamaRotaryEmbedding(config)
-    inv_freq = rotary.inv_freq if rope_factors is None else rotary.inv_freq / rope_factors
-    return DecoderConfig(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
+    if 2 * len(rotary.inv_freq) != head_dim:
+        raise UnsupportedModelError(f"head_dim {head_dim} does not rotate whole")
+    types = declared(config, "layer_types") or ["sliding_attention"] * config.num_hidden_layers
+    window = declared(config, "sliding_window")
+    decoder_config = DecoderConfig(
+        vocab_size=config.vocab_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
+        head_dim=head_dim,
+        windows=tuple(window if kind == "sliding_attention" else None for kind in types),
         rms_norm_eps=config.rms_norm_eps,
         max_position=config.max_position_embeddings,
-        inv_freq=inv_freq,
+        inv_freq=rotary.inv_freq if rope_factors is None else rotary.inv_freq / rope_factors,
         rope_scale=rotary.attention_scaling,
     )
+    expected = {name: weight.shape for name, weight in empty_model(config).state_dict().items()}
+
+    def build(weights: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device) -> Decoder:
+        _check_weights(path, expected, weights, _is_tied(config, weights))
+        return Decoder(decoder_config, {name: weights.pop(name).to(device, dtype) for name in [*weights]}, torch_ops)
+
+    return decoder_config.shape, build
 
 
-def _check_weights(config: DecoderConfig, weights: dict[str, torch.Tensor], is_tied: bool) -> None:
-    """Compare names and shapes with the config. Raises: ModelSourceError, naming the first that differs."""
+def _plan_breadth(path: Path, config: Any) -> tuple[ModelShape, _Build]:
+    decoder = HuggingFaceDecoder(config, torch_ops)
+
+    def build(weights: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device) -> HuggingFaceDecoder:
+        try:
+            decoder.load(weights, dtype, device)
+        except WeightsError as error:
+            raise ModelSourceError(f"{path}: {error}") from error
+        return decoder
+
+    return decoder.shape, build
+
+
+def _check_weights(
+    path: Path, expected: Mapping[str, torch.Size], weights: dict[str, torch.Tensor], is_tied: bool
+) -> None:
+    """Compare names and shapes. Raises: ModelSourceError, naming the first that differs."""
     if is_tied:
         weights.pop("lm_head.weight", None)
-    expected = {
-        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
-        "model.norm.weight": (config.hidden_size,),
-    }
-    query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    for i in range(config.num_layers):
-        prefix = f"model.layers.{i}"
-        expected |= {
-            f"{prefix}.input_layernorm.weight": (config.hidden_size,),
-            f"{prefix}.post_attention_layernorm.weight": (config.hidden_size,),
-            f"{prefix}.self_attn.q_proj.weight": (query_size, config.hidden_size),
-            f"{prefix}.self_attn.k_proj.weight": (kv_size, config.hidden_size),
-            f"{prefix}.self_attn.v_proj.weight": (kv_size, config.hidden_size),
-            f"{prefix}.self_attn.o_proj.weight": (config.hidden_size, query_size),
-            f"{prefix}.mlp.gate_proj.weight": (config.intermediate_size, config.hidden_size),
-            f"{prefix}.mlp.up_proj.weight": (config.intermediate_size, config.hidden_size),
-            f"{prefix}.mlp.down_proj.weight": (config.hidden_size, config.intermediate_size),
-        }
-    if not is_tied:
-        expected["lm_head.weight"] = (config.vocab_size, config.hidden_size)
     for name, shape in expected.items():
+        if is_tied and name == "lm_head.weight":
+            continue
         if name not in weights:
-            raise ModelSourceError(f"the model lacks the weight {name}")
-        if tuple(weights[name].shape) != shape:
-            raise ModelSourceError(f"weight {name} has shape {tuple(weights[name].shape)}, the config says {shape}")
+            raise ModelSourceError(f"{path} lacks the weight {name}")
+        if weights[name].shape != shape:
+            raise ModelSourceError(
+                f"{path}: weight {name} has shape {tuple(weights[name].shape)}, the config says {tuple(shape)}"
+            )
     for name in set(weights) - set(expected):
-        if name.endswith("rotary_emb.inv_freq"):
-            del weights[name]
-        else:
-            raise UnsupportedModelError(f"the model has a weight that a Llama has not: {name}")
+        if not name.endswith("rotary_emb.inv_freq"):
+            raise ModelSourceError(f"{path} has a weight that the config has not: {name}")
+        del weights[name]
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -244,10 +295,10 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _num_blocks(
-    config: EngineConfig, decoder_config: DecoderConfig, dtype: torch.dtype, max_model_len: int, cache_bytes: int
+    config: EngineConfig, shape: ModelShape, dtype: torch.dtype, max_model_len: int, cache_bytes: int
 ) -> int:
     """Blocks in so many bytes. Raises: CapacityError where they cannot hold what the settings ask for."""
-    block_bytes = config.block_size * decoder_config.kv_bytes_per_token(dtype)
+    block_bytes = config.block_size * shape.kv_bytes_per_token(dtype)
     # More than every running sequence at full length can never be used.
     num_useful = config.max_num_seqs * -(-max_model_len // config.block_size)
     num_blocks = min(cache_bytes // block_bytes, num_useful)
@@ -261,15 +312,15 @@ def _num_blocks(
     return num_blocks
 
 
-def _allocate_cache(decoder: Decoder, num_blocks: int, block_size: int) -> KVCache:
-    shape = (num_blocks, block_size, decoder.config.num_kv_heads, decoder.config.head_dim)
-
-    def allocate() -> torch.Tensor:
-        if decoder.device.type != "cpu":
-            return torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
+def _allocate_cache(
+    shape: ModelShape, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> KVCache:
+    def allocate(num_heads: int, head_dim: int) -> torch.Tensor:
+        size = (num_blocks, block_size, num_heads, head_dim)
+        if device.type != "cpu":
+            return torch.zeros(size, dtype=dtype, device=device)
         # numpy's zeros are pages the kernel hands out on first touch: an idle server stays small.
-        num_bytes = int(np.prod(shape)) * decoder.dtype.itemsize
-        return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(decoder.dtype).view(shape)
+        num_bytes = math.prod(size) * dtype.itemsize
+        return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(size)
 
-    num_layers = decoder.config.num_layers
-    return KVCache([allocate() for _ in range(num_layers)], [allocate() for _ in range(num_layers)])
+    return KVCache([allocate(*layer) for layer in shape.kv_shapes], [allocate(*layer) for layer in shape.kv_shapes])

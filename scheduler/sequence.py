@@ -4,7 +4,11 @@ Owned by the engine thread. There is no prefill state and no decode state: a seq
 tokens catch up with them (the idea of vLLM v1).
 """
 
+import hashlib
+from array import array
 from enum import Enum, auto
+
+import numpy as np
 
 from headrace.scheduler.messages import GenerationRequest
 
@@ -16,33 +20,49 @@ class SequenceStatus(Enum):
 
 
 class Sequence:
-    """A request's growing token list and its place in the KV cache."""
+    """A request's growing token list and its place in the KV cache.
+
+    `biases` (token ids, values) and `stop_token_ids` are the request's, as arrays that no step need make anew.
+    `num_cached_tokens` is how many tokens its first run found in the prefix cache, `num_prompt_logprobs` how many log
+    probabilities of its prompt it has been given.
+    """
 
     __slots__ = (
+        "_block_hashes",
+        "biases",
         "block_ids",
+        "num_cached_tokens",
         "num_computed_tokens",
         "num_preemptions",
+        "num_prompt_logprobs",
         "num_prompt_tokens",
         "request",
         "scheduled_s",
         "status",
+        "stop_token_ids",
         "token_ids",
     )
 
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
-        self.token_ids = list(request.prompt_token_ids)
+        self.token_ids = array("q", request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_prompt_logprobs = 0
         self.block_ids: list[int] = []
         self.status = SequenceStatus.WAITING
         self.num_preemptions = 0
         self.scheduled_s: float | None = None
+        bias = request.sampling.logit_bias
+        self.biases = np.array([i for i, _ in bias], np.int64), np.array([value for _, value in bias], np.float32)
+        self.stop_token_ids = np.array(sorted(request.sampling.stop_token_ids), np.int64)
+        self._block_hashes: list[bytes] = []
 
     @property
     def is_fresh(self) -> bool:
         """Whether no step has yet computed any of it."""
-        return self.num_computed_tokens == 0 and self.num_preemptions == 0
+        return self.num_computed_tokens == self.num_cached_tokens and self.num_preemptions == 0
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -51,3 +71,14 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def block_hash(self, index: int, block_size: int) -> bytes:
+        """The SHA-256 of a full block's tokens chained to all before them, and to the request's cache salt."""
+        hashes = self._block_hashes
+        while len(hashes) <= index:
+            start = len(hashes) * block_size
+            tokens = self.token_ids[start : start + block_size]
+            assert len(tokens) == block_size, "the hash of a block that is not full"
+            parent = hashes[-1] if hashes else hashlib.sha256(self.request.cache_salt).digest()
+            hashes.append(hashlib.sha256(parent + tokens.tobytes()).digest())
+        return hashes[index]

@@ -3,8 +3,11 @@
 Made on the main thread, run on the event loop. It wires the parts together and knows none of their insides.
 """
 
+import asyncio
+import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,21 +25,28 @@ from starlette.staticfiles import StaticFiles
 from headrace.scheduler.engine_core import Runner
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.scheduler import Scheduler
+from headrace.server.api_keys import ApiKeys, ApiKeysError
 from headrace.server.endpoint import Endpoint, error_response, internal_error_response
 from headrace.server.engine_client import EngineClient
 from headrace.server.errors import ApiError, UnavailableError, envelope
+from headrace.server.generation import Generation
 from headrace.server.generator import Generator
-from headrace.server.guard import LoopbackGuard
+from headrace.server.guard import KeyGuard, LoopbackGuard
 from headrace.server.native_api import NativeApi, refuse_event_source
 from headrace.server.openai_api import OpenAIApi
+from headrace.server.request_log import log_request, log_unaccepted
 from headrace.server.settings import Settings
 from headrace.server.stream_registry import StreamRegistry
+from headrace.server.tickets import Tickets
 from headrace.server.tokenizer import Tokenizer
+from headrace.server.tracing import Tracing
+
+logger = logging.getLogger(__name__)
 
 _SWEEP_INTERVAL_S = 0.25
 _LAG_INTERVAL_S = 0.1
 _DRAIN_POLL_S = 0.05
-# A step takes well under a second; a model that is still loading may take minutes, and nobody waits for it.
+# A step takes well under a second.
 _STOP_TIMEOUT_S = 5.0
 _STATIC = Path(__file__).parent / "static"
 
@@ -55,32 +65,52 @@ class App:
         load_engine: Callable[[], tuple[Scheduler, Runner]],
         load_tokenizer: Callable[[], Tokenizer],
         on_engine_change: Callable[[Exception | None], None] = lambda error: None,
+        tracing: Tracing | None = None,
     ) -> None:
+        """Raises: ApiKeysError."""
         self.settings = settings
+        self.keys = None if settings.api_keys_file is None else ApiKeys(Path(settings.api_keys_file))
         self.client = EngineClient(load_engine, model_name=model_name, max_queue_size=settings.max_queue_size)
+        self.client.metrics.watch("event_loop_tasks", "Tasks on the event loop", lambda: len(asyncio.all_tasks()))
         self.registry = StreamRegistry(
             cancel=self.client.cancel,
             grace_s=settings.stream_grace_s,
             ttl_s=settings.stream_ttl_s,
             max_finished_bytes=settings.stream_log_bytes,
         )
+        self.tickets = Tickets(self.client.clock)
         limiter = anyio.CapacityLimiter(settings.tokenizer_threads)
         self.generator = Generator(self.client, settings, model_name, limiter)
         self.settled = anyio.Event()  # requests can be served, or never will be
         self._load_tokenizer = load_tokenizer
         self._on_engine_change = on_engine_change
+        self._tracing = tracing
         self.asgi = Starlette(
             routes=self._routes(),
             middleware=self._middleware(),
-            exception_handlers={HTTPException: _http_error, Exception: _internal_error},
+            exception_handlers={HTTPException: self._http_error, Exception: _internal_error},
             lifespan=self._lifespan,
         )
+        self.asgi.router.redirect_slashes = False  # to a URL made of the Host header, which may be none
 
     @property
     def is_ready(self) -> bool:
         client = self.client
         has_engine = client.ready is not None and not client.stopped.is_set()
         return has_engine and self.generator.tokenizer is not None and not client.is_draining
+
+    def reload_keys(self) -> None:
+        """Read the key file again; where it is not as it should be, the old keys stay."""
+        if self.keys is None:
+            logger.info("there is no key file to read again")
+            return
+        try:
+            self.keys.reload()
+        except ApiKeysError as error:
+            logger.error("the keys stay as they were: %s", error)
+            return
+        self.tickets.keep_only(self.keys.tenants)
+        logger.info("read the key file again: %d keys", len(self.keys.tenants))
 
     async def drain(self, is_hurried: Callable[[], bool] = lambda: False) -> None:
         """Refuse new requests, let those accepted finish within the grace time, end the rest."""
@@ -99,7 +129,8 @@ class App:
             tasks.start_soon(self._measure_lag)
             yield
             self.client.is_draining = True
-            await self.client.stop(_STOP_TIMEOUT_S)
+            # Loading may take minutes, and nobody waits for it.
+            await self.client.stop(0 if self.client.ready is None else _STOP_TIMEOUT_S)
             tasks.cancel_scope.cancel()
 
     async def _watch_engine(self) -> None:
@@ -132,7 +163,8 @@ class App:
             self.client.metrics.loop_lag.observe(max(0.0, self.client.clock() - started_s - _LAG_INTERVAL_S))
 
     def _routes(self) -> list[Route | Mount]:
-        openai, native = OpenAIApi(self.generator), NativeApi(self.generator, self.registry)
+        openai = OpenAIApi(self.generator, self._report)
+        native = NativeApi(self.generator, self.registry, self.tickets, self._report)
         metrics = self.client.metrics
 
         def endpoint(
@@ -141,8 +173,9 @@ class App:
             return Endpoint(
                 respond,  # type: ignore[arg-type]
                 max_body_bytes=self.settings.max_body_bytes,
+                receive_timeout_s=self.settings.receive_timeout_s,
                 on_disconnect=lambda: metrics.count_cancelled("body"),
-                on_rejected=lambda status: metrics.rejected.labels(str(status)).inc(),
+                on_rejected=self.count_rejected,
                 refuse=refuse,
             )
 
@@ -156,6 +189,7 @@ class App:
             Route("/v1/chat/completions", endpoint(openai.chat_completions), methods=["POST"]),
             Route("/v1/completions", endpoint(openai.completions), methods=["POST"]),
             Route("/v1/stream", endpoint(native.open, refuse_event_source), methods=["GET"]),
+            Route("/v1/stream/tickets", native.issue_ticket, methods=["POST"]),
             Route("/v1/streams", endpoint(native.create), methods=["POST"]),
             Route("/v1/streams/{id}", endpoint(native.snapshot_or_cancel), methods=["GET", "DELETE"]),
             Route("/v1/streams/{id}/events", endpoint(native.events), methods=["GET"]),
@@ -164,8 +198,13 @@ class App:
     def _middleware(self) -> list[Middleware]:
         settings = self.settings
         middleware = []
-        if settings.is_loopback:
-            guard = Middleware(LoopbackGuard, allowed_hosts=settings.allowed_hosts, cors_origins=settings.cors_origins)
+        if self.keys is None and settings.is_loopback:
+            guard = Middleware(
+                LoopbackGuard,
+                allowed_hosts=settings.allowed_hosts,
+                cors_origins=settings.cors_origins,
+                on_rejected=self.count_rejected,
+            )
             middleware.append(guard)
         if settings.cors_origins:
             cors = Middleware(
@@ -176,7 +215,32 @@ class App:
                 expose_headers=["x-request-id", "retry-after", "retry-after-ms", "location"],
             )
             middleware.append(cors)
+        # Inside CORS: a preflight carries no key, and a page of another origin may read why it was refused.
+        middleware.append(
+            Middleware(
+                KeyGuard, keys=self.keys, has_open_metrics=settings.open_metrics, on_rejected=self.count_rejected
+            )
+        )
         return middleware
+
+    def count_rejected(self, status: int) -> None:
+        self.client.metrics.rejected.labels(str(status)).inc()
+
+    def _report(self, generations: Sequence[Generation], route: str, trace_context: Mapping[str, str]) -> None:
+        """Log, and trace, the generations of a request that is over."""
+        log_request(generations, route)
+        if self._tracing is not None:
+            self._tracing.record(generations, route, trace_context)
+
+    async def _http_error(self, request: Request, error: Exception) -> Response:
+        """The router's own refusals (no such route, wrong method) in the envelope."""
+        assert isinstance(error, HTTPException)
+        id, path = secrets.token_hex(16), request.scope["path"]
+        self.count_rejected(error.status_code)
+        log_unaccepted(id, path, time.monotonic(), f"refused: {error.status_code}")
+        code = "not_found" if error.status_code == 404 else None
+        content = envelope(f"{request.method} {path[:200]}: {error.detail}", type="invalid_request_error", code=code)
+        return JSONResponse(content, error.status_code, {**(error.headers or {}), "x-request-id": id})
 
     async def _health(self, request: Request) -> Response:
         """Alive: the loop answers and the engine thread has not ended."""
@@ -199,14 +263,6 @@ async def _chat_page(request: Request) -> Response:
         _STATIC / "index.html",
         headers={"content-security-policy": "default-src 'self'; frame-ancestors 'none'", "cache-control": "no-cache"},
     )
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """The router's own refusals (no such route, wrong method) in the envelope."""
-    assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-    content = envelope(message, type="invalid_request_error", code="not_found" if error.status_code == 404 else None)
-    return JSONResponse(content, error.status_code, {**(error.headers or {}), "x-request-id": secrets.token_hex(16)})
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:

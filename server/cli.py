@@ -1,11 +1,14 @@
-"""The `headrace` command: `serve` and `bench`."""
+"""The `headrace` command: `serve`, `bench` and `create-key`."""
 
+import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 USAGE = """usage: headrace serve [MODEL] [--config FILE] [--port PORT ...]   serve a model; see headrace serve --help
-       headrace bench [--url URL ...]                              measure a server; see headrace bench --help"""
+       headrace bench [--url URL ...]                              measure a server; see headrace bench --help
+       headrace create-key NAME [--tier TIER] [--file FILE]        make an API key; see headrace create-key --help"""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -32,8 +35,33 @@ def _run(args: Sequence[str] | None) -> int:
         from headrace.benchmarks.bench import main as bench
 
         return bench(rest)
+    if command == "create-key":
+        return _create_key(rest)
     is_help = command in ("-h", "--help")
     print(
         USAGE if is_help else f"headrace: no command {command!r}\n{USAGE}", file=sys.stdout if is_help else sys.stderr
     )
     return 0 if is_help else 2
+
+
+def _create_key(args: Sequence[str]) -> int:
+    from headrace.server.api_keys import TIERS, ApiKeysError, append_key, create_key
+
+    parser = argparse.ArgumentParser("headrace create-key", description="Make an API key and show it once.")
+    parser.add_argument("name", help="whose it is: the tenant that owns what is done with it")
+    parser.add_argument("--tier", choices=TIERS, default="standard", help="kept for the scheduler; standard by default")
+    parser.add_argument("--file", type=Path, help="add its entry to this key file; shown where there is none")
+    options = parser.parse_args(args)
+    try:
+        secret, key = create_key(options.name, options.tier)
+        if options.file is not None:
+            append_key(options.file, key)
+    except ApiKeysError as error:
+        print(f"headrace: {error}", file=sys.stderr)
+        return 1
+    print(secret)
+    if options.file is None:
+        print(f"\n{key.as_toml()}", end="")
+    else:
+        print(f"headrace: added to {options.file}; SIGHUP has a running server read it", file=sys.stderr)
+    return 0

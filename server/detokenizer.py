@@ -25,6 +25,7 @@ class Detokenizer:
         self._stop = stop
         self._min_tokens = min_tokens
         self._num_tokens = 0
+        self.num_chars = 0  # of all that came out of the tokens, held back or not
         self._held = ""
         self.is_stopped = False
 
@@ -55,6 +56,7 @@ class Detokenizer:
         return text + held
 
     def _pass_on(self, text: str) -> str:
+        self.num_chars += len(text)
         if not self._stop:
             return text
         num_old, text = len(self._held), self._held + text

@@ -22,6 +22,7 @@ from headrace.server.errors import (
     BadRequestError,
     BodyTooLargeError,
     MethodNotAllowedError,
+    ReceiveTimeoutError,
     UnsupportedMediaTypeError,
     envelope,
 )
@@ -44,12 +45,14 @@ class Endpoint:
         respond: Callable[[Request, bytes], Awaitable[Response]],
         *,
         max_body_bytes: int,
+        receive_timeout_s: float,
         on_disconnect: Callable[[], None],
         on_rejected: Callable[[int], None],
         refuse: Callable[[ApiError], Response],
     ) -> None:
         self._respond = respond
         self._max_body_bytes = max_body_bytes
+        self._receive_timeout_s = receive_timeout_s
         self._on_disconnect = on_disconnect
         self._on_rejected = on_rejected
         self._refuse = refuse
@@ -95,7 +98,7 @@ class Endpoint:
                 self._log(request, "cancelled: tokenizing")
             raise
         except Exception:
-            logger.exception("%s %s failed", request.method, request.url.path)
+            logger.exception("%s %s failed", request.method, request.scope["path"])
             return internal_error_response()
 
     def _note_refusal(self, request: Request, error: ApiError) -> None:
@@ -104,7 +107,7 @@ class Endpoint:
             self._log(request, f"refused: {error.status}")
 
     def _log(self, request: Request, outcome: str) -> None:
-        log_unaccepted(request.state.id, request.url.path, request.state.received_s, outcome)
+        log_unaccepted(request.state.id, request.scope["path"], request.state.received_s, outcome)
 
     async def _read_body(self, request: Request) -> bytes:
         """Raises: ClientDisconnect; ApiError for what can be told from the headers, or a body over the limit."""
@@ -123,11 +126,13 @@ class Endpoint:
             if len(length) > 20 or int(length) > self._max_body_bytes:
                 raise too_large
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self._max_body_bytes:
-                raise too_large
-        return bytes(body)
+        with anyio.move_on_after(self._receive_timeout_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > self._max_body_bytes:
+                    raise too_large
+            return bytes(body)
+        raise ReceiveTimeoutError(f"the body did not arrive within {self._receive_timeout_s:g} s")
 
 
 async def _cancel_on_disconnect(receive: Receive, scope: anyio.CancelScope) -> None:

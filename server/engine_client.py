@@ -23,14 +23,12 @@ from headrace.scheduler.messages import (
     FinishReason,
     GenerationRequest,
     LoadSnapshot,
-    SamplingParams,
     SequenceOutput,
     StepOutput,
 )
 from headrace.scheduler.scheduler import Scheduler
-from headrace.server.detokenizer import Detokenizer
-from headrace.server.errors import ApiError, EngineFailedError, OverloadedError, UnavailableError
-from headrace.server.generation import Generation, Stages
+from headrace.server.errors import ApiError, BadRequestError, EngineFailedError, OverloadedError, UnavailableError
+from headrace.server.generation import Generation
 from headrace.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -98,52 +96,45 @@ class EngineClient:
         return not self._engine.join(0)
 
     @contextmanager
-    def reserve(self) -> Iterator[None]:
-        """Hold a place in the queue while a prompt is tokenized, until `submit`.
+    def reserve(self, num_sequences: int) -> Iterator[None]:
+        """Hold places in the queue while prompts are tokenized, until `submit`.
 
         Raises: UnavailableError while loading, draining or after the engine has ended; OverloadedError where the
-        queue is full.
+        queue is full; BadRequestError where an empty one would be too short.
         """
         self._check_accepting()
         # Who can start at once does not wait: with nobody in the engine's queue, that is one for each free place.
         assert self.ready is not None
         num_startable = 0 if self.load.num_waiting else self.ready.max_num_seqs - self.load.num_running
-        if self.num_waiting >= self._max_queue_size + num_startable:
+        if num_sequences > self._max_queue_size + self.ready.max_num_seqs:
+            raise BadRequestError(f"{num_sequences} answers at once are more than this server can queue")
+        if self.num_waiting + num_sequences > self._max_queue_size + num_startable:
             # Jitter keeps the refused from coming back all at once; clients give up beyond 120 s.
             wait_s = self._pace.seconds_per_start * self.num_waiting * random.uniform(0.75, 1.25)
             raise OverloadedError(f"{self.num_waiting} requests are waiting already", min(120.0, max(1.0, wait_s)))
-        self._num_reserved += 1
+        self._num_reserved += num_sequences
         try:
             yield
         finally:
-            self._num_reserved -= 1
+            self._num_reserved -= num_sequences
 
-    def submit(
-        self,
-        id: str,
-        prompt_token_ids: list[int],
-        sampling: SamplingParams,
-        detokenizer: Detokenizer,
-        stages: Stages,
-        deadline_s: float,
-        on_end: Callable[[Generation], None] | None = None,
-    ) -> Generation:
-        """Accept a request: from here on it ends with exactly one terminal entry in its log.
+    def next_request_id(self) -> int:
+        return next(self._ids)
+
+    def submit(self, request: GenerationRequest, generation: Generation) -> None:
+        """Accept a request: from here on it ends with exactly one terminal entry in its generation's log.
 
         Raises: UnavailableError where the server began to drain, or the engine ended, since `reserve`.
         """
         self._check_accepting()
-        stages.submitted_s = self.clock()
-        request = GenerationRequest(next(self._ids), tuple(prompt_token_ids), sampling, stages.received_s, deadline_s)
-        generation = Generation(id, request.request_id, len(prompt_token_ids), stages, detokenizer, [self._forget])
-        if on_end is not None:
-            generation.on_end.append(on_end)
+        generation.stages.submitted_s = self.clock()
+        generation.on_end.insert(0, self._forget)
         self._generations[request.request_id] = generation
         self._queued[request.request_id] = generation
         self._num_submitted += 1
-        self.metrics.prompt_tokens.inc(len(prompt_token_ids))
+        if generation.choice == 0:
+            self.metrics.prompt_tokens.inc(generation.num_prompt_tokens)
         self._engine.submit(request)
-        return generation
 
     def cancel(self, generation: Generation, error: ApiError | None = None) -> None:
         """End a generation now; the engine frees its blocks within a step. Without effect on one that is over.

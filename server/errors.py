@@ -36,6 +36,20 @@ class ContextLengthError(ApiError):
     code = "context_length_exceeded"
 
 
+class UnauthorizedError(ApiError):
+    """No key, or none that is known. Clients of OpenAI's look for this code."""
+
+    status = 401
+    code = "invalid_api_key"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"www-authenticate": "Bearer"})
+
+
+class InvalidTicketError(UnauthorizedError):
+    code = "invalid_ticket"
+
+
 class ForbiddenError(ApiError):
     status = 403
     type = "permission_error"
@@ -57,6 +71,13 @@ class MethodNotAllowedError(ApiError):
 
 class NotAcceptableError(ApiError):
     status = 406
+
+
+class ReceiveTimeoutError(ApiError):
+    """The request took too long to arrive."""
+
+    status = 408
+    code = "receive_timeout"
 
 
 class GoneError(ApiError):

@@ -1,13 +1,14 @@
-"""One accepted request on the event loop: its log, its text so far, and when each stage was reached.
+"""One accepted sequence on the event loop: its log, its text so far, and when each stage was reached.
 
-Made by the engine client, followed by readers through `log`. It ends exactly once, whoever asks first: the engine, a
-stop string, a deadline, a cancellation.
+Made by the generator, followed by readers through `log`. A request has one, or one for each prompt and choice. Each
+ends exactly once, whoever asks first: the engine, a stop string, a deadline, a cancellation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from headrace.scheduler.messages import FinishReason, SequenceOutput
+from headrace.scheduler.messages import FinishReason, SequenceOutput, TokenLogprobs
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.errors import ApiError, DeadlineError, EngineFailedError
 from headrace.server.stream_log import StreamLog, Terminal
@@ -31,7 +32,8 @@ class Stages:
 class Generation:
     """`id` is what the log calls it, `request_id` what the engine calls it; the prompt is not kept.
 
-    `on_end` is called once the log has closed.
+    `choice` numbers the answers to one prompt. `echo` is text that comes before the answer, with `prompt_logprobs`, a
+    list that all choices of a prompt share and the first one fills. `on_end` is called once the log has closed.
     """
 
     id: str
@@ -39,10 +41,17 @@ class Generation:
     num_prompt_tokens: int
     stages: Stages
     detokenizer: Detokenizer
-    on_end: list[Callable[["Generation"], None]]
+    on_end: list[Callable[["Generation"], None]] = field(default_factory=list)
+    choice: int = 0
+    echo: str = ""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     log: StreamLog = field(default_factory=StreamLog)
     num_output_tokens: int = 0
+    num_cached_tokens: int = 0
     _num_silent_tokens: int = 0
+    _num_chars: int = 0
+    # Of tokens since the last text: (the character that it begins at, its log probabilities).
+    _silent_logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
 
     @property
     def is_over(self) -> bool:
@@ -59,14 +68,20 @@ class Generation:
         """Take one step's output. Afterwards `is_over` tells whether it ended, perhaps by a stop string."""
         if output.scheduled_s is not None:
             self.stages.scheduled_s = output.scheduled_s
+            self.num_cached_tokens = output.num_cached_tokens
+        self.prompt_logprobs += output.prompt_logprobs
         for i, token_id in enumerate(output.token_ids, start=1):
             self.num_output_tokens += 1
             self._num_silent_tokens += 1
             if self.stages.first_token_s is None:
                 self.stages.first_token_s = now
+                if self.echo:
+                    self.log.append(self.echo, 0, tuple(self.prompt_logprobs))
             self.stages.last_token_s = now
             if output.finish_reason is FinishReason.STOP and i == len(output.token_ids):
                 break  # the token that ends a sequence is no part of its text
+            if output.logprobs:
+                self._silent_logprobs.append((self.detokenizer.num_chars, output.logprobs[i - 1]))
             self._append(self.detokenizer.push(token_id))
             if self.detokenizer.is_stopped:
                 self.end(FinishReason.STOP, now)
@@ -87,16 +102,12 @@ class Generation:
             self._append(self.detokenizer.flush())
             if self.detokenizer.is_stopped:
                 reason, error = FinishReason.STOP, None
+            elif self._silent_logprobs:  # of tokens without text, at the very end
+                self._write("", is_last=True)
         self.stages.end_s = now
         self.log.close(Terminal(reason, error))
         for callback in self.on_end:
             callback(self)
-
-    def usage(self, num_output_tokens: int | None = None) -> dict[str, int]:
-        """OpenAI's usage, for all output tokens or the first so many."""
-        num_prompt = self.num_prompt_tokens
-        num_output = self.num_output_tokens if num_output_tokens is None else num_output_tokens
-        return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
 
     def timings(self) -> dict[str, float | None]:
         """Seconds spent in each part, None for parts it never reached."""
@@ -110,8 +121,30 @@ class Generation:
 
     def _append(self, text: str) -> None:
         if text:
-            self.log.append(text, self._num_silent_tokens)
-            self._num_silent_tokens = 0
+            self._write(text)
+
+    def _write(self, text: str, *, is_last: bool = False) -> None:
+        self._num_chars += len(text)
+        # A token's log probability goes out when its text begins to, and with a stop string's text it never does.
+        num_due = sum(is_last or begin < self._num_chars for begin, _ in self._silent_logprobs)
+        logprobs = tuple(item for _, item in self._silent_logprobs[:num_due])
+        del self._silent_logprobs[:num_due]
+        self.log.append(text, self._num_silent_tokens, logprobs)
+        self._num_silent_tokens = 0
+
+
+def usage(generations: Sequence[Generation], num_output_tokens: int | None = None) -> dict[str, Any]:
+    """OpenAI's usage of one request, for all output tokens or the first so many. A prompt counts once."""
+    prompts = [generation for generation in generations if generation.choice == 0]
+    num_prompt = sum(generation.num_prompt_tokens for generation in prompts)
+    num_output = sum(generation.num_output_tokens for generation in generations)
+    num_output = num_output if num_output_tokens is None else num_output_tokens
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": sum(generation.num_cached_tokens for generation in prompts)},
+    }
 
 
 def _difference(later: float | None, earlier: float | None) -> float | None:

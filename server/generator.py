@@ -6,13 +6,13 @@ number; everything that could hurt the engine is checked here, before it.
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from headrace.scheduler.messages import EngineReady, SamplingParams
+from headrace.scheduler.messages import EngineReady, GenerationRequest, SamplingParams, TokenLogprobs
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.engine_client import EngineClient
 from headrace.server.errors import BadRequestError, ContextLengthError, ModelNotFoundError, UnavailableError
@@ -23,6 +23,8 @@ from headrace.server.tokenizer import Tokenizer
 
 # Below this a temperature is greedy: dividing by it would overflow.
 _MIN_TEMPERATURE = 1e-5
+# Log probabilities in one answer, alternatives and choices counted: some 20 MB of JSON.
+_MAX_LOGPROBS = 2**18
 
 
 @dataclass(slots=True)
@@ -36,22 +38,30 @@ class Generator:
     tokenizer: Tokenizer | None = None
 
     async def start(
-        self, request: GenerationParams, id: str, stages: Stages, on_end: Callable[[Generation], None] | None = None
-    ) -> Generation:
-        """Tokenize and submit. The caller cancels the generation when its client leaves; `on_end` hears of its end.
+        self,
+        request: GenerationParams,
+        id: str,
+        stages: Stages,
+        on_end: Callable[[Generation], None] | None = None,
+        tenant: str = "",
+    ) -> list[Generation]:
+        """Tokenize and submit: one generation per prompt and choice, in the order of OpenAI's indices.
+
+        The caller cancels them when its client leaves; `on_end` hears of each one's end. Only requests of one tenant
+        share cached prefixes.
 
         Raises: ApiError. A cancellation while tokenizing is counted as a client that left.
         """
         if request.model is not None and request.model != self.model_name:
             raise ModelNotFoundError(f"the model `{request.model}` does not exist", param="model")
-        with self.client.reserve():
+        with self.client.reserve(request.num_sequences):
             ready = self.client.ready
             if ready is None or self.tokenizer is None:
                 raise UnavailableError("the model is still loading", "loading")
             context = ready.max_context_tokens
             try:
                 # Not abandoned when the client leaves: the limiter would count the thread as free while it runs on.
-                token_ids = await anyio.to_thread.run_sync(
+                prompts = await anyio.to_thread.run_sync(
                     _tokenize, self.tokenizer, request, context, limiter=self.limiter
                 )
                 await anyio.lowlevel.checkpoint_if_cancelled()
@@ -59,39 +69,108 @@ class Generator:
                 self.client.metrics.count_cancelled("tokenizing")
                 raise
             stages.tokenized_s = self.client.clock()
-            sampling = _sampling_params(request, token_ids, self.tokenizer, ready)
-            detokenizer = Detokenizer(
-                self.tokenizer,
-                request.stop_strings,
-                min_tokens=sampling.min_tokens,
-                skip_special_tokens=request.skip_special_tokens is not False,
-            )
-            timeout_s = min(request.timeout or self.settings.request_timeout_s, self.settings.request_timeout_s)
-            return self.client.submit(
-                id, token_ids, sampling, detokenizer, stages, stages.received_s + timeout_s, on_end
-            )
+            samplings = [_sampling_params(request, prompt.token_ids, self.tokenizer, ready) for prompt in prompts]
+            salt = f"{tenant}\0{request.cache_salt or ''}".encode("utf-8", "surrogatepass")
+            generations: list[Generation] = []
+            for prompt, sampling in zip(prompts, samplings, strict=True):
+                leader: Generation | None = None
+                for choice in range(request.num_choices):
+                    own = replace(sampling, choice=choice)
+                    generation = self._submit(request, prompt, own, id, replace(stages), salt, leader)
+                    if on_end is not None:
+                        generation.on_end.append(on_end)
+                    generations.append(generation)
+                    leader = leader or generation
+            return generations
+
+    def _submit(
+        self,
+        request: GenerationParams,
+        prompt: "_Prompt",
+        sampling: SamplingParams,
+        id: str,
+        stages: Stages,
+        salt: bytes,
+        leader: Generation | None,
+    ) -> Generation:
+        """Submit one sequence. With a `leader` it waits for that one's prompt, which is its own too."""
+        assert self.tokenizer is not None
+        detokenizer = Detokenizer(
+            self.tokenizer,
+            request.stop_strings,
+            min_tokens=sampling.min_tokens,
+            skip_special_tokens=request.skips_special_tokens,
+        )
+        generation = Generation(
+            id,
+            self.client.next_request_id(),
+            len(prompt.token_ids),
+            stages,
+            detokenizer,
+            choice=sampling.choice,
+            echo=prompt.echo,
+        )
+        if leader is not None:
+            generation.prompt_logprobs = leader.prompt_logprobs
+        elif prompt.echo and sampling.num_logprobs is not None:
+            generation.prompt_logprobs.append(TokenLogprobs(prompt.token_ids[0]))
+            sampling = replace(sampling, num_prompt_logprobs=sampling.num_logprobs)
+        timeout_s = min(request.timeout or self.settings.request_timeout_s, self.settings.request_timeout_s)
+        self.client.submit(
+            GenerationRequest(
+                generation.request_id,
+                prompt.token_ids,
+                sampling,
+                arrival_s=stages.received_s,
+                deadline_s=stages.received_s + timeout_s,
+                leader_id=None if leader is None else leader.request_id,
+                cache_salt=salt,
+            ),
+            generation,
+        )
+        return generation
 
 
-def _tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A prompt's tokens, and its text where the answer shall begin with it."""
+
+    token_ids: tuple[int, ...]
+    echo: str = ""
+
+
+def _tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> list[_Prompt]:
     """Runs on a worker thread. Raises: BadRequestError, ContextLengthError for a text too long to be tokenized."""
-    if isinstance(request, CompletionRequest):
-        if isinstance(request.prompt, list):
-            return request.prompt
-        text = request.prompt
-    else:
-        assert isinstance(request, ChatCompletionRequest)
+    if isinstance(request, ChatCompletionRequest):
         text = tokenizer.render_chat([message.as_template_input() for message in request.messages])
+        # A chat template writes the special tokens itself.
+        return [_Prompt(_encode(tokenizer, text, request, context, add_special_tokens=False))]
+    assert isinstance(request, CompletionRequest)
+    prompts = []
+    for prompt in request.prompts:
+        if isinstance(prompt, str):
+            token_ids = _encode(tokenizer, prompt, request, context, add_special_tokens=True)
+            prompts.append(_Prompt(token_ids, prompt if request.echo else ""))
+        else:
+            has_echo = request.echo and len(prompt) < context  # a longer one is refused
+            text = tokenizer.decode(prompt, skip_special_tokens=request.skips_special_tokens) if has_echo else ""
+            prompts.append(_Prompt(tuple(prompt), text))
+    return prompts
+
+
+def _encode(
+    tokenizer: Tokenizer, text: str, request: GenerationParams, context: int, *, add_special_tokens: bool
+) -> tuple[int, ...]:
     limit = tokenizer.max_chars_per_token
     if limit is not None and len(text) > limit * context:
         raise ContextLengthError(
             f"{len(text)} characters exceed the context of {context} tokens", param=request.prompt_field
         )
-    # A chat template writes the special tokens itself.
-    return tokenizer.encode(text, add_special_tokens=isinstance(request, CompletionRequest))
+    return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
 
 def _sampling_params(
-    request: GenerationParams, token_ids: list[int], tokenizer: Tokenizer, ready: EngineReady
+    request: GenerationParams, token_ids: tuple[int, ...], tokenizer: Tokenizer, ready: EngineReady
 ) -> SamplingParams:
     """Settle defaults and check all that depends on the model. Raises: BadRequestError, ContextLengthError."""
     context, vocab_size, prompt_field = ready.max_context_tokens, ready.vocab_size, request.prompt_field
@@ -106,8 +185,16 @@ def _sampling_params(
             param=prompt_field,
         )
     max_tokens_field, max_tokens = request.asked_max_tokens
+    room = context
+    if request.num_logprobs is not None:
+        num_scored = num_prompt if request.is_echoed else 0
+        room = _MAX_LOGPROBS // ((1 + request.num_logprobs) * request.num_sequences) - num_scored
+        if room < (max_tokens or 1):
+            raise BadRequestError(
+                f"logprobs: more than {_MAX_LOGPROBS} log probabilities are asked for in all", param="logprobs"
+            )
     if max_tokens is None:
-        max_tokens = min(request.default_max_tokens or context, context - num_prompt)
+        max_tokens = min(request.default_max_tokens or context, context - num_prompt, room)
     if num_prompt + max_tokens > context:
         raise ContextLengthError(
             f"{num_prompt} prompt tokens and {max_tokens_field} {max_tokens} exceed the context of {context} tokens",
@@ -119,8 +206,11 @@ def _sampling_params(
     stop_token_ids = frozenset(request.stop_token_ids or ())
     if any(token_id >= vocab_size for token_id in stop_token_ids):
         raise BadRequestError(f"stop_token_ids: ids must be below {vocab_size}", param="stop_token_ids")
+    logit_bias = {int(token_id): bias for token_id, bias in (request.logit_bias or {}).items()}
+    if any(token_id >= vocab_size for token_id in logit_bias):
+        raise BadRequestError(f"logit_bias: ids must be below {vocab_size}", param="logit_bias")
     if not request.ignore_eos:
-        stop_token_ids |= tokenizer.eos_token_ids
+        stop_token_ids |= tokenizer.eos_token_ids & frozenset(range(vocab_size))
     temperature = 1.0 if request.temperature is None else request.temperature
     return SamplingParams(
         temperature=0.0 if temperature < _MIN_TEMPERATURE else temperature,
@@ -131,4 +221,9 @@ def _sampling_params(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         stop_token_ids=stop_token_ids,
+        repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        logit_bias=tuple(logit_bias.items()),
+        num_logprobs=request.num_logprobs,
     )

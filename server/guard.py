@@ -1,58 +1,127 @@
-"""Who may call a server that has no keys and listens on loopback: this machine's programs and this server's own page.
+"""Who may call: with keys, who presents one; without, on loopback, this machine's programs and the server's own page.
 
 A page from elsewhere, open in the user's browser, can reach loopback too. Its Origin gives it away, and after DNS
-rebinding its Host does. Pure ASGI, since a wrapper that hides `receive` would hide disconnects.
+rebinding its Host does. With keys neither matters: no browser adds one by itself. Pure ASGI, since a wrapper that hides
+`receive` would hide disconnects; decided before the body is read.
 """
 
+import re
 import secrets
 import time
+from collections.abc import Callable
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from headrace.server.api_keys import ApiKeys
 from headrace.server.endpoint import error_response
-from headrace.server.errors import ForbiddenError
+from headrace.server.errors import ApiError, ForbiddenError, UnauthorizedError
 from headrace.server.request_log import log_unaccepted
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+# Probes, the chat page's files, and a stream's events, where the stream's id is what one must know. GET /v1/stream asks
+# for a ticket by itself.
+_OPEN_PATHS = re.compile(r"/|/health|/ready|/static/.*|/v1/stream|/v1/streams/[^/]+/events")
 
 
-class LoopbackGuard:
+class _Guard:
+    """Refuses what `_check` raises; `on_rejected` is told the status."""
+
+    def __init__(self, app: ASGIApp, on_rejected: Callable[[int], None]) -> None:
+        self._app = app
+        self._on_rejected = on_rejected
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._check(scope)
+            except ApiError as error:
+                id = secrets.token_hex(16)
+                log_unaccepted(id, scope["path"][:200], time.monotonic(), f"refused: {error.status}")
+                self._on_rejected(error.status)
+                response = error_response(error)
+                # A body that was not read may still be coming, so the connection cannot carry another request.
+                response.headers.update({"connection": "close", "x-request-id": id})
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        """Raises: ApiError."""
+        raise NotImplementedError
+
+
+class KeyGuard(_Guard):
+    """Where there are keys, refuses with 401 who presents none of them, but for a few open paths.
+
+    Sets `tenant` in the request's state: the name of its key, "" where there is none.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, keys: ApiKeys | None, has_open_metrics: bool, on_rejected: Callable[[int], None]
+    ) -> None:
+        super().__init__(app, on_rejected)
+        self._keys = keys
+        self._has_open_metrics = has_open_metrics
+
+    def _check(self, scope: Scope) -> None:
+        scope["state"]["tenant"] = ""
+        if self._keys is None:
+            return
+        presented = _presented_key(Headers(scope=scope))
+        key = None if presented is None else self._keys.find(presented.encode("latin-1"))
+        if key is not None:
+            scope["state"]["tenant"] = key.name
+        elif not self._is_open(scope["path"]):
+            raise UnauthorizedError(
+                "an API key is needed, as `Authorization: Bearer KEY` or `x-api-key: KEY`"
+                if presented is None
+                else "the API key is not valid"
+            )
+
+    def _is_open(self, path: str) -> bool:
+        return _OPEN_PATHS.fullmatch(path) is not None or (self._has_open_metrics and path == "/metrics")
+
+
+def _presented_key(headers: Headers) -> str | None:
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return credentials.strip()
+    return headers.get("x-api-key")
+
+
+class LoopbackGuard(_Guard):
     """Refuses with 403 a foreign Host, and an Origin that is neither this server's nor in `cors_origins`."""
 
-    def __init__(self, app: ASGIApp, *, allowed_hosts: tuple[str, ...], cors_origins: tuple[str, ...]) -> None:
-        self._app = app
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        allowed_hosts: tuple[str, ...],
+        cors_origins: tuple[str, ...],
+        on_rejected: Callable[[int], None],
+    ) -> None:
+        super().__init__(app, on_rejected)
         self._hosts = _LOOPBACK_NAMES | {host.lower() for host in allowed_hosts}
         self._origins = frozenset(cors_origins)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (error := self._refusal(Headers(scope=scope))) is not None:
-            id = secrets.token_hex(16)
-            log_unaccepted(id, scope["path"][:200], time.monotonic(), f"refused: {error.status}")
-            response = error_response(error)
-            response.headers["x-request-id"] = id
-            await response(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-
-    def _refusal(self, headers: Headers) -> ForbiddenError | None:
+    def _check(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
         host = headers.get("host", "")
         if _split(f"//{host}").hostname not in self._hosts:
-            return ForbiddenError(f"the host {host[:200]!r} is not served here; see the setting allowed_hosts")
+            raise ForbiddenError(f"the host {host[:200]!r} is not served here; see the setting allowed_hosts")
         origin = headers.get("origin")
         if "*" in self._origins or origin in self._origins:
-            return None
+            return
         if origin is None:
             # A page elsewhere can send a GET without an Origin, but not without its browser saying where from.
             # Following a link to the chat page is fine.
             is_foreign = headers.get("sec-fetch-site") in ("cross-site", "same-site")
             if is_foreign and headers.get("sec-fetch-mode") != "navigate":
-                return ForbiddenError("pages of other origins may not call this server; see the setting cors_origins")
-            return None
-        if _split(origin).netloc == host:
-            return None
-        return ForbiddenError(f"pages of {origin[:200]!r} may not call this server; see the setting cors_origins")
+                raise ForbiddenError("pages of other origins may not call this server; see the setting cors_origins")
+        elif _split(origin).netloc != host:
+            raise ForbiddenError(f"pages of {origin[:200]!r} may not call this server; see the setting cors_origins")
 
 
 def _split(url: str) -> SplitResult:

@@ -6,7 +6,7 @@ vLLM's `model_name` label. Labels come from closed sets.
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
@@ -29,6 +29,8 @@ _VLLM_NAMES = {
     "headrace_num_preemptions": "vllm:num_preemptions",
     "headrace_prompt_tokens": "vllm:prompt_tokens",
     "headrace_generation_tokens": "vllm:generation_tokens",
+    "headrace_prefix_cache_queries": "vllm:prefix_cache_queries",
+    "headrace_prefix_cache_hits": "vllm:prefix_cache_hits",
     "headrace_requests_finished": "vllm:request_success",
     "headrace_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
     "headrace_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
@@ -48,7 +50,7 @@ class Metrics:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
         self.rejected = self._counter("requests_rejected", "Requests refused before the first byte", "status")
-        self._finished = self._counter("requests_finished", "Requests that ended, by reason", "finished_reason")
+        self._finished = self._counter("requests_finished", "Answers that ended, by reason", "finished_reason")
         self._cancelled = self._counter("requests_cancelled", "Requests whose client left, by phase", "phase")
         self.ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token", _LONG)
         self.itl = self._histogram("inter_token_latency_seconds", "Between a request's tokens", _SHORT)
@@ -68,6 +70,10 @@ class Metrics:
         """The text exposition of all metrics."""
         return generate_latest(self._registry) + generate_latest(self._vllm)
 
+    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Add a gauge whose value is asked when scraped."""
+        Gauge(f"headrace_{name}", text, registry=self._registry).set_function(value)
+
     def count_cancelled(self, phase: str) -> None:
         self._cancelled.labels(phase).inc()
 
@@ -77,7 +83,7 @@ class Metrics:
         reason = generation.log.terminal.finish_reason
         stages = generation.stages
         self._finished.labels(reason.value).inc()
-        if reason is FinishReason.CANCELLED:
+        if reason is FinishReason.CANCELLED and generation.log.terminal.error is None:  # else nobody left
             self.count_cancelled(generation.phase)
         if stages.end_s is not None:
             self.e2e.observe(stages.end_s - stages.received_s)
@@ -105,11 +111,14 @@ class _LoadCollector(Collector):
             ("num_requests_waiting", "Requests accepted and not yet running", self._num_waiting()),
             ("kv_cache_usage_ratio", "Share of KV cache blocks held", usage),
             ("kv_cache_free_blocks", "KV cache blocks free", load.num_free_blocks),
+            ("kv_cache_cached_blocks", "Free blocks that hold a reusable prefix", load.num_cached_blocks),
             ("kv_cache_total_blocks", "KV cache blocks in all", load.num_total_blocks),
         ):
             yield GaugeMetricFamily(f"headrace_{name}", text, value=value)
         for name, text, count in (
             ("num_preemptions", "Sequences preempted for want of blocks", load.num_preemptions),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", load.num_prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache", load.num_prefix_hits),
             ("engine_steps", "Steps the engine has computed", load.num_steps),
             ("engine_busy_seconds", "Time the engine spent in steps", load.busy_s),
         ):

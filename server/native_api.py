@@ -11,14 +11,16 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any, Literal
 
+import anyio.to_thread
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from headrace.server.endpoint import error_response
-from headrace.server.errors import ApiError, BadRequestError, NotAcceptableError
-from headrace.server.generation import Generation, Stages
+from headrace.server.errors import ApiError, BadRequestError, NotAcceptableError, UnauthorizedError
+from headrace.server.generation import Generation, Stages, usage
 from headrace.server.generator import Generator
+from headrace.server.logprobs import chat_logprobs
 from headrace.server.protocol import (
     UNSUPPORTED,
     ChatCompletionRequest,
@@ -27,9 +29,10 @@ from headrace.server.protocol import (
     parse_json_object,
     parse_request,
 )
-from headrace.server.request_log import log_request
 from headrace.server.sse import HEARTBEAT, EventStream, event_frame, retry_frame, to_json
 from headrace.server.stream_registry import NativeStream, StreamRegistry
+from headrace.server.tickets import TICKET_TTL_S, Ticket, Tickets
+from headrace.server.tracing import Report, trace_context
 
 # How often a waiting reader is told its place in the queue.
 _QUEUE_POLL_S = 1.0
@@ -53,13 +56,15 @@ _StreamParams = _StreamChatRequest | _StreamCompletionRequest
 
 
 class NativeApi:
-    """The routes under /v1/stream and /v1/streams."""
+    """The routes under /v1/stream and /v1/streams. `report` hears of every generation that is over."""
 
-    def __init__(self, generator: Generator, registry: StreamRegistry) -> None:
+    def __init__(self, generator: Generator, registry: StreamRegistry, tickets: Tickets, report: Report) -> None:
         self._generator = generator
         self._client = generator.client
         self._settings = generator.settings
         self._registry = registry
+        self._tickets = tickets
+        self._report = report
 
     async def create(self, request: Request, body: bytes) -> Response:
         """POST /v1/streams: start a stream, answer with where to read it."""
@@ -80,8 +85,14 @@ class NativeApi:
         content = {"id": stream.id, "created": stream.created_s, "model": self._generator.model_name, **urls}
         return JSONResponse(content, 201, {"location": urls["url"]})
 
+    async def issue_ticket(self, request: Request) -> Response:
+        """POST /v1/stream/tickets: what GET /v1/stream takes in place of a key. A body has no meaning here."""
+        content = {"ticket": self._tickets.issue(request.state.tenant), "expires_in_s": TICKET_TTL_S}
+        return JSONResponse(content, 201, {"cache-control": "no-store"})
+
     async def open(self, request: Request, body: bytes) -> Response:
-        """GET /v1/stream: start a stream and read it in one step, or resume it where Last-Event-ID names one."""
+        """GET /v1/stream: start a stream and read it in one step, or resume the one that Last-Event-ID or the ticket
+        names."""
         if "text/event-stream" not in request.headers.get("accept", ""):
             # An image or a link on any page can make a GET, but none asks for an event stream.
             raise NotAcceptableError("accept must include text/event-stream")
@@ -91,8 +102,15 @@ class NativeApi:
             if not id:
                 raise BadRequestError("last_event_id: names no stream", param="last_event_id")
             return self._read(self._registry.get(id), last_event_id)
+        ticket = self._shown_ticket(request)
         params = _params_from_query(request)
-        return self._read(await self._start(request, params), "")
+        if ticket is None:
+            return self._read(await self._start(request, params), "")
+        request.state.tenant = ticket.tenant
+        async with ticket.lock:
+            if ticket.stream_id is None:
+                ticket.stream_id = (await self._start(request, params)).id
+        return self._read(self._registry.get(ticket.stream_id), "")
 
     async def events(self, request: Request, body: bytes) -> Response:
         """GET /v1/streams/{id}/events."""
@@ -101,25 +119,46 @@ class NativeApi:
 
     async def snapshot_or_cancel(self, request: Request, body: bytes) -> Response:
         """GET /v1/streams/{id}: what there is. DELETE: end it, harmless on one that is over; its readers get `done`."""
-        stream = self._registry.get(request.path_params["id"])
+        stream = self._registry.get_owned(request.path_params["id"], request.state.tenant)
         if request.method == "DELETE":
             self._client.cancel(stream.generation)
         return self._snapshot(stream)
 
+    def _shown_ticket(self, request: Request) -> Ticket | None:
+        """None where none is needed: a key was sent, or there are none. Raises: UnauthorizedError."""
+        shown = request.query_params.get("ticket")
+        if shown is not None:
+            return self._tickets.show(shown)
+        if self._settings.api_keys_file is not None and not request.state.tenant:
+            raise UnauthorizedError("an API key is needed, or a ticket from POST /v1/stream/tickets")
+        return None
+
     async def _start(self, request: Request, params: _StreamParams) -> NativeStream:
         # Not the request's id, which is logged here and by proxies: a stream's id suffices to read it.
         id = secrets.token_hex(16)
-        on_end = partial(self._finish, id, request.url.path)
-        generation = await self._generator.start(params, request.state.id, Stages(request.state.received_s), on_end)
+        on_end = partial(self._finish, id, request.scope["path"], trace_context(request.headers))
+        if params.num_sequences > 1:
+            raise BadRequestError("n: a native stream has one answer to one prompt", param="n")
+        stages = Stages(request.state.received_s)
+        [generation] = await self._generator.start(
+            params, request.state.id, stages, on_end, tenant=request.state.tenant
+        )
         request.state.is_accepted = True
-        continues_alone, now = params.on_disconnect == "continue", self._client.clock()
-        stream = NativeStream(id, generation, int(time.time()), continues_alone, now, grace_s=params.disconnect_grace_s)
+        stream = NativeStream(
+            id,
+            request.state.tenant,
+            generation,
+            int(time.time()),
+            continues_alone=params.on_disconnect == "continue",
+            unread_since_s=self._client.clock(),
+            grace_s=params.disconnect_grace_s,
+        )
         self._registry.add(stream)
         return stream
 
-    def _finish(self, id: str, route: str, generation: Generation) -> None:
+    def _finish(self, id: str, route: str, context: dict[str, str], generation: Generation) -> None:
         self._registry.finish(id)
-        log_request(generation, route)
+        self._report([generation], route, context)
 
     def _read(self, stream: NativeStream, last_event_id: str) -> Response:
         log = stream.generation.log
@@ -154,10 +193,17 @@ class NativeApi:
                             yield HEARTBEAT
                         continue
                     write = b""
-                    if piece.text:
+                    if piece.text or piece.logprobs:
                         if generation.stages.first_byte_s is None:
                             generation.stages.first_byte_s = clock()
-                        token = {"text": piece.text, "num_tokens": piece.num_tokens}
+                        token: dict[str, Any] = {"text": piece.text, "num_tokens": piece.num_tokens}
+                        if piece.logprobs:
+                            assert self._generator.tokenizer is not None
+                            # A reader that comes late gets thousands at once.
+                            found = await anyio.to_thread.run_sync(
+                                chat_logprobs, self._generator.tokenizer, piece.logprobs
+                            )
+                            token["logprobs"] = found["content"]
                         # The terminal entry is one of its own: a reader cut between the two gets it again.
                         end = piece.cursor - (piece.terminal is not None)
                         write = event_frame("token", token, id=f"{stream.id}:{end}")
@@ -177,7 +223,7 @@ class NativeApi:
             return event_frame("error", generation.log.terminal.error.envelope(), id=id)
         done = {
             "finish_reason": generation.log.terminal.finish_reason.value,
-            "usage": generation.usage(),
+            "usage": usage([generation]),
             "timings": generation.timings(),
         }
         return event_frame("done", done, id=id)
@@ -192,11 +238,11 @@ class NativeApi:
             "created": stream.created_s,
             "model": self._generator.model_name,
             "status": status if terminal is None else "finished",
-            "text": generation.log.text(),
+            "text": generation.log.read().text,
             "cursor": generation.log.end,
             "finish_reason": terminal.finish_reason.value if terminal else None,
             "error": error.envelope()["error"] if error else None,
-            "usage": generation.usage(),
+            "usage": usage([generation]),
             "timings": generation.timings(),
             **_urls(stream.id),
         }

@@ -1,22 +1,25 @@
 """OpenAI's generation routes: /v1/chat/completions, /v1/completions and /v1/models, streaming and not.
 
-Lives on the event loop. A response follows the generation's log; whatever ends the response (its last event, a
-disconnect) ends the generation. Frames are spliced from parts prepared once per response, so that a token costs little
-more than the encoding of its text.
+Lives on the event loop. A response follows its generations' logs, one per choice; whatever ends the response (its last
+event, an error in one choice, a disconnect) ends them all. Frames are spliced from parts prepared once per response, so
+that a token costs little more than the encoding of its text.
 Source: OpenAI's API reference.
 """
 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
+import anyio.to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from headrace.scheduler.messages import FinishReason
-from headrace.server.generation import Generation, Stages
+from headrace.server.generation import Generation, Stages, usage
 from headrace.server.generator import Generator
+from headrace.server.logprobs import chat_logprobs, completion_logprobs
 from headrace.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -25,18 +28,23 @@ from headrace.server.protocol import (
     parse_json_object,
     parse_request,
 )
-from headrace.server.request_log import log_request
 from headrace.server.sse import HEARTBEAT, EventStream, data_frame, to_json
+from headrace.server.stream_log import LogSlice, Subscriber
+from headrace.server.tokenizer import Tokenizer
+from headrace.server.tracing import Report, trace_context
 from headrace.server.version import SYSTEM_FINGERPRINT
 
 _DONE = b"data: [DONE]\n\n"
+# Tokens whose log probabilities are encoded on the loop: a millisecond or two, at most.
+_MAX_INLINE_LOGPROBS = 16
 
 
 class OpenAIApi:
-    """The routes of one model."""
+    """The routes of one model. `report` hears of every generation once its response is over too."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, report: Report) -> None:
         self._generator = generator
+        self._report = report
         self._created_s = int(time.time())
 
     async def chat_completions(self, request: Request, body: bytes) -> Response:
@@ -60,60 +68,82 @@ class OpenAIApi:
 
     async def _complete(self, request: Request, params: GenerationParams, make_format: "type[_Format]") -> Response:
         id = f"{make_format.id_prefix}{request.state.id}"
-        generation = await self._generator.start(params, id, Stages(request.state.received_s))
+        stages = Stages(request.state.received_s)
+        generations = await self._generator.start(params, id, stages, tenant=request.state.tenant)
         request.state.is_accepted = True
-        request.state.cleanup.callback(self._finish, generation, request.url.path)
-        format = make_format(id, self._generator.model_name)
+        request.state.cleanup.callback(self._finish, generations, request)
+        assert self._generator.tokenizer is not None
+        format = make_format(id, self._generator.model_name, self._generator.tokenizer, params)
         if params.stream:
             options = params.stream_options or StreamOptions()
-            return EventStream(_frames(generation, format, options, self._generator.settings.heartbeat_s))
-        with generation.log.subscribe() as subscriber:
-            while (piece := await subscriber.next()) is None or piece.terminal is None:
-                pass
-        if piece.terminal.error is not None:
-            raise piece.terminal.error
-        generation.stages.first_byte_s = self._generator.client.clock()
-        return JSONResponse(format.whole(generation.log.text(), piece.terminal.finish_reason, generation.usage()))
+            return EventStream(_frames(generations, format, options, self._generator.settings.heartbeat_s))
+        with Subscriber([generation.log for generation in generations]) as subscriber:
+            num_open = len(generations)
+            while num_open:
+                piece = await subscriber.next()
+                if piece is not None and piece.terminal is not None:
+                    num_open -= 1
+                    if piece.terminal.error is not None:
+                        raise piece.terminal.error
+        generations[0].stages.first_byte_s = self._generator.client.clock()
+        pieces = [generation.log.read() for generation in generations]
+        if params.num_logprobs is None:
+            return JSONResponse(format.whole(pieces, usage(generations)))
+        # Thousands of objects take longer to be made and encoded than the loop may be kept.
+        return await anyio.to_thread.run_sync(lambda: JSONResponse(format.whole(pieces, usage(generations))))
 
-    def _finish(self, generation: Generation, route: str) -> None:
-        self._generator.client.cancel(generation)
-        generation.stages.end_s = self._generator.client.clock()  # of the response, which outlasts the last token
-        log_request(generation, route)
+    def _finish(self, generations: list[Generation], request: Request) -> None:
+        ends = [generation.log.terminal for generation in generations]
+        # Where one choice failed the others end for its reason, and nobody left.
+        error = next((end.error for end in ends if end is not None and end.error is not None), None)
+        for generation in generations:
+            self._generator.client.cancel(generation, error)
+        generations[0].stages.end_s = self._generator.client.clock()  # of the response, which outlasts the last token
+        self._report(generations, request.scope["path"], trace_context(request.headers))
 
 
 async def _frames(
-    generation: Generation, format: "_Format", options: StreamOptions, heartbeat_s: float
+    generations: list[Generation], format: "_Format", options: StreamOptions, heartbeat_s: float
 ) -> AsyncIterator[bytes]:
     """The frames of a streaming response; each item is one write, and may hold several frames."""
     format.prepare_frames(has_usage=bool(options.include_usage or options.continuous_usage_stats))
     is_continuous = bool(options.continuous_usage_stats)
-    opening = format.opening_frame(generation.usage(0) if is_continuous else None)
-    num_tokens = 0
-    with generation.log.subscribe() as subscriber:
-        while True:
+    opening = format.opening_frames(usage(generations, 0) if is_continuous else None)
+    stages = generations[0].stages
+    num_tokens = [0] * len(generations)
+    num_open = len(generations)
+    with Subscriber([generation.log for generation in generations]) as subscriber:
+        while num_open:
             piece = await subscriber.next(heartbeat_s)
             if piece is None:
                 yield HEARTBEAT
                 continue
-            num_tokens += piece.num_tokens
+            num_tokens[piece.index] += piece.num_tokens
             write = b""
-            if piece.text:
-                write = opening + format.text_frame(piece.text, generation.usage(num_tokens) if is_continuous else None)
+            if piece.text or piece.logprobs:
+                counts = usage(generations, sum(num_tokens)) if is_continuous else None
+                if len(piece.logprobs) <= _MAX_INLINE_LOGPROBS:
+                    write = opening + format.text_frame(piece, counts)
+                else:
+                    write = opening + await anyio.to_thread.run_sync(format.text_frame, piece, counts)
                 opening = b""
-                if generation.stages.first_byte_s is None:
-                    generation.stages.first_byte_s = time.monotonic()
-            if piece.terminal is None:
-                yield write
-                continue
-            if piece.terminal.error is not None:
-                yield write + data_frame(piece.terminal.error.envelope())
-                return
-            usage = generation.usage()
-            write += opening + format.finish_frame(piece.terminal.finish_reason, usage if is_continuous else None)
-            if options.include_usage:
-                write += format.usage_frame(usage)
-            yield write + _DONE
-            return
+                if stages.first_byte_s is None:
+                    stages.first_byte_s = time.monotonic()
+            if piece.terminal is not None:
+                if piece.terminal.error is not None:
+                    yield write + data_frame(piece.terminal.error.envelope())
+                    return
+                num_open -= 1
+                # More than its text was made of, by such as the token that ended it.
+                num_tokens[piece.index] = generations[piece.index].num_output_tokens
+                counts = usage(generations, sum(num_tokens)) if is_continuous else None
+                write += opening + format.finish_frame(piece.index, piece.terminal.finish_reason, counts)
+                opening = b""
+            if num_open == 0:
+                if options.include_usage:
+                    write += format.usage_frame(usage(generations))
+                write += _DONE
+            yield write
 
 
 class _Format(ABC):
@@ -123,54 +153,66 @@ class _Format(ABC):
     object: str
     chunk_object: str
 
-    def __init__(self, id: str, model_name: str) -> None:
+    def __init__(self, id: str, model_name: str, tokenizer: Tokenizer, params: GenerationParams) -> None:
         self._head = {
             "id": id,
             "created": int(time.time()),
             "model": model_name,
             "system_fingerprint": SYSTEM_FINGERPRINT,
         }
+        self._tokenizer = tokenizer
+        self._num_choices = params.num_sequences
+        self._has_logprobs = params.num_logprobs is not None
 
     @abstractmethod
-    def choice(self, text: str, finish_reason: str) -> dict[str, Any]:
-        """The one choice of a whole answer."""
+    def choice(self, piece: LogSlice) -> dict[str, Any]:
+        """A whole choice."""
 
     @abstractmethod
-    def opening_choice(self) -> dict[str, Any] | None:
+    def opening_choice(self, index: int) -> dict[str, Any] | None:
         """The choice of the chunk before the first text, None where the route has no such chunk."""
 
     @abstractmethod
-    def chunk_choice(self, text: str | None, finish_reason: str | None) -> dict[str, Any]:
+    def chunk_choice(
+        self, index: int, text: str | None, finish_reason: str | None, logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """A chunk's choice: with text, or as the last with a finish reason."""
 
-    def whole(self, text: str, finish_reason: FinishReason, usage: dict[str, int]) -> dict[str, Any]:
-        choice = self.choice(text, finish_reason.value)
-        return {**self._head, "object": self.object, "choices": [choice], "usage": usage}
+    @abstractmethod
+    def logprobs(self, piece: LogSlice) -> dict[str, Any] | None:
+        """The log probabilities of a piece, None where none were asked for."""
+
+    def whole(self, pieces: list[LogSlice], usage: dict[str, Any]) -> dict[str, Any]:
+        choices = [self.choice(replace(piece, index=index)) for index, piece in enumerate(pieces)]
+        return {**self._head, "object": self.object, "choices": choices, "usage": usage}
 
     def prepare_frames(self, *, has_usage: bool) -> None:
         """Encode what all of a stream's frames share. With `has_usage` every chunk has the field, null or not."""
         self._has_usage = has_usage
         # The text comes last but for numbers, so the last slot in the frame is the one meant.
         slot = '"@text@"'
-        before, _, after = self._frame([self.chunk_choice("@text@", None)], None).decode().rpartition(slot)
-        self._before_text, self._after_text = before.encode(), after.encode()
+        self._around_text: list[tuple[bytes, bytes]] = []
+        for index in range(self._num_choices):
+            before, _, after = self._frame([self.chunk_choice(index, "@text@", None)], None).decode().rpartition(slot)
+            self._around_text.append((before.encode(), after.encode()))
 
-    def opening_frame(self, usage: dict[str, int] | None) -> bytes:
-        choice = self.opening_choice()
-        return b"" if choice is None else self._frame([choice], usage)
+    def opening_frames(self, usage: dict[str, Any] | None) -> bytes:
+        choices = [self.opening_choice(index) for index in range(self._num_choices)]
+        return b"".join(self._frame([choice], usage) for choice in choices if choice is not None)
 
-    def text_frame(self, text: str, usage: dict[str, int] | None) -> bytes:
-        if usage is not None:
-            return self._frame([self.chunk_choice(text, None)], usage)
-        return self._before_text + to_json(text).encode() + self._after_text
+    def text_frame(self, piece: LogSlice, usage: dict[str, Any] | None) -> bytes:
+        if usage is not None or self._has_logprobs:
+            return self._frame([self.chunk_choice(piece.index, piece.text, None, self.logprobs(piece))], usage)
+        before, after = self._around_text[piece.index]
+        return before + to_json(piece.text).encode() + after
 
-    def finish_frame(self, finish_reason: FinishReason, usage: dict[str, int] | None) -> bytes:
-        return self._frame([self.chunk_choice(None, finish_reason.value)], usage)
+    def finish_frame(self, index: int, finish_reason: FinishReason, usage: dict[str, Any] | None) -> bytes:
+        return self._frame([self.chunk_choice(index, None, finish_reason.value)], usage)
 
-    def usage_frame(self, usage: dict[str, int]) -> bytes:
+    def usage_frame(self, usage: dict[str, Any]) -> bytes:
         return self._frame([], usage)
 
-    def _frame(self, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> bytes:
+    def _frame(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
         chunk: dict[str, Any] = {**self._head, "object": self.chunk_object, "choices": choices}
         if self._has_usage:
             chunk["usage"] = usage
@@ -182,17 +224,27 @@ class _ChatFormat(_Format):
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def choice(self, text: str, finish_reason: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
+    def choice(self, piece: LogSlice) -> dict[str, Any]:
+        assert piece.terminal is not None
+        return {
+            "index": piece.index,
+            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "logprobs": self.logprobs(piece),
+            "finish_reason": piece.terminal.finish_reason.value,
+        }
 
-    def opening_choice(self) -> dict[str, Any] | None:
+    def opening_choice(self, index: int) -> dict[str, Any] | None:
         delta = {"role": "assistant", "content": ""}
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def chunk_choice(self, text: str | None, finish_reason: str | None) -> dict[str, Any]:
+    def chunk_choice(
+        self, index: int, text: str | None, finish_reason: str | None, logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         delta = {} if text is None else {"content": text}
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def logprobs(self, piece: LogSlice) -> dict[str, Any] | None:
+        return chat_logprobs(self._tokenizer, piece.logprobs) if self._has_logprobs else None
 
 
 class _CompletionFormat(_Format):
@@ -200,11 +252,30 @@ class _CompletionFormat(_Format):
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def choice(self, text: str, finish_reason: str) -> dict[str, Any]:
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    def __init__(self, id: str, model_name: str, tokenizer: Tokenizer, params: GenerationParams) -> None:
+        super().__init__(id, model_name, tokenizer, params)
+        self._skip_special_tokens = params.skips_special_tokens
+        self._offsets = [0] * params.num_sequences
 
-    def opening_choice(self) -> dict[str, Any] | None:
+    def choice(self, piece: LogSlice) -> dict[str, Any]:
+        assert piece.terminal is not None
+        return self.chunk_choice(piece.index, piece.text, piece.terminal.finish_reason.value, self.logprobs(piece))
+
+    def opening_choice(self, index: int) -> dict[str, Any] | None:
         return None
 
-    def chunk_choice(self, text: str | None, finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, "text": text or "", "logprobs": None, "finish_reason": finish_reason}
+    def chunk_choice(
+        self, index: int, text: str | None, finish_reason: str | None, logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return {"index": index, "text": text or "", "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def logprobs(self, piece: LogSlice) -> dict[str, Any] | None:
+        if not self._has_logprobs:
+            return None
+        logprobs, self._offsets[piece.index] = completion_logprobs(
+            self._tokenizer,
+            piece.logprobs,
+            self._offsets[piece.index],
+            skip_special_tokens=self._skip_special_tokens,
+        )
+        return logprobs

@@ -7,7 +7,7 @@ Source: OpenAI's API reference (chat completions, completions), and the extensio
 
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from headrace.server.errors import ApiError, BadRequestError, UnsupportedParameterError
@@ -16,20 +16,14 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1000
 MAX_MESSAGES = 2048
 MAX_NAME_CHARS = 512
+MAX_SEQUENCES = 128  # prompts times choices of one request
+MAX_LOGIT_BIASES = 1024
 
 # Fields that exist elsewhere and ask for what this server does not do, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "prompt_logprobs": (),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
     "typical_p": (1,),
@@ -93,6 +87,13 @@ Name = Annotated[str, Field(strict=True, max_length=MAX_NAME_CHARS)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 # Fail fast: a list of millions of wrong items must not cost an error each.
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Penalty = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-2, le=2)]
+Bias = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-100, le=100)]
+NumLogprobs = Annotated[int, Field(strict=True, ge=0, le=20)]
+
+
+def _none_if_false(value: Any) -> Any:
+    return None if value is False else value
 
 
 class StreamOptions(BaseModel):
@@ -112,6 +113,7 @@ class GenerationParams(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
     prompt_field: ClassVar[str]
     default_max_tokens: ClassVar[int | None]
 
@@ -125,6 +127,11 @@ class GenerationParams(BaseModel):
     top_p: Number | None = Field(None, gt=0, le=1)
     top_k: Count | None = Field(None, ge=-1, lt=2**31)
     min_p: Number | None = Field(None, ge=0, le=1)
+    n: Count | None = Field(None, ge=1, le=MAX_SEQUENCES)
+    repetition_penalty: Number | None = Field(None, ge=0.01, le=100)
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Bias] | None = None
     seed: Count | None = Field(None, ge=-(2**63), lt=2**64)
     stop: str | Annotated[list[str], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: TokenIds | None = Field(None, max_length=1024)
@@ -132,6 +139,7 @@ class GenerationParams(BaseModel):
     skip_special_tokens: Flag | None = None
     timeout: Number | None = Field(None, gt=0, le=1e6)
     user: Name | None = None
+    cache_salt: Name | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -141,7 +149,40 @@ class GenerationParams(BaseModel):
             raise ValueError("max_tokens: differs from max_completion_tokens")
         if not all(0 < len(stop) <= MAX_STOP_CHARS for stop in self.stop_strings):
             raise ValueError(f"stop: each stop string must have 1 to {MAX_STOP_CHARS} characters")
+        if not all(key.isascii() and key.isdigit() and len(key) < 11 for key in self.logit_bias or ()):
+            raise ValueError("logit_bias: its keys must be token ids")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        # A field's own limit is looked at when all its items have been validated.
+        if isinstance(biases := fields.get("logit_bias"), dict) and len(biases) > MAX_LOGIT_BIASES:
+            raise ValueError(f"logit_bias: must have at most {MAX_LOGIT_BIASES} items")
+        return fields
+
+    @property
+    def skips_special_tokens(self) -> bool:
+        return self.skip_special_tokens is not False
+
+    @property
+    def is_echoed(self) -> bool:
+        """Whether an answer begins with its prompt."""
+        return False
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def num_sequences(self) -> int:
+        """How many answers are asked for in all."""
+        return self.num_choices
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are wanted at each position, None where no log probability is."""
+        raise NotImplementedError
 
     @property
     def asked_max_tokens(self) -> tuple[str, int | None]:
@@ -202,18 +243,61 @@ class ChatMessage(BaseModel):
 class ChatCompletionRequest(GenerationParams):
     messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
 
+    logprobs: Flag | None = None
+    top_logprobs: NumLogprobs | None = None
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"echo": (False,)}
     prompt_field: ClassVar[str] = "messages"
     # Without a limit an answer may fill the context.
     default_max_tokens: ClassVar[int | None] = None
 
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs to be true")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
+
 
 class CompletionRequest(GenerationParams):
-    """`prompt` is one text or one list of token ids."""
+    """`prompt` is a text or a list of token ids, or a list of either."""
 
-    prompt: str | TokenIds = Field(max_length=2**24)
+    prompt: (
+        str | TokenIds | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[TokenIds], Field(fail_fast=True)]
+    ) = Field(max_length=2**24)
+    echo: Flag | None = None
+    logprobs: Annotated[NumLogprobs | None, BeforeValidator(_none_if_false)] = None
 
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"top_logprobs": (0,)}
     prompt_field: ClassVar[str] = "prompt"
     default_max_tokens: ClassVar[int | None] = 16
+
+    @model_validator(mode="after")
+    def _check_prompts(self) -> Self:
+        if self.num_sequences > MAX_SEQUENCES:
+            raise ValueError(f"prompt: prompts times n must be at most {MAX_SEQUENCES}, not {self.num_sequences}")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        if isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int):
+            return self.prompt
+        return [self.prompt]  # type: ignore[return-value]
+
+    @property
+    def is_echoed(self) -> bool:
+        return bool(self.echo)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.prompts) * self.num_choices
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 BodyT = TypeVar("BodyT", bound=GenerationParams)
@@ -232,7 +316,7 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
 
 def parse_request(cls: type[BodyT], fields: dict[str, Any]) -> BodyT:
     """Validate a body's fields. Raises: BadRequestError or UnsupportedParameterError, naming the field."""
-    for name, neutral in UNSUPPORTED.items():
+    for name, neutral in (UNSUPPORTED | cls.unsupported).items():
         value = fields.get(name)
         # 0 and False are equal in Python and differ on the wire: `logprobs: 0` asks for something.
         if value is not None and not any(

@@ -2,11 +2,15 @@
 
 import json
 import logging
+import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 
-from headrace.server.generation import Generation
+from headrace.server.generation import Generation, usage
+
+_STREAM_ID = re.compile("^/v1/streams/[^/]+")
 
 logger = logging.getLogger("headrace.requests")
 
@@ -16,14 +20,26 @@ def log_unaccepted(id: str, route: str, received_s: float, outcome: str) -> None
     _write(id, route, outcome, received_s, {"end_s": time.monotonic()})
 
 
-def log_request(generation: Generation, route: str) -> None:
-    """Write the line of a generation that is over. Stages are milliseconds after the request was received."""
-    terminal = generation.log.terminal
-    assert terminal is not None
-    stages = asdict(generation.stages)
+def log_request(generations: Sequence[Generation], route: str) -> None:
+    """Write the line of a request whose generations are over, with the stages of the first of them.
+
+    Stages are milliseconds after the request was received.
+    """
+    reasons = {generation.log.terminal.finish_reason.value for generation in generations if generation.log.terminal}
+    first = generations[0]
+    stages = asdict(first.stages)
     received_s = stages.pop("received_s")
-    counts = {"prompt_tokens": generation.num_prompt_tokens, "completion_tokens": generation.num_output_tokens}
-    _write(generation.id, route, terminal.finish_reason.value, received_s, stages, **counts)
+    counts = usage(generations)
+    _write(
+        first.id,
+        route,
+        "+".join(sorted(reasons)),
+        received_s,
+        stages,
+        prompt_tokens=counts["prompt_tokens"],
+        cached_tokens=counts["prompt_tokens_details"]["cached_tokens"],
+        completion_tokens=counts["completion_tokens"],
+    )
 
 
 def _write(
@@ -32,7 +48,7 @@ def _write(
     received_at = datetime.now(UTC) - timedelta(seconds=time.monotonic() - received_s)
     line = {
         "id": id,
-        "route": route,
+        "route": _STREAM_ID.sub("/v1/streams/{id}", route)[:200],  # whoever knows a stream's id may read it
         "received": received_at.isoformat(timespec="milliseconds"),
         "finish_reason": finish_reason,
         **counts,

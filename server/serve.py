@@ -1,12 +1,17 @@
 """`headrace serve`: settings to a listening server, and signals to an orderly end."""
 
+import asyncio
 import logging
 import os
+import signal
 import socket
+import ssl
 import sys
 import threading
 import time
-from types import FrameType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import uvicorn
 
@@ -17,8 +22,11 @@ from headrace.scheduler.gguf_file import open_gguf
 from headrace.scheduler.model_source import ModelSource, resolve_model
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.app import App
+from headrace.server.http_protocol import HttpProtocol, watch_peers
 from headrace.server.settings import Settings
+from headrace.server.tls import load_tls
 from headrace.server.tokenizer import Tokenizer, load_tokenizer
+from headrace.server.tracing import open_tracing
 from headrace.server.version import VERSION
 
 # How long a client that reads nothing may hold up the end, once its last event is written.
@@ -40,13 +48,15 @@ def serve(settings: Settings) -> int:
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
     started_s = time.monotonic()
     try:
-        # Bound first: a port that is taken should not cost the time a model takes to load.
+        # First what is quickly told: a port that is taken should not cost the time a model takes to load.
+        tls = load_tls(settings)
         listener = _listen(settings.host, settings.port)
-        source = resolve_model(settings.model, say)
+        watch_peers(listener, settings.peer_timeout_s)
+        server = _Server(settings, resolve_model(settings.model, say), listener, tls, started_s)
     except HeadraceError as error:
         print(f"headrace: {error}", file=sys.stderr)
         return 1
-    return _Server(settings, source, listener, started_s).serve_until_signal()
+    return server.serve_until_signal()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -64,51 +74,86 @@ def say(line: str) -> None:
 class _Server(uvicorn.Server):
     """uvicorn with a drain of our own: a first signal starts it, a second one cuts it short."""
 
-    def __init__(self, settings: Settings, source: ModelSource, listener: socket.socket, started_s: float) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        source: ModelSource,
+        listener: socket.socket,
+        tls: ssl.SSLContext | None,
+        started_s: float,
+    ) -> None:
         self._listener = listener
         host, port = listener.getsockname()[:2]
-        self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self._url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
         self._started_s = started_s
         self._settings = settings
         self._error: Exception | None = None
         self._is_hurried = False
+        self._is_closing = False
         name = settings.served_model_name or source.name
+        endpoint = settings.otlp_traces_endpoint
+        self._tracing = None if endpoint is None else open_tracing(endpoint, name)
         self._app = App(
             settings,
             name,
             load_engine=lambda: _load_engine(settings, source),
             load_tokenizer=lambda: _load_tokenizer(source),
             on_engine_change=self._report,
+            tracing=self._tracing,
         )
         config = uvicorn.Config(
             self._app.asgi,
             backlog=_BACKLOG,
             loop="uvloop",
-            # Bounds headers, answers clients that offer HTTP/2, and tells a stream of a disconnect behind a pipelined
-            # request: httptools, the faster parser, does none of these.
-            http="h11",
+            # Made of h11, which answers clients that offer HTTP/2, and tells a stream of a disconnect behind a
+            # pipelined request: httptools, the faster parser, does neither.
+            http=partial(HttpProtocol, settings, self._app.count_rejected),  # type: ignore[arg-type]  # a class, as far as uvicorn calls it
             ws="none",
             lifespan="on",
             log_config=None,
             access_log=False,
             server_header=False,
             timeout_keep_alive=settings.keep_alive_s,
-            timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
+            timeout_graceful_shutdown=2 * _CLOSE_TIMEOUT_S,  # never reached: see _cut_connections
+            ssl_context_factory=(lambda config, default: tls) if tls else None,
         )
         super().__init__(config)
 
     def serve_until_signal(self) -> int:
+        if self._app.keys is None and not self._settings.is_loopback:
+            say("anyone who reaches this address may use it: there are no keys (see api_keys_file)")
         say(f"version {VERSION}, loading {self._app.generator.model_name}, listening on {self._url}")
         self.run([self._listener])
+        if self._tracing is not None:
+            self._tracing.close()
         code = 1 if self._error is not None else 0
-        if self._app.client.has_thread:
-            # It is inside the model, where no Python can end it; leaving by the front door would abort in C++.
+        if self._app.client.has_thread or not self._app.settled.is_set():
+            # A thread is inside the model, where no Python can end it; leaving by the front door would wait for it, or
+            # abort in C++.
             logging.shutdown()
             sys.stdout.flush()
             os._exit(code)
         return code
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """In place of uvicorn's: callbacks on the loop, which may touch what lives there."""
+        loop = asyncio.get_running_loop()
+        # A terminal that closes ends what it started; a service is told by SIGHUP to read its files again.
+        is_in_terminal = self._app.keys is None and sys.stdin is not None and sys.stdin.isatty()
+        on_hang_up = self._end if is_in_terminal else self._app.reload_keys
+        callbacks = {signal.SIGINT: self._end, signal.SIGTERM: self._end, signal.SIGHUP: on_hang_up}
+        for number, callback in callbacks.items():
+            loop.add_signal_handler(number, callback)
+        try:
+            yield
+        finally:
+            for number in callbacks:
+                loop.remove_signal_handler(number)
+
+    def _end(self) -> None:
+        if self._is_closing:
+            self._cut_connections()
         self._is_hurried = self.should_exit
         self.should_exit = True
 
@@ -118,6 +163,17 @@ class _Server(uvicorn.Server):
         if self._app.client.num_unfinished:
             say(f"draining {self._app.client.num_unfinished} requests; a second signal cuts this short")
         await self._app.drain(lambda: self._is_hurried)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._is_closing = True
+        cut = asyncio.get_running_loop().call_later(_CLOSE_TIMEOUT_S, self._cut_connections)
+        await super().shutdown(sockets)
+        cut.cancel()
+
+    def _cut_connections(self) -> None:
+        """Let go of clients that do not read; uvicorn would cancel their tasks in the middle, with a traceback each."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     def _report(self, error: Exception | None) -> None:
         if error is not None:
@@ -133,7 +189,8 @@ class _Server(uvicorn.Server):
         say(f"ready after {time.monotonic() - self._started_s:.1f} s")
         say(f"chat page: {url}/")
         body = '{"messages": [{"role": "user", "content": "Tell me a joke."}], "stream": true}'
-        say(f"try: curl -N {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'")
+        key = "" if self._app.keys is None else " -H 'authorization: Bearer YOUR_KEY'"
+        say(f"try: curl -N {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'")
 
 
 def _load_engine(settings: Settings, source: ModelSource) -> tuple[Scheduler, Runner]:
@@ -146,6 +203,7 @@ def _load_engine(settings: Settings, source: ModelSource) -> tuple[Scheduler, Ru
         kv_cache_bytes=None if settings.kv_cache_bytes == "auto" else settings.kv_cache_bytes,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        enable_prefix_caching=settings.enable_prefix_caching,
     )
     with _LOADING:
         # Imported on the engine thread: torch takes a second or two, and the server listens meanwhile.

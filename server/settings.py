@@ -59,13 +59,21 @@ class Settings(BaseSettings):
     )
 
     model: CliPositionalArg[str | None] = Field(
-        None, description="Hugging Face directory, .gguf file or hub id; the demo model where none is named"
+        None, description="directory, .gguf file, gemma3-270m or hub id; the demo model where none is named"
     )
     served_model_name: str | None = Field(None, description="name that clients use; the model's own by default")
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     workers: int = Field(1, description="must be 1: one engine serves one process")
+    tls_cert_file: Path | None = Field(None, description="PEM certificate chain; with it the server speaks HTTPS")
+    tls_key_file: Path | None = Field(None, description="PEM private key of the certificate")
+    tls_key_password_file: Path | None = Field(None, description="file with the key's password, where it has one")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line shown")
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="URL of an OpenTelemetry collector, such as http://127.0.0.1:4318/v1/traces; needs headrace[otel]",
+    )
 
     device: str = Field(
         "auto",
@@ -84,11 +92,19 @@ class Settings(BaseSettings):
     )
     max_num_seqs: int = Field(256, ge=1, le=4096, description="most sequences in the running batch")
     max_num_batched_tokens: int = Field(256, ge=1, le=65536, description="token budget of one step")
+    enable_prefix_caching: bool = Field(True, description="share the KV blocks of prompts that begin alike")
 
     max_queue_size: int = Field(1024, ge=1, description="most requests waiting; beyond, 429")
     request_timeout_s: float = Field(600, gt=0, description="longest a request may take in all")
     tokenizer_threads: int = Field(2, ge=1, le=64, description="worker threads for templates and tokenizing")
     max_body_bytes: Bytes = Field(4 * 2**20, ge=1, description="largest request body")
+    max_header_bytes: Bytes = Field(64 * 2**10, ge=1024, description="largest request line and headers; beyond, 431")
+    receive_timeout_s: float = Field(
+        60, gt=0, description="how long a request's headers, and then its body, may take to arrive"
+    )
+    peer_timeout_s: int = Field(
+        60, ge=4, le=3600, description="how long a client may neither acknowledge nor read what it is sent"
+    )
     heartbeat_s: float = Field(15, ge=1, description="silence on a stream before a comment is sent")
     keep_alive_s: int = Field(75, ge=1, description="how long an idle connection is kept")
     drain_grace_s: float = Field(30, ge=0, description="on SIGTERM, how long running requests may go on")
@@ -98,6 +114,12 @@ class Settings(BaseSettings):
     stream_log_bytes: Bytes = Field(64 * 2**20, description="most memory for logs of finished native streams")
     stream_retry_ms: int = Field(1000, ge=1, description="reconnection delay that EventSource is told")
 
+    api_keys_file: str | None = Field(
+        None,
+        min_length=1,
+        description="TOML file of API keys; with one every request needs a key; SIGHUP reads it again",
+    )
+    open_metrics: bool = Field(False, description="serve /metrics without a key")
     cors_origins: tuple[str, ...] = Field((), description="other origins whose pages may call this server, or *")
     allowed_hosts: tuple[str, ...] = Field((), description="further names for the Host header on loopback")
 
@@ -113,6 +135,10 @@ class Settings(BaseSettings):
                 f"max_num_batched_tokens: {self.max_num_batched_tokens} is below max_num_seqs ({self.max_num_seqs}), "
                 "but every running sequence must get a token in every step"
             )
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_cert_file, tls_key_file: one is of no use without the other")
+        if self.tls_key_password_file is not None and self.tls_key_file is None:
+            raise ValueError("tls_key_password_file: there is no tls_key_file that it could open")
         return self
 
     @property

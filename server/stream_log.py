@@ -2,23 +2,27 @@
 
 Lives on the event loop. A subscriber is a cursor into the log plus an anyio memory channel of one slot that wakes it.
 Reading at a cursor takes all up to the tail at once: a slow reader gets fewer, larger pieces, nothing is dropped, and
-the writer never waits. The log is bounded by the request's max_tokens. It knows neither tokens nor HTTP.
+the writer never waits. A subscriber can follow several logs. A log is bounded by the request's max_tokens. It carries
+log probabilities without looking into them, and knows nothing of HTTP.
 
 A cursor counts entries: 0 is the beginning, `end` the tail; the terminal entry counts as one more.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 import anyio
 
-from headrace.scheduler.messages import FinishReason
+from headrace.scheduler.messages import FinishReason, TokenLogprobs
 from headrace.server.errors import ApiError
 
 # What an entry weighs beside its text: two list slots and an int.
 _ENTRY_OVERHEAD_BYTES = 48
+# What a token's log probabilities weigh, and each alternative among them.
+_LOGPROBS_BYTES, _ALTERNATIVE_BYTES = 160, 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +35,17 @@ class Terminal:
 
 @dataclass(frozen=True, slots=True)
 class LogSlice:
-    """All a log holds from one cursor to another: `cursor` is the one after it, `terminal` set if the log ended."""
+    """All a log holds from one cursor to another: `cursor` is the one after it, `terminal` set if the log ended.
+
+    `index` tells which of a subscriber's logs it is of.
+    """
 
     text: str
     num_tokens: int
     cursor: int
     terminal: Terminal | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    index: int = 0
 
 
 class StreamLog:
@@ -44,6 +53,7 @@ class StreamLog:
 
     def __init__(self) -> None:
         self._texts: list[str] = []
+        self._logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}  # by entry; empty unless they were asked for
         self._num_tokens: list[int] = [0]  # running totals, so that a slice's count is one subtraction
         self._subscribers: set[Subscriber] = set()
         self.terminal: Terminal | None = None
@@ -58,9 +68,12 @@ class StreamLog:
     def num_subscribers(self) -> int:
         return len(self._subscribers)
 
-    def append(self, text: str, num_tokens: int) -> None:
+    def append(self, text: str, num_tokens: int, logprobs: tuple[TokenLogprobs, ...] = ()) -> None:
         """Add a piece of text, made of `num_tokens` tokens, and wake the readers."""
         assert self.terminal is None, "append after close"
+        if logprobs:
+            self._logprobs[len(self._texts)] = logprobs
+            self.num_bytes += sum(_LOGPROBS_BYTES + _ALTERNATIVE_BYTES * len(item.top) for item in logprobs)
         self._texts.append(text)
         self._num_tokens.append(self._num_tokens[-1] + num_tokens)
         self.num_bytes += sys.getsizeof(text) + _ENTRY_OVERHEAD_BYTES
@@ -72,19 +85,20 @@ class StreamLog:
         self.terminal = terminal
         self._wake()
 
-    def read(self, cursor: int) -> LogSlice:
-        """Everything from `cursor`, at most `end`, on."""
-        texts = self._texts[cursor:]
-        first = min(cursor, len(self._texts))
-        return LogSlice("".join(texts), self._num_tokens[-1] - self._num_tokens[first], self.end, self.terminal)
-
-    def text(self) -> str:
-        return "".join(self._texts)
+    def read(self, cursor: int = 0, index: int = 0) -> LogSlice:
+        """Everything from `cursor`, at most `end`, on, labelled with `index`."""
+        end = len(self._texts)
+        first = min(cursor, end)
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if self._logprobs:
+            logprobs = tuple(item for entry in range(first, end) for item in self._logprobs.get(entry, ()))
+        num_tokens = self._num_tokens[-1] - self._num_tokens[first]
+        return LogSlice("".join(self._texts[first:]), num_tokens, self.end, self.terminal, logprobs, index)
 
     def subscribe(self, cursor: int = 0) -> "Subscriber":
         """A reader from `cursor` on, as a context manager; leaving it unsubscribes."""
         assert 0 <= cursor <= self.end, "a cursor beyond the log"
-        return Subscriber(self, cursor)
+        return Subscriber([self], cursor)
 
     def _wake(self) -> None:
         for subscriber in self._subscribers:
@@ -92,21 +106,24 @@ class StreamLog:
 
 
 class Subscriber:
-    """One reader's cursor."""
+    """One reader: a cursor into each of its logs, and one channel that all of them wake."""
 
-    def __init__(self, log: StreamLog, cursor: int) -> None:
-        self.log = log
-        self.cursor = cursor
+    def __init__(self, logs: Sequence[StreamLog], cursor: int = 0) -> None:
+        self._logs = logs
+        self._cursors = [cursor] * len(logs)
+        self._turn = 0
         self._send, self._receive = anyio.create_memory_object_stream[None](1)
 
     def __enter__(self) -> Self:
-        self.log._subscribers.add(self)
+        for log in self._logs:
+            log._subscribers.add(self)
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self.log._subscribers.discard(self)
+        for log in self._logs:
+            log._subscribers.discard(self)
         self._send.close()
         self._receive.close()
 
@@ -116,11 +133,11 @@ class Subscriber:
             self._send.send_nowait(None)
 
     async def next(self, timeout_s: float | None = None) -> LogSlice | None:
-        """Wait for something behind the cursor and move past it; None where `timeout_s` passed first.
+        """Wait for something behind a cursor and move past it, by turns; None where `timeout_s` passed first.
 
-        After a slice with a terminal there is nothing more to wait for.
+        After a slice with a terminal there is nothing more to wait for from that log.
         """
-        while self.cursor >= self.log.end:
+        while (piece := self._take()) is None:
             if timeout_s is None:
                 await self._receive.receive()
             else:
@@ -128,6 +145,15 @@ class Subscriber:
                     await self._receive.receive()
                 if scope.cancelled_caught:
                     return None
-        piece = self.log.read(self.cursor)
-        self.cursor = piece.cursor
         return piece
+
+    def _take(self) -> LogSlice | None:
+        num_logs = len(self._logs)
+        for index in range(self._turn, self._turn + num_logs):
+            index %= num_logs
+            if self._cursors[index] < self._logs[index].end:
+                piece = self._logs[index].read(self._cursors[index], index)
+                self._cursors[index] = piece.cursor
+                self._turn = index + 1
+                return piece
+        return None

@@ -20,12 +20,13 @@ _STREAM_OVERHEAD_BYTES = 4096
 
 @dataclass(slots=True, eq=False)
 class NativeStream:
-    """A stream: its generation, and since when it has no reader (None while it has one).
+    """A stream: its owner, its generation, and since when it has no reader (None while it has one).
 
     `grace_s` is how long it may run without one, where its client asked for more or less than the server's own.
     """
 
     id: str
+    tenant: str
     generation: Generation
     created_s: int
     continues_alone: bool
@@ -46,20 +47,26 @@ class StreamRegistry:
         self._running: dict[str, NativeStream] = {}
         self._finished: OrderedDict[str, NativeStream] = OrderedDict()  # least recently read first
         self._num_finished_bytes = 0
-        self._tombstones: OrderedDict[str, None] = OrderedDict()
+        self._tombstones: OrderedDict[str, str] = OrderedDict()  # whose each was
 
     def add(self, stream: NativeStream) -> None:
         """Take in a stream whose generation is not over."""
         self._running[stream.id] = stream
 
     def get(self, id: str) -> NativeStream:
-        """Raises: NotFoundError, or GoneError where the id is remembered as forgotten."""
+        """A stream to read. Raises: NotFoundError, or GoneError where the id is remembered as forgotten."""
         stream = self._running.get(id) or self._finished.get(id)
         if stream is not None:
             return stream
         if id in self._tombstones:
             raise GoneError("this stream ended and is no longer kept")
         raise NotFoundError("no such stream")
+
+    def get_owned(self, id: str, tenant: str) -> NativeStream:
+        """The same for its owner; to others there is no such stream. Raises: NotFoundError, GoneError."""
+        if self._tombstones.get(id, tenant) != tenant or (stream := self.get(id)).tenant != tenant:
+            raise NotFoundError("no such stream")
+        return stream
 
     def subscribe(self, stream: NativeStream, cursor: int) -> Subscriber:
         """A reader's subscription; report its end with `unsubscribed`."""
@@ -93,7 +100,7 @@ class StreamRegistry:
     def _forget(self, stream: NativeStream) -> None:
         del self._finished[stream.id]
         self._num_finished_bytes -= _num_bytes(stream)
-        self._tombstones[stream.id] = None
+        self._tombstones[stream.id] = stream.tenant
         while len(self._tombstones) > _MAX_TOMBSTONES:
             self._tombstones.popitem(last=False)
 

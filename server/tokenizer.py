@@ -8,38 +8,41 @@ Control tokens in a user's text (`<|im_start|>`) become control tokens, as with 
 """
 
 import json
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-from tokenizers import AddedToken, Tokenizer as BackendTokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as BackendTokenizer, models
 from tokenizers.decoders import DecodeStream
 
 from headrace.scheduler.errors import HeadraceError, ModelSourceError, UnsupportedModelError
 from headrace.scheduler.gguf_file import GGUFFile, open_gguf
 from headrace.scheduler.model_source import ModelSource
 from headrace.server.errors import BadRequestError
+from headrace.server.gguf_tokenizer import read_tokenizer
 
-# GGUF's names for how text is split before merging. transformers' own table lacks `smollm`.
-_PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-}
-# Token types in a GGUF: control tokens vanish from decoded text, user-defined ones are matched whole but kept.
-_CONTROL, _USER_DEFINED = 3, 4
+# SentencePiece's sign for a space, and how it spells a byte that is no piece of its own.
+_METASPACE = "\u2581"
+_BYTE_FALLBACK = re.compile("<0x([0-9A-F]{2})>")
+# Byte-level vocabularies write bytes as characters: those that are visible as they stand, the others from 256 on.
+_VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_BYTE_OF = {chr(byte): byte for byte in _VISIBLE}
+_BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in _VISIBLE)}
 
 
 class Tokenizer:
-    """A model's tokenizer. `eos_token_ids` are the tokens that end an answer."""
+    """A model's tokenizer. `eos_token_ids` are the tokens that end an answer, `special_token_ids` those that decoding
+    can skip."""
 
-    def __init__(self, wrapper: Any, eos_token_ids: frozenset[int]) -> None:
+    def __init__(self, wrapper: Any, eos_token_ids: frozenset[int], backend: BackendTokenizer | None = None) -> None:
         self._wrapper = wrapper
-        self._backend: BackendTokenizer = wrapper.backend_tokenizer
+        self._backend: BackendTokenizer = wrapper.backend_tokenizer if backend is None else backend
         self._backend.no_truncation()
         self._backend.no_padding()
+        added_tokens = self._backend.get_added_tokens_decoder()
+        self._added_tokens = frozenset(added_tokens)
+        self.special_token_ids = frozenset(i for i, token in added_tokens.items() if token.special)
+        self._is_byte_level = "ByteLevel" in repr(self._backend.decoder)
         self.eos_token_ids = eos_token_ids
         # No text of more characters than this per token fits; a normalizer may shorten text, so then there is no bound.
         has_bound = self._backend.normalizer is None
@@ -65,11 +68,22 @@ class Tokenizer:
             return self._wrapper.apply_chat_template(  # type: ignore[no-any-return]
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # a template is a program, and fails as it likes
             raise BadRequestError(f"the chat template refuses these messages: {error}", param="messages") from error
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for, which may be a part of a character; none for an id that has no token."""
+        piece = self._backend.id_to_token(token_id) or ""
+        if self._is_byte_level:
+            # A token with any other character stands for itself, as one that was added does.
+            is_bytes = token_id not in self._added_tokens and all(c in _BYTE_OF for c in piece)
+            return bytes(_BYTE_OF[c] for c in piece) if is_bytes else piece.encode()
+        if (byte := _BYTE_FALLBACK.fullmatch(piece)) is not None:
+            return bytes.fromhex(byte[1])
+        return piece.replace(_METASPACE, " ").encode()
 
     def decode_step(self, stream: DecodeStream, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is unfinished.
@@ -93,7 +107,10 @@ def _from_directory(folder: Path) -> Tokenizer:
     # transformers imports torch, which the server's start must not wait for.
     from transformers import AutoTokenizer
 
-    wrapper = AutoTokenizer.from_pretrained(folder)
+    # Where there are none, transformers makes up an empty one.
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UnsupportedModelError(f"{folder} has no tokenizer.json, tokenizer.model or vocab.json")
+    wrapper = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not hasattr(wrapper, "backend_tokenizer"):
         raise UnsupportedModelError(f"{folder}: the model has no fast tokenizer")
     # As `generate()` has it: the generation config's ids, else the model config's, else the tokenizer's.
@@ -108,30 +125,14 @@ def _from_directory(folder: Path) -> Tokenizer:
 def _from_gguf(file: GGUFFile) -> Tokenizer:
     from transformers import PreTrainedTokenizerFast
 
-    kind, pre = file.require("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
-        raise UnsupportedModelError(
-            f"{file.path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported out of a GGUF; "
-            "use the model's Hugging Face directory"
-        )
-    tokens: list[str] = file.require("tokenizer.ggml.tokens")
-    types: list[int] = file.get("tokenizer.ggml.token_type", [])
-    merges = [tuple(merge.split(" ", 1)) for merge in file.require("tokenizer.ggml.merges")]
-    backend = BackendTokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-    backend.decoder = decoders.ByteLevel()
-    kinds = list(zip(tokens, types, strict=False))
-    backend.add_special_tokens([AddedToken(token, special=True) for token, kind in kinds if kind == _CONTROL])
-    backend.add_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == _USER_DEFINED])
-    eos = file.get("tokenizer.ggml.eos_token_id")
-    bos = file.get("tokenizer.ggml.bos_token_id")
+    described = read_tokenizer(file)
+    # The wrapper would copy the backend, which takes longer than all else here; it only renders the template.
     wrapper = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=BackendTokenizer(models.BPE()),
         chat_template=file.get("tokenizer.chat_template"),
-        bos_token=None if bos is None else tokens[bos],
-        eos_token=None if eos is None else tokens[eos],
+        **described.special_tokens,
     )
-    return Tokenizer(wrapper, _as_set(eos))
+    return Tokenizer(wrapper, described.eos_token_ids, described.backend)
 
 
 def _as_set(eos: int | list[int] | None) -> frozenset[int]:

@@ -105,6 +105,23 @@ async def test_before_the_model_is_loaded_the_server_lives_and_is_not_ready() ->
         assert (await call(app.asgi, "GET", "/ready")).status == 200
 
 
+async def test_a_server_that_ends_while_its_model_loads_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.server.app._STOP_TIMEOUT_S", 3600)
+    may_load = threading.Event()
+
+    def load() -> tuple[Scheduler, FakeRunner]:
+        may_load.wait(10)
+        return make_scheduler(), FakeRunner()
+
+    app = App(load_settings([], {}), "fake", load, byte_tokenizer)
+    async with app.asgi.router.lifespan_context(app.asgi):
+        pass
+    assert app.client.has_thread
+    may_load.set()
+    await app.client.stopped.wait()
+    assert app.client.ready is None or not app.is_ready
+
+
 async def test_the_model_list_names_the_one_model() -> None:
     async with live_app() as app:
         listed = (await call(app.asgi, "GET", "/v1/models")).json()

@@ -1,12 +1,11 @@
 """What OpenAI-shaped clients read, byte for byte."""
 
 import json
-from typing import Any
 
 import anyio
 import pytest
 
-from asgi_client import call, exchange
+from asgi_client import call, chunks, exchange
 from fake_engine import FakeRunner, expected_text, make_scheduler
 from live_app import live_app
 
@@ -14,14 +13,6 @@ pytestmark = pytest.mark.anyio
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "temperature": 0}
 CHAT_PROMPT = "[user]hi\n[assistant]"
-
-
-def chunks(body: bytes) -> list[dict[str, Any]]:
-    """The JSON chunks of a stream that ended well."""
-    assert body.endswith(b"data: [DONE]\n\n")
-    frames = body.decode().removesuffix("data: [DONE]\n\n").split("\n\n")[:-1]
-    assert all(frame.startswith("data: {") and "\n" not in frame for frame in frames)
-    return [json.loads(frame.removeprefix("data: ")) for frame in frames]
 
 
 async def test_a_chat_stream_is_data_lines_ended_by_done() -> None:
@@ -68,7 +59,12 @@ async def test_usage_comes_only_as_asked(has_usage: bool, is_continuous: bool) -
             app.asgi, "POST", "/v1/chat/completions", CHAT | {"stream": True, "stream_options": options}
         )
     read = chunks(answer.body)
-    total = {"prompt_tokens": len(CHAT_PROMPT), "completion_tokens": 6, "total_tokens": len(CHAT_PROMPT) + 6}
+    total = {
+        "prompt_tokens": len(CHAT_PROMPT),
+        "completion_tokens": 6,
+        "total_tokens": len(CHAT_PROMPT) + 6,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     if has_usage:
         assert read[-1]["choices"] == []
         assert read[-1]["usage"] == total

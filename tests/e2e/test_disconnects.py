@@ -1,13 +1,13 @@
 """A client that leaves takes its sequence along, whatever the server was doing for it: over real sockets."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import pytest
 
 from raw_client import RawRequest
 from server_process import ServerProcess, serving
+from waiting import until
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "temperature": 0}
 
@@ -19,13 +19,6 @@ def small(demo_model: object) -> Iterator[ServerProcess]:
         "--dtype", "float32", "--kv-cache-bytes", "512MiB", "--max-num-seqs", "2", "--max-num-batched-tokens", "32"
     ) as process:
         yield process
-
-
-def _until(predicate: Callable[[], bool], what: str) -> None:
-    """Ask again until it holds: the server's side of a hang-up is a packet away."""
-    deadline_s = time.monotonic() + 20
-    while not predicate():
-        assert time.monotonic() < deadline_s, f"never: {what}"
 
 
 def _load(server: ServerProcess) -> tuple[float, float, float, float]:
@@ -44,7 +37,7 @@ def _cancelled(server: ServerProcess, phase: str) -> float:
 
 
 def _assert_nothing_left(server: ServerProcess) -> None:
-    _until(lambda: _load(server)[:3] == (0, 0, 0), "running, waiting and held blocks are zero")
+    until(lambda: _load(server)[:3] == (0, 0, 0), "running, waiting and held blocks are zero")
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/completions?stream"])
@@ -58,10 +51,10 @@ def test_a_client_that_leaves_in_mid_generation_frees_its_blocks(
         body |= {"prompt": "word " * 6000}
     before = _cancelled(small, phase)
     request = RawRequest(small.url(), "/v1/completions", body)
-    _until(lambda: _load(small)[0] == 1 and _load(small)[2] > 0, "the request runs")
+    until(lambda: _load(small)[0] == 1 and _load(small)[2] > 0, "the request runs")
     if phase == "decode":
         steps = small.metrics()["headrace_generation_tokens_total"]
-        _until(lambda: small.metrics()["headrace_generation_tokens_total"] > steps + 2, "tokens come")
+        until(lambda: small.metrics()["headrace_generation_tokens_total"] > steps + 2, "tokens come")
     getattr(request, hang_up)()
     _assert_nothing_left(small)
     assert _cancelled(small, phase) == before + 1
@@ -69,12 +62,12 @@ def test_a_client_that_leaves_in_mid_generation_frees_its_blocks(
 
 def test_a_client_that_leaves_while_queued_never_runs(small: ServerProcess) -> None:
     with RawRequest(small.url(), "/v1/completions", LONG) as a, RawRequest(small.url(), "/v1/completions", LONG) as b:
-        _until(lambda: _load(small)[0] == 2, "two run")
+        until(lambda: _load(small)[0] == 2, "two run")
         before = _cancelled(small, "queued")
         queued = RawRequest(small.url(), "/v1/completions", dict(LONG, stream=True))
-        _until(lambda: _load(small)[1] == 1, "one waits")
+        until(lambda: _load(small)[1] == 1, "one waits")
         queued.close()
-        _until(lambda: _load(small)[1] == 0, "nobody waits")
+        until(lambda: _load(small)[1] == 0, "nobody waits")
         assert _cancelled(small, "queued") == before + 1
         assert _load(small)[0] == 2, "the others run on"
         a.close()
@@ -86,14 +79,14 @@ def test_a_client_that_leaves_in_its_body_starts_nothing(small: ServerProcess) -
     before = _cancelled(small, "body")
     accepted = small.metrics()["headrace_prompt_tokens_total"]
     RawRequest(small.url(), "/v1/completions", LONG, num_body_bytes=20).close()
-    _until(lambda: _cancelled(small, "body") == before + 1, "counted")
+    until(lambda: _cancelled(small, "body") == before + 1, "counted")
     assert small.metrics()["headrace_prompt_tokens_total"] == accepted
     _assert_nothing_left(small)
 
 
 def test_a_client_that_reads_nothing_is_noticed_when_it_leaves(small: ServerProcess) -> None:
     request = RawRequest(small.url(), "/v1/completions", dict(LONG, stream=True))
-    _until(lambda: _load(small)[0] == 1, "it runs")
+    until(lambda: _load(small)[0] == 1, "it runs")
     request.close()
     _assert_nothing_left(small)
 
@@ -101,7 +94,7 @@ def test_a_client_that_reads_nothing_is_noticed_when_it_leaves(small: ServerProc
 def test_a_client_that_leaves_with_a_second_request_in_the_pipe_is_noticed(small: ServerProcess) -> None:
     with RawRequest(small.url(), "/v1/completions", dict(LONG, stream=True)) as request:
         request.socket.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
-        _until(lambda: _load(small)[0] == 1, "it runs")
+        until(lambda: _load(small)[0] == 1, "it runs")
     _assert_nothing_left(small)
     assert "Traceback" not in small.output
 
@@ -139,7 +132,7 @@ def test_a_native_stream_without_readers_ends_after_its_grace_time(server: Serve
     with RawRequest(server.url(), stream["events_url"]) as reader:
         reader.read_until(b"event: token")
     assert httpx.get(server.url() + stream["url"]).json()["status"] == "running"
-    _until(lambda: _load(server)[3] == before + 1, "cancelled after the grace time")
+    until(lambda: _load(server)[3] == before + 1, "cancelled after the grace time")
     assert httpx.get(server.url() + stream["url"]).json()["finish_reason"] == "cancelled"
     _assert_nothing_left(server)
 
@@ -155,4 +148,4 @@ def test_cancelled_streams_leave_no_descriptor_or_thread(small: ServerProcess) -
     leave_ten()  # worker threads start once
     before = small.num_descriptors(), small.num_threads()
     leave_ten()
-    _until(lambda: (small.num_descriptors(), small.num_threads()) <= before, "descriptors and threads are back")
+    until(lambda: (small.num_descriptors(), small.num_threads()) <= before, "descriptors and threads are back")

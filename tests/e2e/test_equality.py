@@ -1,5 +1,6 @@
 """Greedy tokens equal Hugging Face's `generate()` in float32, however the scheduler cuts and mixes the work."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,23 @@ def test_tokens_equal_generate_after_preemption(
     assert outputs == reference
     assert load.num_preemptions >= 5
     assert load.num_free_blocks == 24
+
+
+@pytest.mark.parametrize("chunk", [5, 17, 256] if os.environ.get("TESTS_LONG") else [5])
+def test_tokens_equal_generate_when_prompts_are_found_in_the_prefix_cache(
+    runner: ModelRunner, prompts: list[list[int]], reference: list[list[int]], tokenizer: Tokenizer, chunk: int
+) -> None:
+    """Each prompt again, and then with most of its answer."""
+    turns = [prompt + answer for prompt, answer in zip(prompts, reference, strict=True)]
+    longest = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))[:8]
+    asked = [prompts[i] for i in longest] * 2 + [turns[i][:-4] for i in longest]
+    expected = [reference[i] for i in longest] * 2
+    outputs, load, _ = _run(
+        runner, asked, tokenizer, max_num_batched_tokens=chunk, max_num_seqs=min(chunk, 8), steps_between_arrivals=40
+    )
+    assert outputs[:16] == expected
+    # Greedy, so that what was cut off an answer comes again, up to where generating stopped for want of tokens.
+    for i, output in zip(longest, outputs[16:], strict=True):
+        rest = reference[i][-4:]
+        assert output[: len(rest)] == rest
+    assert load.num_prefix_hits > load.num_prefix_queries / 3

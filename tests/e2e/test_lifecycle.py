@@ -4,7 +4,9 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -131,6 +133,13 @@ def test_a_signal_while_loading_ends_the_server_quietly(demo_model: Path, sig: i
     assert "terminate" not in process.output
 
 
+def test_a_hang_up_leaves_a_server_without_keys_as_it_was(demo_model: Path) -> None:
+    with serving("--kv-cache-bytes", "64MiB", "--max-model-len", "512") as server:
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for("no key file to read again")
+        assert httpx.get(f"{server.url()}/ready").status_code == 200
+
+
 def test_a_second_signal_cuts_the_drain_short(demo_model: Path) -> None:
     with serving("--kv-cache-bytes", "256MiB", "--drain-grace-s", "600") as server:
         with RawRequest(server.url(), "/v1/completions", dict(LONG, max_tokens=8000)) as request:
@@ -140,3 +149,86 @@ def test_a_second_signal_cuts_the_drain_short(demo_model: Path) -> None:
             server.process.send_signal(signal.SIGTERM)
             assert b'"code":"draining"' in request.read_to_end()
         assert server.process.wait(30) == 0
+
+
+def test_a_drain_with_many_streams_gives_each_of_them_one_end(demo_model: Path) -> None:
+    last_chunk = b"\r\n0\r\n\r\n"
+    short, long = (dict(LONG, max_tokens=max_tokens) for max_tokens in (12, 4000))
+    with serving("--kv-cache-bytes", "2GiB", "--drain-grace-s", "600") as server, ThreadPoolExecutor(50) as threads:
+        url = server.url()
+
+        def start(body: dict[str, Any]) -> tuple[list[RawRequest], list[RawRequest], RawRequest]:
+            """Streams of OpenAI's, native ones, and an answer in one piece."""
+            fields = {name: value for name, value in body.items() if name != "stream"}
+            events_urls = [httpx.post(f"{url}/v1/streams", json=fields).json()["events_url"] for _ in range(5)]
+            streams = [RawRequest(url, "/v1/completions", body) for _ in range(20)]
+            return streams, [RawRequest(url, path) for path in events_urls], RawRequest(url, "/v1/completions", fields)
+
+        def finish(requests: list[RawRequest], end: bytes) -> None:
+            list(threads.map(lambda request: request.read_until(end), requests))
+
+        done, done_native, done_whole = start(short)
+        cut, cut_native, cut_whole = start(long)
+        finish([*done, *done_native, *cut, *cut_native], b"data:")
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("draining")
+        assert httpx.get(f"{url}/ready").status_code == 503
+        assert httpx.get(f"{url}/health").status_code == 200
+        for path in ("/v1/completions", "/v1/streams"):
+            refused = httpx.post(url + path, json={"prompt": "x"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+            assert int(refused.headers["retry-after"]) >= 1
+        with RawRequest(url, "/v1/stream?prompt=x") as source:
+            source.read_until(last_chunk)
+        assert source.received.startswith(b"HTTP/1.1 200")
+        assert b"retry: 1000" in source.received
+        assert b"event:" not in source.received
+
+        finish([*done, *done_native], last_chunk)
+        finish([done_whole], b'"finish_reason":"length"')
+        server.process.send_signal(signal.SIGTERM)  # what is left would go on for long
+        everything = [*done, *done_native, done_whole, *cut, *cut_native, cut_whole]
+        list(threads.map(RawRequest.read_to_end, everything))
+        assert server.process.wait(60) == 0
+        for request in everything:
+            request.close()
+    for request in done:
+        assert request.received.count(b'"finish_reason":"length"') == request.received.count(b"[DONE]") == 1
+        assert b'"error"' not in request.received
+    for request in done_native:
+        assert request.received.count(b"event: done") == 1
+        assert b"event: error" not in request.received
+    for request in cut:
+        assert request.received.count(b'"error":{') == request.received.count(b'"code":"draining"') == 1
+        assert b"[DONE]" not in request.received
+    for request in cut_native:
+        assert request.received.count(b"event: error") == request.received.count(b'"code":"draining"') == 1
+        assert b"event: done" not in request.received
+    for request in (*cut, *cut_native):
+        assert request.received.endswith(last_chunk), "ended, not torn"
+    assert cut_whole.received.startswith(b"HTTP/1.1 503")
+    assert "Traceback" not in server.output
+
+
+def _num_unread_bytes(request: RawRequest) -> int:
+    """What the server's side of this connection holds because the client does not take it."""
+    remote = f"0100007F:{request.socket.getsockname()[1]:04X}"
+    [line] = [line for line in Path("/proc/net/tcp").read_text().splitlines() if line.split()[2] == remote]
+    return int(line.split()[4].partition(":")[0], 16)
+
+
+def test_clients_that_read_nothing_do_not_keep_the_server_nor_make_it_complain(demo_model: Path) -> None:
+    with serving("--kv-cache-bytes", "256MiB", "--drain-grace-s", "0") as server:
+        # A stream, and answers that fill every buffer between here and there.
+        stream = RawRequest(server.url(), "/v1/completions", LONG, receive_bytes=2048)
+        full = RawRequest(server.url(), "/health", receive_bytes=2048)
+        with stream, full:
+            stream.read_until(b"data:")
+            full.socket.sendall(b"GET /static/chat.js HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n" * 1000)
+            sizes = [0]
+            while sizes[-1] == 0 or sizes[-5:] != sizes[-1:] * 5:
+                assert httpx.get(f"{server.url()}/health").status_code == 200
+                sizes.append(_num_unread_bytes(full))
+            assert server.stop() == 0
+    assert "Traceback" not in server.output
+    assert "ERROR" not in server.output

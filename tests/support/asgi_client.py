@@ -127,3 +127,11 @@ def parse_events(body: bytes) -> Iterator[dict[str, str]]:
         fields = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith(":"))
         if fields:
             yield fields
+
+
+def chunks(body: bytes) -> list[dict[str, Any]]:
+    """The JSON chunks of a stream that ended well."""
+    assert body.endswith(b"data: [DONE]\n\n")
+    frames = body.decode().removesuffix("data: [DONE]\n\n").split("\n\n")[:-1]
+    assert all(frame.startswith("data: {") and "\n" not in frame for frame in frames)
+    return [json.loads(frame.removeprefix("data: ")) for frame in frames]

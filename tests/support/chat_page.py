@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,11 +50,6 @@ class ChatPage:
 
     def until_text(self, text: str) -> None:
         expect(self.answer.locator(".text")).to_have_text(text, timeout=TIMEOUT_MS)
-
-    def until_stored(self, predicate: Callable[[Any], object]) -> None:
-        """Wait until what the browser keeps of the chat satisfies it: no event tells of that."""
-        while not predicate(self.stored()):
-            self.page.wait_for_timeout(20)
 
     def stored(self) -> Any:
         """The newest chat that the browser keeps."""

@@ -10,15 +10,18 @@ from fake_engine import FakeRunner, byte_tokenizer, make_scheduler
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.app import App
 from headrace.server.settings import Settings, load_settings
+from headrace.server.tracing import Tracing
 
 
 class LiveApp(App):
     """An App whose runner and scheduler the test can see."""
 
-    def __init__(self, settings: Settings, runner: FakeRunner, scheduler: Scheduler) -> None:
+    def __init__(
+        self, settings: Settings, runner: FakeRunner, scheduler: Scheduler, tracing: Tracing | None = None
+    ) -> None:
         self.runner = runner
         self.scheduler = scheduler
-        super().__init__(settings, "fake", lambda: (scheduler, runner), byte_tokenizer)
+        super().__init__(settings, "fake", lambda: (scheduler, runner), byte_tokenizer, tracing=tracing)
 
     async def until(self, predicate: Callable[[], bool]) -> None:
         """Wait until `predicate()` holds: what the engine thread does is seen when its publication arrives."""
@@ -29,11 +32,15 @@ class LiveApp(App):
 
 @asynccontextmanager
 async def live_app(
-    *, runner: FakeRunner | None = None, scheduler: Scheduler | None = None, **settings: Any
+    *,
+    runner: FakeRunner | None = None,
+    scheduler: Scheduler | None = None,
+    tracing: Tracing | None = None,
+    **settings: Any,
 ) -> AsyncIterator[LiveApp]:
     """Start an App, wait until it is ready, stop it; afterwards no block is held and no generation is left."""
-    flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    app = LiveApp(load_settings(flags, {}), runner or FakeRunner(), scheduler or make_scheduler())
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in settings.items()]
+    app = LiveApp(load_settings(flags, {}), runner or FakeRunner(), scheduler or make_scheduler(), tracing)
     async with app.asgi.router.lifespan_context(app.asgi):
         await app.settled.wait()
         yield app

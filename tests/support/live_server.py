@@ -1,4 +1,4 @@
-"""A whole App on the fake model behind a real socket, in a thread of this process, so that a test can hold its steps."""
+"""An App on the fake model behind a real socket, in a thread of this process, so that a test can hold its steps."""
 
 import socket
 import threading
@@ -20,9 +20,13 @@ class LiveServer(uvicorn.Server):
     def __init__(self, runner: FakeRunner, scheduler: Scheduler, port: int, settings: dict[str, Any]) -> None:
         self.runner = runner
         self._is_settled = threading.Event()
-        flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
         self.app = App(
-            load_settings(flags, {}), "fake", lambda: (scheduler, runner), byte_tokenizer, lambda _: self._is_settled.set()
+            load_settings(flags, {}),
+            "fake",
+            lambda: (scheduler, runner),
+            byte_tokenizer,
+            lambda _: self._is_settled.set(),
         )
         self._listener = socket.create_server(("127.0.0.1", port))
         self.port = self._listener.getsockname()[1]

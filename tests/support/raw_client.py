@@ -2,6 +2,7 @@
 
 import json
 import socket
+import ssl
 import struct
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +20,8 @@ class RawRequest:
         *,
         num_body_bytes: int | None = None,
         receive_bytes: int | None = None,
+        host: str | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         parts = urlsplit(url)
         self.socket = socket.socket()
@@ -26,10 +29,12 @@ class RawRequest:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         self.socket.settimeout(60)
         self.socket.connect((parts.hostname, parts.port))
+        if tls is not None:
+            self.socket = tls.wrap_socket(self.socket, server_hostname=parts.hostname)
         method = "GET" if body is None else "POST"
         payload = b"" if body is None else json.dumps(body).encode()
         head = (
-            f"{method} {path} HTTP/1.1\r\nhost: {parts.netloc}\r\naccept: text/event-stream\r\n"
+            f"{method} {path} HTTP/1.1\r\nhost: {host or parts.netloc}\r\naccept: text/event-stream\r\n"
             f"content-type: application/json\r\ncontent-length: {len(payload)}\r\n\r\n"
         )
         self.socket.sendall(head.encode() + payload[:num_body_bytes])

@@ -21,6 +21,7 @@ class ServerProcess:
         self._changed = threading.Condition()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "headrace.server", "--port", "0", *args],
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -49,7 +50,7 @@ class ServerProcess:
 
     def url(self) -> str:
         """The server's address, once it is ready."""
-        return self.wait_for(r"chat page: (http://\S+)/")[1]
+        return self.wait_for(r"chat page: (https?://\S+)/")[1]
 
     def stop(self, sig: int = signal.SIGTERM, timeout_s: float = 60) -> int:
         """Signal the process and wait for its end; returns its exit code."""

@@ -71,7 +71,8 @@ class TcpRelay:
                 server = socket.create_connection(self._upstream)
                 self._sockets += [client, server]
                 request = client.recv(65536)
-                limit = self._cuts.pop(0) if b"/events" in request.split(b"\r\n", 1)[0] and self._cuts else None
+                is_stream = request.startswith(b"GET /v1/stream")
+                limit = self._cuts.pop(0) if is_stream and self._cuts else None
                 server.sendall(request)
                 self._start(self._pump, client, server, None)
                 self._start(self._pump, server, client, limit)

@@ -51,12 +51,10 @@ def make_decoder(model: Any, ops: Ops, dtype: torch.dtype = torch.float32) -> De
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]
     decoder_config = DecoderConfig(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
-        intermediate_size=config.intermediate_size,
+        windows=(None,) * config.num_hidden_layers,
         vocab_size=config.vocab_size,
         rms_norm_eps=config.rms_norm_eps,
         max_position=config.max_position_embeddings,
@@ -74,11 +72,8 @@ class Packed:
         num_blocks = sum(math.ceil(len(tokens) / block_size) for tokens in sequences)
         free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(2)).tolist()
         self.tables = [[free.pop() for _ in range(math.ceil(len(tokens) / block_size))] for tokens in sequences]
-        config = decoder.config
-        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.cache = KVCache(
-            *([torch.zeros(shape, dtype=decoder.dtype) for _ in range(config.num_layers)] for _ in "kv")
-        )
+        shapes = [(num_blocks, block_size, *layer) for layer in decoder.shape.kv_shapes]
+        self.cache = KVCache(*([torch.zeros(shape, dtype=decoder.dtype) for shape in shapes] for _ in "kv"))
         self.num_computed = [0] * len(sequences)
 
     def step(self, num_tokens: dict[int, int]) -> dict[int, torch.Tensor]:
@@ -195,14 +190,14 @@ def test_only_the_rows_asked_for_pass_the_head_in_the_order_asked() -> None:
 
 def test_weights_are_let_go_once_laid_out() -> None:
     weights = dict(MODEL.state_dict())
-    Decoder(DECODER.config, weights, torch_ops)
+    Decoder(DECODER._config, weights, torch_ops)
     assert [name for name in weights if ".layers." in name] == []
 
 
 def test_a_tokens_keys_and_values_weigh_what_the_config_says() -> None:
     # 2 layers, keys and values, 3 heads of 8.
-    assert DECODER.config.kv_bytes_per_token(torch.float32) == 2 * 2 * 3 * 8 * 4
-    assert DECODER.config.kv_bytes_per_token(torch.bfloat16) == 2 * 2 * 3 * 8 * 2
+    assert DECODER.shape.kv_bytes_per_token(torch.float32) == 2 * 2 * 3 * 8 * 4
+    assert DECODER.shape.kv_bytes_per_token(torch.bfloat16) == 2 * 2 * 3 * 8 * 2
 
 
 def test_clearing_zeroes_the_blocks_named_in_every_layer_and_no_other() -> None:

@@ -11,13 +11,15 @@ from headrace.kernels.sampling import SamplingBatch, sample, uniforms
 
 
 def batch(num_rows: int, **fields: Any) -> SamplingBatch:
-    defaults: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "position": 0}
-    dtypes = {"top_k": np.int64, "seed": np.uint64, "position": np.int64}
-    arrays = {
+    defaults: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+    defaults |= {"choice": 0, "position": 0}
+    dtypes = {"top_k": np.int64, "seed": np.uint64, "choice": np.int64, "position": np.int64}
+    arrays: dict[str, Any] = {
         name: np.broadcast_to(np.asarray(fields.get(name, value)), num_rows).astype(dtypes.get(name, np.float32))
         for name, value in defaults.items()
     }
-    return SamplingBatch(**arrays, masked=fields.get("masked", []))
+    lists = {name: fields[name] for name in ("penalties", "biased", "masked") if name in fields}
+    return SamplingBatch(**arrays, **lists)
 
 
 def logits(num_rows: int, vocab: int, seed: int = 0, spread: float = 2.0) -> torch.Tensor:
@@ -118,15 +120,17 @@ def test_a_masked_token_is_never_drawn() -> None:
     rows = torch.zeros(2, 3)
     rows[:, 1] = 50.0
     for position in range(50):
-        drawn = sample(rows.clone(), batch(2, temperature=[0, 1], position=position, masked=[(0, 1), (1, 1)]))
+        drawn = sample(
+            rows.clone(),
+            batch(2, temperature=[0, 1], position=position, masked=[(0, np.array([1])), (1, np.array([1]))]),
+        )
         assert 1 not in drawn
 
 
-def test_uniforms_are_uniform_over_seeds_and_over_positions() -> None:
-    for values in (
-        uniforms(np.zeros(100_000, np.uint64), np.arange(100_000)),
-        uniforms(np.arange(100_000, dtype=np.uint64), np.zeros(100_000, np.int64)),
-    ):
+def test_uniforms_are_uniform_over_seeds_over_choices_and_over_positions() -> None:
+    zeros, numbers = np.zeros(100_000, np.int64), np.arange(100_000)
+    for seed, choice, position in ((zeros, zeros, numbers), (zeros, numbers, zeros), (numbers, zeros, zeros)):
+        values = uniforms(seed.astype(np.uint64), choice, position)
         assert values.min() >= 0
         assert values.max() < 1
         counts, _ = np.histogram(values, bins=50, range=(0, 1))

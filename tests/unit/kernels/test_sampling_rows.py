@@ -24,8 +24,9 @@ def make_batch(
         np.array(top_p, np.float32),
         np.array(min_p, np.float32),
         np.array(seeds, np.uint64),
+        np.zeros(len(rows), np.int64),
         np.array(positions, np.int64),
-        masked or [],
+        masked=[(row, np.array([token])) for row, token in masked or []],
     )
 
 
@@ -64,7 +65,7 @@ def draw(logits: FloatArray, setting: Setting, seed: int, position: int) -> int:
         return int(logits.argmax())
     tokens, probs = kept_tokens(logits, setting)
     line = probs[tokens].cumsum()
-    uniform = (splitmix64(splitmix64(seed) ^ position) >> 11) / 2**53
+    uniform = (splitmix64(splitmix64(splitmix64(seed)) ^ position) >> 11) / 2**53
     return tokens[int(np.searchsorted(line, uniform * line[-1], side="right"))]
 
 
@@ -134,7 +135,7 @@ def test_a_nucleus_too_small_for_a_float_is_the_likeliest_token() -> None:
 def test_the_smallest_and_the_largest_number_draw_what_may_be_drawn(
     uniform: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "uniforms", lambda seed, position: np.full(len(seed), uniform))
+    monkeypatch.setattr(sampling, "uniforms", lambda seed, choice, position: np.full(len(seed), uniform))
     logits = random_logits(4, 300, seed=8)
     masked = [(row, token) for row in range(4) for token in (0, 1, 298, 299)]
     rows: list[Setting] = [(1.0, 0, 1.0, 0.0), (1.0, 9, 1.0, 0.0), (1.0, 0, 0.6, 0.0), (1.0, 0, 1.0, 0.2)]
@@ -184,19 +185,26 @@ def test_frequencies_beyond_the_first_candidates_equal_the_distribution(setting:
     assert abs(chi_square - degrees) < 5 * (2 * degrees) ** 0.5
 
 
-def test_uniforms_are_splitmix64_of_the_seed_and_then_the_position() -> None:
-    seeds, positions = [0, 1, 2**63, 2**64 - 1, 12345], [0, 1, 5, 10**6, 0]
-    values = uniforms(np.array(seeds, np.uint64), np.array(positions, np.int64))
-    expected = [(splitmix64(splitmix64(s) ^ p) >> 11) / 2**53 for s, p in zip(seeds, positions, strict=True)]
+def test_uniforms_are_splitmix64_of_the_seed_then_the_choice_then_the_position() -> None:
+    seeds, choices, positions = [0, 1, 2**63, 2**64 - 1, 12345], [0, 1, 0, 127, 2], [0, 1, 5, 10**6, 0]
+    values = uniforms(np.array(seeds, np.uint64), np.array(choices, np.int64), np.array(positions, np.int64))
+    mixed = [splitmix64(splitmix64(s) ^ c) for s, c in zip(seeds, choices, strict=True)]
+    expected = [(splitmix64(m ^ p) >> 11) / 2**53 for m, p in zip(mixed, positions, strict=True)]
     assert values.tolist() == expected
 
 
-def test_neighbouring_seeds_and_positions_are_not_correlated() -> None:
-    grid = uniforms(np.arange(300, dtype=np.uint64).repeat(300), np.tile(np.arange(300), 300)).reshape(300, 300)
-    # 90,000 pairs: a right generator's correlation is beyond 0.02 once in 500,000,000.
-    for these, those in ((grid[:-1], grid[1:]), (grid[:, :-1], grid[:, 1:])):
-        assert abs(float(np.corrcoef(these.ravel(), those.ravel())[0, 1])) < 0.02
-    assert len(np.unique(grid)) == grid.size
+def test_neighbouring_seeds_choices_and_positions_are_not_correlated() -> None:
+    rows, columns, zeros = np.arange(300).repeat(300), np.tile(np.arange(300), 300), np.zeros(90_000, np.int64)
+    for values in (
+        uniforms(rows.astype(np.uint64), zeros, columns),
+        uniforms(rows.astype(np.uint64), columns, zeros),
+        uniforms(zeros.astype(np.uint64), rows, columns),
+    ):
+        grid = values.reshape(300, 300)
+        # 90,000 pairs: a right generator's correlation is beyond 0.02 once in 500,000,000.
+        for these, those in ((grid[:-1], grid[1:]), (grid[:, :-1], grid[:, 1:])):
+            assert abs(float(np.corrcoef(these.ravel(), those.ravel())[0, 1])) < 0.02
+        assert len(np.unique(grid)) == grid.size
 
 
 @pytest.mark.parametrize(
@@ -227,4 +235,4 @@ def test_the_ends_of_the_temperature_scale(temperature: float, filters: tuple[in
 
 def test_nothing_to_sample_is_no_error() -> None:
     floats, ints, seeds = np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.uint64)
-    assert sample(torch.empty(0, 10), SamplingBatch(floats, ints, floats, floats, seeds, ints, [])) == []
+    assert sample(torch.empty(0, 10), SamplingBatch(floats, ints, floats, floats, seeds, ints, ints)) == []

@@ -28,6 +28,9 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtyp
 def test_rms_norm(dtype: torch.dtype) -> None:
     x, weight = randn(7, 48, seed=1, dtype=dtype) * 3, randn(48, seed=2, dtype=dtype)
     assert_close(torch_ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), dtype)
+    heads = x.view(7, 3, 16)
+    weight = weight[:16]
+    assert_close(torch_ops.rms_norm(heads, weight, 1e-5), reference.rms_norm(heads, weight, 1e-5), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,9 +116,14 @@ def test_what_a_neighbour_contains_never_changes_a_row() -> None:
 def test_packed_linear_is_a_matrix_product(dtype: torch.dtype, num_tokens: int) -> None:
     weight, x = randn(96, 64, seed=1, dtype=dtype) / 8, randn(num_tokens, 64, seed=2, dtype=dtype)
     assert_close(PackedLinear(weight)(x), F.linear(x.float(), weight.float()).to(dtype), dtype)
+    bias = randn(96, seed=3, dtype=dtype)
+    expected = F.linear(x.float(), weight.float(), bias.float()).to(dtype)
+    assert_close(PackedLinear(weight, bias)(x), expected, dtype)
 
 
 def test_packed_linear_falls_back_where_the_private_ops_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_can_reorder", lambda dtype: False)
     weight, x = randn(96, 64, seed=1), randn(3, 64, seed=2)
     assert torch.equal(PackedLinear(weight)(x), F.linear(x, weight))
+    bias = randn(96, seed=3)
+    assert torch.equal(PackedLinear(weight, bias)(x), F.linear(x, weight, bias))

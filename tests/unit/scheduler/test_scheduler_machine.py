@@ -2,7 +2,7 @@
 
 The model is a fixed function of the tokens before it, so each request's answer alone is known, and so is whether a
 request that was preempted, chunked or batched got the same one. A dictionary stands for the KV cache, so that keys
-written over or not computed again are found out.
+written over, not computed again or shared between different prefixes are found out.
 """
 
 import dataclasses
@@ -14,10 +14,13 @@ from typing import Any
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fake_engine import make_scheduler, next_token
-from headrace.scheduler.messages import FinishReason, GenerationRequest, SamplingParams, SequenceOutput
+from fake_engine import make_scheduler, next_token, run
+from headrace.scheduler.messages import FinishReason, GenerationRequest, RowResult, SamplingParams, SequenceOutput
 from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
 from headrace.scheduler.sequence import Sequence, SequenceStatus
+
+# What a slot of the cache stands for: a salt, and a token after all those before it.
+Entry = tuple[bytes, tuple[int, ...]]
 
 LETTERS = st.just(frozenset[int]()) | st.frozensets(st.integers(ord("a"), ord("z")), max_size=3)
 
@@ -56,17 +59,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size=st.integers(1, 5),
         budget=st.integers(1, 16),
         max_num_seqs=st.integers(1, 5),
+        has_prefix_cache=st.booleans(),
     )
-    def start(self, num_blocks: int, block_size: int, budget: int, max_num_seqs: int) -> None:
+    def start(self, num_blocks: int, block_size: int, budget: int, max_num_seqs: int, has_prefix_cache: bool) -> None:
         self.block_size = block_size
         self.capacity = num_blocks * block_size
         self.budget = budget
         self.max_num_seqs = min(max_num_seqs, budget)
-        self.scheduler: Scheduler = make_scheduler(num_blocks, block_size, budget, self.max_num_seqs)
+        self.scheduler: Scheduler = make_scheduler(num_blocks, block_size, budget, self.max_num_seqs, has_prefix_cache)
         self.records: dict[int, Record] = {}
         self.sequences: dict[int, Sequence] = {}
-        # What each slot of the cache holds: (request, position, token).
-        self.slots: dict[int, tuple[int, int, int]] = {}
+        # What each slot of the cache holds: the salt and every token up to its own.
+        self.slots: dict[int, Entry] = {}
         self.num_steps = 0
         self.now = 0.0
 
@@ -93,8 +97,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
             id = len(self.records)
             deadline_s = math.inf if lifetime_s is None else self.now + lifetime_s
-            prompt = tuple((id * 7 + i) % 200 for i in range(num_prompt))
-            self.records[id] = Record(GenerationRequest(id, prompt, sampling, self.now, deadline_s))
+            # Few prompts, so that some are the beginnings of others, or of others' answers.
+            base = data.draw(st.integers(0, 2), "prompt")
+            prompt = tuple((base + i) % 5 for i in range(num_prompt))
+            is_next_turn = data.draw(st.booleans(), "is_next_turn")
+            if self.records and is_next_turn:
+                earlier = self.records[data.draw(st.sampled_from(sorted(self.records)), "earlier")]
+                prompt = (*earlier.request.prompt_token_ids, *earlier.tokens, *prompt)[:num_prompt]
+            salt = data.draw(st.sampled_from((b"", b"other")), "salt")
+            leader_id = data.draw(st.none() | st.integers(0, id - 1) if id else st.none(), "leader_id")
+            self.records[id] = Record(GenerationRequest(id, prompt, sampling, self.now, deadline_s, leader_id, salt))
             self.scheduler.add(self.records[id].request)
 
     @rule(data=st.data())
@@ -201,6 +213,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         waiting = [id for id in self.alive if id not in running]
         if not waiting or has_preempted:
             return
+        leader_id = self.records[waiting[0]].request.leader_id
+        if leader_id in running and running[leader_id].num_computed_tokens < running[leader_id].num_prompt_tokens:
+            return
         head = self.sequences.get(waiting[0])
         num_tokens = len(head.token_ids if head else self.records[waiting[0]].request.prompt_token_ids)
         assert (
@@ -219,9 +234,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert load.num_waiting == len(self.alive) - len(running)
         assert load.num_received == len(self.records)
         assert load.num_steps == self.num_steps
-        assert load.num_free_blocks == load.num_total_blocks - sum(len(s.block_ids) for s in running.values())
+        held = {block_id for s in running.values() for block_id in s.block_ids}
+        assert load.num_free_blocks == load.num_total_blocks - len(held)
+        assert load.num_cached_blocks <= load.num_free_blocks
+        assert load.num_prefix_hits <= load.num_prefix_queries
 
-    def compute(self, output: SchedulerOutput) -> list[int | None]:
+    def compute(self, output: SchedulerOutput) -> list[RowResult]:
         """Write the rows' keys to the cache, and look whether each finds all those before its own."""
         for row in output.rows:
             start = row.sequence.num_computed_tokens
@@ -231,13 +249,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         for row in output.rows:
             for _, slot, entry in self.entries(row.sequence, row.sequence.num_computed_tokens + row.num_tokens):
                 assert self.slots[slot] == entry, "a token's keys are not where the next one looks for them"
-        return [next_token(row.sequence.token_ids) if row.is_sampled else None for row in output.rows]
+        return run(output)
 
-    def entries(self, sequence: Sequence, end: int) -> Iterator[tuple[int, int, tuple[int, int, int]]]:
+    def entries(self, sequence: Sequence, end: int) -> Iterator[tuple[int, int, Entry]]:
         """(Position, slot, what belongs there) of a sequence's first tokens."""
         for i in range(end):
             slot = sequence.block_ids[i // self.block_size] * self.block_size + i % self.block_size
-            yield i, slot, (sequence.request.request_id, i, sequence.token_ids[i])
+            yield i, slot, (sequence.request.cache_salt, tuple(sequence.token_ids[: i + 1]))
 
     def record(self, outputs: list[SequenceOutput]) -> None:
         for output in outputs:
@@ -296,7 +314,6 @@ def test_deadlines_are_kept_however_many_requests_came_and_went() -> None:
         expired = {o.request_id for o in output.dropped if o.finish_reason is FinishReason.DEADLINE}
         assert expired == {id for at_s, id in due if at_s <= now}
         due = [entry for entry in due if entry[0] > now]
-        sampled = [next_token(row.sequence.token_ids) if row.is_sampled else None for row in output.rows]
-        over = {o.request_id for o in scheduler.update(output, sampled) if o.finish_reason is not None}
+        over = {o.request_id for o in scheduler.update(output, run(output)) if o.finish_reason is not None}
         due = [entry for entry in due if entry[1] not in over]
     scheduler.check_books()

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from fake_engine import EOS, byte_tokenizer
-from headrace.scheduler.messages import FinishReason, SequenceOutput
+from headrace.scheduler.messages import FinishReason, SequenceOutput, TokenLogprobs
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.errors import ApiError, DeadlineError, EngineFailedError, UnavailableError
-from headrace.server.generation import Generation, Stages
+from headrace.server.generation import Generation, Stages, usage
 from headrace.server.request_log import log_request
 
 TOKENIZER = byte_tokenizer()
@@ -59,7 +59,7 @@ def test_it_ends_once_with_the_engines_reason_and_tells_who_wants_to_know(
     assert terminal.finish_reason is reason
     assert type(terminal.error) is (error or type(None))
     assert generation.stages.end_s == 13.0
-    assert generation.log.text() == "hi"
+    assert generation.log.read().text == "hi"
     if isinstance(terminal.error, EngineFailedError):
         assert terminal.error.message == "broken"
 
@@ -85,10 +85,76 @@ def test_the_log_is_closed_when_on_end_is_called() -> None:
 def test_the_token_that_ends_it_counts_but_is_no_text(end_token: int) -> None:
     generation = make()
     generation.receive(SequenceOutput(7, (ord("a"), end_token), FinishReason.STOP, 11.0), 12.0)
-    assert generation.log.text() == "a"
+    assert generation.log.read().text == "a"
     assert generation.num_output_tokens == 2
-    assert generation.usage() == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
-    assert generation.usage(1) == {"prompt_tokens": 5, "completion_tokens": 1, "total_tokens": 6}
+    counts = {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 0}}
+    assert usage([generation]) == counts | {"completion_tokens": 2, "total_tokens": 7}
+    assert usage([generation], 1) == counts | {"completion_tokens": 1, "total_tokens": 6}
+
+
+def test_choices_of_one_prompt_count_it_once_and_its_cached_tokens_too() -> None:
+    generations = [make(), make(), make(), make()]
+    for i, generation in enumerate(generations):
+        generation.choice = i % 2
+        generation.receive(step("abc"[:i], scheduled_s=11.0, num_cached_tokens=4), 12.0)
+    assert usage(generations) == {
+        "prompt_tokens": 10,
+        "completion_tokens": 6,
+        "total_tokens": 16,
+        "prompt_tokens_details": {"cached_tokens": 8},
+    }
+
+
+def scored(text: str) -> tuple[TokenLogprobs, ...]:
+    return tuple(TokenLogprobs(byte, -1.0) for byte in text.encode())
+
+
+def test_log_probabilities_travel_with_the_text_of_their_tokens() -> None:
+    generation = make(("END",))
+    for text, out in (("a", "a"), ("E", ""), ("x", "Ex")):
+        before = generation.log.end
+        generation.receive(step(text, logprobs=scored(text), scheduled_s=11.0), 12.0)
+        piece = generation.log.read(before)
+        assert (piece.text, "".join(chr(item.token_id) for item in piece.logprobs)) == (out, out)
+
+
+def test_log_probabilities_of_tokens_without_text_come_at_the_end_and_of_the_one_that_ends_it_never() -> None:
+    generation = make()
+    half = "é".encode()[:1]
+    output = SequenceOutput(7, (ord("a"), *half), scheduled_s=11.0, logprobs=(*scored("a"), TokenLogprobs(half[0])))
+    generation.receive(output, 12.0)
+    end = SequenceOutput(7, (EOS,), FinishReason.STOP, logprobs=(TokenLogprobs(EOS),))
+    generation.receive(end, 13.0)
+    piece = generation.log.read()
+    assert piece.text == "a\N{REPLACEMENT CHARACTER}"
+    assert [item.token_id for item in piece.logprobs] == [ord("a"), half[0]]
+
+
+def test_log_probabilities_of_a_stop_string_that_is_cut_off_are_cut_off_too() -> None:
+    generation = make(("END",))
+    generation.receive(step("ab", logprobs=scored("ab"), scheduled_s=11.0), 12.0)
+    generation.receive(step("END", logprobs=scored("END")), 13.0)
+    assert [item.token_id for item in generation.log.read().logprobs] == [ord("a"), ord("b")]
+
+
+def test_tokens_of_a_stop_string_are_cut_off_where_text_comes_before_it_too() -> None:
+    generation = make(("abab c",))
+    for token in ("ab", "ab", "ab", " c"):
+        generation.receive(step(token, logprobs=scored(token), scheduled_s=11.0), 12.0)
+    piece = generation.log.read()
+    assert (piece.text, "".join(chr(item.token_id) for item in piece.logprobs)) == ("ab", "ab")
+
+
+def test_an_echo_comes_with_the_first_token_and_with_the_prompts_log_probabilities() -> None:
+    generation = make()
+    generation.echo = "hey"
+    generation.receive(step(scheduled_s=11.0, prompt_logprobs=scored("he")), 12.0)
+    assert generation.log.end == 0
+    generation.receive(step("x", prompt_logprobs=scored("y"), logprobs=scored("x")), 13.0)
+    piece = generation.log.read()
+    assert (piece.text, piece.num_tokens) == ("heyx", 1)
+    assert "".join(chr(item.token_id) for item in piece.logprobs) == "heyx"
+    assert usage([generation])["completion_tokens"] == 1
 
 
 @pytest.mark.parametrize("reason", [None, FinishReason.LENGTH])
@@ -96,9 +162,9 @@ def test_a_stop_string_ends_it_whatever_the_engine_says(reason: FinishReason | N
     ends: list[Generation] = []
     generation = make(("END",), ends=ends)
     generation.receive(step("xEN", scheduled_s=11.0), 12.0)
-    assert generation.log.text() == "x"
+    assert generation.log.read().text == "x"
     generation.receive(step("Dyz", finish_reason=reason), 13.0)
-    assert generation.log.text() == "x"
+    assert generation.log.read().text == "x"
     assert generation.log.terminal is not None
     assert generation.log.terminal.finish_reason is FinishReason.STOP
     assert generation.log.terminal.error is None
@@ -110,9 +176,9 @@ def test_a_stop_string_ends_it_whatever_the_engine_says(reason: FinishReason | N
 def test_text_held_back_for_a_stop_string_comes_out_at_the_end(reason: FinishReason) -> None:
     generation = make(("</stop>",))
     generation.receive(step("a</st", scheduled_s=11.0), 12.0)
-    assert generation.log.text() == "a"
+    assert generation.log.read().text == "a"
     generation.receive(step(finish_reason=reason), 13.0)
-    assert generation.log.text() == "a</st"
+    assert generation.log.read().text == "a</st"
     assert generation.log.terminal is not None
     assert generation.log.terminal.finish_reason is reason
 
@@ -129,7 +195,7 @@ def test_every_token_is_counted_with_the_text_it_made(text: str, data: st.DataOb
         counted = generation.log.read(0)
         assert counted.text.encode() == text.encode()[: counted.num_tokens], "with a token a byte"
     generation.receive(step(finish_reason=FinishReason.LENGTH), now)
-    assert generation.log.text() == text
+    assert generation.log.read().text == text
     assert generation.log.read(0).num_tokens == generation.num_output_tokens == len(text.encode())
 
 
@@ -152,12 +218,12 @@ def test_the_log_line_has_every_stage_and_no_text(caplog: pytest.LogCaptureFixtu
     generation = make()
     generation.receive(step("secret", finish_reason=FinishReason.LENGTH, scheduled_s=11.0), 12.0)
     with caplog.at_level(logging.INFO, "headrace.requests"):
-        log_request(generation, "/v1/completions")
+        log_request([generation], "/v1/completions")
     [record] = caplog.records
     line = json.loads(record.getMessage())
     assert "secret" not in record.getMessage()
     assert (line["id"], line["route"], line["finish_reason"]) == ("gen", "/v1/completions", "length")
-    assert (line["prompt_tokens"], line["completion_tokens"]) == (5, 6)
+    assert (line["prompt_tokens"], line["cached_tokens"], line["completion_tokens"]) == (5, 0, 6)
     assert line["stages_ms"] == {
         "tokenized": None,
         "submitted": 500.0,

@@ -1,6 +1,7 @@
 """Bodies: what is refused is refused by name, and nothing but a refusal comes out of a wrong one."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -60,15 +61,16 @@ def test_what_is_not_supported_is_refused_by_name_unless_it_asks_for_nothing(nam
             parse_request(cls, fields | {name: neutral})
 
 
-@pytest.mark.parametrize(("name", "value"), [("n", True), ("logprobs", 0), ("priority", False), ("echo", 0)])
+@pytest.mark.parametrize(("name", "value"), [("n", True), ("logprobs", True), ("priority", False), ("echo", 0)])
 def test_numbers_and_flags_are_not_taken_for_each_other(name: str, value: Any) -> None:
     assert refused(CompletionRequest, COMPLETION | {name: value}).param == name
 
 
-COUNTS = ["max_tokens", "min_tokens", "top_k", "seed"]
-NUMBERS = ["temperature", "top_p", "min_p", "timeout"]
+COUNTS = ["max_tokens", "min_tokens", "top_k", "seed", "n"]
+NUMBERS = ["temperature", "top_p", "min_p", "timeout", "repetition_penalty"]
+PENALTIES = ["presence_penalty", "frequency_penalty"]
 FLAGS = ["stream", "ignore_eos", "skip_special_tokens"]
-NAMES = ["model", "user"]
+NAMES = ["model", "user", "cache_salt"]
 
 
 @pytest.mark.parametrize(
@@ -76,13 +78,27 @@ NAMES = ["model", "user"]
     [
         (COUNTS, [1.0, 1.5, "1", True, [1], {}, 10**400, -(10**400)]),
         (NUMBERS, ["0.5", True, [0.5], {}, float("inf"), float("nan"), -1, 1e308, 10**400]),
+        (PENALTIES, ["0.5", True, [0.5], {}, float("inf"), float("nan"), -2.1, 2.1, 10**400]),
+        (["logit_bias"], [5, [], "x", {"a": 1}, {"-1": 1}, {"1.5": 1}, {"²": 1}, {"1": "5"}, {"1": 101}, {"1": True}]),
+        (["logit_bias"], [{"1": float("nan")}, {str(i): 1 for i in range(100_000)}, {"9" * 5000: 1}]),
         (FLAGS, [0, 1, "true", [True], {}]),
         (NAMES, [1, True, ["m"], {}, "m" * 513]),
         (["stop"], [5, True, [5], [None], {}, "", [""], ["a"] * 17, "x" * 1001]),
         (["stop_token_ids"], [5, "5", [True], [1.0], ["1"], [-1], [2**31], [0] * 1025]),
         (["stream_options"], [5, [], "x", {}, {"include_usage": True}]),
     ],
-    ids=["counts", "numbers", "flags", "names", "stop", "stop_token_ids", "stream_options"],
+    ids=[
+        "counts",
+        "numbers",
+        "penalties",
+        "logit_bias",
+        "logit_bias_size",
+        "flags",
+        "names",
+        "stop",
+        "stop_token_ids",
+        "stream_options",
+    ],
 )
 def test_a_value_of_the_wrong_type_or_range_is_refused_by_the_fields_name(names: list[str], values: list[Any]) -> None:
     for cls, fields in ROUTES:
@@ -90,13 +106,15 @@ def test_a_value_of_the_wrong_type_or_range_is_refused_by_the_fields_name(names:
             for value in values:
                 error = refused(cls, fields | {name: value})
                 assert error.param is not None
-                assert error.param.partition("[")[0] == name, f"{name}={value!r:.40}"
+                assert re.split(r"[.\[]", error.param)[0] == name, f"{name}={value!r:.40}"
 
 
 @pytest.mark.parametrize(
-    "prompt", [5, True, None, {}, [1.5], ["a"], [True], [[1]], [-1], [2**31], [1, "a"]], ids=lambda value: repr(value)
+    "prompt",
+    [5, True, None, {}, [1.5], [True], [-1], [2**31], [1, "a"], ["a", 1], [["a"]], [[[1]]]],
+    ids=lambda value: repr(value),
 )
-def test_a_prompt_is_one_text_or_one_list_of_token_ids(prompt: Any) -> None:
+def test_a_prompt_is_text_or_token_ids_or_a_list_of_either(prompt: Any) -> None:
     error = refused(CompletionRequest, {"prompt": prompt})
     assert error.param is not None
     assert error.param.partition("[")[0] == "prompt"
@@ -247,3 +265,48 @@ def test_messages_reach_the_template_as_plain_text() -> None:
 def test_stop_is_one_string_or_several() -> None:
     for stop, expected in ((None, ()), ("a", ("a",)), (["a", "b"], ("a", "b")), ([], ())):
         assert parse_request(CompletionRequest, COMPLETION | {"stop": stop}).stop_strings == expected
+
+
+@pytest.mark.parametrize("value", [5, "x", 0, 1, [True]])
+def test_a_chats_logprobs_are_a_flag(value: Any) -> None:
+    assert refused(ChatCompletionRequest, CHAT | {"logprobs": value}).param == "logprobs"
+
+
+@pytest.mark.parametrize("value", [21, -1, 10**40, True, "5", 1.0])
+def test_log_probabilities_of_more_than_twenty_tokens_or_of_no_number_are_refused(value: Any) -> None:
+    assert refused(ChatCompletionRequest, CHAT | {"logprobs": True, "top_logprobs": value}).param == "top_logprobs"
+    assert refused(CompletionRequest, COMPLETION | {"logprobs": value}).param == "logprobs"
+
+
+def test_each_route_has_its_own_way_to_ask_for_log_probabilities() -> None:
+    def chat(**fields: Any) -> int | None:
+        return parse_request(ChatCompletionRequest, CHAT | fields).num_logprobs
+
+    assert [chat(), chat(logprobs=False), chat(top_logprobs=0)] == [None] * 3
+    assert [chat(logprobs=True), chat(logprobs=True, top_logprobs=5)] == [0, 5]
+    assert refused(ChatCompletionRequest, CHAT | {"top_logprobs": 1}).param == "top_logprobs"
+    assert refused(ChatCompletionRequest, CHAT | {"echo": True}).param == "echo"
+    assert refused(CompletionRequest, COMPLETION | {"top_logprobs": 1}).param == "top_logprobs"
+    asked = [parse_request(CompletionRequest, COMPLETION | {"logprobs": value}) for value in (None, False, 0, 3)]
+    assert [request.num_logprobs for request in asked] == [None, None, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ["a"]),
+        ("", [""]),
+        ([1, 2], [[1, 2]]),
+        ([], [[]]),
+        (["a", "b"], ["a", "b"]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
+)
+def test_prompts_are_one_or_several(prompt: Any, prompts: list[Any]) -> None:
+    request = parse_request(CompletionRequest, {"prompt": prompt, "n": 3})
+    assert (request.prompts, request.num_sequences) == (prompts, 3 * len(prompts))
+
+
+@pytest.mark.parametrize(("num_prompts", "n"), [(129, 1), (65, 2), (1, 129), (1, 10**9), (2, 10**40)])
+def test_too_many_answers_in_one_request_are_refused(num_prompts: int, n: int) -> None:
+    assert refused(CompletionRequest, {"prompt": ["a"] * num_prompts, "n": n}).param in ("prompt", "n")

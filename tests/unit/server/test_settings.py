@@ -43,6 +43,11 @@ def test_bytes_may_have_a_unit(written: str, num_bytes: int) -> None:
         ([], {"HEADRACE_CORS_ORIGINS": "https://a.b"}, "", "cors_origins"),
         (["--kv-cache-bytes", "0"], {}, "", "kv_cache_bytes"),
         (["--host", ""], {}, "", "host"),
+        (["--api-keys-file", ""], {}, "", "api_keys_file"),
+        (["--max-header-bytes", "100"], {}, "", "max_header_bytes"),
+        (["--receive-timeout-s", "0"], {}, "", "receive_timeout_s"),
+        (["--peer-timeout-s", "3"], {}, "", "peer_timeout_s"),
+        ([], {}, 'open_metrics = "perhaps"', "open_metrics"),
         (["--max-num-batched-tokens", "8", "--max-num-seqs", "9"], {}, "", "max_num_batched_tokens"),
     ],
 )

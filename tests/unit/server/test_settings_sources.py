@@ -20,6 +20,7 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "host": ("127.0.0.1", "file", "env", "flag"),
     "port": (8000, 1, 2, 3),
     "log_level": ("info", "debug", "warning", "error"),
+    "otlp_traces_endpoint": (None, "http://file", "http://env", "http://flag"),
     "device": ("auto", "cpu", "cuda", "cuda:1"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "max_model_len": (None, 11, 12, 13),
@@ -27,10 +28,14 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "kv_cache_bytes": ("auto", 1, 2, 3),
     "max_num_seqs": (256, 1, 2, 3),
     "max_num_batched_tokens": (256, 301, 302, 303),
+    "enable_prefix_caching": (True, False, True, False),
     "max_queue_size": (1024, 1, 2, 3),
     "request_timeout_s": (600.0, 1.5, 2.5, 3.5),
     "tokenizer_threads": (2, 1, 3, 4),
     "max_body_bytes": (4 * 2**20, 1, 2, 3),
+    "max_header_bytes": (64 * 2**10, 2000, 3000, 4000),
+    "receive_timeout_s": (60.0, 1.5, 2.5, 3.5),
+    "peer_timeout_s": (60, 5, 6, 7),
     "heartbeat_s": (15.0, 1.5, 2.5, 3.5),
     "keep_alive_s": (75, 1, 2, 3),
     "drain_grace_s": (30.0, 1.5, 2.5, 3.5),
@@ -38,17 +43,22 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "stream_ttl_s": (600.0, 1.5, 2.5, 3.5),
     "stream_log_bytes": (64 * 2**20, 1, 2, 3),
     "stream_retry_ms": (1000, 1, 2, 3),
+    "api_keys_file": (None, "file", "env", "flag"),
+    "open_metrics": (False, True, False, True),
     "cors_origins": ((), ("file",), ("env",), ("flag",)),
     "allowed_hosts": ((), ("file",), ("env",), ("flag",)),
 }
 
 
 def test_every_setting_is_tried_here() -> None:
-    # `workers` has one value only.
-    assert set(VALUES) == set(Settings.model_fields) - {"workers"}
+    # `workers` has one value only, and the TLS files are of no use one by one.
+    tls = {name for name in Settings.model_fields if name.startswith("tls_")}
+    assert set(VALUES) == set(Settings.model_fields) - {"workers"} - tls
 
 
 def as_flags(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{'' if value else 'no-'}{name.replace('_', '-')}"]
     text = value[0] if isinstance(value, tuple) else str(value)
     return [text] if name == "model" else [f"--{name.replace('_', '-')}", text]
 

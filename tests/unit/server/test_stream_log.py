@@ -25,7 +25,7 @@ def test_slices_at_any_cursors_add_up_to_the_whole(entries: list[tuple[str, int]
     log.close(END)
     piece = log.read(cursor)
     assert piece.terminal is END
-    assert text + piece.text == "".join(text for text, _ in entries) == log.text()
+    assert text + piece.text == "".join(text for text, _ in entries) == log.read().text
     assert num_tokens + piece.num_tokens == sum(count for _, count in entries)
     assert piece.cursor == log.end == len(entries) + 1
     assert log.read(log.end) == LogSlice("", 0, log.end, END)

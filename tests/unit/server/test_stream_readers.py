@@ -1,10 +1,12 @@
 """Readers of a log: each at its own pace and from its own cursor, none loses, repeats or holds up anything."""
 
+import sys
+
 import anyio
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from headrace.scheduler.messages import FinishReason
+from headrace.scheduler.messages import FinishReason, TokenLogprobs
 from headrace.server.stream_log import LogSlice, StreamLog, Subscriber, Terminal
 
 END = Terminal(FinishReason.LENGTH)
@@ -30,7 +32,8 @@ def test_every_reader_from_any_cursor_gets_the_rest_once_and_in_order(
                 while not pieces[i] or pieces[i][-1].terminal is None:
                     piece = await subscriber.next()
                     assert piece is not None
-                    assert piece.cursor == subscriber.cursor
+                    assert cursor < piece.cursor == log.end
+                    cursor = piece.cursor
                     pieces[i].append(piece)
 
         async with anyio.create_task_group() as tasks:
@@ -77,7 +80,6 @@ async def test_a_writer_never_waits_for_a_reader_that_does_not_read() -> None:
         for _ in range(50):
             log.append("x", 1)
             assert await other.next(0) is not None
-        assert slow.cursor == 0
         piece = await slow.next()
         assert piece is not None
         assert piece.text == "x" * 50
@@ -151,3 +153,47 @@ def test_a_log_weighs_at_least_its_text(texts: list[str]) -> None:
         log.append(text, 1)
     assert log.num_bytes >= sum(len(text.encode()) for text in texts)
     assert log.num_bytes <= sum(4 * len(text) + 256 for text in texts)
+
+
+@pytest.mark.anyio
+async def test_one_reader_of_several_logs_takes_turns_and_misses_nothing() -> None:
+    logs = [StreamLog() for _ in range(3)]
+    with Subscriber(logs) as subscriber:
+        for i, log in enumerate(logs):
+            log.append(f"a{i}", 1)
+            log.append(f"b{i}", 1)
+        pieces = [await subscriber.next(0) for _ in logs]
+        assert [(piece.index, piece.text) for piece in pieces if piece] == [(i, f"a{i}b{i}") for i in range(3)]
+        assert await subscriber.next(0) is None
+        logs[1].append("x", 1)
+        logs[0].close(END)
+        again = [await subscriber.next(0) for _ in "12"]
+        assert [(piece.index, piece.text, piece.terminal) for piece in again if piece] == [(0, "", END), (1, "x", None)]
+        assert [log.num_subscribers for log in logs] == [1, 1, 1]
+    assert [log.num_subscribers for log in logs] == [0, 0, 0]
+
+
+@pytest.mark.anyio
+async def test_a_log_that_talks_all_the_time_does_not_drown_another() -> None:
+    logs = [StreamLog(), StreamLog()]
+    logs[1].append("quiet", 1)
+    seen = []
+    with Subscriber(logs) as subscriber:
+        for _ in range(2):
+            logs[0].append("loud ", 1)
+            piece = await subscriber.next()
+            assert piece is not None
+            seen.append(piece.index)
+    assert seen == [0, 1]
+
+
+def test_log_probabilities_are_read_from_a_cursor_on_and_weigh_something() -> None:
+    log = StreamLog()
+    log.append("a", 1)
+    bare = log.num_bytes
+    items = tuple(TokenLogprobs(i, -1.0, ((1, -0.5),) * 20) for i in range(3))
+    log.append("b", 1, items[:2])
+    log.append("c", 1, items[2:])
+    log.close(END)
+    assert [log.read(cursor).logprobs for cursor in range(5)] == [items, items, items[2:], (), ()]
+    assert log.num_bytes - 3 * bare >= 3 * sys.getsizeof(items[0].top)

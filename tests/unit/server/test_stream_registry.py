@@ -33,7 +33,7 @@ class Clocked:
     def add(self, id: str, *, continues_alone: bool = False) -> NativeStream:
         on_end = [lambda generation: self.registry.finish(generation.id)]
         generation = Generation(id, 0, 1, Stages(self.now), _NoText(), on_end)  # type: ignore[arg-type]
-        stream = NativeStream(id, generation, 0, continues_alone, self.now)
+        stream = NativeStream(id, "", generation, 0, continues_alone, self.now)
         self.registry.add(stream)
         return stream
 

@@ -65,7 +65,7 @@ class RegistryMachine(RuleBasedStateMachine):
             detokenizer=Detokenizer(TOKENIZER, ()),
             on_end=[lambda generation: self.finished(generation.id)],
         )
-        stream = NativeStream(id, generation, 0, continues_alone, self.now)
+        stream = NativeStream(id, "", generation, 0, continues_alone, self.now)
         self.registry.add(stream)
         self.streams[id] = Expected(stream, unread_since_s=self.now)
 

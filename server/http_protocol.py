@@ -1,0 +1,156 @@
+"""uvicorn's HTTP/1.1 protocol, bounded: how large a request's head may be, how long it may take, how long a client may
+read nothing. Lives on the event loop, one object per connection.
+
+What is wrong before a request reaches the application is answered here, in the same envelope; what does not even read
+is cut off. Of uvicorn's class it overrides the refusal of what is no HTTP, and listens to what the transport reports.
+"""
+
+import asyncio
+import json
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from headrace.server.errors import envelope
+from headrace.server.request_log import log_unaccepted
+from headrace.server.settings import Settings
+
+_MAX_HEADERS = 100
+_LINGER_S = 1.0
+# Of TCP's keep-alive: so many probes without an answer, each after an equal part of half the time.
+_NUM_PROBES = 3
+
+
+class HttpProtocol(H11Protocol):
+    """One connection; `settings` has the limits, `on_rejected` is told the status of every refusal."""
+
+    def __init__(self, settings: Settings, on_rejected: Callable[[int], None], **uvicorn_arguments: Any) -> None:
+        super().__init__(**uvicorn_arguments)
+        self._on_rejected = on_rejected
+        self._settings = settings
+        self.conn = _BoundedConnection(settings.max_header_bytes)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._time_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._time_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:
+            # Answered without its body having been read, of which nobody knows when it will end. Not closed at once:
+            # the client should find the answer, not a reset.
+            self.loop.call_later(_LINGER_S, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for timer in (self._head_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._time_write(sys.maxsize)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what h11 could not read; uvicorn calls this while it handles h11's error."""
+        error = sys.exception()
+        assert isinstance(error, h11.RemoteProtocolError)
+        self._refuse(error.error_status_hint, str(error)[:200])
+
+    def _time_head(self) -> None:
+        """Start the clock on a head that is under way, stop it once it is whole."""
+        if self.conn.their_state is not h11.IDLE:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(self._settings.receive_timeout_s, self._refuse_late_head)
+
+    def _refuse_late_head(self) -> None:
+        if self.conn.trailing_data[0]:
+            self._refuse(408, "the request's headers took too long to arrive")
+        else:
+            self.transport.close()  # it never said anything
+
+    def _refuse(self, status: int, message: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer is under way, and has to end torn
+            id = secrets.token_hex(16)
+            self._on_rejected(status)
+            log_unaccepted(id, "", time.monotonic(), f"refused: {status}")
+            body = json.dumps(envelope(message, type="invalid_request_error")).encode()
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+                ("x-request-id", id),
+            ]
+            response = h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status])
+            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _time_write(self, num_bytes_before: int) -> None:
+        """Cut off a client that in all this time has read nothing of what waits for it."""
+        num_bytes = self.transport.get_write_buffer_size()
+        if num_bytes >= num_bytes_before:
+            self.transport.abort()
+        else:
+            self._write_timer = self.loop.call_later(self._settings.peer_timeout_s, self._time_write, num_bytes)
+
+
+class _BoundedConnection(h11.Connection):
+    """h11 bounds a head that is not whole yet; one that comes in a single piece may be larger."""
+
+    def __init__(self, max_header_bytes: int) -> None:
+        super().__init__(h11.SERVER, max_header_bytes)
+        self._max_header_bytes = max_header_bytes
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in event.headers}:
+                # What a proxy took for the body's end may not be what this server takes for it (RFC 9112, 6.3).
+                raise h11.RemoteProtocolError("both content-length and transfer-encoding", error_status_hint=400)
+            num_bytes = len(event.target) + sum(len(name) + len(value) for name, value in event.headers)
+            if len(event.headers) > _MAX_HEADERS or num_bytes > self._max_header_bytes:
+                raise h11.RemoteProtocolError(
+                    f"more than {_MAX_HEADERS} headers, or {self._max_header_bytes} bytes of them",
+                    error_status_hint=431,
+                )
+        return event
+
+
+def watch_peers(listener: socket.socket, timeout_s: int) -> None:
+    """Have the kernel end connections of peers that vanished; accepted sockets inherit what is set here.
+
+    Where nothing is under way keep-alive probes find out, else it is data that nobody acknowledges.
+    """
+    interval_s = max(1, timeout_s // (2 * _NUM_PROBES))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {
+        "TCP_KEEPIDLE": timeout_s - _NUM_PROBES * interval_s,
+        "TCP_KEEPALIVE": timeout_s - _NUM_PROBES * interval_s,  # the same on macOS
+        "TCP_KEEPINTVL": interval_s,
+        "TCP_KEEPCNT": _NUM_PROBES,
+        "TCP_USER_TIMEOUT": timeout_s * 1000,
+    }
+    for name, value in options.items():
+        if (option := getattr(socket, name, None)) is not None:
+            listener.setsockopt(socket.IPPROTO_TCP, option, value)

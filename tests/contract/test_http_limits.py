@@ -1,0 +1,253 @@
+"""What a connection may cost, over real sockets: a head's size, the time it takes, a client that reads nothing."""
+
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import anyio
+import anyio.abc
+import pytest
+import uvicorn
+
+from fake_engine import expected_text
+from headrace.server.http_protocol import HttpProtocol, watch_peers
+from live_app import LiveApp, live_app
+
+pytestmark = pytest.mark.anyio
+
+OK = {"prompt": "hi", "max_tokens": 4, "temperature": 0}
+HEALTH = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
+
+
+class Listening:
+    """An App behind uvicorn, and connections to it."""
+
+    def __init__(self, app: LiveApp, server: uvicorn.Server, port: int) -> None:
+        self.app = app
+        self.server = server
+        self._port = port
+
+    async def connect(self) -> anyio.abc.SocketStream:
+        return await anyio.connect_tcp("127.0.0.1", self._port)
+
+    async def answer(self, request: bytes) -> bytes:
+        """All that comes back for these bytes until the server closes."""
+        async with await self.connect() as connection:
+            await connection.send(request)
+            return await read_to_end(connection)
+
+
+@asynccontextmanager
+async def listening(
+    peer_timeout_s: float = 60, buffer_bytes: int | None = None, **flags: Any
+) -> AsyncIterator[Listening]:
+    with socket.socket() as listener:
+        if buffer_bytes is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
+        listener.bind(("127.0.0.1", 0))
+        async with live_app(**flags) as app, anyio.create_task_group() as tasks:
+            settings = app.settings.model_copy(update={"peer_timeout_s": peer_timeout_s})
+            protocol: Any = partial(HttpProtocol, settings, app.count_rejected)
+            server = uvicorn.Server(uvicorn.Config(app.asgi, http=protocol, lifespan="off", log_config=None))
+            tasks.start_soon(server.serve, [listener])
+            await app.until(lambda: server.started)
+            yield Listening(app, server, listener.getsockname()[1])
+            server.should_exit = True
+
+
+async def read_to_end(connection: anyio.abc.SocketStream) -> bytes:
+    received = b""
+    with anyio.fail_after(20):
+        try:
+            while True:
+                received += await connection.receive()
+        except (anyio.EndOfStream, anyio.BrokenResourceError):
+            return received
+
+
+def post(body: Any, *, head: bytes = b"") -> bytes:
+    payload = json.dumps(body).encode()
+    start = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    return start + head + b"content-length: %d\r\n\r\n" % len(payload) + payload
+
+
+UNREAD = b" HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9999999\r\n\r\n" + b"x" * 100
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    [b"GET /health", b"GET /", b"POST /", b"GET /no/such", b"POST /v1/stream/tickets", b"GET /v1/models"],
+)
+async def test_a_body_that_nobody_reads_ends_its_connection(request_line: bytes) -> None:
+    async with listening() as server:
+        assert b"HTTP/1.1 " in await server.answer(request_line + UNREAD)
+
+
+async def test_a_body_with_two_lengths_is_refused_and_refusals_are_counted_and_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="headrace.requests")
+    async with listening() as server:
+        two = b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
+        assert_refused(await server.answer(HEALTH + two), 400)
+        await server.answer(HEALTH.replace(b"/health", b"/nope") + b"connection: close\r\n\r\n")
+        metrics = await server.answer(HEALTH.replace(b"/health", b"/metrics") + b"connection: close\r\n\r\n")
+    for status in (b"400", b"404"):
+        assert b'headrace_requests_rejected_total{status="%b"} 1.0' % status in metrics
+    records = [record for record in caplog.records if record.name == "headrace.requests"]
+    assert [json.loads(record.getMessage())["finish_reason"] for record in records] == ["refused: 400", "refused: 404"]
+
+
+def assert_refused(answer: bytes, status: int) -> None:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+    assert b"\r\nconnection: close" in head.lower()
+    assert b"\r\nx-request-id: " in head.lower()
+    assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        HEALTH + b"x: " + b"y" * 2000 + b"\r\n\r\n",
+        HEALTH + b"x: " + b"y" * 200_000 + b"\r\n\r\n",
+        HEALTH + b"x: " + b"y" * 200_000,
+        b"GET /health?" + b"y" * 2000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"y" * 200_000,
+        HEALTH + b"".join(b"x%d: y\r\n" % i for i in range(100)) + b"\r\n",
+    ],
+    ids=["one header", "one huge header", "one endless header", "the path", "no line at all", "many headers"],
+)
+async def test_a_head_over_the_limit_is_431(request_bytes: bytes) -> None:
+    async with listening(max_header_bytes=1500) as server:
+        assert_refused(await server.answer(request_bytes), 431)
+        assert (await server.answer(HEALTH + b"connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_head_at_the_limit_is_served() -> None:
+    many = b"".join(b"x%d: y\r\n" % i for i in range(98))
+    long = b"x: " + b"y" * 60_000 + b"\r\n"
+    async with listening() as server:
+        for headers in (many, long):
+            assert (await server.answer(HEALTH + headers + b"connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", 400),
+        (HEALTH + b"x y: z\r\n\r\n", 400),
+        (HEALTH + b"content-length: 5\r\ncontent-length: 6\r\n\r\n", 400),
+        (HEALTH + b"content-length: -1\r\n\r\n", 400),
+        (HEALTH + b"transfer-encoding: gzip\r\n\r\n", 501),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+async def test_what_is_no_http_is_refused_in_the_envelope(request_bytes: bytes, status: int) -> None:
+    async with listening() as server:
+        assert_refused(await server.answer(request_bytes), status)
+
+
+async def test_a_head_that_trickles_is_408_however_steadily_it_comes() -> None:
+    async with listening(receive_timeout_s=0.3) as server, await server.connect() as connection:
+        await connection.send(HEALTH + b"x: ")
+        answer = b""
+        while not answer:
+            await connection.send(b"y")
+            with anyio.move_on_after(0.02):
+                answer = await connection.receive()
+        assert_refused(answer, 408)
+
+
+async def test_a_connection_that_says_nothing_is_closed_without_a_word() -> None:
+    async with listening(receive_timeout_s=0.1) as server:
+        assert await server.answer(b"") == b""
+
+
+async def test_a_second_head_on_a_connection_has_its_time_too() -> None:
+    async with listening(receive_timeout_s=0.3) as server, await server.connect() as connection:
+        await connection.send(HEALTH + b"\r\n")
+        assert (await connection.receive()).endswith(b'{"status":"ok"}')
+        await connection.send(HEALTH)
+        assert_refused(await read_to_end(connection), 408)
+
+
+async def test_a_body_that_trickles_is_408_however_steadily_it_comes() -> None:
+    async with listening(receive_timeout_s=0.3) as server, await server.connect() as connection:
+        await connection.send(post({"prompt": "x" * 10_000})[:-9_000])
+        answer = b""
+        while not answer:
+            await connection.send(b"x")
+            with anyio.move_on_after(0.02):
+                answer = await connection.receive()
+        assert_refused(answer, 408)
+        assert server.app.runner.num_steps == 0
+
+
+async def test_an_answer_may_take_longer_than_its_request_may() -> None:
+    async with listening(receive_timeout_s=0.1) as server, await server.connect() as connection:
+        with server.app.runner.held():
+            await connection.send(post(OK, head=b"connection: close\r\n"))
+            await server.app.until(lambda: server.app.client.num_unfinished == 1)
+            assert await server.answer(b"") == b"", "one that came later is cut off already"
+        assert expected_text("hi", 4).encode() in await read_to_end(connection)
+
+
+async def test_a_chunked_body_over_the_limit_is_413_before_it_ends() -> None:
+    async with listening(max_body_bytes=1000) as server:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        request = head + b"transfer-encoding: chunked\r\n\r\n" + b"%x\r\n%s\r\n" % (600, b" " * 600) * 2
+        assert_refused(await server.answer(request), 413)
+
+
+async def test_what_breaks_off_in_the_middle_of_an_answer_ends_it_and_nothing_else() -> None:
+    async with listening() as server:
+        with server.app.runner.held():
+            async with await server.connect() as connection:
+                # The body has ended, so what follows is a second request, and none.
+                await connection.send(post(OK | {"stream": True, "max_tokens": 400}) + b"\x00\x01\r\n\r\n")
+                await server.app.until(lambda: server.app.client.num_unfinished == 1)
+        await server.app.until(lambda: server.app.client.num_unfinished == 0)
+        assert (await server.answer(post(OK, head=b"connection: close\r\n"))).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_client_that_reads_nothing_is_cut_off_and_its_generation_with_it() -> None:
+    async with listening(peer_timeout_s=0.2, buffer_bytes=4096) as server:
+        app = server.app
+        usage = {"include_usage": True, "continuous_usage_stats": True}
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.setblocking(False)
+            await anyio.to_thread.run_sync(client.connect_ex, ("127.0.0.1", server._port))
+            await anyio.wait_writable(client)
+            with app.runner.held():
+                client.send(post(OK | {"max_tokens": 500, "stream": True, "stream_options": usage}))
+                await app.until(lambda: app.client.num_unfinished == 1)
+                [generation] = app.client._generations.values()
+                [connection] = server.server.server_state.connections
+                while not connection.flow.write_paused:  # type: ignore[union-attr]
+                    seen = app.client.load.num_steps
+                    app.runner.allow(1)
+                    await app.until(lambda seen=seen: app.client.load.num_steps > seen)  # type: ignore[misc]
+                await app.until(lambda: generation.is_over)
+                app.runner.allow(1)
+        assert generation.log.terminal is not None
+        assert generation.log.terminal.finish_reason.value == "cancelled"
+
+
+@pytest.mark.parametrize(("timeout_s", "idle_s", "interval_s"), [(60, 30, 10), (4, 1, 1), (3600, 1800, 600)])
+async def test_an_accepted_connection_asks_after_its_peer(timeout_s: int, idle_s: int, interval_s: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        watch_peers(listener, timeout_s)
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            names = {"TCP_KEEPIDLE": idle_s, "TCP_KEEPINTVL": interval_s, "TCP_KEEPCNT": 3}
+            names["TCP_USER_TIMEOUT"] = timeout_s * 1000
+            for name, value in names.items():
+                if hasattr(socket, name):
+                    assert accepted.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) == value, name

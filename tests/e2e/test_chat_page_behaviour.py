@@ -1,0 +1,411 @@
+"""What the chat page does with an answer, its end and its interruptions: on the fake model, in a real browser."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, Route, expect
+
+from chat_page import ChatPage, open_chat_page
+from fake_engine import FakeRunner, make_scheduler
+from headrace.server.api_keys import append_key, create_key
+from live_server import LiveServer, live_server
+from tcp_relay import TcpRelay
+from waiting import until
+
+PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+ALLOWED = (
+    "P H1 H2 H3 H4 H5 H6 EM STRONG CODE PRE UL OL LI BLOCKQUOTE TABLE THEAD TBODY TR TH TD A HR DEL BR DIV SPAN BUTTON "
+    "FIGURE FIGCAPTION"
+)
+ATTRIBUTES = "class href target rel type start align style data-state aria-label tabindex role"
+HOSTILE = [
+    "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>",
+    "[a](javascript:window.hit=1) [b](JaVaScRiPt:window.hit=1) [c](java\tscript:window.hit=1) [d](&#106;avascript:hit)",
+    "[e](data:text/html,<script>hit</script>) ![f](x) <javascript:hit> [g](//evil.example) [h](vbscript:x)",
+    "<svg/onload=window.hit=1> <a href='javascript:hit' onclick='hit'>x</a> <iframe srcdoc='x'></iframe>",
+    "| a | b |\n|---|---|\n| <b onmouseover=hit>x</b> | `<script>` |",
+    "```html\n<script>window.hit = 1</script>\n```",
+    "> " * 10_000 + "deep",
+    "[" * 5_000 + "x" + "](" * 5_000,
+    "*" * 20_000 + "x" + "_" * 20_000,
+    "a" * 1_000_000,
+]
+
+
+@pytest.fixture
+def fake() -> Iterator[LiveServer]:
+    with live_server() as server:
+        yield server
+
+
+@pytest.fixture
+def chat(browser: Browser, fake: LiveServer) -> Iterator[ChatPage]:
+    with open_chat_page(browser, fake.url) as chat:
+        limit(chat.page, 20)
+        yield chat
+
+
+def limit(page: Page, num_tokens: int) -> list[dict[str, Any]]:
+    """Make every answer so long; returns the bodies that the page sends."""
+    bodies: list[dict[str, Any]] = []
+
+    def change(route: Route) -> None:
+        if route.request.method != "POST":
+            route.continue_()
+            return
+        bodies.append(route.request.post_data_json or {})
+        route.continue_(post_data=json.dumps(bodies[-1] | {"max_tokens": num_tokens, "temperature": 0}))
+
+    page.route("**/v1/streams", change)
+    return bodies
+
+
+def answered(chat: ChatPage, question: str) -> str:
+    chat.ask(question)
+    chat.until("done")
+    return chat.text
+
+
+def say(page: Page, text: str) -> None:
+    """Have the next stream answer with this text, in two pieces, instead of the model's."""
+    middle = len(text) // 2
+    events = "".join(
+        f"id: s:{i + 1}\nevent: token\ndata: {json.dumps({'text': part, 'num_tokens': 1})}\n\n"
+        for i, part in enumerate((text[:middle], text[middle:]))
+    )
+    done = {"finish_reason": "stop", "usage": {"completion_tokens": 2}, "timings": {"ttft_s": 0.5, "total_s": 1.5}}
+    events += f"id: s:3\nevent: done\ndata: {json.dumps(done)}\n\n"
+    page.route(
+        "**/v1/streams/*/events*",
+        lambda route: route.fulfill(content_type="text/event-stream; charset=utf-8", body=events),
+    )
+
+
+def test_turns_follow_each_other_and_the_whole_chat_is_sent(chat: ChatPage) -> None:
+    bodies = limit(chat.page, 20)
+    first = answered(chat, "one")
+    second = answered(chat, "two")
+    assert len(first) == len(second) == 20
+    roles = ["user", "assistant", "user"]
+    assert [message["role"] for message in bodies[-1]["messages"]] == roles
+    assert [message["content"] for message in bodies[-1]["messages"]] == ["one", first, "two"]
+    chat.page.reload()
+    assert chat.page.locator(".answer .text").all_inner_texts() == [first, second], "a reload keeps both"
+
+
+def test_regenerating_keeps_the_answer_before_within_reach(chat: ChatPage) -> None:
+    answered(chat, "one")
+    say(chat.page, "another answer")
+    chat.page.click(".regenerate")
+    chat.until_text("another answer")
+    place = chat.answer.locator(".place")
+    expect(place).to_have_text("2 / 2")
+    chat.page.click(".previous")
+    expect(place).to_have_text("1 / 2")
+    assert len(chat.text) == 20
+    chat.page.click(".next")
+    chat.until_text("another answer")
+
+
+def test_editing_a_question_asks_anew_from_there(chat: ChatPage) -> None:
+    bodies = limit(chat.page, 20)
+    answered(chat, "one")
+    answered(chat, "two")
+    chat.page.locator(".edit").first.click()
+    chat.page.locator(".editor textarea").first.fill("three")
+    chat.page.locator(".editor textarea").first.press("Enter")
+    chat.until("done")
+    assert chat.page.locator(".bubble").all_inner_texts() == ["three"]
+    assert [message["content"] for message in bodies[-1]["messages"]] == ["three"]
+
+
+def test_a_question_can_be_left_as_it_was(chat: ChatPage) -> None:
+    answer = answered(chat, "one")
+    chat.page.click(".edit")
+    chat.page.fill(".editor textarea", "three")
+    chat.page.press(".editor textarea", "Escape")
+    expect(chat.page.locator(".editor")).to_be_hidden()
+    assert (chat.page.locator(".bubble").inner_text(), chat.text) == ("one", answer)
+
+
+def test_where_one_stands_in_the_queue_is_shown(browser: Browser) -> None:
+    runner = FakeRunner()
+    with (
+        live_server(runner=runner, scheduler=make_scheduler(max_num_seqs=1)) as fake,
+        open_chat_page(browser, fake.url) as first,
+        open_chat_page(browser, fake.url) as second,
+        runner.held(),
+    ):
+        for chat in (first, second):
+            limit(chat.page, 5)
+        first.ask("one")
+        runner.allow(1)
+        first.until("streaming")
+        second.ask("two")
+        runner.allow(1)
+        second.until_note("Number 1 in the queue")
+        runner.allow(100)
+        second.until("done")
+
+
+def test_the_first_tokens_time_and_the_pace_are_told(chat: ChatPage) -> None:
+    say(chat.page, "ab")
+    chat.ask("one")
+    chat.until("done")
+    expect(chat.answer.locator(".stats")).to_have_text("2 tokens · 1.0 tokens/s · first token after 0.50 s")
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_markdown_becomes_harmless_elements(chat: ChatPage, text: str) -> None:
+    say(chat.page, text)
+    chat.ask("one")
+    chat.until("done")
+    elements = chat.page.evaluate(
+        """() => [...document.querySelectorAll('.answer .text *')].map((element) =>
+            [element.tagName, [...element.attributes].map(({ name, value }) => [name, value])])"""
+    )
+    for tag, attributes in elements:
+        assert tag in ALLOWED.split(), tag
+        for name, value in attributes:
+            assert name in (
+                "class",
+                "href",
+                "target",
+                "rel",
+                "type",
+                "start",
+                "align",
+                "style",
+                "data-state",
+                "aria-label",
+            )
+            if name == "href":
+                assert re.match("(https?|mailto):", value)
+            if name == "style":
+                assert re.fullmatch("text-align: (left|center|right);", value)
+    assert chat.page.evaluate("window.hit") is None
+
+
+def test_markdown_is_shown_as_what_it_means(chat: ChatPage) -> None:
+    say(
+        chat.page,
+        "# Title\n\nSome **bold**, *soft*, ~~gone~~ and `code`.\n\n- one\n  - inner\n- two\n\n1. first\n\n> said\n\n"
+        "| a | b |\n|---|--:|\n| 1 | 2 |\n\n```py\nprint('<b>')\n```\n\n---\n\n"
+        "[link](https://example.org/x) <i>raw</i>",
+    )
+    chat.ask("one")
+    chat.until("done")
+    text = chat.answer.locator(".text")
+    for selector, content in {
+        "h1, h2, h3": "Title",
+        "strong": "bold",
+        "em": "soft",
+        "del": "gone",
+        "p code": "code",
+        "ul ul li": "inner",
+        "ol li": "first",
+        "blockquote": "said",
+        "th >> nth=0": "a",
+        "td >> nth=1": "2",
+        "pre code": "print('<b>')",
+        "a": "link",
+    }.items():
+        expect(text.locator(selector).first).to_have_text(content)
+    expect(text.locator("hr")).to_have_count(1)
+    link = text.locator("a")
+    expect(link).to_have_attribute("rel", "noopener noreferrer")
+    expect(link).to_have_attribute("target", "_blank")
+    assert "<i>raw</i>" in chat.text
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_follows_the_systems_colours_until_told_otherwise(browser: Browser, fake: LiveServer, scheme: str) -> None:
+    def brightness(page: Page) -> int:
+        colour = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+        return sum(int(part) for part in re.findall(r"\d+", colour)[:3])
+
+    with open_chat_page(browser, fake.url, color_scheme=scheme) as chat:
+        assert (brightness(chat.page) > 380) == (scheme == "light")
+        other = "dark" if scheme == "light" else "light"
+        chat.page.click("#open-settings")
+        chat.page.check(f"#settings input[value={other}]", force=True)
+        chat.page.keyboard.press("Escape")
+        chat.page.reload()
+        assert (brightness(chat.page) > 380) == (other == "light"), "and remembers it"
+
+
+def test_a_phone_shows_everything_without_scrolling_sideways(browser: Browser, fake: LiveServer) -> None:
+    with open_chat_page(browser, fake.url, **PHONE) as chat:
+        say(
+            chat.page,
+            "```\n" + "x" * 400 + "\n```\n\n| " + " | ".join("column" for _ in range(20)) + " |\n" + "|---" * 20 + "|",
+        )
+        chat.ask("https://example.org/" + "y" * 300)
+        chat.until("done")
+        width = chat.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+        assert width[0] <= width[1]
+        box = chat.page.locator("#prompt").bounding_box()
+        assert box is not None
+        assert box["y"] + box["height"] <= 740
+        for button in chat.page.locator("button:visible, a.tool:visible").all():
+            size = button.bounding_box()
+            assert size is not None
+            assert min(size["width"], size["height"]) >= 24, "large enough for a finger (WCAG 2.5.8)"
+
+
+def test_everything_can_be_done_from_the_keyboard(chat: ChatPage) -> None:
+    page = chat.page
+    focused = "document.activeElement.getAttribute('aria-label') ?? document.activeElement.innerText"
+    expect(page.locator("#prompt")).to_be_focused()
+    page.keyboard.type("line one")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("line two")
+    page.keyboard.press("Enter")
+    chat.until("done")
+    assert page.locator(".bubble").inner_text() == "line one\nline two"
+    reached = []
+    for _ in range(20):
+        page.keyboard.press("Shift+Tab")
+        reached.append(page.evaluate(focused).strip())
+        outline = page.evaluate(
+            "getComputedStyle(document.activeElement).outlineStyle + getComputedStyle(document.activeElement).boxShadow"
+        )
+        assert outline != "nonenone", f"{reached[-1]} does not show its focus"
+        if "Skip to the message box" in reached:
+            break
+    assert {
+        "Regenerate the answer",
+        "Copy the answer",
+        "Edit the message",
+        "Settings",
+        "Skip to the message box",
+    } <= set(reached)
+
+
+def test_escape_stops_an_answer(browser: Browser) -> None:
+    runner = FakeRunner()
+    with live_server(runner=runner) as fake, open_chat_page(browser, fake.url) as chat:
+        limit(chat.page, 400)
+        with runner.held():
+            chat.ask("one")
+            runner.allow(3)
+            chat.until("streaming")
+            chat.page.keyboard.press("Escape")
+            chat.until("done")
+        expect(chat.answer.locator(".stats")).to_contain_text("stopped")
+        assert fake.app.client.num_unfinished == 0
+
+
+def test_a_closed_event_source_is_made_anew_where_it_stopped(browser: Browser) -> None:
+    runner = FakeRunner()
+    with (
+        live_server(runner=runner) as fake,
+        TcpRelay(fake.url) as relay,
+        open_chat_page(browser, relay.url) as chat,
+        runner.held(),
+    ):
+        limit(chat.page, 30)
+        chat.page.evaluate(
+            """() => {
+                window.states = [];
+                const Real = EventSource;
+                window.EventSource = class extends Real {
+                    constructor(url) {
+                        super(url);
+                        this.addEventListener('error', () => states.push(this.readyState));
+                    }
+                };
+            }"""
+        )
+        chat.ask("one")
+        runner.allow(5)
+        chat.until("streaming")
+        # A proxy's own answer, which ends an EventSource for good, to the reconnection and to what looks into it.
+        chat.page.route("**/v1/streams/*/events*", lambda route: route.fulfill(status=502, body="a proxy's page"))
+        relay.cut()
+        relay.mend()
+        chat.until_note("Connection lost")
+        until(lambda: chat.page.evaluate("states.includes(EventSource.CLOSED)"), "the browser gives up")
+        runner.allow(1000)
+        chat.page.unroute("**/v1/streams/*/events*")
+        chat.until("done")
+        assert len(chat.text) == 30
+
+
+def test_an_answer_that_the_server_has_forgotten_says_so_and_can_be_asked_for_again(browser: Browser) -> None:
+    runner = FakeRunner()
+    with live_server(runner=runner) as fake, open_chat_page(browser, fake.url) as chat:
+        limit(chat.page, 20)
+        with runner.held():
+            chat.ask("one")
+            runner.allow(3)
+            chat.until("streaming")
+            chat.page.route("**/v1/streams/*/events*", lambda route: route.fulfill(status=404, json={}))
+            chat.page.reload()
+            chat.until("error")
+            expect(chat.answer.locator(".error")).to_contain_text("does not know this answer any more")
+            chat.page.unroute("**/v1/streams/*/events*")
+        chat.page.click(".retry")
+        chat.until("done")
+        assert len(chat.text) == 20
+
+
+def test_an_overloaded_server_is_asked_again_when_it_said(chat: ChatPage) -> None:
+    refusals = iter([429])
+
+    def refuse(route: Route) -> None:
+        if (status := next(refusals, None)) is None:
+            route.fallback()
+        else:
+            error = {"error": {"message": "the queue is full"}}
+            route.fulfill(status=status, headers={"retry-after": "2"}, json=error)
+
+    chat.page.route("**/v1/streams", refuse)
+    chat.ask("one")
+    chat.until_note(r"The queue is full\. Trying again in [12] s")
+    chat.until("done")
+
+
+def test_a_refusal_is_shown_with_a_way_to_try_again(chat: ChatPage) -> None:
+    chat.page.route(
+        "**/v1/streams", lambda route: route.fulfill(status=400, json={"error": {"message": "no such thing"}})
+    )
+    chat.ask("one")
+    chat.until("error")
+    expect(chat.answer.locator(".error")).to_contain_text("No such thing.")
+    chat.page.unroute("**/v1/streams")
+    limit(chat.page, 20)
+    chat.page.click(".retry")
+    chat.until("done")
+
+
+def test_a_server_with_keys_asks_for_one_and_goes_on(browser: Browser, tmp_path: Path) -> None:
+    secret, key = create_key("alice")
+    file = tmp_path / "keys.toml"
+    append_key(file, key)
+    with live_server(api_keys_file=file) as fake, open_chat_page(browser, fake.url) as chat:
+        limit(chat.page, 20)
+        chat.ask("one")
+        chat.page.fill("#key input[name=key]", "wrong")
+        chat.page.keyboard.press("Enter")
+        expect(chat.page.locator("#key")).to_be_visible()
+        chat.page.fill("#key input[name=key]", secret)
+        chat.page.keyboard.press("Enter")
+        chat.until("done")
+        assert secret not in chat.page.evaluate("JSON.stringify(localStorage)"), "unless told to remember it"
+
+
+def test_settings_go_along_with_the_next_question(chat: ChatPage) -> None:
+    bodies = limit(chat.page, 20)
+    chat.page.click("#open-settings")
+    chat.page.fill("#settings [name=system]", "Be brief.")
+    chat.page.fill("#settings [name=temperature]", "0.5")
+    chat.page.fill("#settings [name=max_tokens]", "7")
+    chat.page.click("#settings button.primary")
+    answered(chat, "one")
+    assert bodies[-1]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert (bodies[-1]["temperature"], bodies[-1]["max_tokens"]) == (0.5, 7)

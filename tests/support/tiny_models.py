@@ -1,0 +1,91 @@
+"""Random models small enough for a unit test, and the two ways to continue a prompt with one that must agree."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from headrace.scheduler.engine_core import Runner
+from headrace.scheduler.messages import GenerationRequest, SamplingParams
+from headrace.scheduler.scheduler import Scheduler
+
+VOCAB_SIZE = 96
+
+
+def tiny_config(model_type: str = "llama", **fields: Any) -> Any:
+    shape = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    return CONFIG_MAPPING[model_type](**(shape | fields))
+
+
+def tiny_model(model_type: str, seed: int = 0, **fields: Any) -> Any:
+    """A model of any family of transformers whose every part matters: norms and biases that are not one and zero, and
+    embeddings that do not drown what the layers add to them."""
+    torch.manual_seed(seed)
+    # Eager attention is the definition: transformers 5.17 has Gemma 2 use one by default that forgets the softcap.
+    config = tiny_config(model_type, **fields)
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.5 * torch.randn_like(parameter)
+    model.get_input_embeddings().weight.data *= 0.2
+    return model
+
+
+def tiny_llama(seed: int = 0, **fields: Any) -> Any:
+    return tiny_model("llama", seed, **fields)
+
+
+def generate(
+    scheduler: Scheduler,
+    runner: Runner,
+    prompts: Sequence[list[int]],
+    samplings: Sequence[SamplingParams],
+    *,
+    is_staggered: bool = False,
+    leader_id: int | None = None,
+) -> list[list[int]]:
+    """The tokens of each prompt, submitted together or one per step, run to their ends.
+
+    With `leader_id` all others follow that one. The books are checked at every step.
+    """
+    requests = [
+        GenerationRequest(i, tuple(prompt), sampling, 0.0, leader_id=None if i == leader_id else leader_id)
+        for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
+    ]
+    answers: list[list[int]] = [[] for _ in prompts]
+    while requests or scheduler.has_work:
+        num_new = 1 if is_staggered else len(requests)
+        for request in requests[:num_new]:
+            scheduler.add(request)
+        del requests[:num_new]
+        step = scheduler.schedule(0.0)
+        for output in scheduler.update(step, runner.run(step)):
+            answers[output.request_id] += output.token_ids
+        scheduler.check_books()
+    return answers
+
+
+def greedy(num_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=num_tokens)
+
+
+def generate_with_hugging_face(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    tokens = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0
+    )
+    return tokens[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
