@@ -45,9 +45,26 @@ async ({ text, step }) => {
 }
 """
 
-ALLOWED = set("p h3 h4 h5 h6 em strong del code pre figure figcaption span button ul ol li blockquote".split()) | set(
-    "hr br a div table thead tbody tr th td".split()
-)
+ALLOWED = {
+    "p",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "em",
+    "strong",
+    "del",
+    "code",
+    "pre",
+    "figure",
+    "figcaption",
+    "span",
+    "button",
+    "ul",
+    "ol",
+    "li",
+    "blockquote",
+} | {"hr", "br", "a", "div", "table", "thead", "tbody", "tr", "th", "td"}
 ALLOWED_ATTRIBUTES = {"class", "type", "href", "target", "rel", "start"}
 
 DOCUMENT = """# A *title*
@@ -151,13 +168,19 @@ def link(url: str, text: str) -> str:
         ("[a *b*](https://x.org/(y) 'title')", f"<p>{link('https://x.org/(y)', 'a <em>b</em>')}</p>"),
         ("[](http://x.org)", f"<p>{link('http://x.org/', 'http://x.org/')}</p>"),
         ("![alt](https://x.org/i.png)", f"<p>{link('https://x.org/i.png', 'alt')}</p>"),
-        ("<https://x.org> <me@x.org>", f"<p>{link('https://x.org/', 'https://x.org')} {link('mailto:me@x.org', 'me@x.org')}</p>"),
-        ("see https://x.org/a_b_c. (https://y.org)", f"<p>see {link('https://x.org/a_b_c', 'https://x.org/a_b_c')}. ({link('https://y.org/', 'https://y.org')})</p>"),
+        (
+            "<https://x.org> <me@x.org>",
+            f"<p>{link('https://x.org/', 'https://x.org')} {link('mailto:me@x.org', 'me@x.org')}</p>",
+        ),
+        (
+            "see https://x.org/a_b_c. (https://y.org)",
+            f"<p>see {link('https://x.org/a_b_c', 'https://x.org/a_b_c')}. ({link('https://y.org/', 'https://y.org')})</p>",
+        ),
         ("[1] [a] [b](c", "<p>[1] [a] [b](c</p>"),
         ("**中文** ünï *çödé*", "<p><strong>中文</strong> ünï <em>çödé</em></p>"),
         ("", ""),
     ],
-)  # fmt: skip
+)
 def test_markdown_becomes(page: Page, markdown: str, html: str) -> None:
     assert render(page, markdown)["html"] == html
 
@@ -204,18 +227,37 @@ SCRIPT = "<script>alert(1)</script>"
 HOSTILE = {
     "script": SCRIPT,
     "event handler": "<img src=x onerror=alert(1)> <svg onload=alert(1)><a href='javascript:alert(1)'>x</a>",
-    "html in every place": f"# {SCRIPT}\n- {SCRIPT}\n> {SCRIPT}\n\n|{SCRIPT}|b|\n|-|-|\n|{SCRIPT}|`{SCRIPT}`|\n\n```{SCRIPT}\n{SCRIPT}\n```",
-    "broken out of a link": '[x](https://x.org/"onmouseover="alert(1)) [y](<https://x.org/"><img src=x onerror=alert(1)>)',
+    "html in every place": f"# {SCRIPT}\n- {SCRIPT}\n> {SCRIPT}\n\n|{SCRIPT}|b|\n|-|-|\n"
+    f"|{SCRIPT}|`{SCRIPT}`|\n\n```{SCRIPT}\n{SCRIPT}\n```",
+    "broken out of a link": '[x](https://x.org/"onmouseover="alert(1)) '
+    '[y](<https://x.org/"><img src=x onerror=alert(1)>)',
     "language": '```" onclick="alert(1)\nx\n```',
     "comment": "<!-- --><iframe srcdoc='<script>parent.alert(1)</script>'></iframe><style>*{display:none}</style>",
     "null and separators": "\x00 \u2028 \u2029 \u202e [x](java\x00script:alert(1))",
 }
 LINKS = [
-    "javascript:alert(1)", "JaVaScRiPt:alert(1)", " javascript:alert(1)", "java\tscript:alert(1)", "\x01javascript:alert(1)",
-    "javascript&colon;alert(1)", "javascript&#58;alert(1)", "&#106;avascript:alert(1)", "data:text/html,<script>alert(1)</script>",
-    "DATA:text/html;base64,PHNjcmlwdD4=", "vbscript:x", "file:///etc/passwd", "blob:https://x.org/1", "//x.org/a", "/v1/models", "x",
-    "view-source:https://x.org", "intent://x#Intent;end", "about:blank", "http://", "https://[",
-]  # fmt: skip
+    "javascript:alert(1)",
+    "JaVaScRiPt:alert(1)",
+    " javascript:alert(1)",
+    "java\tscript:alert(1)",
+    "\x01javascript:alert(1)",
+    "javascript&colon;alert(1)",
+    "javascript&#58;alert(1)",
+    "&#106;avascript:alert(1)",
+    "data:text/html,<script>alert(1)</script>",
+    "DATA:text/html;base64,PHNjcmlwdD4=",
+    "vbscript:x",
+    "file:///etc/passwd",
+    "blob:https://x.org/1",
+    "//x.org/a",
+    "/v1/models",
+    "x",
+    "view-source:https://x.org",
+    "intent://x#Intent;end",
+    "about:blank",
+    "http://",
+    "https://[",
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
