@@ -342,10 +342,8 @@ def test_without_storage_the_page_still_answers(browser: Browser, server: LiveSe
     chat = ChatPage(context.new_page())
     chat.open(server.url)
     chat.ask("hi")
-    chat.until("streaming")
-    chat.page.keyboard.press("Escape")
     chat.until("done")
-    assert said("hi", num_tokens=500).startswith(chat.text)
+    assert chat.text == said("hi", num_tokens=len(chat.text)) != ""
     expect(chat.page.locator("#keys")).to_contain_text("cannot be kept")
     context.close()
     assert chat.problems == []
@@ -477,6 +475,6 @@ def test_answers_and_code_can_be_copied(browser: Browser, server: LiveServer) ->
         assert page.evaluate("navigator.clipboard.readText()") == "x"
         page.get_by_label("Copy the answer").click()
         until(lambda: page.evaluate("navigator.clipboard.readText()") == EVERY_KIND, "the answer is copied")
-        page.evaluate("navigator.clipboard.writeText = () => Promise.reject(new Error('plain http'))")
+        page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('plain http')) }")
         page.get_by_role("button", name="Copy", exact=True).click()
         until(lambda: page.evaluate("navigator.clipboard.readText()") == "x", "copied the old way")
