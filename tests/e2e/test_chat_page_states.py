@@ -478,3 +478,11 @@ def test_answers_and_code_can_be_copied(browser: Browser, server: LiveServer) ->
         page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('plain http')) }")
         page.get_by_role("button", name="Copy", exact=True).click()
         until(lambda: page.evaluate("navigator.clipboard.readText()") == "x", "copied the old way")
+
+
+def test_the_pages_files_are_asked_for_anew_after_an_upgrade(server: LiveServer) -> None:
+    for path in ("/", "/static/chat.js", "/static/markdown.js"):
+        assert httpx.get(server.url + path).headers["cache-control"] == "no-cache"
+    first = httpx.get(f"{server.url}/static/chat.js")
+    again = httpx.get(f"{server.url}/static/chat.js", headers={"if-none-match": first.headers["etag"]})
+    assert (again.status_code, again.headers["cache-control"]) == (304, "no-cache")
