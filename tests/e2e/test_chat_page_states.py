@@ -285,11 +285,12 @@ def test_an_unreachable_server_and_a_failed_answer_can_be_tried_again(chat: Chat
     expect(chat.answer.locator(".alternatives")).to_be_hidden()
 
 
-def test_chats_are_kept_listed_opened_and_deleted(chat: ChatPage) -> None:
+def test_chats_are_kept_listed_opened_and_deleted(chat: ChatPage, server: LiveServer) -> None:
     page = chat.page
     for question in ("first question", "second question"):
-        page.get_by_role("link", name="New chat", exact=True).click()
-        expect(page.locator("#welcome")).to_be_visible()
+        with page.expect_navigation(url=f"{server.url}/"):
+            page.get_by_role("link", name="New chat", exact=True).click()
+        expect(page.locator("#status")).to_have_attribute("data-state", "ready")
         chat.ask(question)
         chat.until("done")
     page.get_by_role("button", name="Chats").click()
