@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -181,7 +182,7 @@ class App:
 
         return [
             Route("/", _chat_page),
-            Mount("/static", StaticFiles(directory=_STATIC)),
+            Mount("/static", _PageFiles(directory=_STATIC)),
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/metrics", self._metrics),
@@ -256,6 +257,15 @@ class App:
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.client.metrics.expose(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+class _PageFiles(StaticFiles):
+    """The page's parts, asked for anew like the page itself: parts of two versions would not fit each other."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["cache-control"] = "no-cache"
+        return response
 
 
 async def _chat_page(request: Request) -> Response:

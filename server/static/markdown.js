@@ -47,6 +47,11 @@ function renderBlocks(lines, parent, context) {
   for (let i = 0; i < lines.length;) i = renderBlock(lines, i, parent, context);
 }
 
+/** What holds inside a block of these lines that ends before line `end`: only the last line there is can be growing. */
+function within(context, lines, end, changes) {
+  return { ...context, isGrowing: context.isGrowing && end === lines.length, ...changes };
+}
+
 /** Render the block that begins at line `i`; returns the line behind it. */
 function renderBlock(lines, i, parent, context) {
   const line = lines[i];
@@ -59,7 +64,7 @@ function renderBlock(lines, i, parent, context) {
   }
   if (context.depth < MAX_DEPTH && QUOTE.test(line)) return renderQuote(lines, i, parent, context);
   if (context.depth < MAX_DEPTH && ITEM.test(line)) return renderList(lines, i, parent, context);
-  if (beginsTable(lines, i)) return renderTable(lines, i, parent, context);
+  if (beginsTable(lines, i)) return renderTable(lines, i, parent);
   return renderParagraph(lines, i, parent, context);
 }
 
@@ -78,7 +83,7 @@ function renderFence(lines, i, parent) {
   button.textContent = 'Copy';
   const code = add(add(figure, 'pre'), 'code');
   code.textContent = lines.slice(i + 1, end).map((line) => dedent(line, indent)).join('\n');
-  return end + 1;
+  return Math.min(end + 1, lines.length);
 }
 
 function renderHeading(lines, i, parent, context) {
@@ -87,7 +92,7 @@ function renderHeading(lines, i, parent, context) {
   let end = text.length;
   while (text[end - 1] === '#') end--;
   if (end === 0 || text[end - 1] === ' ') text = text.slice(0, end).trim();
-  addHeading(parent, marks.length, text, context);
+  addHeading(parent, marks.length, text, within(context, lines, i + 1));
   return i + 1;
 }
 
@@ -100,7 +105,8 @@ function renderQuote(lines, i, parent, context) {
   let end = i;
   while (end < lines.length && QUOTE.test(lines[end])) end++;
   const inner = lines.slice(i, end).map((line) => line.replace(QUOTE, ''));
-  renderBlocks(inner, add(parent, 'blockquote'), { ...context, depth: context.depth + 1, isTight: false });
+  const changes = { depth: context.depth + 1, isTight: false };
+  renderBlocks(inner, add(parent, 'blockquote'), within(context, lines, end, changes));
   return end;
 }
 
@@ -140,12 +146,15 @@ function renderList(lines, i, parent, context) {
   }
   const list = add(parent, /\d/.test(firstMarker) ? 'ol' : 'ul');
   if (list.localName === 'ol' && parseInt(firstMarker, 10) !== 1) list.start = parseInt(firstMarker, 10);
-  const inner = { ...context, depth: context.depth + 1, isTight: !isLoose };
-  for (const item of items) renderBlocks(item.lines, add(list, 'li'), inner);
+  const inner = within(context, lines, end, { depth: context.depth + 1, isTight: !isLoose });
+  for (const item of items) {
+    const isGrowing = inner.isGrowing && item === items.at(-1);
+    renderBlocks(item.lines, add(list, 'li'), { ...inner, isGrowing });
+  }
   return end;
 }
 
-function renderTable(lines, i, parent, context) {
+function renderTable(lines, i, parent) {
   const aligns = cellsOf(lines[i + 1]).map((cell) => {
     if (cell.endsWith(':')) return cell.startsWith(':') ? 'center' : 'right';
     return 'left';
@@ -158,7 +167,7 @@ function renderTable(lines, i, parent, context) {
     cellsOf(line).slice(0, aligns.length).forEach((text, column) => {
       const cell = add(row, name);
       if (aligns[column] !== 'left') cell.className = aligns[column];
-      renderInline(text, cell, context);
+      renderInline(text, cell, { isGrowing: false });
     });
   };
   addRow(add(table, 'thead'), lines[i], 'th');
@@ -173,13 +182,13 @@ function renderParagraph(lines, i, parent, context) {
   for (; end < lines.length && !isBlank(lines[end]); end++) {
     if (UNDERLINE.test(lines[end])) {
       const text = lines.slice(i, end).map((line) => line.trim()).join('\n');
-      addHeading(parent, lines[end].includes('=') ? 1 : 2, text, context);
+      addHeading(parent, lines[end].includes('=') ? 1 : 2, text, within(context, lines, end));
       return end + 1;
     }
     if (interruptsParagraph(lines, end)) break;
   }
   const text = lines.slice(i, end).map((line) => line.trimStart()).join('\n').trimEnd();
-  renderInline(text, context.isTight ? parent : add(parent, 'p'), context);
+  renderInline(text, context.isTight ? parent : add(parent, 'p'), within(context, lines, end));
   return end;
 }
 
@@ -259,6 +268,7 @@ class Inline {
   #text;
   #parent;
   #at = 0;
+  #plainTexts = []; // that are to become one node
   #lastRun = null; // of the delimiter runs not matched yet
   #brackets = [];
   #backticks = null; // by length: where the runs of that length are
@@ -272,8 +282,8 @@ class Inline {
 
   render(isGrowing) {
     while (this.#at < this.#text.length) this.#step(isGrowing);
+    this.#flush();
     this.#matchRuns(null, isGrowing);
-    this.#parent.normalize();
   }
 
   #step(isGrowing) {
@@ -298,13 +308,29 @@ class Inline {
 
   #addText(text) {
     this.#at += text.length;
-    return this.#parent.appendChild(document.createTextNode(text));
+    this.#plainTexts.push(text);
+  }
+
+  /** Text that may yet turn out to be a mark has a node of its own. */
+  #addMark(text) {
+    this.#at += text.length;
+    return this.#append(document.createTextNode(text));
+  }
+
+  #append(node) {
+    this.#flush();
+    return this.#parent.appendChild(node);
+  }
+
+  #flush() {
+    if (this.#plainTexts.length) this.#parent.append(this.#plainTexts.join(''));
+    this.#plainTexts = [];
   }
 
   #escape() {
     const next = this.#text[this.#at + 1];
     if (next === '\n') {
-      add(this.#parent, 'br');
+      this.#append(document.createElement('br'));
       this.#at += 2;
     } else if (next !== undefined && ESCAPABLE.test(next)) {
       this.#at += 1;
@@ -313,15 +339,12 @@ class Inline {
   }
 
   #lineBreak() {
-    this.#at += 1;
-    const before = this.#parent.lastChild;
-    // A soft break stays a line break: style sheets show it, and poems and addresses need it.
-    if (before?.nodeType !== Node.TEXT_NODE || !before.data.endsWith('  ')) {
-      this.#parent.append('\n');
-      return;
-    }
-    before.data = before.data.trimEnd();
-    add(this.#parent, 'br');
+    const before = this.#plainTexts.at(-1);
+    if (before?.endsWith('  ')) {
+      this.#plainTexts[this.#plainTexts.length - 1] = before.trimEnd();
+      this.#append(document.createElement('br'));
+      this.#at += 1;
+    } else this.#addText('\n'); // shown as a break by the style sheet: poems and addresses need it
   }
 
   #code(isGrowing) {
@@ -346,7 +369,7 @@ class Inline {
     }
     const code = this.#text.slice(start + length, end).replaceAll('\n', ' ');
     const isPadded = code.startsWith(' ') && code.endsWith(' ') && code.trim() !== '';
-    add(this.#parent, 'code').textContent = isPadded ? code.slice(1, -1) : code;
+    this.#append(document.createElement('code')).textContent = isPadded ? code.slice(1, -1) : code;
     this.#at = end + length;
   }
 
@@ -354,7 +377,7 @@ class Inline {
     const start = this.#at;
     let end = start + 1;
     while (this.#text[end] === char) end++;
-    const node = this.#addText(this.#text.slice(start, end));
+    const node = this.#addMark(this.#text.slice(start, end));
     const size = end - start;
     if (char === '~' && size !== 2) return;
     const before = this.#text[start - 1] ?? ' ';
@@ -376,7 +399,7 @@ class Inline {
   }
 
   #openBracket(mark) {
-    const node = this.#addText(mark);
+    const node = this.#addMark(mark);
     this.#brackets.push({ node, lastRun: this.#lastRun });
   }
 
@@ -387,6 +410,7 @@ class Inline {
       this.#addText(']');
       return;
     }
+    this.#flush();
     this.#matchRuns(bracket.lastRun, false);
     const link = makeLink(target.url);
     if (!this.#wrap(bracket.node, null, link)) {
@@ -442,13 +466,13 @@ class Inline {
       this.#addText('<');
       return;
     }
-    this.#parent.append(makeLink(url, inner));
+    this.#append(makeLink(url, inner));
     this.#at = end + 1;
   }
 
   #url() {
     URL_TEXT.lastIndex = this.#at;
-    const isWithin = /\w/.test(this.#text[this.#at - 1] ?? ' ');
+    const isWithin = /[\w:/=]/.test(this.#text[this.#at - 1] ?? ' '); // a word or another address
     let shown = isWithin || this.#brackets.length ? null : URL_TEXT.exec(this.#text)?.[0];
     shown = shown?.slice(0, MAX_URL_CHARS);
     // What ends a sentence, closes a bracket or ends emphasis is not the address's.
@@ -460,7 +484,7 @@ class Inline {
       this.#plain();
       return;
     }
-    this.#parent.append(makeLink(url, shown));
+    this.#append(makeLink(url, shown));
     this.#at += shown.length;
   }
 

@@ -222,6 +222,20 @@ async def test_a_stream_without_readers_ends_after_its_grace_time_unless_asked_t
             assert snapshot.json()["finish_reason"] == "cancelled"
 
 
+@pytest.mark.parametrize(("server_grace_s", "asked_s"), [(0, 60), (60, 0)])
+async def test_a_stream_may_ask_for_a_grace_time_of_its_own(server_grace_s: float, asked_s: float) -> None:
+    async with live_app(stream_grace_s=server_grace_s) as app:
+        with app.runner.held():
+            stream = await create(app, disconnect_grace_s=asked_s)
+            native = app.registry.get(stream["id"])
+            await anyio.sleep(0.6)  # longer than a sweep
+            assert native.generation.is_over == (asked_s == 0)
+        for wrong in (-1, 1e9, "long"):
+            answer = await call(app.asgi, "POST", "/v1/streams", BODY | {"disconnect_grace_s": wrong})
+            assert answer.status == 400
+            assert answer.json()["error"]["param"] == "disconnect_grace_s"
+
+
 async def test_a_reader_within_the_grace_time_keeps_the_stream() -> None:
     async with live_app(stream_grace_s=0.4) as app, anyio.create_task_group() as tasks:
         with app.runner.held():

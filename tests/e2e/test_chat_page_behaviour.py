@@ -17,23 +17,6 @@ from tcp_relay import TcpRelay
 from waiting import until
 
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
-ALLOWED = (
-    "P H1 H2 H3 H4 H5 H6 EM STRONG CODE PRE UL OL LI BLOCKQUOTE TABLE THEAD TBODY TR TH TD A HR DEL BR DIV SPAN BUTTON "
-    "FIGURE FIGCAPTION"
-)
-ATTRIBUTES = "class href target rel type start align style data-state aria-label tabindex role"
-HOSTILE = [
-    "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>",
-    "[a](javascript:window.hit=1) [b](JaVaScRiPt:window.hit=1) [c](java\tscript:window.hit=1) [d](&#106;avascript:hit)",
-    "[e](data:text/html,<script>hit</script>) ![f](x) <javascript:hit> [g](//evil.example) [h](vbscript:x)",
-    "<svg/onload=window.hit=1> <a href='javascript:hit' onclick='hit'>x</a> <iframe srcdoc='x'></iframe>",
-    "| a | b |\n|---|---|\n| <b onmouseover=hit>x</b> | `<script>` |",
-    "```html\n<script>window.hit = 1</script>\n```",
-    "> " * 10_000 + "deep",
-    "[" * 5_000 + "x" + "](" * 5_000,
-    "*" * 20_000 + "x" + "_" * 20_000,
-    "a" * 1_000_000,
-]
 
 
 @pytest.fixture
@@ -157,37 +140,6 @@ def test_the_first_tokens_time_and_the_pace_are_told(chat: ChatPage) -> None:
     chat.ask("one")
     chat.until("done")
     expect(chat.answer.locator(".stats")).to_have_text("2 tokens · 1.0 tokens/s · first token after 0.50 s")
-
-
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_markdown_becomes_harmless_elements(chat: ChatPage, text: str) -> None:
-    say(chat.page, text)
-    chat.ask("one")
-    chat.until("done")
-    elements = chat.page.evaluate(
-        """() => [...document.querySelectorAll('.answer .text *')].map((element) =>
-            [element.tagName, [...element.attributes].map(({ name, value }) => [name, value])])"""
-    )
-    for tag, attributes in elements:
-        assert tag in ALLOWED.split(), tag
-        for name, value in attributes:
-            assert name in (
-                "class",
-                "href",
-                "target",
-                "rel",
-                "type",
-                "start",
-                "align",
-                "style",
-                "data-state",
-                "aria-label",
-            )
-            if name == "href":
-                assert re.match("(https?|mailto):", value)
-            if name == "style":
-                assert re.fullmatch("text-align: (left|center|right);", value)
-    assert chat.page.evaluate("window.hit") is None
 
 
 def test_markdown_is_shown_as_what_it_means(chat: ChatPage) -> None:
