@@ -159,13 +159,14 @@ class Soak:
                 self._finished("streamed", body, _streamed_text(response.body))
 
     async def _read_slowly(self) -> None:
-        # Frames with usage are long, so that the socket's buffers fill and the server has to join what follows.
+        # Frames with usage are long, so that the socket's buffers fill and the server has to join what follows. Still
+        # smaller buffers would have TCP wait for its persist timer, for minutes in all.
         body = self._body(stream=True, max_tokens=100, stream_options={"continuous_usage_stats": True})
         async with self._request("POST", "/v1/completions", body) as response:
-            response.stream.extra(SocketAttribute.raw_socket).setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            response.stream.extra(SocketAttribute.raw_socket).setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
             while not self._is_refused(response):
                 await anyio.sleep(self.rng.uniform(0, 0.5))
-                if not await response.read(2000):
+                if not await response.read(4000):
                     self._finished("read slowly", body, _streamed_text(response.body))
                     break
 
