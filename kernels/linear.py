@@ -11,12 +11,17 @@ import torch
 import torch.nn.functional as F
 
 
+def is_reordered(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights there are reordered."""
+    return device.type == "cpu" and _can_reorder(dtype)
+
+
 class PackedLinear:
     """x [T, in] -> x @ weight.T + bias [T, out]. The weight, [out, in], is not kept where it was reordered."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._bias = bias
-        self._is_reordered = weight.device.type == "cpu" and _can_reorder(weight.dtype)
+        self._is_reordered = is_reordered(weight.device, weight.dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_reordered else weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from headrace.kernels.hf_decoder import (
     declared,
     empty_model,
 )
+from headrace.kernels.linear import is_reordered
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import CapacityError, ModelSourceError, UnsupportedModelError
@@ -76,11 +77,13 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
     cache = _allocate_cache(shape, num_blocks, config.block_size, dtype, device)
     max_context_tokens = min(max_model_len, num_blocks * config.block_size)
     cache_gib = num_blocks * config.block_size * shape.kv_bytes_per_token(dtype) / 2**30
-    maker = "transformers'" if isinstance(decoder, HuggingFaceDecoder) else "packed"
+    is_packed = isinstance(decoder, Decoder)
+    maker = "packed" if is_packed else "transformers'"
+    linear = "prepacked linears" if is_packed and is_reordered(device, dtype) else "plain linears"
     description = (
         f"{maker} {hf_config.model_type}, {len(shape.kv_shapes)} layers in {str(dtype).removeprefix('torch.')} on "
-        f"{device}, torch ops; KV cache {cache_gib:.2f} GiB, {num_blocks} blocks of {config.block_size} tokens; "
-        f"context {max_context_tokens} tokens"
+        f"{device}, torch ops, {linear}; KV cache {cache_gib:.2f} GiB, {num_blocks} blocks of {config.block_size} "
+        f"tokens; context {max_context_tokens} tokens"
     )
     runner = ModelRunner(
         decoder, cache, torch_ops, config.block_size, max_context_tokens, config.max_num_batched_tokens, description
@@ -216,7 +219,7 @@ def _check_config(config: Any) -> None:
             raise UnsupportedModelError(
                 f"rope type {rope_type!r} is not supported; {', '.join(sorted(_ROPE_TYPES))} are"
             )
-    for layer_type in declared(config, "layer_types") or ():
+    for layer_type in types or ():
         if layer_type not in _LAYER_TYPES:
             raise UnsupportedModelError(
                 f"layer type {layer_type!r} is not supported; {', '.join(sorted(_LAYER_TYPES))} are"

@@ -48,13 +48,14 @@ class ModelRunner:
         logits = self._decoder.forward(self._pack(output.rows), self._cache)
         prompts = iter(_prompt_logprobs(logits[len(sampled) :], output.rows))
         drawn = iter(_draw(logits[: len(sampled)], sampled))
-        return [
-            replace(
-                next(drawn) if row.is_sampled else RowResult(),
-                prompt_logprobs=tuple(itertools.islice(prompts, len(row.scored_positions))),
-            )
-            for row in output.rows
-        ]
+        results = []
+        for row in output.rows:
+            result = next(drawn) if row.is_sampled else RowResult()
+            if row.scored_positions:
+                scored = tuple(itertools.islice(prompts, len(row.scored_positions)))
+                result = replace(result, prompt_logprobs=scored)
+            results.append(result)
+        return results
 
     def warm_up(self) -> None:
         """Run a full prompt chunk, then a decode step, so that the first request pays for no first use.

@@ -150,7 +150,13 @@ def _fetch_from_hub(model: str, say: Callable[[str], None]) -> Path:
 
     say(f"looking up {model} on the hub or in its cache")
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        return Path(
+            snapshot_download(
+                model,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+                ignore_patterns=["consolidated*"],  # Mistral's weights once more, in a form of their own
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelSourceError(f"{model} is not in the local hub cache and could not be fetched: {error}") from error
 

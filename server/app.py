@@ -176,7 +176,7 @@ class App:
                 max_body_bytes=self.settings.max_body_bytes,
                 receive_timeout_s=self.settings.receive_timeout_s,
                 on_disconnect=lambda: metrics.count_cancelled("body"),
-                on_rejected=self.count_rejected,
+                on_rejected=self.report_refusal,
                 refuse=refuse,
             )
 
@@ -204,7 +204,7 @@ class App:
                 LoopbackGuard,
                 allowed_hosts=settings.allowed_hosts,
                 cors_origins=settings.cors_origins,
-                on_rejected=self.count_rejected,
+                on_rejected=self.report_refusal,
             )
             middleware.append(guard)
         if settings.cors_origins:
@@ -219,13 +219,15 @@ class App:
         # Inside CORS: a preflight carries no key, and a page of another origin may read why it was refused.
         middleware.append(
             Middleware(
-                KeyGuard, keys=self.keys, has_open_metrics=settings.open_metrics, on_rejected=self.count_rejected
+                KeyGuard, keys=self.keys, has_open_metrics=settings.open_metrics, on_rejected=self.report_refusal
             )
         )
         return middleware
 
-    def count_rejected(self, status: int) -> None:
+    def report_refusal(self, id: str, route: str, received_s: float, status: int) -> None:
+        """Count and log a request that was refused, wherever that was."""
         self.client.metrics.rejected.labels(str(status)).inc()
+        log_unaccepted(id, route, received_s, f"refused: {status}")
 
     def _report(self, generations: Sequence[Generation], route: str, trace_context: Mapping[str, str]) -> None:
         """Log, and trace, the generations of a request that is over."""
@@ -237,8 +239,7 @@ class App:
         """The router's own refusals (no such route, wrong method) in the envelope."""
         assert isinstance(error, HTTPException)
         id, path = secrets.token_hex(16), request.scope["path"]
-        self.count_rejected(error.status_code)
-        log_unaccepted(id, path, time.monotonic(), f"refused: {error.status_code}")
+        self.report_refusal(id, path, time.monotonic(), error.status_code)
         code = "not_found" if error.status_code == 404 else None
         content = envelope(f"{request.method} {path[:200]}: {error.detail}", type="invalid_request_error", code=code)
         return JSONResponse(content, error.status_code, {**(error.headers or {}), "x-request-id": id})

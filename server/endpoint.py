@@ -26,7 +26,7 @@ from headrace.server.errors import (
     UnsupportedMediaTypeError,
     envelope,
 )
-from headrace.server.request_log import log_unaccepted
+from headrace.server.request_log import OnRejected, log_unaccepted
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Endpoint:
     `request.state` holds `id`, 128 random bits that go out as x-request-id, `received_s`, `is_accepted`, which
     `respond` sets once a generation will be logged, and `cleanup`, an ExitStack that is unwound after the response, or
     in its place. `on_disconnect` is told of a client that left while its body was read, `on_rejected` of every
-    refusal's status; `refuse` makes the response of one that `respond` raised.
+    refusal; `refuse` makes the response of one that `respond` raised.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Endpoint:
         max_body_bytes: int,
         receive_timeout_s: float,
         on_disconnect: Callable[[], None],
-        on_rejected: Callable[[int], None],
+        on_rejected: OnRejected,
         refuse: Callable[[ApiError], Response],
     ) -> None:
         self._respond = respond
@@ -68,7 +68,7 @@ class Endpoint:
             body = await self._read_body(request) if request.method == "POST" else b""
         except ClientDisconnect:
             self._on_disconnect()
-            self._log(request, "cancelled: body")
+            self._log_departure(request, "body")
             return
         except ApiError as error:
             # The rest of the body is not read, so the connection cannot carry another request.
@@ -95,7 +95,7 @@ class Endpoint:
             return self._refuse(error)
         except anyio.get_cancelled_exc_class():
             if not request.state.is_accepted:
-                self._log(request, "cancelled: tokenizing")
+                self._log_departure(request, "tokenizing")
             raise
         except Exception:
             logger.exception("%s %s failed", request.method, request.scope["path"])
@@ -103,11 +103,11 @@ class Endpoint:
 
     def _note_refusal(self, request: Request, error: ApiError) -> None:
         if not request.state.is_accepted:  # else its generation has an end and a line of its own
-            self._on_rejected(error.status)
-            self._log(request, f"refused: {error.status}")
+            state = request.state
+            self._on_rejected(state.id, request.scope["path"], state.received_s, error.status)
 
-    def _log(self, request: Request, outcome: str) -> None:
-        log_unaccepted(request.state.id, request.scope["path"], request.state.received_s, outcome)
+    def _log_departure(self, request: Request, stage: str) -> None:
+        log_unaccepted(request.state.id, request.scope["path"], request.state.received_s, f"cancelled: {stage}")
 
     async def _read_body(self, request: Request) -> bytes:
         """Raises: ClientDisconnect; ApiError for what can be told from the headers, or a body over the limit."""

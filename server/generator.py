@@ -210,7 +210,7 @@ def _sampling_params(
     if any(token_id >= vocab_size for token_id in logit_bias):
         raise BadRequestError(f"logit_bias: ids must be below {vocab_size}", param="logit_bias")
     if not request.ignore_eos:
-        stop_token_ids |= tokenizer.eos_token_ids & frozenset(range(vocab_size))
+        stop_token_ids |= frozenset(token_id for token_id in tokenizer.eos_token_ids if 0 <= token_id < vocab_size)
     temperature = 1.0 if request.temperature is None else request.temperature
     return SamplingParams(
         temperature=0.0 if temperature < _MIN_TEMPERATURE else temperature,

@@ -94,6 +94,8 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
         for name in ("bos", "eos", "eot", "eom", "unknown", "padding")
         if (token_id := file.get(f"tokenizer.ggml.{name}_token_id")) is not None
     }
+    if named.get("padding", 0) >= len(tokens):
+        del named["padding"]  # nothing is padded
     if bad := [name for name, token_id in named.items() if token_id >= len(tokens)]:
         raise ModelSourceError(f"{file.path}: the {bad[0]} token is not in the vocabulary")
     ends = {named[name] for name in ("eos", "eot", "eom") if name in named}
@@ -107,6 +109,9 @@ def read_tokenizer(file: GGUFFile) -> GGUFTokenizer:
             "▁" * len(token) if type_ == _USER_DEFINED and not token.strip(" ") else token
             for token, type_ in zip(tokens, types, strict=True)
         ]
+    if len(set(tokens)) < len(tokens):
+        raise ModelSourceError(f"{file.path}: the vocabulary has a token twice")
+    if kind == "llama":
         backend = _sentencepiece(file, tokens, types, special.get("unk_token"))
     else:
         backend = _byte_level(file, tokens, _SPLITS[split_name])

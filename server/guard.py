@@ -8,7 +8,6 @@ rebinding its Host does. With keys neither matters: no browser adds one by itsel
 import re
 import secrets
 import time
-from collections.abc import Callable
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
@@ -17,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from headrace.server.api_keys import ApiKeys
 from headrace.server.endpoint import error_response
 from headrace.server.errors import ApiError, ForbiddenError, UnauthorizedError
-from headrace.server.request_log import log_unaccepted
+from headrace.server.request_log import OnRejected
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # Probes, the chat page's files, and a stream's events, where the stream's id is what one must know. GET /v1/stream asks
@@ -26,9 +25,9 @@ _OPEN_PATHS = re.compile(r"/|/health|/ready|/static/.*|/v1/stream|/v1/streams/[^
 
 
 class _Guard:
-    """Refuses what `_check` raises; `on_rejected` is told the status."""
+    """Refuses what `_check` raises, and tells `on_rejected`."""
 
-    def __init__(self, app: ASGIApp, on_rejected: Callable[[int], None]) -> None:
+    def __init__(self, app: ASGIApp, on_rejected: OnRejected) -> None:
         self._app = app
         self._on_rejected = on_rejected
 
@@ -38,8 +37,7 @@ class _Guard:
                 self._check(scope)
             except ApiError as error:
                 id = secrets.token_hex(16)
-                log_unaccepted(id, scope["path"][:200], time.monotonic(), f"refused: {error.status}")
-                self._on_rejected(error.status)
+                self._on_rejected(id, scope["path"], time.monotonic(), error.status)
                 response = error_response(error)
                 # A body that was not read may still be coming, so the connection cannot carry another request.
                 response.headers.update({"connection": "close", "x-request-id": id})
@@ -58,9 +56,7 @@ class KeyGuard(_Guard):
     Sets `tenant` in the request's state: the name of its key, "" where there is none.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, keys: ApiKeys | None, has_open_metrics: bool, on_rejected: Callable[[int], None]
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys | None, has_open_metrics: bool, on_rejected: OnRejected) -> None:
         super().__init__(app, on_rejected)
         self._keys = keys
         self._has_open_metrics = has_open_metrics
@@ -100,7 +96,7 @@ class LoopbackGuard(_Guard):
         *,
         allowed_hosts: tuple[str, ...],
         cors_origins: tuple[str, ...],
-        on_rejected: Callable[[int], None],
+        on_rejected: OnRejected,
     ) -> None:
         super().__init__(app, on_rejected)
         self._hosts = _LOOPBACK_NAMES | {host.lower() for host in allowed_hosts}

@@ -11,14 +11,13 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from headrace.server.errors import envelope
-from headrace.server.request_log import log_unaccepted
+from headrace.server.request_log import OnRejected
 from headrace.server.settings import Settings
 
 _MAX_HEADERS = 100
@@ -28,9 +27,9 @@ _NUM_PROBES = 3
 
 
 class HttpProtocol(H11Protocol):
-    """One connection; `settings` has the limits, `on_rejected` is told the status of every refusal."""
+    """One connection; `settings` has the limits, `on_rejected` is told of every refusal."""
 
-    def __init__(self, settings: Settings, on_rejected: Callable[[int], None], **uvicorn_arguments: Any) -> None:
+    def __init__(self, settings: Settings, on_rejected: OnRejected, **uvicorn_arguments: Any) -> None:
         super().__init__(**uvicorn_arguments)
         self._on_rejected = on_rejected
         self._settings = settings
@@ -92,8 +91,7 @@ class HttpProtocol(H11Protocol):
     def _refuse(self, status: int, message: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer is under way, and has to end torn
             id = secrets.token_hex(16)
-            self._on_rejected(status)
-            log_unaccepted(id, "", time.monotonic(), f"refused: {status}")
+            self._on_rejected(id, "", time.monotonic(), status)
             body = json.dumps(envelope(message, type="invalid_request_error")).encode()
             headers = [
                 ("content-type", "application/json"),

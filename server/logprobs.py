@@ -3,14 +3,25 @@
 Source: OpenAI's API reference.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import anyio.to_thread
 
 from headrace.scheduler.messages import TokenLogprobs
 from headrace.server.tokenizer import Tokenizer
 
+_T = TypeVar("_T")
+
 # What OpenAI writes for a token that is all but impossible; minus infinity is no JSON.
 _LEAST = -9999.0
+# Encoded on the loop they take a millisecond or two, at most.
+_MAX_INLINE = 16
+
+
+async def make_off_loop(make: Callable[[], _T], num_tokens: int) -> _T:
+    """`make()`, which writes the log probabilities of so many tokens: on a worker thread where they are many."""
+    return await anyio.to_thread.run_sync(make) if num_tokens > _MAX_INLINE else make()
 
 
 def chat_logprobs(tokenizer: Tokenizer, items: Iterable[TokenLogprobs]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any, Literal
 
-import anyio.to_thread
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -20,7 +19,7 @@ from headrace.server.endpoint import error_response
 from headrace.server.errors import ApiError, BadRequestError, NotAcceptableError, UnauthorizedError
 from headrace.server.generation import Generation, Stages, usage
 from headrace.server.generator import Generator
-from headrace.server.logprobs import chat_logprobs
+from headrace.server.logprobs import chat_logprobs, make_off_loop
 from headrace.server.protocol import (
     UNSUPPORTED,
     ChatCompletionRequest,
@@ -199,10 +198,8 @@ class NativeApi:
                         token: dict[str, Any] = {"text": piece.text, "num_tokens": piece.num_tokens}
                         if piece.logprobs:
                             assert self._generator.tokenizer is not None
-                            # A reader that comes late gets thousands at once.
-                            found = await anyio.to_thread.run_sync(
-                                chat_logprobs, self._generator.tokenizer, piece.logprobs
-                            )
+                            make = partial(chat_logprobs, self._generator.tokenizer, piece.logprobs)
+                            found = await make_off_loop(make, len(piece.logprobs))
                             token["logprobs"] = found["content"]
                         # The terminal entry is one of its own: a reader cut between the two gets it again.
                         end = piece.cursor - (piece.terminal is not None)

@@ -10,16 +10,16 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import anyio.to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from headrace.scheduler.messages import FinishReason
 from headrace.server.generation import Generation, Stages, usage
 from headrace.server.generator import Generator
-from headrace.server.logprobs import chat_logprobs, completion_logprobs
+from headrace.server.logprobs import chat_logprobs, completion_logprobs, make_off_loop
 from headrace.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -35,8 +35,6 @@ from headrace.server.tracing import Report, trace_context
 from headrace.server.version import SYSTEM_FINGERPRINT
 
 _DONE = b"data: [DONE]\n\n"
-# Tokens whose log probabilities are encoded on the loop: a millisecond or two, at most.
-_MAX_INLINE_LOGPROBS = 16
 
 
 class OpenAIApi:
@@ -87,10 +85,8 @@ class OpenAIApi:
                         raise piece.terminal.error
         generations[0].stages.first_byte_s = self._generator.client.clock()
         pieces = [generation.log.read() for generation in generations]
-        if params.num_logprobs is None:
-            return JSONResponse(format.whole(pieces, usage(generations)))
-        # Thousands of objects take longer to be made and encoded than the loop may be kept.
-        return await anyio.to_thread.run_sync(lambda: JSONResponse(format.whole(pieces, usage(generations))))
+        num_scored = sum(len(piece.logprobs) for piece in pieces)
+        return await make_off_loop(lambda: JSONResponse(format.whole(pieces, usage(generations))), num_scored)
 
     def _finish(self, generations: list[Generation], request: Request) -> None:
         ends = [generation.log.terminal for generation in generations]
@@ -122,10 +118,7 @@ async def _frames(
             write = b""
             if piece.text or piece.logprobs:
                 counts = usage(generations, sum(num_tokens)) if is_continuous else None
-                if len(piece.logprobs) <= _MAX_INLINE_LOGPROBS:
-                    write = opening + format.text_frame(piece, counts)
-                else:
-                    write = opening + await anyio.to_thread.run_sync(format.text_frame, piece, counts)
+                write = opening + await make_off_loop(partial(format.text_frame, piece, counts), len(piece.logprobs))
                 opening = b""
                 if stages.first_byte_s is None:
                     stages.first_byte_s = time.monotonic()

@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 
@@ -13,6 +13,9 @@ from headrace.server.generation import Generation, usage
 _STREAM_ID = re.compile("^/v1/streams/[^/]+")
 
 logger = logging.getLogger("headrace.requests")
+
+# Told of every refusal: the request's id, its route, when it was received, and the status.
+OnRejected = Callable[[str, str, float, int], None]
 
 
 def log_unaccepted(id: str, route: str, received_s: float, outcome: str) -> None:

@@ -107,7 +107,7 @@ class _Server(uvicorn.Server):
             loop="uvloop",
             # Made of h11, which answers clients that offer HTTP/2, and tells a stream of a disconnect behind a
             # pipelined request: httptools, the faster parser, does neither.
-            http=partial(HttpProtocol, settings, self._app.count_rejected),  # type: ignore[arg-type]  # a class, as far as uvicorn calls it
+            http=partial(HttpProtocol, settings, self._app.report_refusal),  # type: ignore[arg-type]  # a class, as far as uvicorn calls it
             ws="none",
             lifespan="on",
             log_config=None,

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from tokenizers import Tokenizer as BackendTokenizer, models
 from tokenizers.decoders import DecodeStream
 
@@ -71,6 +72,14 @@ class Tokenizer:
         except Exception as error:  # a template is a program, and fails as it likes
             raise BadRequestError(f"the chat template refuses these messages: {error}", param="messages") from error
 
+    def compile_chat_template(self) -> None:
+        """Compile the template, so that the first chat need not. Raises: TemplateSyntaxError."""
+        try:
+            self.render_chat([{"role": "user", "content": ""}])
+        except BadRequestError as error:  # which may be what a template thinks of this chat
+            if isinstance(error.__cause__, TemplateSyntaxError):
+                raise error.__cause__ from None
+
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
@@ -96,7 +105,9 @@ class Tokenizer:
 def load_tokenizer(source: ModelSource) -> Tokenizer:
     """Read a model's tokenizer. Raises: ModelSourceError, UnsupportedModelError."""
     try:
-        return _from_gguf(open_gguf(source.path)) if source.is_gguf else _from_directory(source.path)
+        tokenizer = _from_gguf(open_gguf(source.path)) if source.is_gguf else _from_directory(source.path)
+        tokenizer.compile_chat_template()
+        return tokenizer
     except HeadraceError:
         raise
     except Exception as error:  # the libraries that parse it raise anything, a bare Exception too
@@ -107,19 +118,23 @@ def _from_directory(folder: Path) -> Tokenizer:
     # transformers imports torch, which the server's start must not wait for.
     from transformers import AutoTokenizer
 
-    # Where there are none, transformers makes up an empty one.
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise UnsupportedModelError(f"{folder} has no tokenizer.json, tokenizer.model or vocab.json")
     wrapper = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not hasattr(wrapper, "backend_tokenizer"):
         raise UnsupportedModelError(f"{folder}: the model has no fast tokenizer")
+    # For some families transformers makes up a tokenizer of special tokens where there is none.
+    added_tokens = {token.content for token in wrapper.backend_tokenizer.get_added_tokens_decoder().values()}
+    if added_tokens.issuperset(wrapper.backend_tokenizer.get_vocab()):
+        raise ModelSourceError(f"{folder} has no tokenizer: tokenizer.json or the files it is made from are missing")
     # As `generate()` has it: the generation config's ids, else the model config's, else the tokenizer's.
     eos = wrapper.eos_token_id
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
             stated = json.loads((folder / name).read_text()).get("eos_token_id")
             eos = eos if stated is None else stated
-    return Tokenizer(wrapper, _as_set(eos))
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(token_id, int) for token_id in ids):
+        raise ModelSourceError(f"{folder}: eos_token_id is {eos!r}, which is no token's id")
+    return Tokenizer(wrapper, frozenset(ids))
 
 
 def _from_gguf(file: GGUFFile) -> Tokenizer:
@@ -133,9 +148,3 @@ def _from_gguf(file: GGUFFile) -> Tokenizer:
         **described.special_tokens,
     )
     return Tokenizer(wrapper, described.eos_token_ids, described.backend)
-
-
-def _as_set(eos: int | list[int] | None) -> frozenset[int]:
-    if eos is None:
-        return frozenset()
-    return frozenset(eos) if isinstance(eos, list) else frozenset({eos})

@@ -50,7 +50,7 @@ async def listening(
         listener.bind(("127.0.0.1", 0))
         async with live_app(**flags) as app, anyio.create_task_group() as tasks:
             settings = app.settings.model_copy(update={"peer_timeout_s": peer_timeout_s})
-            protocol: Any = partial(HttpProtocol, settings, app.count_rejected)
+            protocol: Any = partial(HttpProtocol, settings, app.report_refusal)
             server = uvicorn.Server(uvicorn.Config(app.asgi, http=protocol, lifespan="off", log_config=None))
             tasks.start_soon(server.serve, [listener])
             await app.until(lambda: server.started)
@@ -153,15 +153,17 @@ async def test_what_is_no_http_is_refused_in_the_envelope(request_bytes: bytes, 
         assert_refused(await server.answer(request_bytes), status)
 
 
+async def answer_to_a_trickle(connection: anyio.abc.SocketStream) -> bytes:
+    while True:
+        await connection.send(b"x")
+        with anyio.move_on_after(0.02):
+            return await connection.receive()
+
+
 async def test_a_head_that_trickles_is_408_however_steadily_it_comes() -> None:
     async with listening(receive_timeout_s=0.3) as server, await server.connect() as connection:
         await connection.send(HEALTH + b"x: ")
-        answer = b""
-        while not answer:
-            await connection.send(b"y")
-            with anyio.move_on_after(0.02):
-                answer = await connection.receive()
-        assert_refused(answer, 408)
+        assert_refused(await answer_to_a_trickle(connection), 408)
 
 
 async def test_a_connection_that_says_nothing_is_closed_without_a_word() -> None:
@@ -180,12 +182,7 @@ async def test_a_second_head_on_a_connection_has_its_time_too() -> None:
 async def test_a_body_that_trickles_is_408_however_steadily_it_comes() -> None:
     async with listening(receive_timeout_s=0.3) as server, await server.connect() as connection:
         await connection.send(post({"prompt": "x" * 10_000})[:-9_000])
-        answer = b""
-        while not answer:
-            await connection.send(b"x")
-            with anyio.move_on_after(0.02):
-                answer = await connection.receive()
-        assert_refused(answer, 408)
+        assert_refused(await answer_to_a_trickle(connection), 408)
         assert server.app.runner.num_steps == 0
 
 

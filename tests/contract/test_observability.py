@@ -83,14 +83,18 @@ async def test_a_refusal_is_counted_by_status() -> None:
         assert samples(app)["headrace_requests_rejected_total", ("400",)] == 1
 
 
-async def test_before_the_model_is_loaded_the_server_lives_and_is_not_ready() -> None:
+def app_that_loads_when_told() -> tuple[App, threading.Event]:
     may_load = threading.Event()
 
     def load() -> tuple[Scheduler, FakeRunner]:
         may_load.wait(10)
         return make_scheduler(), FakeRunner()
 
-    app = App(load_settings([], {}), "fake", load, byte_tokenizer)
+    return App(load_settings([], {}), "fake", load, byte_tokenizer), may_load
+
+
+async def test_before_the_model_is_loaded_the_server_lives_and_is_not_ready() -> None:
+    app, may_load = app_that_loads_when_told()
     async with app.asgi.router.lifespan_context(app.asgi):
         try:
             assert (await call(app.asgi, "GET", "/health")).status == 200
@@ -107,13 +111,7 @@ async def test_before_the_model_is_loaded_the_server_lives_and_is_not_ready() ->
 
 async def test_a_server_that_ends_while_its_model_loads_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headrace.server.app._STOP_TIMEOUT_S", 3600)
-    may_load = threading.Event()
-
-    def load() -> tuple[Scheduler, FakeRunner]:
-        may_load.wait(10)
-        return make_scheduler(), FakeRunner()
-
-    app = App(load_settings([], {}), "fake", load, byte_tokenizer)
+    app, may_load = app_that_loads_when_told()
     async with app.asgi.router.lifespan_context(app.asgi):
         pass
     assert app.client.has_thread

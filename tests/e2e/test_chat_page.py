@@ -1,6 +1,5 @@
 """The chat page on the real model, in a real browser: it streams, stops, and loses nothing to a reload or a cut."""
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Route, expect
+from playwright.sync_api import Browser, expect
 
 from chat_page import ChatPage, open_chat_page
 from server_process import ServerProcess, serving
@@ -30,16 +29,6 @@ def chat(browser: Browser, server: ServerProcess) -> Iterator[ChatPage]:
         yield chat
 
 
-def _bound(chat: ChatPage, num_tokens: int) -> None:
-    """Make every answer exactly so long."""
-
-    def change(route: Route) -> None:
-        body = route.request.post_data_json or {}
-        route.continue_(post_data=json.dumps(body | {"max_tokens": num_tokens, "ignore_eos": True}))
-
-    chat.page.route("**/v1/streams", change)
-
-
 def _ask(chat: ChatPage, question: str) -> str:
     """Ask, and wait until the answer streams; returns where the server has it."""
     with chat.page.expect_response("**/v1/streams") as created:
@@ -55,7 +44,7 @@ def _snapshot(server: ServerProcess, url: str) -> dict[str, str]:
 
 
 def test_an_answer_streams_and_shows_its_speed(chat: ChatPage, server: ServerProcess) -> None:
-    _bound(chat, 60)
+    chat.bound_answers(60, ignore_eos=True)
     url = _ask(chat, "Name three rivers.")
     chat.until("done")
     sent = _snapshot(server, url)["text"]
@@ -68,7 +57,7 @@ def test_an_answer_streams_and_shows_its_speed(chat: ChatPage, server: ServerPro
 
 
 def test_stop_cancels_the_stream_on_the_server(chat: ChatPage, server: ServerProcess) -> None:
-    _bound(chat, 400)
+    chat.bound_answers(400, ignore_eos=True)
     url = _ask(chat, "Write a very long story about a river, in many chapters.")
     chat.page.click("#stop")
     chat.until("done")
@@ -79,7 +68,7 @@ def test_stop_cancels_the_stream_on_the_server(chat: ChatPage, server: ServerPro
 
 
 def test_a_reload_in_mid_answer_loses_and_doubles_nothing(chat: ChatPage, server: ServerProcess) -> None:
-    _bound(chat, 200)
+    chat.bound_answers(200, ignore_eos=True)
     url = _ask(chat, "Tell me about the history of water mills.")
     chat.page.reload()
     chat.until("done")
@@ -91,7 +80,7 @@ def test_a_reload_in_mid_answer_loses_and_doubles_nothing(chat: ChatPage, server
 @pytest.mark.parametrize("seconds", CUTS_S)
 def test_an_answer_survives_a_cut_network(browser: Browser, server: ServerProcess, seconds: int) -> None:
     with TcpRelay(server.url()) as relay, open_chat_page(browser, relay.url) as chat:
-        _bound(chat, 400)
+        chat.bound_answers(400, ignore_eos=True)
         url = _ask(chat, "Tell me about the history of water mills.")
         relay.cut()
         chat.until_note("Connection lost")

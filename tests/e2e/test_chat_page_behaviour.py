@@ -4,13 +4,12 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Browser, Page, expect
 
 from chat_page import ChatPage, open_chat_page
-from fake_engine import FakeRunner, make_scheduler
+from fake_engine import FakeRunner
 from headrace.server.api_keys import append_key, create_key
 from live_server import LiveServer, live_server
 from tcp_relay import TcpRelay
@@ -28,23 +27,8 @@ def fake() -> Iterator[LiveServer]:
 @pytest.fixture
 def chat(browser: Browser, fake: LiveServer) -> Iterator[ChatPage]:
     with open_chat_page(browser, fake.url) as chat:
-        limit(chat.page, 20)
+        chat.bound_answers(20)
         yield chat
-
-
-def limit(page: Page, num_tokens: int) -> list[dict[str, Any]]:
-    """Make every answer so long; returns the bodies that the page sends."""
-    bodies: list[dict[str, Any]] = []
-
-    def change(route: Route) -> None:
-        if route.request.method != "POST":
-            route.continue_()
-            return
-        bodies.append(route.request.post_data_json or {})
-        route.continue_(post_data=json.dumps(bodies[-1] | {"max_tokens": num_tokens, "temperature": 0}))
-
-    page.route("**/v1/streams", change)
-    return bodies
 
 
 def answered(chat: ChatPage, question: str) -> str:
@@ -69,7 +53,7 @@ def say(page: Page, text: str) -> None:
 
 
 def test_turns_follow_each_other_and_the_whole_chat_is_sent(chat: ChatPage) -> None:
-    bodies = limit(chat.page, 20)
+    bodies = chat.bound_answers(20)
     first = answered(chat, "one")
     second = answered(chat, "two")
     assert len(first) == len(second) == 20
@@ -80,22 +64,8 @@ def test_turns_follow_each_other_and_the_whole_chat_is_sent(chat: ChatPage) -> N
     assert chat.page.locator(".answer .text").all_inner_texts() == [first, second], "a reload keeps both"
 
 
-def test_regenerating_keeps_the_answer_before_within_reach(chat: ChatPage) -> None:
-    answered(chat, "one")
-    say(chat.page, "another answer")
-    chat.page.click(".regenerate")
-    chat.until_text("another answer")
-    place = chat.answer.locator(".place")
-    expect(place).to_have_text("2 / 2")
-    chat.page.click(".previous")
-    expect(place).to_have_text("1 / 2")
-    assert len(chat.text) == 20
-    chat.page.click(".next")
-    chat.until_text("another answer")
-
-
 def test_editing_a_question_asks_anew_from_there(chat: ChatPage) -> None:
-    bodies = limit(chat.page, 20)
+    bodies = chat.bound_answers(20)
     answered(chat, "one")
     answered(chat, "two")
     chat.page.locator(".edit").first.click()
@@ -115,63 +85,11 @@ def test_a_question_can_be_left_as_it_was(chat: ChatPage) -> None:
     assert (chat.page.locator(".bubble").inner_text(), chat.text) == ("one", answer)
 
 
-def test_where_one_stands_in_the_queue_is_shown(browser: Browser) -> None:
-    runner = FakeRunner()
-    with (
-        live_server(runner=runner, scheduler=make_scheduler(max_num_seqs=1)) as fake,
-        open_chat_page(browser, fake.url) as first,
-        open_chat_page(browser, fake.url) as second,
-        runner.held(),
-    ):
-        for chat in (first, second):
-            limit(chat.page, 5)
-        first.ask("one")
-        runner.allow(1)
-        first.until("streaming")
-        second.ask("two")
-        runner.allow(1)
-        second.until_note("Number 1 in the queue")
-        runner.allow(100)
-        second.until("done")
-
-
 def test_the_first_tokens_time_and_the_pace_are_told(chat: ChatPage) -> None:
     say(chat.page, "ab")
     chat.ask("one")
     chat.until("done")
     expect(chat.answer.locator(".stats")).to_have_text("2 tokens · 1.0 tokens/s · first token after 0.50 s")
-
-
-def test_markdown_is_shown_as_what_it_means(chat: ChatPage) -> None:
-    say(
-        chat.page,
-        "# Title\n\nSome **bold**, *soft*, ~~gone~~ and `code`.\n\n- one\n  - inner\n- two\n\n1. first\n\n> said\n\n"
-        "| a | b |\n|---|--:|\n| 1 | 2 |\n\n```py\nprint('<b>')\n```\n\n---\n\n"
-        "[link](https://example.org/x) <i>raw</i>",
-    )
-    chat.ask("one")
-    chat.until("done")
-    text = chat.answer.locator(".text")
-    for selector, content in {
-        "h1, h2, h3": "Title",
-        "strong": "bold",
-        "em": "soft",
-        "del": "gone",
-        "p code": "code",
-        "ul ul li": "inner",
-        "ol li": "first",
-        "blockquote": "said",
-        "th >> nth=0": "a",
-        "td >> nth=1": "2",
-        "pre code": "print('<b>')",
-        "a": "link",
-    }.items():
-        expect(text.locator(selector).first).to_have_text(content)
-    expect(text.locator("hr")).to_have_count(1)
-    link = text.locator("a")
-    expect(link).to_have_attribute("rel", "noopener noreferrer")
-    expect(link).to_have_attribute("target", "_blank")
-    assert "<i>raw</i>" in chat.text
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -241,7 +159,7 @@ def test_everything_can_be_done_from_the_keyboard(chat: ChatPage) -> None:
 def test_escape_stops_an_answer(browser: Browser) -> None:
     runner = FakeRunner()
     with live_server(runner=runner) as fake, open_chat_page(browser, fake.url) as chat:
-        limit(chat.page, 400)
+        chat.bound_answers(400)
         with runner.held():
             chat.ask("one")
             runner.allow(3)
@@ -260,7 +178,7 @@ def test_a_closed_event_source_is_made_anew_where_it_stopped(browser: Browser) -
         open_chat_page(browser, relay.url) as chat,
         runner.held(),
     ):
-        limit(chat.page, 30)
+        chat.bound_answers(30)
         chat.page.evaluate(
             """() => {
                 window.states = [];
@@ -288,40 +206,6 @@ def test_a_closed_event_source_is_made_anew_where_it_stopped(browser: Browser) -
         assert len(chat.text) == 30
 
 
-def test_an_answer_that_the_server_has_forgotten_says_so_and_can_be_asked_for_again(browser: Browser) -> None:
-    runner = FakeRunner()
-    with live_server(runner=runner) as fake, open_chat_page(browser, fake.url) as chat:
-        limit(chat.page, 20)
-        with runner.held():
-            chat.ask("one")
-            runner.allow(3)
-            chat.until("streaming")
-            chat.page.route("**/v1/streams/*/events*", lambda route: route.fulfill(status=404, json={}))
-            chat.page.reload()
-            chat.until("error")
-            expect(chat.answer.locator(".error")).to_contain_text("does not know this answer any more")
-            chat.page.unroute("**/v1/streams/*/events*")
-        chat.page.click(".retry")
-        chat.until("done")
-        assert len(chat.text) == 20
-
-
-def test_an_overloaded_server_is_asked_again_when_it_said(chat: ChatPage) -> None:
-    refusals = iter([429])
-
-    def refuse(route: Route) -> None:
-        if (status := next(refusals, None)) is None:
-            route.fallback()
-        else:
-            error = {"error": {"message": "the queue is full"}}
-            route.fulfill(status=status, headers={"retry-after": "2"}, json=error)
-
-    chat.page.route("**/v1/streams", refuse)
-    chat.ask("one")
-    chat.until_note(r"The queue is full\. Trying again in [12] s")
-    chat.until("done")
-
-
 def test_a_refusal_is_shown_with_a_way_to_try_again(chat: ChatPage) -> None:
     chat.page.route(
         "**/v1/streams", lambda route: route.fulfill(status=400, json={"error": {"message": "no such thing"}})
@@ -330,7 +214,7 @@ def test_a_refusal_is_shown_with_a_way_to_try_again(chat: ChatPage) -> None:
     chat.until("error")
     expect(chat.answer.locator(".error")).to_contain_text("No such thing.")
     chat.page.unroute("**/v1/streams")
-    limit(chat.page, 20)
+    chat.bound_answers(20)
     chat.page.click(".retry")
     chat.until("done")
 
@@ -340,7 +224,7 @@ def test_a_server_with_keys_asks_for_one_and_goes_on(browser: Browser, tmp_path:
     file = tmp_path / "keys.toml"
     append_key(file, key)
     with live_server(api_keys_file=file) as fake, open_chat_page(browser, fake.url) as chat:
-        limit(chat.page, 20)
+        chat.bound_answers(20)
         chat.ask("one")
         chat.page.fill("#key input[name=key]", "wrong")
         chat.page.keyboard.press("Enter")
@@ -352,7 +236,7 @@ def test_a_server_with_keys_asks_for_one_and_goes_on(browser: Browser, tmp_path:
 
 
 def test_settings_go_along_with_the_next_question(chat: ChatPage) -> None:
-    bodies = limit(chat.page, 20)
+    bodies = chat.bound_answers(20)
     chat.page.click("#open-settings")
     chat.page.fill("#settings [name=system]", "Be brief.")
     chat.page.fill("#settings [name=temperature]", "0.5")

@@ -28,17 +28,8 @@ def server() -> Iterator[LiveServer]:
 @pytest.fixture
 def chat(browser: Browser, server: LiveServer) -> Iterator[ChatPage]:
     with open_chat_page(browser, server.url) as chat:
-        bound(chat)
+        chat.bound_answers(NUM_TOKENS)
         yield chat
-
-
-def bound(chat: ChatPage, num_tokens: int = NUM_TOKENS) -> None:
-    """Bound the answers from now on, as the settings would."""
-    chat.page.evaluate(
-        "(max_tokens) => { localStorage['headrace.settings'] = JSON.stringify({ max_tokens }) }", num_tokens
-    )
-    chat.page.reload()
-    expect(chat.page.locator("#status")).to_have_attribute("data-state", "ready")
 
 
 def said(*turns: str, system: str = "", num_tokens: int = NUM_TOKENS) -> str:
@@ -117,7 +108,7 @@ def test_a_reload_goes_on_with_the_same_answer(chat: ChatPage, server: LiveServe
 def test_a_crash_loses_only_what_the_server_still_has(browser: Browser, server: LiveServer) -> None:
     """Without the page's last word, what is stored is older than what was seen, and reading goes on from there."""
     with open_chat_page(browser, server.url) as chat:
-        bound(chat)
+        chat.bound_answers(NUM_TOKENS)
         with server.runner.held():
             server.runner.allow(6)
             chat.ask("hi")
@@ -140,7 +131,7 @@ def test_a_crash_loses_only_what_the_server_still_has(browser: Browser, server: 
 def test_coming_online_ends_the_wait_at_once(browser: Browser, server: LiveServer) -> None:
     """The page's longer timers do not run, so that only the event can make it try again."""
     with open_chat_page(browser, server.url) as chat:
-        bound(chat)
+        chat.bound_answers(NUM_TOKENS)
         chat.page.evaluate(
             """() => {
               const setTimeout = window.setTimeout;
@@ -167,7 +158,7 @@ def test_a_connection_that_fell_silent_is_replaced(browser: Browser, server: Liv
         chat = ChatPage(context.new_page())
         chat.page.clock.install()
         chat.open(relay.url)
-        bound(chat)
+        chat.bound_answers(NUM_TOKENS)
         with server.runner.held():
             server.runner.allow(6)
             chat.ask("hi")
@@ -186,7 +177,7 @@ def test_a_restarted_server_is_told_of_and_the_answer_can_be_had_again(browser: 
         context = browser.new_context()
         chat = ChatPage(context.new_page())
         chat.open(first.url)
-        bound(chat)
+        chat.bound_answers(NUM_TOKENS)
         with first.runner.held():
             first.runner.allow(6)
             chat.ask("hi")
@@ -235,7 +226,7 @@ def test_a_server_with_keys_is_given_one(chat: ChatPage, server: LiveServer, is_
 
     def guard(route: Route) -> None:
         if route.request.method == "GET" or route.request.headers.get("authorization") == "Bearer right":
-            route.continue_()
+            route.fallback()
         else:
             route.fulfill(status=401, json={"error": {"message": "no key", "type": "authentication_error"}})
 
@@ -375,7 +366,7 @@ def test_what_is_announced_is_the_answer_once_not_every_token(chat: ChatPage, se
 
 def test_the_page_follows_the_text_unless_the_reader_has_scrolled_up(browser: Browser, server: LiveServer) -> None:
     with open_chat_page(browser, server.url, viewport={"width": 400, "height": 300}) as chat:
-        bound(chat, 400)
+        chat.bound_answers(400)
         page = chat.page
         jump = page.get_by_role("button", name="Jump to latest")
         distance = "document.documentElement.scrollHeight - innerHeight - scrollY"

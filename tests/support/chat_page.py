@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 TIMEOUT_MS = 60_000
 
@@ -28,6 +28,21 @@ class ChatPage:
     def open(self, url: str) -> None:
         self.page.goto(url)
         expect(self.page.locator("#status")).to_have_attribute("data-state", "ready", timeout=TIMEOUT_MS)
+
+    def bound_answers(self, num_tokens: int, **fields: Any) -> list[dict[str, Any]]:
+        """From now on have every answer be so long, with these fields too; returns the bodies that the page sends."""
+        bodies: list[dict[str, Any]] = []
+
+        def change(route: Route) -> None:
+            if route.request.method != "POST":
+                route.fallback()
+                return
+            bodies.append(route.request.post_data_json or {})
+            route.continue_(post_data=json.dumps(bodies[-1] | {"max_tokens": num_tokens} | fields))
+
+        # Of another pattern than the tests' own routes, so that unrouting those leaves it.
+        self.page.route(re.compile(r"/v1/streams$"), change)
+        return bodies
 
     def ask(self, question: str) -> None:
         self.page.fill("#prompt", question)

@@ -13,22 +13,25 @@ from headrace.scheduler.scheduler import Scheduler
 VOCAB_SIZE = 96
 
 
+# Config fields that any family takes, cut to its size.
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
 def tiny_config(model_type: str = "llama", **fields: Any) -> Any:
-    shape = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.3,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    return CONFIG_MAPPING[model_type](**(shape | fields))
+    return CONFIG_MAPPING[model_type](**(SHAPE | fields))
 
 
 def tiny_model(model_type: str, seed: int = 0, **fields: Any) -> Any:

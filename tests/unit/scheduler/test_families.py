@@ -15,7 +15,8 @@ import pytest
 from headrace.kernels.hf_decoder import FAMILIES
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.config import EngineConfig
-from headrace.scheduler.model_loader import load_engine
+from headrace.scheduler.messages import LoadSnapshot
+from headrace.scheduler.model_loader import _COMPACT_FAMILIES, load_engine
 from headrace.scheduler.model_runner import ModelRunner
 from headrace.scheduler.scheduler import Scheduler
 from tiny_models import VOCAB_SIZE, generate, generate_with_hugging_face, greedy, tiny_model
@@ -122,6 +123,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "budget 3": {"max_num_batched_tokens": 3, "max_num_seqs": 3},
     "budget 7": {"max_num_batched_tokens": 7},
     "preempted": {"num_blocks": 14},
+    "again": {"num_rounds": 2},
 }
 
 
@@ -161,19 +163,22 @@ def run(
     max_num_seqs: int = 4,
     num_blocks: int = 40,
     is_staggered: bool = False,
-) -> tuple[list[list[int]], int]:
+    num_rounds: int = 1,
+) -> tuple[list[list[int]], LoadSnapshot]:
     scheduler = Scheduler(
         BlockPool(num_blocks),
         block_size=BLOCK_SIZE,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
     )
-    answers = generate(scheduler, runner, PROMPTS, [greedy(NUM_TOKENS)] * len(PROMPTS), is_staggered=is_staggered)
-    return answers, scheduler.load().num_preemptions
+    for _ in range(num_rounds):
+        answers = generate(scheduler, runner, PROMPTS, [greedy(NUM_TOKENS)] * len(PROMPTS), is_staggered=is_staggered)
+    return answers, scheduler.load()
 
 
 def test_every_family_that_is_admitted_is_compared() -> None:
     assert set(BREADTH) == FAMILIES
+    assert set(COMPACT) == _COMPACT_FAMILIES
 
 
 @pytest.mark.parametrize(("family", "fields"), VARIANTS)
@@ -182,9 +187,9 @@ def test_staggered_in_chunks_and_preempted_it_continues_as_generate_does(
 ) -> None:
     made = make_family(family, fields)
     assert len({tuple(answer) for answer in made.expected}) == len(PROMPTS)
-    answers, num_preemptions = run(made.runner, **HARDEST)
+    answers, load = run(made.runner, **HARDEST)
     assert answers == made.expected
-    assert num_preemptions > 0
+    assert load.num_preemptions > 0
 
 
 @pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
@@ -194,6 +199,7 @@ def test_in_any_other_way_it_continues_as_generate_does(
     make_family: Callable[[str, dict[str, Any]], Family], family: str, fields: dict[str, Any], way: str
 ) -> None:
     made = make_family(family, fields)
-    answers, num_preemptions = run(made.runner, **WAYS[way])
+    answers, load = run(made.runner, **WAYS[way])
     assert answers == made.expected
-    assert (num_preemptions > 0) == (way == "preempted")
+    assert (load.num_preemptions > 0) == (way == "preempted")
+    assert load.num_prefix_hits >= (2 if way == "again" else 0)

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 
+from gguf_writing import write_model
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import HeadraceError, ModelSourceError, UnsupportedModelError
 from headrace.scheduler.gguf_config import gguf_config
@@ -58,46 +58,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def write_gguf(path: Path, architecture: str, model: Any, metadata: dict[str, Any]) -> Path:
-    """The model's weights under the names that the `gguf` package has for them, changed as the converter does."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
-    metadata = {
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-    } | metadata
-    for key, value in metadata.items():
-        add: Any = writer.add_string if isinstance(value, str) else writer.add_uint32
-        (writer.add_float32 if isinstance(value, float) else add)(f"{architecture}.{key}", value)
-    [kind] = [kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture]
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    for name, weight in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        stem, _, suffix = name.rpartition(".")
-        if architecture == "llama" and stem.endswith(("q_proj", "k_proj")):
-            heads = config.num_attention_heads if stem.endswith("q_proj") else config.num_key_value_heads
-            weight = weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        if architecture.startswith("gemma") and name.endswith("norm.weight"):
-            weight = weight + 1
-        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", weight.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_of_each_family_continues_as_generate_does(tmp_path: Path, family: str) -> None:
     model_type, fields, metadata = FAMILIES[family]
     model = tiny_model(model_type, **fields)
-    path = write_gguf(tmp_path / "tiny.gguf", family.partition(" ")[0], model, metadata)
+    path = write_model(tmp_path / "tiny.gguf", family.partition(" ")[0], model, metadata)
     scheduler, runner = load_engine(
         EngineConfig(
             path, device="cpu", dtype="float32", kv_cache_bytes=1 << 20, max_num_batched_tokens=7, max_num_seqs=4
@@ -112,7 +77,7 @@ def test_a_model_of_each_family_continues_as_generate_does(tmp_path: Path, famil
 def config_of(tmp_path: Path, architecture: str, metadata: dict[str, Any], num_layers: int = 2) -> Any:
     model = tiny_model("gemma2" if architecture == "gemma2" else "gemma3_text", **GEMMA, num_hidden_layers=num_layers)
     usual = {"attention.sliding_window": 6, "attention.key_length": 32}
-    return gguf_config(GGUFFile(write_gguf(tmp_path / "tiny.gguf", architecture, model, usual | metadata)))
+    return gguf_config(GGUFFile(write_model(tmp_path / "tiny.gguf", architecture, model, usual | metadata)))
 
 
 @pytest.mark.parametrize(("architecture", "num_layers"), [("gemma2", 46), ("gemma3", 62)])
@@ -144,12 +109,12 @@ def test_metadata_that_does_not_fit_is_refused(
     tmp_path: Path, metadata: dict[str, Any], error: type[HeadraceError], message: str
 ) -> None:
     usual = {"attention.sliding_window": 6, "attention.key_length": 32}
-    path = write_gguf(tmp_path / "tiny.gguf", "gemma3", tiny_model("gemma3_text", **GEMMA), usual | metadata)
+    path = write_model(tmp_path / "tiny.gguf", "gemma3", tiny_model("gemma3_text", **GEMMA), usual | metadata)
     with pytest.raises(error, match=message):
         load_engine(EngineConfig(path, device="cpu", dtype="float32", kv_cache_bytes=1 << 20))
 
 
 def test_an_architecture_that_is_not_read_is_refused_with_those_that_are(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "tiny.gguf", "phi3", tiny_model("phi3"), {})
+    path = write_model(tmp_path / "tiny.gguf", "phi3", tiny_model("phi3"), {})
     with pytest.raises(UnsupportedModelError, match=r"'phi3'.*qwen3.*directory"):
         load_engine(EngineConfig(path, device="cpu", dtype="float32", kv_cache_bytes=1 << 20))

@@ -6,7 +6,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from gguf.quants import dequantize, quantize
@@ -14,16 +13,16 @@ from hypothesis import given, settings, strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from gguf_writing import Array, write_gguf
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import HeadraceError, ModelSourceError, UnsupportedModelError
 from headrace.scheduler.gguf_file import GGUFFile, open_gguf
 from headrace.scheduler.model_loader import load_engine
 from tiny_models import generate, generate_with_hugging_face, greedy
 
-Array = npt.NDArray[np.float32]
-
 NUM_HEADS, NUM_KV_HEADS, HIDDEN, FEED_FORWARD, VOCAB = 4, 2, 64, 96, 96
 METADATA: dict[str, Any] = {
+    "general.architecture": "llama",
     "llama.context_length": 64,
     "llama.embedding_length": HIDDEN,
     "llama.block_count": 1,
@@ -55,38 +54,9 @@ def random_tensors(seed: int = 0) -> dict[str, Array]:
     return {name: rng.standard_normal(shape).astype(np.float32) * 0.3 for name, (_, shape) in TENSORS.items()}
 
 
-def write(
-    path: Path,
-    tensors: dict[str, Array],
-    kind: str = "F32",
-    metadata: dict[str, Any] | None = None,
-    *,
-    has_architecture: bool = True,
-) -> Path:
+def write(path: Path, tensors: dict[str, Array], kind: str = "F32", metadata: dict[str, Any] | None = None) -> Path:
     """A GGUF with these tensors, matrices as `kind`, and this metadata."""
-    writer = gguf.GGUFWriter(path, "llama")
-    if not has_architecture:
-        del writer.kv_data[0]["general.architecture"]
-    for key, value in (METADATA if metadata is None else metadata).items():
-        if isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        else:
-            writer.add_uint32(key, value)
-    quantization = gguf.GGMLQuantizationType[kind]
-    for name, values in tensors.items():
-        if values.ndim == 1:
-            writer.add_tensor(name, values)
-        else:
-            writer.add_tensor(name, quantize(values, quantization), raw_dtype=quantization)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return write_gguf(path, METADATA if metadata is None else metadata, tensors.items(), kind)
 
 
 def load(path: Path) -> Any:
@@ -297,7 +267,7 @@ def refusals(path: Path) -> Iterator[str]:
     """What is said of a file that is refused; nothing of one that is read whole."""
     try:
         file = GGUFFile(path)
-        for key in (*METADATA, "general.architecture"):
+        for key in METADATA:
             file.get(key)
         with np.errstate(invalid="ignore", over="ignore"):  # numbers that are none
             for name in file.names:
@@ -311,12 +281,6 @@ def test_missing_metadata_is_named(tmp_path: Path, key: str) -> None:
     metadata = {name: value for name, value in METADATA.items() if name != key}
     path = write(tmp_path / "tiny.gguf", random_tensors(), metadata=metadata)
     with pytest.raises(UnsupportedModelError, match=key):
-        load(path)
-
-
-def test_a_missing_architecture_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "tiny.gguf", random_tensors(), has_architecture=False)
-    with pytest.raises(UnsupportedModelError, match=r"general\.architecture"):
         load(path)
 
 
@@ -338,12 +302,26 @@ def test_a_tensor_of_another_type_is_refused_with_its_name_and_type(tmp_path: Pa
         ({"llama.rope.scale_linear": 2.0}, "rope scaling"),
         ({"llama.block_count": 2}, r"layers\.1"),
         ({"llama.embedding_length": 128}, "shape"),
+        ({"llama.block_count": 0}, "num_hidden_layers is below 1"),
+        ({"llama.block_count": "two"}, "contradicts itself"),
+        ({"llama.rope.dimension_count": 8}, "rotating 8 of 16"),
     ],
     ids=lambda value: str(value)[:50],
 )
 def test_metadata_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = write(tmp_path / "tiny.gguf", random_tensors(), metadata=METADATA | change)
     with pytest.raises(HeadraceError, match=message):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"), [("foo.weight", 0, "cannot be read"), ("model.norm.weight", HIDDEN, "two tensors")]
+)
+def test_a_tensor_that_cannot_be_or_is_there_under_two_names_is_refused(
+    tmp_path: Path, name: str, size: int, message: str
+) -> None:
+    path = write(tmp_path / "tiny.gguf", random_tensors() | {name: np.ones(size, np.float32)})
+    with pytest.raises(ModelSourceError, match=message):
         load(path)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from gguf.quants import dequantize, quantize
 
+from gguf_writing import write_model
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import CapacityError, HeadraceError, ModelSourceError, UnsupportedModelError
@@ -104,41 +105,11 @@ def test_a_sharded_model_is_read_whole(tmp_path: Path) -> None:
     assert generate_all(tmp_path)[0] == reference(model)
 
 
-def write_gguf(path: Path, model: Any, kind: gguf.GGMLQuantizationType, architecture: str = "llama") -> None:
-    """The model as llama.cpp's converter writes it: query and key rows in interleaved order."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, weight in model.state_dict().items():
-        values = weight.numpy()
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads:
-            rows, columns = values.shape
-            values = values.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-        is_norm = values.ndim == 1
-        tensor = np.ascontiguousarray(values) if is_norm else quantize(np.ascontiguousarray(values), kind)
-        target = names.get_name(name, try_suffixes=(".weight",))
-        assert target is not None
-        writer.add_tensor(target, tensor, raw_dtype=gguf.GGMLQuantizationType.F32 if is_norm else kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
 def test_a_gguf_of_every_supported_type_equals_its_dequantised_weights(tmp_path: Path, kind: str) -> None:
     quantization = gguf.GGMLQuantizationType[kind]
     model = tiny_llama()
-    write_gguf(tmp_path / "tiny.gguf", model, quantization)
+    write_model(tmp_path / "tiny.gguf", "llama", model, {}, kind)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             values = dequantize(quantize(parameter.detach().numpy(), quantization), quantization)
@@ -159,7 +130,7 @@ def _garble(path: Path) -> None:
 @pytest.mark.parametrize("damage", [_truncate, _garble])
 def test_a_damaged_gguf_is_refused_by_its_name(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, tiny_llama(), gguf.GGMLQuantizationType.F32)
+    write_model(path, "llama", tiny_llama(), {})
     damage(path)
     with pytest.raises(ModelSourceError, match=r"tiny\.gguf"):
         load_engine(EngineConfig(path, kv_cache_bytes=1 << 20))
@@ -170,7 +141,7 @@ def test_a_damaged_gguf_is_refused_by_its_name(tmp_path: Path, damage: Callable[
 )
 def test_a_gguf_that_is_not_supported_is_refused(tmp_path: Path, kind: str, architecture: str, message: str) -> None:
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, tiny_llama(), gguf.GGMLQuantizationType[kind], architecture)
+    write_model(path, architecture, tiny_llama(), {}, kind)
     with pytest.raises(UnsupportedModelError, match=message):
         load_engine(EngineConfig(path, kv_cache_bytes=1 << 20))
 

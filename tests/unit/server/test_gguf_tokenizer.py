@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import sentencepiece
 from hypothesis import given, settings, strategies as st
@@ -15,6 +14,7 @@ from tokenizers import Regex, Tokenizer as BackendTokenizer, decoders, models, n
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
+from gguf_writing import write_gguf
 from headrace.scheduler.errors import HeadraceError, ModelSourceError, UnsupportedModelError
 from headrace.scheduler.gguf_file import GGUFFile
 from headrace.scheduler.model_source import ModelSource
@@ -80,23 +80,11 @@ SPLITS: dict[str, tuple[Callable[[], Any], Any, bool]] = {
 
 def write(path: Path, kind: str, tokens: list[str], types: list[int] | None, **metadata: Any) -> ModelSource:
     """A GGUF of nothing but a tokenizer."""
-    writer = gguf.GGUFWriter(path, "llama")
-    metadata = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
-    metadata |= {"tokenizer.ggml.model": kind, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
-    metadata["tokenizer.chat_template"] = metadata.pop("tokenizer.ggml.chat_template", None)
-    for key, value in metadata.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif value is not None:
-            writer.add_array(key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return ModelSource(path, "tiny")
+    fields = {"model": kind, "tokens": tokens, "token_type": types} | metadata
+    template = fields.pop("chat_template", None)
+    named = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+    named |= {"general.architecture": "llama", "tokenizer.chat_template": template}
+    return ModelSource(write_gguf(path, named), "tiny")
 
 
 def byte_level(name: str) -> BackendTokenizer:
@@ -378,6 +366,7 @@ GOOD: dict[str, Any] = {
         ({"kind": "t5"}, UnsupportedModelError, "'t5'.*directory"),
         ({"types": [1, 1]}, ModelSourceError, "3 tokens but 2 token types"),
         ({"eos_token_id": 3}, ModelSourceError, "eos token is not in the vocabulary"),
+        ({"tokens": ["a", "ab", "ab"]}, ModelSourceError, "a token twice"),
         ({"merges": None}, UnsupportedModelError, r"tokenizer\.ggml\.merges"),
         ({"kind": "llama"}, UnsupportedModelError, r"tokenizer\.ggml\.scores"),
         ({"kind": "llama", "scores": [0.0]}, ModelSourceError, "cannot be read"),
@@ -393,6 +382,10 @@ def test_what_is_unknown_or_does_not_fit_is_refused_by_name(
     with pytest.raises(error, match=message) as refused:
         load_tokenizer(write(path, **(GOOD | change)))
     assert str(path) in str(refused.value)
+
+
+def test_a_padding_token_that_is_none_does_not_matter(tmp_path: Path) -> None:
+    load_tokenizer(write(tmp_path / "tiny.gguf", **GOOD, padding_token_id=3))
 
 
 def test_without_token_types_all_are_normal(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.anyio
 OWN = "127.0.0.1:8000"
 
 
-def ignore(status: int) -> None: ...
+def ignore(*refusal: object) -> None: ...
 
 
 async def ask(
@@ -149,9 +149,11 @@ class Keyed:
         self.bob, other = create_key("bob")
         file = tmp_path / "keys.toml"
         file.write_text(entry.as_toml() + other.as_toml())
-        self.rejected: list[int] = []
+        self.rejected: list[tuple[object, ...]] = []
         defaults: dict[str, Any] = {"keys": ApiKeys(file), "has_open_metrics": False}
-        self.guard = KeyGuard(self._app, on_rejected=self.rejected.append, **(defaults | options))
+        self.guard = KeyGuard(
+            self._app, on_rejected=lambda *refusal: self.rejected.append(refusal), **(defaults | options)
+        )
         self.sent: list[Message] = []
 
     async def tenant(self, path: str, headers: dict[str, str] | None = None) -> str | None:
@@ -185,7 +187,8 @@ async def test_a_path_needs_a_key_unless_it_is_listed_open(tmp_path: Path, path:
     assert len(headers["x-request-id"]) == 32
     error = json.loads(body["body"])["error"]
     assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_api_key", None)
-    assert keyed.rejected == [401]
+    [(id, route, _, status)] = keyed.rejected
+    assert (id, route, status) == (headers["x-request-id"], path, 401)
     assert await keyed.tenant(path, {"x-api-key": keyed.alice}) == "alice"
 
 

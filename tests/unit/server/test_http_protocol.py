@@ -57,7 +57,7 @@ def connection() -> tuple[HttpProtocol, Transport, Loop]:
     config = uvicorn.Config(app, log_config=None)
     settings = load_settings([], {})
     protocol = HttpProtocol(
-        settings, lambda status: None, config=config, server_state=ServerState(), app_state={}, _loop=loop
+        settings, lambda *refusal: None, config=config, server_state=ServerState(), app_state={}, _loop=loop
     )
     protocol.connection_made(transport)  # type: ignore[arg-type]
     loop.timers.clear()  # of the head, which is not looked at here

@@ -1,13 +1,14 @@
 """A tokenizer out of a GGUF is the one Hugging Face builds, but for the pre-tokenizer that it gets wrong."""
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer as BackendTokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from headrace.scheduler.errors import UnsupportedModelError
+from headrace.scheduler.errors import ModelSourceError
 from headrace.scheduler.model_source import ModelSource, fetch_packaged_model
 from headrace.server.errors import BadRequestError
 from headrace.server.tokenizer import Tokenizer, load_tokenizer
@@ -67,7 +68,41 @@ def test_a_template_that_refuses_its_messages_is_the_clients_error(ours: Tokeniz
     assert refused.value.param == "messages"
 
 
-def test_a_directory_without_a_tokenizer_is_refused_and_not_given_an_empty_one(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.json"):
-        load_tokenizer(ModelSource(tmp_path, "model"))
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2", "cohere2"])
+def test_a_directory_without_a_tokenizer_is_refused_and_not_given_an_empty_one(tmp_path: Path, family: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(ModelSourceError, match=f"{tmp_path.name}.*tokenizer"):
+        load_tokenizer(ModelSource(tmp_path, "bare"))
+
+
+def test_a_tokenizers_own_code_is_never_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    classes = {"AutoTokenizer": ["evil.Tokenizer", None]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": classes}))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ModelSourceError, match=f"{tmp_path.name}.*trust_remote_code"):
+        load_tokenizer(ModelSource(tmp_path, "evil"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_template_that_is_no_program_is_refused_with_the_model(tmp_path: Path) -> None:
+    backend = BackendTokenizer(models.BPE({"a": 0}, []))
+    wrapper = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template="{% for %}")
+    wrapper.save_pretrained(tmp_path)
+    with pytest.raises(ModelSourceError, match=rf"{tmp_path.name}.*for"):
+        load_tokenizer(ModelSource(tmp_path, "broken"))
+    wrapper.chat_template = "{{ raise_exception('no') }}"  # of a template that only thinks so of some messages
+    wrapper.save_pretrained(tmp_path)
+    load_tokenizer(ModelSource(tmp_path, "picky"))
+
+
+@pytest.mark.parametrize(("eos", "ids"), [(3, {3}), ([3, 4], {3, 4}), (None, set()), ("x", None), (["x"], None)])
+def test_what_ends_an_answer_are_ids_or_nothing(tmp_path: Path, eos: object, ids: set[int] | None) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=BackendTokenizer(models.BPE({"a": 0}, []))).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    source = ModelSource(tmp_path, "model")
+    if ids is None:
+        with pytest.raises(ModelSourceError, match="eos_token_id"):
+            load_tokenizer(source)
+    else:
+        assert load_tokenizer(source).eos_token_ids == ids
