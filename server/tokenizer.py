@@ -73,12 +73,12 @@ class Tokenizer:
             raise BadRequestError(f"the chat template refuses these messages: {error}", param="messages") from error
 
     def compile_chat_template(self) -> None:
-        """Compile the template, so that the first chat need not. Raises: TemplateSyntaxError."""
+        """Compile the template, so that the first chat need not. Raises: ValueError where it is no template."""
         try:
             self.render_chat([{"role": "user", "content": ""}])
         except BadRequestError as error:  # which may be what a template thinks of this chat
-            if isinstance(error.__cause__, TemplateSyntaxError):
-                raise error.__cause__ from None
+            if isinstance(cause := error.__cause__, TemplateSyntaxError):
+                raise ValueError(f"the chat template's line {cause.lineno}: {cause.message}") from None
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -111,7 +111,8 @@ def load_tokenizer(source: ModelSource) -> Tokenizer:
     except HeadraceError:
         raise
     except Exception as error:  # the libraries that parse it raise anything, a bare Exception too
-        raise ModelSourceError(f"{source.path}: the tokenizer cannot be read: {error}") from error
+        hint = "; code that comes with a model is never run" if "custom code" in str(error) else ""
+        raise ModelSourceError(f"{source.path}: the tokenizer cannot be read{hint}: {error}") from error
 
 
 def _from_directory(folder: Path) -> Tokenizer:

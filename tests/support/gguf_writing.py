@@ -17,8 +17,7 @@ def write_gguf(
 ) -> Path:
     """A file with this metadata, but for what is None, and these tensors, matrices as `kind`."""
     quantization = gguf.GGMLQuantizationType[kind]
-    writer = gguf.GGUFWriter(path, "")
-    del writer.kv_data[0]["general.architecture"]  # it is in the metadata, or is to be missing
+    writer = gguf.GGUFWriter(path, "")  # the metadata has the architecture, or lacks it
     adders: dict[type, Any] = {
         bool: writer.add_bool,
         int: writer.add_uint32,

@@ -80,7 +80,7 @@ def test_a_tokenizers_own_code_is_never_run(tmp_path: Path) -> None:
     classes = {"AutoTokenizer": ["evil.Tokenizer", None]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": classes}))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(ModelSourceError, match=f"{tmp_path.name}.*trust_remote_code"):
+    with pytest.raises(ModelSourceError, match=f"{tmp_path.name}.*never run"):
         load_tokenizer(ModelSource(tmp_path, "evil"))
     assert not (tmp_path / "ran").exists()
 
@@ -89,7 +89,7 @@ def test_a_template_that_is_no_program_is_refused_with_the_model(tmp_path: Path)
     backend = BackendTokenizer(models.BPE({"a": 0}, []))
     wrapper = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template="{% for %}")
     wrapper.save_pretrained(tmp_path)
-    with pytest.raises(ModelSourceError, match=rf"{tmp_path.name}.*for"):
+    with pytest.raises(ModelSourceError, match=rf"{tmp_path.name}.*template's line 1"):
         load_tokenizer(ModelSource(tmp_path, "broken"))
     wrapper.chat_template = "{{ raise_exception('no') }}"  # of a template that only thinks so of some messages
     wrapper.save_pretrained(tmp_path)
