@@ -93,7 +93,7 @@ def test_regenerating_keeps_the_other_answers_and_the_shown_one_is_sent_on(chat:
 def test_a_reload_goes_on_with_the_same_answer(chat: ChatPage, server: LiveServer) -> None:
     with server.runner.held():
         chat.ask("hi")
-        chat.until("waiting")
+        until(lambda: record(chat)["stream"] is not None, "the page knows where its answer is")
         chat.page.reload()
         chat.until_note("queue|first token")
         for num_tokens in (3, 8):
