@@ -25,7 +25,7 @@ class SamplingParams:
 
     `choice` numbers the sequences that share a seed. `logit_bias` holds (token id, bias). `num_logprobs` asks for each
     new token's log probability and those of so many likeliest ones, `num_prompt_logprobs` for the prompt's from its
-    second token on; None for neither.
+    second token on; None for neither. With `max_tokens` 0 the prompt is computed and nothing sampled.
     """
 
     temperature: float = 1.0

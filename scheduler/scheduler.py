@@ -31,8 +31,9 @@ class ScheduledRow:
 
     @property
     def is_sampled(self) -> bool:
-        """Whether the row reaches the sequence's last token, so that the next one can be sampled."""
-        return self.num_tokens == self.sequence.num_uncomputed_tokens
+        """Whether the row reaches the sequence's last token, so that the next one can be sampled, if any is wanted."""
+        is_last = self.num_tokens == self.sequence.num_uncomputed_tokens
+        return is_last and self.sequence.request.sampling.max_tokens > 0
 
     @property
     def scored_positions(self) -> range:
@@ -140,7 +141,9 @@ class Scheduler:
             if result.token_id is not None:
                 sequence.token_ids.append(result.token_id)
                 finish_reason = self._finish_reason(sequence, result.token_id)
-            if result.token_id is not None or is_first_run or result.prompt_logprobs:
+            elif sequence.num_uncomputed_tokens == 0:
+                finish_reason = FinishReason.LENGTH  # nothing was to be sampled
+            if is_first_run or result.token_id is not None or result.prompt_logprobs or finish_reason is not None:
                 outputs.append(
                     SequenceOutput(
                         sequence.request.request_id,

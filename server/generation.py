@@ -70,13 +70,14 @@ class Generation:
             self.stages.scheduled_s = output.scheduled_s
             self.num_cached_tokens = output.num_cached_tokens
         self.prompt_logprobs += output.prompt_logprobs
+        is_prompt_done = bool(output.token_ids) or output.finish_reason is FinishReason.LENGTH
+        if self.echo and is_prompt_done and self.num_output_tokens == 0:
+            self.log.append(self.echo, 0, tuple(self.prompt_logprobs))
         for i, token_id in enumerate(output.token_ids, start=1):
             self.num_output_tokens += 1
             self._num_silent_tokens += 1
             if self.stages.first_token_s is None:
                 self.stages.first_token_s = now
-                if self.echo:
-                    self.log.append(self.echo, 0, tuple(self.prompt_logprobs))
             self.stages.last_token_s = now
             if output.finish_reason is FinishReason.STOP and i == len(output.token_ids):
                 break  # the token that ends a sequence is no part of its text

@@ -189,7 +189,7 @@ def _sampling_params(
     if request.num_logprobs is not None:
         num_scored = num_prompt if request.is_echoed else 0
         room = _MAX_LOGPROBS // ((1 + request.num_logprobs) * request.num_sequences) - num_scored
-        if room < (max_tokens or 1):
+        if room < (1 if max_tokens is None else max_tokens):
             raise BadRequestError(
                 f"logprobs: more than {_MAX_LOGPROBS} log probabilities are asked for in all", param="logprobs"
             )

@@ -120,8 +120,8 @@ class GenerationParams(BaseModel):
     model: Name | None = None
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Count | None = Field(None, ge=1, lt=2**31)
-    max_completion_tokens: Count | None = Field(None, ge=1, lt=2**31)
+    max_tokens: Count | None = Field(None, ge=0, lt=2**31)
+    max_completion_tokens: Count | None = Field(None, ge=0, lt=2**31)
     min_tokens: Count | None = Field(None, ge=0, lt=2**31)
     temperature: Number | None = Field(None, ge=0, le=100)
     top_p: Number | None = Field(None, gt=0, le=1)
@@ -147,6 +147,9 @@ class GenerationParams(BaseModel):
             raise ValueError("stream_options: only allowed with stream")
         if None not in (limits := {self.max_tokens, self.max_completion_tokens}) and len(limits) == 2:
             raise ValueError("max_tokens: differs from max_completion_tokens")
+        max_tokens_field, max_tokens = self.asked_max_tokens
+        if max_tokens == 0 and not self.is_echoed:
+            raise ValueError(f"{max_tokens_field}: must be at least 1, for there is no echo")
         if not all(0 < len(stop) <= MAX_STOP_CHARS for stop in self.stop_strings):
             raise ValueError(f"stop: each stop string must have 1 to {MAX_STOP_CHARS} characters")
         if not all(key.isascii() and key.isdigit() and len(key) < 11 for key in self.logit_bias or ()):

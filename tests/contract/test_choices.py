@@ -223,6 +223,19 @@ async def test_an_echo_begins_with_the_prompt_and_its_log_probabilities(prompt: 
         assert {name: [item for part in parts for item in part[name]] for name in logprobs} == logprobs
 
 
+async def test_a_prompt_can_be_echoed_and_scored_without_an_answer() -> None:
+    body = {"prompt": ["hello", "you"], "n": 2, "max_tokens": 0, "temperature": 0, "echo": True, "logprobs": 1}
+    whole, read = await both("/v1/completions", body)
+    expected, _ = await both("/v1/completions", body | {"max_tokens": 1})
+    assert [choice["text"] for choice in whole["choices"]] == texts(read, 4) == ["hello", "hello", "you", "you"]
+    assert whole["usage"]["completion_tokens"] == 0
+    for choice, longer in zip(whole["choices"], expected["choices"], strict=True):
+        assert choice["finish_reason"] == "length"
+        assert choice["logprobs"] == {name: items[:-1] for name, items in longer["logprobs"].items()}
+    plain, _ = await both("/v1/completions", {"prompt": "hello", "max_tokens": 0, "echo": True})
+    assert plain["choices"][0]["text"] == "hello"
+
+
 async def test_a_native_stream_carries_log_probabilities_and_has_one_answer() -> None:
     async with live_app() as app:
         created = await call(app.asgi, "POST", "/v1/streams", COMPLETION | {"logprobs": 1, "echo": True})

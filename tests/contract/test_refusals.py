@@ -58,6 +58,7 @@ async def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
     ("fields", "param"),
     [
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 0, "min_tokens": 1, "echo": True}, "min_tokens"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 10**18}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),

@@ -228,6 +228,25 @@ def test_log_probabilities_are_the_models_own_whatever_is_changed_for_sampling(f
             assert [logprob for _, logprob in logprobs.top] == pytest.approx(best.values.tolist(), abs=1e-3)
 
 
+@pytest.mark.parametrize("fields", [{}, {"budget": 11}, {"num_blocks": 11}], ids=str)
+def test_a_prompt_that_is_only_scored_gets_what_it_gets_before_an_answer(fields: dict[str, Any]) -> None:
+    def scored(max_tokens: int) -> list[tuple[TokenLogprobs, ...]]:
+        engine = Engine(**fields)
+        sampling = SamplingParams(max_tokens=max_tokens, num_prompt_logprobs=2)
+        for i, prompt in enumerate(PROMPTS):
+            engine.scheduler.add(GenerationRequest(i, tuple(prompt), sampling, 0.0))
+        found: list[tuple[TokenLogprobs, ...]] = [()] * len(PROMPTS)
+        num_tokens = 0
+        while engine.scheduler.has_work:
+            for output in engine.step():
+                found[output.request_id] += output.prompt_logprobs
+                num_tokens += len(output.token_ids)
+        assert num_tokens == max_tokens * len(PROMPTS)
+        return found
+
+    assert scored(0) == scored(1)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_stop_token_is_not_even_drawn_before_min_tokens(temperature: float) -> None:
     sampling = SamplingParams(temperature=temperature, seed=3, max_tokens=NUM_TOKENS)
