@@ -15,6 +15,7 @@ export function newRecord() {
     state: 'waiting', // for its first token; then streaming; then done or error
     text: '',
     numTokens: 0,
+    numFirstTokens: 0, // those that came at once with the first, after a reload perhaps many
     stream: null, // while there is one to read: url, eventsUrl, lastEventId
     requestedAt: null, // ms since the epoch, which outlives a reload
     firstTokenAt: null,
@@ -53,7 +54,11 @@ export class Answer {
     try {
       const stream = await createStream(body, {
         signal,
-        askForKey,
+        askForKey: async (wasRefused) => {
+          const hasKey = await askForKey(wasRefused);
+          this.record.requestedAt = Date.now(); // the time it took to find the key is not the server's
+          return hasKey;
+        },
         onWait: (seconds, message) => this.#setNote(`${sentence(message)} Trying again in ${seconds} s`),
       });
       this.record.stream = { url: stream.url, eventsUrl: stream.events_url, lastEventId: '' };
@@ -104,7 +109,10 @@ export class Answer {
       if (type === 'token') {
         record.text += data.text;
         record.numTokens += data.num_tokens;
-        record.firstTokenAt ??= Date.now();
+        if (record.firstTokenAt === null) {
+          record.firstTokenAt = Date.now();
+          record.numFirstTokens = data.num_tokens;
+        }
         record.state = 'streaming';
       }
       this.#setNote(type === 'queued' && data.position > 0 ? queueNote(data) : this.#progress);
@@ -134,9 +142,11 @@ export class Answer {
 }
 
 /** Tokens per second after the first one, whose time is the queue's and the prompt's; null before there is a rate. */
-export function tokensPerSecond({ state, usage, timings, numTokens, firstTokenAt }) {
-  if (timings?.total_s != null && timings.ttft_s != null) return rate(usage.completion_tokens, timings.total_s - timings.ttft_s);
-  return state === 'streaming' ? rate(numTokens, (Date.now() - firstTokenAt) / 1000) : null;
+export function tokensPerSecond({ state, usage, timings, numTokens, numFirstTokens, firstTokenAt }) {
+  if (timings?.total_s != null && timings.ttft_s != null) {
+    return rate(usage.completion_tokens - 1, timings.total_s - timings.ttft_s);
+  }
+  return state === 'streaming' ? rate(numTokens - numFirstTokens, (Date.now() - firstTokenAt) / 1000) : null;
 }
 
 /** Seconds from the request to the first token, as the server measured them or else this page; null before it. */
@@ -145,7 +155,7 @@ export function secondsToFirstToken({ timings, requestedAt, firstTokenAt }) {
 }
 
 function rate(numTokens, seconds) {
-  return numTokens > 1 && seconds > 0.05 ? (numTokens - 1) / seconds : null;
+  return numTokens > 0 && seconds > 0.05 ? numTokens / seconds : null;
 }
 
 function queueNote({ position, eta_s: etaS }) {
@@ -154,6 +164,6 @@ function queueNote({ position, eta_s: etaS }) {
 
 /** A message of the server's as a sentence of the page's. */
 function sentence(message) {
-  const text = message.trim();
+  const text = message.trim() || 'The server did not say why';
   return text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? '' : '.');
 }

@@ -99,10 +99,10 @@ function showControls() {
   $('welcome').hidden = turns.length > 0;
   for (const turn of turns) turn.showControls();
   document.title = turns.length ? `${titleOf(chat)} · Headrace` : 'Headrace';
-  // What had the focus may be gone. Not on touch screens, where focus raises a keyboard.
+  // What had the focus may be gone. Not on touch screens, where focus raises a keyboard, nor from who is reading.
   if (activeElement === prompt || !matchMedia('(hover: hover)').matches) return;
-  if (current) $('stop').focus();
-  else if (activeElement === $('stop') || activeElement === document.body) prompt.focus();
+  if (current) $('stop').focus({ preventScroll: true });
+  else if (activeElement === $('stop') && getSelection().isCollapsed) prompt.focus({ preventScroll: true });
 }
 
 function saveNow() {
@@ -111,7 +111,10 @@ function saveNow() {
   if (!turns.length || isForgotten) return;
   chat.turns = turns.map((turn) => turn.record);
   if (saveChat(chat)) history.replaceState(null, '', `/?chat=${chat.id}`);
-  else $('keys').textContent = 'This chat cannot be kept in the browser: it will be gone after a reload.';
+  else {
+    $('keys').textContent = 'This chat cannot be kept in the browser: it will be gone after a reload.';
+    $('keys').dataset.state = 'warning';
+  }
 }
 
 function titleOf({ turns }) {
@@ -228,8 +231,10 @@ addEventListener('pagehide', saveNow);
 document.addEventListener('visibilitychange', () => { if (document.hidden) saveNow(); });
 addEventListener('storage', (event) => {
   // The same chat in another tab.
-  if (current || !event.newValue || !isStoredAs(chat, event.key)) return;
-  chat = JSON.parse(event.newValue);
+  const stored = !current && event.newValue && isStoredAs(chat, event.key) ? loadChat(chat.id) : null;
+  const last = stored?.turns.at(-1);
+  if (!last || !(isOver(last.answers[last.shown]) || last.answers[last.shown].stream)) return; // that tab still asks
+  chat = stored;
   open();
 });
 

@@ -1,6 +1,6 @@
 // Markdown as models write it, to DOM nodes: the parts of CommonMark and GFM that a chat needs.
 // Made with createElement and text nodes only: whatever the text says, no element and no attribute comes out but those
-// named here. Raw HTML is text, an image is a link to it. All steps are linear in the text, and nesting is bounded.
+// named here. Raw HTML is text, but for <br>; an image is a link to it. All steps are linear in the text, and nesting is bounded.
 // Sources: CommonMark 0.31 (delimiter runs, "process emphasis"), GitHub Flavored Markdown (tables, strikethrough).
 // Deviations: no indented code, no link references, no entities; sloppy list indentation is accepted.
 
@@ -29,17 +29,51 @@ export class MarkdownView {
 
   /** Show `text`, which begins with all that was shown before. While it `isGrowing`, marks left open look closed. */
   render(text, isGrowing = false) {
-    while (this.#root.childNodes.length > this.#numClosed) this.#root.lastChild.remove();
-    const lines = text.slice(this.#openAt).split('\n');
+    const rawLines = text.slice(this.#openAt).split('\n');
+    const lines = rawLines.map((line) => (line.endsWith('\r') ? line.slice(0, -1) : line));
+    const fresh = document.createDocumentFragment();
+    const numKept = this.#numClosed;
     for (let i = 0, end = 0, offset = this.#openAt; i < lines.length; i = end) {
-      // A block that begins on a line known whole closes all before it. A blank line does not: a list may go on.
-      if (i < lines.length - 1 && !isBlank(lines[i])) {
+      // A block that begins on lines known whole, of which a table needs two, closes all before it. A blank line does
+      // not: a list may go on.
+      const isCertain = i < lines.length - 2 || (i === lines.length - 2 && !beginsTable(lines, i));
+      if (isCertain && !isBlank(lines[i])) {
         this.#openAt = offset;
-        this.#numClosed = this.#root.childNodes.length;
+        this.#numClosed = numKept + fresh.childNodes.length;
       }
-      end = renderBlock(lines, i, this.#root, { depth: 0, isTight: false, isGrowing });
-      for (let j = i; j < end; j++) offset += lines[j].length + 1;
+      end = renderBlock(lines, i, fresh, { depth: 0, isTight: false, isGrowing });
+      for (let j = i; j < end; j++) offset += rawLines[j].length + 1;
     }
+    morph(this.#root, numKept, fresh);
+  }
+}
+
+/**
+ * Make the children of `parent` from number `start` on look like those of `fresh`. Nodes that can stay do, and with them
+ * a selection, the focus, a click under way and how far code is scrolled.
+ */
+function morph(parent, start, fresh) {
+  let old = parent.childNodes[start] ?? null;
+  for (const node of [...fresh.childNodes]) {
+    const next = old?.nextSibling ?? null;
+    if (!old) parent.append(node);
+    else if (old.nodeName !== node.nodeName) old.replaceWith(node);
+    else if (node.nodeType === Node.TEXT_NODE) {
+      if (node.data.startsWith(old.data)) old.appendData(node.data.slice(old.data.length)); // which keeps a selection
+      else old.data = node.data;
+    } else {
+      for (const { name } of [...old.attributes]) {
+        if (!node.hasAttribute(name) && !name.startsWith('data-')) old.removeAttribute(name);
+      }
+      for (const { name, value } of node.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+      morph(old, 0, node);
+    }
+    old = next;
+  }
+  while (old) {
+    const next = old.nextSibling;
+    old.remove();
+    old = next;
   }
 }
 
@@ -228,10 +262,12 @@ function indentOf(line) {
   return indent;
 }
 
-/** The line without up to `indent` columns of leading blanks. */
+/** The line without up to `indent` columns of leading blanks. Tabs behind them stay tabs, as a Makefile's have to. */
 function dedent(line, indent) {
-  const text = line.trimStart();
-  return ' '.repeat(Math.max(0, indentOf(line) - indent)) + text;
+  let column = 0;
+  let i = 0;
+  for (; column < indent && ' \t'.includes(line[i] ?? '.'); i++) column += line[i] === ' ' ? 1 : 4 - (column % 4);
+  return ' '.repeat(Math.max(0, column - indent)) + line.slice(i);
 }
 
 function beginsTable(lines, i) {
@@ -253,6 +289,7 @@ function cellsOf(line) {
 
 const PLAIN = /.[^\\`*_~[\]!h\n<]*/sy; // whatever comes first, and what means nothing after it
 const URL_TEXT = /https?:\/\/[^\s<>"`]+/y;
+const LINE_BREAK = /<br[ \t]*\/?>/iy; // which models write in the cells of tables
 const ESCAPABLE = /[!-/:-@[-`{-~]/;
 const SPACE = /\s/;
 const PUNCTUATION = /[\p{P}\p{S}]/u;
@@ -296,7 +333,7 @@ class Inline {
     else if (char === '!' && text[this.#at + 1] === '[') this.#openBracket('![');
     else if (char === ']') this.#closeBracket();
     else if (char === '\n') this.#lineBreak();
-    else if (char === '<') this.#autolink();
+    else if (char === '<') this.#tag();
     else if (char === 'h') this.#url();
     else this.#plain();
   }
@@ -454,6 +491,16 @@ class Inline {
     }
     const safe = safeUrl(url);
     return at < limit && text[at] === ')' && safe ? { url: safe, end: at + 1 } : null;
+  }
+
+  #tag() {
+    LINE_BREAK.lastIndex = this.#at;
+    const lineBreak = LINE_BREAK.exec(this.#text)?.[0];
+    if (lineBreak === undefined) this.#autolink();
+    else {
+      this.#append(document.createElement('br'));
+      this.#at += lineBreak.length;
+    }
   }
 
   #autolink() {

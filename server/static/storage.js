@@ -18,12 +18,14 @@ export function isStoredAs(chat, key) {
 }
 
 export function loadChat(id) {
-  return read('localStorage', CHAT_PREFIX + id);
+  const chat = read('localStorage', CHAT_PREFIX + id);
+  const isWhole = Array.isArray(chat?.turns) && chat.turns.every((turn) => turn?.answers?.[turn.shown]);
+  return isWhole ? chat : null; // else another program's, or another version's
 }
 
 /** Every chat kept, the newest first. */
 export function listChats() {
-  return chatIds().reverse().map(loadChat).filter((chat) => chat?.turns?.length);
+  return chatIds().reverse().map(loadChat).filter((chat) => chat?.turns.length);
 }
 
 /** Keep the chat, at the cost of the oldest others if need be; returns whether there was room. */
@@ -32,9 +34,17 @@ export function saveChat(chat) {
   if (value.length > MAX_CHAT_CHARS) return false;
   const others = chatIds().filter((id) => id !== chat.id);
   while (others.length >= MAX_CHATS) deleteChat(others.shift());
+  const evicted = [];
   while (!write('localStorage', CHAT_PREFIX + chat.id, value)) {
-    if (!others.length) return false;
-    deleteChat(others.shift());
+    if (!others.length) {
+      // It was not the chats that took the room.
+      for (const each of evicted) write('localStorage', CHAT_PREFIX + each.id, JSON.stringify(each));
+      return false;
+    }
+    const id = others.shift();
+    const other = loadChat(id);
+    if (other) evicted.push(other);
+    deleteChat(id);
   }
   return true;
 }

@@ -107,7 +107,7 @@ export class Turn {
     editor.onsubmit = send;
     field.onkeydown = (event) => {
       if (isSendKey(event)) send(event);
-      if (event.key !== 'Escape') return;
+      if (event.key !== 'Escape' || event.isComposing) return;
       event.stopPropagation();
       close();
     };

@@ -125,6 +125,9 @@ def link(url: str, text: str) -> str:
     return f'<a href="{url}" target="_blank" rel="noopener noreferrer">{text}</a>'
 
 
+TABLE = '<div class="table"><table><thead><tr><th>a</th><th>b</th></tr></thead><tbody></tbody></table></div>'
+
+
 @pytest.mark.parametrize(
     ("markdown", "html"),
     [
@@ -165,6 +168,9 @@ def link(url: str, text: str) -> str:
             '<td class="right"><strong>3</strong></td></tr></tbody></table></div><p>end</p>',
         ),
         ("a | b\nno table", "<p>a | b\nno table</p>"),
+        ("a|b\r\n-|-\r\n\r\n# c\r\nd<br>e<BR />f <bra>", TABLE + "<h3>c</h3><p>d<br>e<br>f &lt;bra&gt;</p>"),
+        ("```make\na:\n\tb\n\t\u3000c\n```", code("make", "a:\n\tb\n\t\u3000c")),
+        ("- a\n\t```\n\t\tx\n\t```", f"<ul><li>a{code('text', chr(9) + 'x')}</li></ul>"),
         ("[a *b*](https://x.org/(y) 'title')", f"<p>{link('https://x.org/(y)', 'a <em>b</em>')}</p>"),
         ("[](http://x.org)", f"<p>{link('http://x.org/', 'http://x.org/')}</p>"),
         ("![alt](https://x.org/i.png)", f"<p>{link('https://x.org/i.png', 'alt')}</p>"),
@@ -210,9 +216,52 @@ def test_what_is_still_open_looks_as_if_closed(page: Page, growing: str, html: s
     assert rendered == html
 
 
+# In these a line looks like a table's while it grows, and is none in the end.
+NEARLY = ["a | b | c\n|-|-|\n|-|-|* d", "- **a\n|-|-|\n|-|-|** b", "a\n\nb | c\n-|-\r\n-|- d"]
+
+
+@pytest.mark.parametrize("text", [DOCUMENT, DOCUMENT.replace("\n", "\r\n"), *NEARLY])
 @pytest.mark.parametrize("step", [1, 2, 3, 7])
-def test_a_text_that_grows_ends_as_if_rendered_whole(page: Page, step: int) -> None:
-    assert render(page, DOCUMENT, step)["html"] == render(page, DOCUMENT)["html"]
+def test_a_text_that_grows_ends_as_if_rendered_whole(page: Page, step: int, text: str) -> None:
+    assert render(page, text, step)["html"] == render(page, text)["html"]
+
+
+def test_what_a_reader_does_in_an_answer_outlives_its_growth(page: Page) -> None:
+    """A click, the focus, a selection, and how far code is scrolled."""
+    found = page.evaluate(
+        r"""async () => {
+          const { MarkdownView } = await import('/static/markdown.js');
+          const root = document.createElement('div');
+          root.className = 'text';
+          root.style = 'width: 200px';
+          document.body.replaceChildren(root);
+          const view = new MarkdownView(root);
+          const found = {};
+          let text = '```py\nx = "' + 'a'.repeat(400) + '"\n';
+          view.render(text, true);
+          const [pre, button] = ['pre', 'button'].map((name) => root.querySelector(name));
+          pre.scrollLeft = 50;
+          button.focus();
+          button.dataset.state = 'copied';
+          for (const more of ['y', '\n', '```\n\n', 'some **words', ' more']) view.render(text += more, true);
+          found.scrollLeft = root.querySelector('pre').scrollLeft;
+          found.isFocused = document.activeElement === button && button.isConnected;
+          found.state = button.dataset.state;
+          const words = root.querySelector('strong').firstChild;
+          getSelection().setBaseAndExtent(words, 0, words, 5);
+          for (const more of [' and', ' more**', ' and `more']) view.render(text += more, true);
+          found.selected = getSelection().toString();
+          found.html = root.lastChild.outerHTML;
+          return found;
+        }"""
+    )
+    assert found == {
+        "scrollLeft": 50,
+        "isFocused": True,
+        "state": "copied",
+        "selected": "words",
+        "html": "<p>some <strong>words more and more</strong> and <code>more</code></p>",
+    }
 
 
 def test_a_long_answer_is_not_rendered_again_and_again(page: Page) -> None:

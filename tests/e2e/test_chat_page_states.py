@@ -325,6 +325,24 @@ def test_a_second_tab_follows_the_same_chat(chat: ChatPage) -> None:
     assert second.problems == []
 
 
+def test_a_second_tab_does_not_ask_what_the_first_one_is_asking(chat: ChatPage) -> None:
+    second = ChatPage(chat.page.context.new_page())
+    chat.ask("one")
+    chat.until("done")
+    second.open(chat.page.url)
+    asked: list[Route] = []
+    for tab in (chat, second):
+        tab.page.route("**/v1/streams", lambda route: asked.append(route))
+    chat.page.bring_to_front()
+    chat.ask("two")
+    until(lambda: chat.stored()["turns"][-1]["question"] == "two", "the question is kept")
+    second.page.evaluate("new Promise((resolve) => setTimeout(resolve, 300))")
+    asked[0].fallback()
+    chat.until_text(said("one", said("one"), "two"))
+    second.until_text(chat.text)
+    assert len(asked) == 1
+
+
 def test_without_storage_the_page_still_answers(browser: Browser, server: LiveServer) -> None:
     context = browser.new_context()
     context.add_init_script(
@@ -336,9 +354,65 @@ def test_without_storage_the_page_still_answers(browser: Browser, server: LiveSe
     chat.ask("hi")
     chat.until("done")
     assert chat.text == said("hi", num_tokens=len(chat.text)) != ""
-    expect(chat.page.locator("#keys")).to_contain_text("cannot be kept")
+    warning = chat.page.locator("#keys")
+    expect(warning).to_contain_text("cannot be kept")
+    chat.page.set_viewport_size({"width": 360, "height": 740})
+    box = warning.bounding_box()
+    assert box is not None
+    assert box["width"] > 100, "on a phone, too, which has no keys to tell of"
     context.close()
     assert chat.problems == []
+
+
+def test_where_others_have_taken_the_room_the_chats_that_are_kept_stay(chat: ChatPage) -> None:
+    chat.ask("one")
+    chat.until("done")
+    url = chat.page.url
+    chat.page.evaluate(
+        """() => {
+          for (let chars = 4e6, i = 0; chars > 1; ) {
+            try { localStorage[`other${i++}`] = 'x'.repeat(chars); } catch { chars = Math.floor(chars / 2); }
+          }
+        }"""
+    )
+    chat.page.get_by_role("link", name="New chat", exact=True).click()
+    expect(chat.page.locator("#welcome")).to_be_visible()
+    chat.ask("two " * 5000)
+    expect(chat.page.locator("#keys")).to_contain_text("cannot be kept")
+    chat.open(url)
+    assert chat.text == said("one")
+
+
+@pytest.mark.parametrize("stored", ["{}", "[1]", '{"turns": [{}]}', '{"turns": [{"answers": [], "shown": 0}]}', "x"])
+def test_what_is_no_chat_is_not_opened(browser: Browser, server: LiveServer, stored: str) -> None:
+    with open_chat_page(browser, server.url) as chat:
+        chat.page.evaluate("(stored) => { localStorage['headrace.chat.0'] = stored }", stored)
+        chat.open(f"{server.url}/?chat=0")
+        expect(chat.page.locator("#welcome")).to_be_visible()
+        chat.page.get_by_role("button", name="Chats").click()
+        expect(chat.page.locator("#chat-list li")).to_have_count(0)
+
+
+def test_a_refusal_without_a_reason_is_one_all_the_same(chat: ChatPage) -> None:
+    chat.page.route("**/v1/streams", lambda route: route.fulfill(status=500, json={"error": {"message": " "}}))
+    chat.ask("hi")
+    chat.until("error")
+    expect(chat.answer.locator(".error span")).to_have_text("The server did not say why.")
+
+
+def test_escape_while_composing_leaves_the_editor_open(chat: ChatPage) -> None:
+    chat.ask("hi")
+    chat.until("done")
+    chat.page.click(".edit")
+    editor = chat.page.locator(".editor textarea")
+    editor.evaluate(
+        """(field) => {
+          field.dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape', isComposing: true, bubbles: true }));
+        }"""
+    )
+    expect(editor).to_be_visible()
+    editor.press("Escape")
+    expect(editor).to_be_hidden()
 
 
 def test_what_is_announced_is_the_answer_once_not_every_token(chat: ChatPage, server: LiveServer) -> None:
@@ -387,6 +461,13 @@ def test_the_page_follows_the_text_unless_the_reader_has_scrolled_up(browser: Br
             server.runner.allow(60)
             expect(chat.answer.locator(".text")).to_have_text(re.compile("^[a-z]{360,}$"))
             until(lambda: page.evaluate(distance) < 2, "and stays there")
+            page.focus("#stop")
+            page.evaluate("scrollTo(0, 200)")
+            expect(jump).to_be_visible()
+            page.evaluate("getSelection().selectAllChildren(document.querySelector('.bubble'))")
+        chat.until("done")
+        assert page.evaluate("scrollY") == 200, "the end does not take a reader away"
+        assert page.evaluate("getSelection().toString()").startswith("hi")
 
 
 # WCAG's contrast of every text with what is behind it, where that is below 4.5.
