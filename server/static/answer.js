@@ -119,7 +119,8 @@ export class Answer {
     }
   }
 
-  #finish({ finish_reason: finishReason, usage = null, timings = null }) {
+  #finish({ finish_reason: reason, usage = null, timings = null }) {
+    const finishReason = reason === 'cancelled' && this.#stopping.signal.aborted ? 'stopped' : reason;
     this.#end({ state: 'done', finishReason, usage, timings });
   }
 

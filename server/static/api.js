@@ -7,15 +7,19 @@ const DISCONNECT_GRACE_S = 120;
 const MAX_RETRIES = 20;
 const MAX_RETRY_AFTER_S = 120;
 
+let isLeaving = false; // the page, whose requests are then cut off
+addEventListener('pagehide', () => { isLeaving = true; });
+
 /** A request that came to nothing; the message is for the reader. */
 export class RequestError extends Error {}
 
-/** Resolves once the model is loaded. Until then `onStatus(status)` is told "loading" or "unreachable". */
+/** Resolves once requests are served. Until then `onStatus(status)` is told the server's own, or "unreachable". */
 export async function waitUntilReady(onStatus) {
   for (;;) {
     const response = await fetch('/ready', { cache: 'no-store' }).catch(() => null);
     if (response?.ok) return;
-    onStatus(response ? 'loading' : 'unreachable');
+    const body = await response?.json().catch(() => null);
+    onStatus(response ? body?.status ?? 'loading' : 'unreachable');
     await sleep(1000);
   }
 }
@@ -37,6 +41,7 @@ export async function createStream(body, { signal, askForKey, onWait }) {
     const headers = { 'Content-Type': 'application/json', ...authorization() };
     const content = JSON.stringify({ ...body, disconnect_grace_s: DISCONNECT_GRACE_S });
     const response = await fetch('/v1/streams', { method: 'POST', headers, body: content }).catch(() => null);
+    if (response === null && isLeaving) return new Promise(() => {}); // what was kept before is right
     if (response === null) throw new RequestError('The server cannot be reached.');
     if (response.ok) {
       const stream = await response.json();

@@ -10,6 +10,12 @@ import { Turn, isSendKey } from './turn.js';
 const SAVE_INTERVAL_MS = 1000;
 const END_MARGIN_PX = 48;
 const MAX_TITLE_CHARS = 60;
+const STATUSES = {
+  loading: 'loading the model',
+  draining: 'the server is shutting down',
+  engine_dead: 'the model has failed',
+  unreachable: 'no connection',
+};
 
 const $ = (id) => document.getElementById(id);
 const prompt = $('prompt');
@@ -147,7 +153,7 @@ function showChats() {
 }
 
 async function becomeReady() {
-  await waitUntilReady((status) => showStatus(status, status === 'loading' ? 'loading the model' : 'no connection'));
+  await waitUntilReady((status) => showStatus(status, STATUSES[status] ?? status));
   showStatus('ready', '');
   $('model').textContent = await fetchModelName() ?? $('model').textContent;
 }
@@ -158,17 +164,19 @@ function showStatus(state, text) {
 }
 
 async function copy(text, button) {
+  let isCopied = true;
   try {
     await navigator.clipboard.writeText(text);
   } catch { // there is no clipboard on plain http from elsewhere than this machine
     const field = document.body.appendChild(document.createElement('textarea'));
     field.value = text;
     field.select();
-    document.execCommand('copy');
+    isCopied = document.execCommand('copy');
     field.remove();
     button.focus();
   }
-  page.announce('Copied');
+  page.announce(isCopied ? 'Copied' : 'The browser did not let it be copied');
+  if (!isCopied) return;
   button.dataset.state = 'copied';
   setTimeout(() => delete button.dataset.state, 1500);
 }
@@ -228,6 +236,7 @@ addEventListener('keydown', (event) => {
   if (event.key === 'Escape' && !event.isComposing && !document.querySelector('dialog[open]')) current?.stop();
 });
 addEventListener('pagehide', saveNow);
+addEventListener('pageshow', (event) => { if (event.persisted) location.reload(); }); // the chat may have gone on since
 document.addEventListener('visibilitychange', () => { if (document.hidden) saveNow(); });
 addEventListener('storage', (event) => {
   // The same chat in another tab.

@@ -182,6 +182,7 @@ function renderList(lines, i, parent, context) {
   if (list.localName === 'ol' && parseInt(firstMarker, 10) !== 1) list.start = parseInt(firstMarker, 10);
   const inner = within(context, lines, end, { depth: context.depth + 1, isTight: !isLoose });
   for (const item of items) {
+    item.lines[0] = item.lines[0].replace(/^\[([ xX])\] /, (_, mark) => (mark === ' ' ? '\u2610 ' : '\u2611 ')); // a task
     const isGrowing = inner.isGrowing && item === items.at(-1);
     renderBlocks(item.lines, add(list, 'li'), { ...inner, isGrowing });
   }

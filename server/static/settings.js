@@ -29,6 +29,11 @@ export function initSettings() {
     else field.value = saved[field.name];
   }
   form.addEventListener('input', keepSettings);
+  dialog.addEventListener('close', () => {
+    // What would not be sent should not stand there.
+    for (const field of form.elements) if (field.name && !field.validity.valid) field.value = '';
+    keepSettings();
+  });
   form.addEventListener('reset', () => setTimeout(keepSettings)); // it is told before the fields are reset
   document.getElementById('open-settings').addEventListener('click', () => {
     document.getElementById('forget-key').hidden = !loadApiKey();

@@ -10,7 +10,8 @@ const MAX_ANNOUNCED_CHARS = 3000;
 const FINISH_REASONS = {
   stop: '',
   length: 'cut at the length limit',
-  cancelled: 'stopped',
+  stopped: 'stopped', // by this page
+  cancelled: 'cancelled',
   deadline_exceeded: 'stopped at the time limit',
 };
 
@@ -63,7 +64,7 @@ export class Turn {
     const { record, shown } = this;
     const isFree = !this.#page.isBusy;
     const isLast = this.#page.isLast(this);
-    this.#find('.edit').disabled = !isFree;
+    this.#find('.edit').disabled = this.#find('.editor .primary').disabled = !isFree;
     this.#find('.copy').hidden = !shown.text;
     this.#find('.retry').hidden = this.#find('.regenerate').hidden = !isLast;
     this.#find('.retry').disabled = this.#find('.regenerate').disabled = !isFree;

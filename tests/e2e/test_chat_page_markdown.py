@@ -170,6 +170,7 @@ TABLE = '<div class="table"><table><thead><tr><th>a</th><th>b</th></tr></thead><
         ("a | b\nno table", "<p>a | b\nno table</p>"),
         ("a|b\r\n-|-\r\n\r\n# c\r\nd<br>e<BR />f <bra>", TABLE + "<h3>c</h3><p>d<br>e<br>f &lt;bra&gt;</p>"),
         ("```make\na:\n\tb\n\t\u3000c\n```", code("make", "a:\n\tb\n\t\u3000c")),
+        ("- [ ] a\n- [x] b\n- [y] c", "<ul><li>\u2610 a</li><li>\u2611 b</li><li>[y] c</li></ul>"),
         ("- a\n\t```\n\t\tx\n\t```", f"<ul><li>a{code('text', chr(9) + 'x')}</li></ul>"),
         ("[a *b*](https://x.org/(y) 'title')", f"<p>{link('https://x.org/(y)', 'a <em>b</em>')}</p>"),
         ("[](http://x.org)", f"<p>{link('http://x.org/', 'http://x.org/')}</p>"),

@@ -105,6 +105,18 @@ def test_a_reload_goes_on_with_the_same_answer(chat: ChatPage, server: LiveServe
     assert chat.text == said("hi") == record(chat)["text"]
 
 
+def test_a_reload_before_the_server_has_answered_asks_again(chat: ChatPage) -> None:
+    asked: list[Route] = []
+    chat.page.route("**/v1/streams", lambda route: asked.append(route))
+    chat.ask("hi")
+    until(lambda: (chat.page.title(), len(asked))[1] == 1, "the page has asked")
+    chat.page.reload()
+    until(lambda: (chat.page.title(), len(asked))[1] == 2, "it asks once more")
+    asked[1].fallback()
+    chat.until("done")
+    assert chat.text == said("hi")
+
+
 def test_a_crash_loses_only_what_the_server_still_has(browser: Browser, server: LiveServer) -> None:
     """Without the page's last word, what is stored is older than what was seen, and reading goes on from there."""
     with open_chat_page(browser, server.url) as chat:
@@ -398,6 +410,49 @@ def test_a_refusal_without_a_reason_is_one_all_the_same(chat: ChatPage) -> None:
     chat.ask("hi")
     chat.until("error")
     expect(chat.answer.locator(".error span")).to_have_text("The server did not say why.")
+
+
+def test_a_setting_that_cannot_be_does_not_stand_there_as_if_it_were_one(chat: ChatPage) -> None:
+    chat.page.click("#open-settings")
+    chat.page.fill("#settings [name=temperature]", "5000")
+    chat.page.fill("#settings [name=top_p]", "0.5")
+    chat.page.keyboard.press("Escape")
+    bodies = chat.bound_answers(NUM_TOKENS)
+    chat.ask("hi")
+    chat.until("done")
+    assert bodies[-1]["top_p"] == 0.5
+    assert "temperature" not in bodies[-1]
+    chat.page.click("#open-settings")
+    assert chat.page.input_value("#settings [name=temperature]") == ""
+
+
+def test_an_edit_waits_for_the_answer_under_way(chat: ChatPage, server: LiveServer) -> None:
+    chat.ask("one")
+    chat.until("done")
+    chat.page.click(".edit")
+    chat.page.fill(".editor textarea", "three")
+    with server.runner.held():
+        chat.ask("two")
+        expect(chat.page.locator(".editor .primary").first).to_be_disabled()
+        chat.page.locator(".editor textarea").first.press("Enter")
+        expect(chat.page.locator(".bubble")).to_have_text(["one", "two"])
+    chat.until("done")
+    chat.page.locator(".editor textarea").first.press("Enter")
+    chat.until_text(said("three"))
+
+
+@pytest.mark.parametrize(
+    ("status", "text"), [("draining", "shutting down"), ("engine_dead", "failed"), (None, "no connection")]
+)
+def test_why_the_server_is_not_ready_is_told(browser: Browser, server: LiveServer, status: str, text: str) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    page.route(
+        "**/ready", lambda route: route.fulfill(status=503, json={"status": status}) if status else route.abort()
+    )
+    page.goto(server.url)
+    expect(page.locator("#status-text")).to_contain_text(text)
+    context.close()
 
 
 def test_escape_while_composing_leaves_the_editor_open(chat: ChatPage) -> None:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Soak:
     """Clients of one server, and what they saw."""
 
     url: httpx.URL
-    rng: random.Random
+    rng: random.Random  # gives each client one of its own: the order in which they choose is the clock's
     outcomes: Counter[str] = field(default_factory=Counter)
     texts: dict[tuple[str, int], set[str]] = field(default_factory=dict)  # of finished greedy requests
     last_stream: str = ""
@@ -69,8 +70,9 @@ class Soak:
     async def run(self, duration_s: float) -> None:
         """Send clients at random times until `duration_s` has passed, and wait for the last to leave."""
         behaviours = [
-            *(self._read_whole, self._read_stream, self._read_slowly, self._leave_early, self._leave_in_the_body),
-            *(self._resume_native, self._abandon_native, self._delete_native, self._open_native, self._err),
+            *(self._read_whole, self._read_stream, self._read_chat, self._read_slowly),
+            *(self._leave_early, self._leave_in_the_body, self._err),
+            *(self._resume_native, self._abandon_native, self._delete_native, self._open_native),
         ]
         places = anyio.Semaphore(MAX_CLIENTS)
         deadline_s = time.monotonic() + duration_s
@@ -85,7 +87,8 @@ class Soak:
         async with anyio.create_task_group() as tasks:
             while time.monotonic() < deadline_s:
                 await places.acquire()
-                tasks.start_soon(one, self.rng.choice(behaviours))
+                behave = self.rng.choice(behaviours)
+                tasks.start_soon(one, partial(behave, random.Random(self.rng.getrandbits(64))))
                 await anyio.sleep(self.rng.expovariate(1 / MEAN_GAP_S))
 
     async def fill_cache(self) -> None:
@@ -101,12 +104,12 @@ class Soak:
             for i in range(6):
                 tasks.start_soon(write, i)
 
-    def _body(self, **fields: Any) -> dict[str, Any]:
+    def _body(self, rng: random.Random, **fields: Any) -> dict[str, Any]:
         body: dict[str, Any] = {
-            "prompt": self.rng.choice(PROMPTS),
-            "max_tokens": self.rng.randint(1, 40),
+            "prompt": rng.choice(PROMPTS),
+            "max_tokens": rng.randint(1, 40),
             "ignore_eos": True,
-            "temperature": self.rng.choice([0, 0, 1.0]),
+            "temperature": rng.choice([0, 0, 1.0]),
         }
         return body | fields
 
@@ -142,8 +145,8 @@ class Soak:
         self.outcomes["refused"] += 1
         return True
 
-    async def _read_whole(self) -> None:
-        body = self._body()
+    async def _read_whole(self, rng: random.Random) -> None:
+        body = self._body(rng)
         async with self._request("POST", "/v1/completions", body) as response:
             await response.read_to_end()
             if not self._is_refused(response):
@@ -151,48 +154,61 @@ class Soak:
                 assert choice["finish_reason"] == "length"
                 self._finished("whole", body, choice["text"])
 
-    async def _read_stream(self) -> None:
-        body = self._body(stream=True)
+    async def _read_stream(self, rng: random.Random) -> None:
+        body = self._body(rng, stream=True)
         async with self._request("POST", "/v1/completions", body) as response:
             if not self._is_refused(response):
                 await response.read_to_end()
                 self._finished("streamed", body, _streamed_text(response.body))
 
-    async def _read_slowly(self) -> None:
-        # Frames with usage are long, so that the socket's buffers fill and the server has to join what follows. Still
-        # smaller buffers would have TCP wait for its persist timer, for minutes in all.
-        body = self._body(stream=True, max_tokens=100, stream_options={"continuous_usage_stats": True})
+    async def _read_chat(self, rng: random.Random) -> None:
+        num_tokens = rng.randint(1, 20)
+        body = {
+            "messages": [{"role": "user", "content": rng.choice(PROMPTS)}],
+            **{"max_tokens": num_tokens, "ignore_eos": True, "n": 2, "logprobs": True, "top_logprobs": 2},
+        }
+        async with self._request("POST", "/v1/chat/completions", body) as response:
+            await response.read_to_end()
+            if not self._is_refused(response):
+                choices = json.loads(response.body)["choices"]
+                assert [len(choice["logprobs"]["content"]) for choice in choices] == [num_tokens] * 2
+                self.outcomes["chat"] += 1
+
+    async def _read_slowly(self, rng: random.Random) -> None:
+        # More slowly than the model writes frames, which usage makes long. What waits is in the kernel's buffers;
+        # smaller ones would have TCP wait for its persist timer, for minutes in all.
+        body = self._body(rng, stream=True, max_tokens=100, stream_options={"continuous_usage_stats": True})
         async with self._request("POST", "/v1/completions", body) as response:
             response.stream.extra(SocketAttribute.raw_socket).setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
             while not self._is_refused(response):
-                await anyio.sleep(self.rng.uniform(0, 0.5))
-                if not await response.read(4000):
+                await anyio.sleep(rng.uniform(0, 0.5))
+                if not await response.read(1000):
                     self._finished("read slowly", body, _streamed_text(response.body))
                     break
 
-    async def _leave_early(self) -> None:
+    async def _leave_early(self, rng: random.Random) -> None:
         """Hang up, as a browser or as a crash, before the head, before a token or in the middle."""
-        body = self._body(stream=self.rng.random() < 0.7, max_tokens=400)
+        body = self._body(rng, stream=rng.random() < 0.7, max_tokens=400)
         async with await self._connect() as stream:
             payload = json.dumps(body).encode()
             await stream.send(self._head("POST", "/v1/completions", len(payload)) + payload)
-            with anyio.move_on_after(self.rng.uniform(0, 4)):
+            with anyio.move_on_after(rng.uniform(0, 4)):
                 response = _Response(stream)
                 while await response.read(65536):
                     pass
-            if self.rng.random() < 0.5:
+            if rng.random() < 0.5:
                 linger = struct.pack("ii", 1, 0)
                 stream.extra(SocketAttribute.raw_socket).setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.outcomes["left"] += 1
 
-    async def _leave_in_the_body(self) -> None:
+    async def _leave_in_the_body(self, rng: random.Random) -> None:
         async with await self._connect() as stream:
             await stream.send(self._head("POST", "/v1/completions", 1000) + b'{"prompt": "')
         self.outcomes["left in the body"] += 1
 
-    async def _resume_native(self) -> None:
+    async def _resume_native(self, rng: random.Random) -> None:
         """Read a native stream over connections that break."""
-        body = self._body()
+        body = self._body(rng)
         url = await self._create(body)
         if url is None:
             return
@@ -201,7 +217,7 @@ class Soak:
             headers = f"last-event-id: {last_event_id}\r\n" if last_event_id else ""
             async with self._request("GET", f"{url}/events", headers=headers) as response:
                 assert response.status == 200, "a stream in its grace time is there"
-                num_events = self.rng.choice([1, 5, 1000])
+                num_events = rng.choice([1, 5, 1000])
                 while response.body.count(b"\n\nid: ") < num_events:
                     if not await response.read(65536):
                         break
@@ -213,12 +229,12 @@ class Soak:
         assert num_terminals == 1
         self._finished("resumed", body, text)
 
-    async def _abandon_native(self) -> None:
-        if await self._create(self._body(max_tokens=400)) is not None:
+    async def _abandon_native(self, rng: random.Random) -> None:
+        if await self._create(self._body(rng, max_tokens=400)) is not None:
             self.outcomes["abandoned"] += 1
 
-    async def _delete_native(self) -> None:
-        url = await self._create(self._body(max_tokens=400))
+    async def _delete_native(self, rng: random.Random) -> None:
+        url = await self._create(self._body(rng, max_tokens=400))
         if url is None:
             return
         async with self._request("GET", f"{url}/events") as reader:
@@ -231,21 +247,23 @@ class Soak:
             assert kinds[-1] == "done"
         self.outcomes["deleted"] += 1
 
-    async def _open_native(self) -> None:
-        body = self._body()
+    async def _open_native(self, rng: random.Random) -> None:
+        body = self._body(rng)
         query = httpx.QueryParams({name: json.dumps(value) for name, value in body.items() if name != "prompt"})
         path = f"/v1/stream?{query.set('prompt', body['prompt'])}"
         async with self._request("GET", path) as response:
             await response.read_to_end()
+            assert response.status == 200
             events = _whole_events(response.body)
             if not events:
+                assert response.body.startswith(b"retry: ")
                 self.outcomes["refused"] += 1
                 return
             assert [event["event"] for event in events].count("done") == 1
             self._finished("opened", body, "".join(json.loads(event["data"]).get("text", "") for event in events))
 
-    async def _err(self) -> None:
-        path, body = self.rng.choice(
+    async def _err(self, rng: random.Random) -> None:
+        path, body = rng.choice(
             [("/v1/completions", {"prompt": 7}), ("/v1/streams", {}), ("/v1/chat/completions", {"messages": "x"})]
         )
         async with self._request("POST", path, body) as response:
@@ -388,7 +406,12 @@ def test_a_server_ends_a_soak_where_it_began() -> None:
         if IS_LONG:
             assert after.resident_bytes <= before.resident_bytes + RESIDENT_MARGIN_BYTES
 
-        _check_log(server)
+        rejected = {name: value for name, value in server.metrics().items() if "_requests_rejected_" in name}
+        assert soak.outcomes["refused"] <= sum(rejected.values()) - soak.outcomes["wrong"]
+        if IS_LONG:
+            assert len(soak.outcomes) >= 11
+            assert min(num for outcome, num in soak.outcomes.items() if outcome != "refused") > 10
+        _check_log(server, num_second_choices=soak.outcomes["chat"])
         compared = random.Random(SEED).sample(sorted(soak.texts), min(NUM_COMPARED, len(soak.texts)))
         for prompt, max_tokens in compared:
             assert soak.texts[prompt, max_tokens] == {_alone(server, prompt, max_tokens)}
@@ -398,8 +421,8 @@ def test_a_server_ends_a_soak_where_it_began() -> None:
         assert server.stop() == 0
 
 
-def _check_log(server: ServerProcess) -> None:
-    """Every request has one line, and every accepted one is counted as finished once."""
+def _check_log(server: ServerProcess, num_second_choices: int) -> None:
+    """Every request has one line, and every answer that was accepted is counted as finished once."""
     lines = [json.loads(line.partition("headrace.requests: ")[2]) for line in server.lines if '"finish_reason"' in line]
     ids = Counter(line["id"] for line in lines)
     assert [id for id, num_lines in ids.items() if num_lines > 1] == []
@@ -407,5 +430,5 @@ def _check_log(server: ServerProcess) -> None:
     finished = sum(
         value for name, value in server.metrics().items() if name.startswith("headrace_requests_finished_total")
     )
-    assert len(accepted) == finished > 0
+    assert len(accepted) + num_second_choices == finished > 0
     assert {line["finish_reason"] for line in accepted} <= {"length", "cancelled"}
