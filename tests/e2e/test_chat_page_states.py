@@ -376,7 +376,7 @@ def test_without_storage_the_page_still_answers(browser: Browser, server: LiveSe
     assert chat.problems == []
 
 
-def test_where_others_have_taken_the_room_the_chats_that_are_kept_stay(chat: ChatPage) -> None:
+def test_where_others_have_taken_the_room_the_chats_that_are_kept_stay(chat: ChatPage, server: LiveServer) -> None:
     chat.ask("one")
     chat.until("done")
     url = chat.page.url
@@ -387,8 +387,7 @@ def test_where_others_have_taken_the_room_the_chats_that_are_kept_stay(chat: Cha
           }
         }"""
     )
-    chat.page.get_by_role("link", name="New chat", exact=True).click()
-    expect(chat.page.locator("#welcome")).to_be_visible()
+    chat.open(f"{server.url}/")
     chat.ask("two " * 5000)
     expect(chat.page.locator("#keys")).to_contain_text("cannot be kept")
     chat.open(url)

@@ -95,7 +95,7 @@ class Soak:
         """Have every block written to, whose memory then belongs to the process for good."""
 
         async def write(i: int) -> None:
-            body = {"prompt": f"{i} " + "word " * 485, "max_tokens": 8}  # no two share a block
+            body = {"prompt": f"{i} " + "word " * 485, "max_tokens": 8, "ignore_eos": True}  # no two share a block
             async with self._request("POST", "/v1/completions", body) as response:
                 await response.read_to_end()
                 assert response.status == 200, response.body

@@ -51,4 +51,4 @@ def test_the_servers_start_does_not_wait_for_torch() -> None:
 def test_no_folder_is_a_regular_package() -> None:
     # A bare folder never shadows Hugging Face's own package called `kernels`.
     found = [path for folder in [*FOLDERS, "tests", "configs"] for path in (ROOT / folder).rglob("__init__.py")]
-    assert [path for path in found if "node_modules" not in path.parts] == []
+    assert [path for path in found if not {"node_modules", ".venvs"} & set(path.parts)] == []
