@@ -74,6 +74,7 @@ class Soak:
             *(self._leave_early, self._leave_in_the_body, self._err),
             *(self._resume_native, self._abandon_native, self._delete_native, self._open_native),
         ]
+        todo: list[Callable[[random.Random], Any]] = []
         places = anyio.Semaphore(MAX_CLIENTS)
         deadline_s = time.monotonic() + duration_s
 
@@ -87,7 +88,8 @@ class Soak:
         async with anyio.create_task_group() as tasks:
             while time.monotonic() < deadline_s:
                 await places.acquire()
-                behave = self.rng.choice(behaviours)
+                todo = todo or self.rng.sample(behaviours, len(behaviours))  # in a short run each has its turn
+                behave = todo.pop()
                 tasks.start_soon(one, partial(behave, random.Random(self.rng.getrandbits(64))))
                 await anyio.sleep(self.rng.expovariate(1 / MEAN_GAP_S))
 
@@ -329,8 +331,8 @@ class Footprint:
     resident_bytes: int
 
 
-def _settle(server: ServerProcess, soak: Soak) -> Footprint:
-    """Wait until all is finished and forgotten, and look at what is left."""
+def _settle(server: ServerProcess, soak: Soak, before: Footprint | None = None) -> Footprint:
+    """Wait until all is finished and forgotten, and look at what is left; for a while until it is as `before`."""
     until(lambda: _is_idle(server), "no request, no block is held", timeout_s=60)
     if soak.last_stream:  # in a short run there may be none
         url = f"{server.url()}{soak.last_stream}"
@@ -345,6 +347,10 @@ def _settle(server: ServerProcess, soak: Soak) -> Footprint:
         return len(counts) >= 5 and len(set(counts[-5:])) == 1
 
     until(is_calm, "the counts stand still", timeout_s=30)
+    # A leak stays; a connection that is still being closed does not.
+    deadline_s = time.monotonic() + 60
+    while before and counts[-1][::2] != (before.num_tasks, before.num_descriptors) and time.monotonic() < deadline_s:
+        is_calm()
     return Footprint(*counts[-1], server.resident_bytes())
 
 
@@ -394,7 +400,7 @@ def test_a_server_ends_a_soak_where_it_began() -> None:
         before = _settle(server, soak)
         say(f"settled: {before}")
         resident = anyio.run(_run_and_watch, server, soak, DURATION_S)
-        after = _settle(server, soak)
+        after = _settle(server, soak, before)
         say(f"settled: {after}")
 
         tenth = max(1, len(resident) // 10)
@@ -416,8 +422,8 @@ def test_a_server_ends_a_soak_where_it_began() -> None:
         compared = random.Random(SEED).sample(sorted(soak.texts), min(NUM_COMPARED, len(soak.texts)))
         for prompt, max_tokens in compared:
             assert soak.texts[prompt, max_tokens] == {_alone(server, prompt, max_tokens)}
-        assert len(compared) > 3
-        assert soak.outcomes["left"] > 1
+        assert len(compared) >= (NUM_COMPARED if IS_LONG else 2)
+        assert soak.outcomes["left"] > 0
         assert "Traceback" not in server.output
         assert server.stop() == 0
 
