@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 
 def is_reordered(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether weights there are reordered."""
+    """Whether weights of this dtype are reordered on this device."""
     return device.type == "cpu" and _can_reorder(dtype)
 
 

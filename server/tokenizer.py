@@ -12,7 +12,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
 from tokenizers import Tokenizer as BackendTokenizer, models
 from tokenizers.decoders import DecodeStream
 
@@ -77,6 +76,8 @@ class Tokenizer:
         try:
             self.render_chat([{"role": "user", "content": ""}])
         except BadRequestError as error:  # which may be what a template thinks of this chat
+            from jinja2 import TemplateSyntaxError  # not at the server's start, which needs no template
+
             if isinstance(cause := error.__cause__, TemplateSyntaxError):
                 raise ValueError(f"the chat template's line {cause.lineno}: {cause.message}") from None
 

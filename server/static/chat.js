@@ -242,7 +242,8 @@ addEventListener('storage', (event) => {
   // The same chat in another tab.
   const stored = !current && event.newValue && isStoredAs(chat, event.key) ? loadChat(chat.id) : null;
   const last = stored?.turns.at(-1);
-  if (!last || !(isOver(last.answers[last.shown]) || last.answers[last.shown].stream)) return; // that tab still asks
+  const answer = last?.answers[last.shown];
+  if (!answer || !(isOver(answer) || answer.stream)) return; // that tab still asks
   chat = stored;
   open();
 });

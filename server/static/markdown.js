@@ -1,6 +1,7 @@
 // Markdown as models write it, to DOM nodes: the parts of CommonMark and GFM that a chat needs.
 // Made with createElement and text nodes only: whatever the text says, no element and no attribute comes out but those
-// named here. Raw HTML is text, but for <br>; an image is a link to it. All steps are linear in the text, and nesting is bounded.
+// named here. Raw HTML is text, but for <br>; an image is a link to it. All steps are linear in the text, and nesting is
+// bounded.
 // Sources: CommonMark 0.31 (delimiter runs, "process emphasis"), GitHub Flavored Markdown (tables, strikethrough).
 // Deviations: no indented code, no link references, no entities; sloppy list indentation is accepted.
 
@@ -36,8 +37,7 @@ export class MarkdownView {
     for (let i = 0, end = 0, offset = this.#openAt; i < lines.length; i = end) {
       // A block that begins on lines known whole, of which a table needs two, closes all before it. A blank line does
       // not: a list may go on.
-      const isCertain = i < lines.length - 2 || (i === lines.length - 2 && !beginsTable(lines, i));
-      if (isCertain && !isBlank(lines[i])) {
+      if (i < lines.length - (beginsTable(lines, i) ? 2 : 1) && !isBlank(lines[i])) {
         this.#openAt = offset;
         this.#numClosed = numKept + fresh.childNodes.length;
       }
