@@ -43,8 +43,8 @@ export class Answer {
     this.#onChange = onChange;
   }
 
-  /** Ask for it. `whenReady` resolves once the server can be asked. */
-  async request(body, { whenReady, askForKey }) {
+  /** Ask for it. `whenReady` resolves once the server can be asked; for `onLost` see resume. */
+  async request(body, { whenReady, askForKey, onLost }) {
     const { signal } = this.#stopping;
     this.#setNote('Waiting for the model');
     await whenReady;
@@ -62,20 +62,23 @@ export class Answer {
         onWait: (seconds, message) => this.#setNote(`${sentence(message)} Trying again in ${seconds} s`),
       });
       this.record.stream = { url: stream.url, eventsUrl: stream.events_url, lastEventId: '' };
-      this.resume();
+      this.resume({ onLost });
     } catch (error) {
       if (signal.aborted) return;
       this.#fail(error instanceof RequestError ? error.message : `This page failed: ${error.message}`);
     }
   }
 
-  /** Read on where the record stops. */
-  resume() {
+  /** Read on where the record stops; `onLost()` is told whenever the connection is lost. */
+  resume({ onLost }) {
     const { eventsUrl, lastEventId } = this.record.stream;
     this.#setNote(this.#progress);
     this.#reader = new StreamReader(eventsUrl, lastEventId, {
       onEvent: (type, data, id) => this.#onEvent(type, data, id),
-      onConnected: (isConnected) => this.#setNote(isConnected ? this.#progress : 'Connection lost, reconnecting'),
+      onConnected: (isConnected) => {
+        this.#setNote(isConnected ? this.#progress : 'Connection lost, reconnecting');
+        if (!isConnected) onLost();
+      },
       onGone: (status) => this.#fail(LOST[status] ?? `Reading on was answered ${status}.`),
     });
   }

@@ -52,8 +52,8 @@ function open() {
   if (!last || isOver(last.shown)) return;
   const answer = last.follow();
   settle(answer);
-  if (last.shown.stream) answer.resume();
-  else answer.request(bodyFor(last), { whenReady, askForKey });
+  if (last.shown.stream) answer.resume({ onLost: doubtServer });
+  else answer.request(bodyFor(last), { whenReady, askForKey, onLost: doubtServer });
 }
 
 function submit(question) {
@@ -67,7 +67,7 @@ function ask(turn) {
   if (current) return;
   const answer = turn.begin();
   settle(answer);
-  answer.request(bodyFor(turn), { whenReady, askForKey });
+  answer.request(bodyFor(turn), { whenReady, askForKey, onLost: doubtServer });
 }
 
 async function settle(answer) {
@@ -78,7 +78,7 @@ async function settle(answer) {
   current = null;
   showControls();
   saveNow();
-  if (answer.record.error) whenReady = becomeReady();
+  if (answer.record.error) doubtServer();
 }
 
 /** The whole chat up to the turn. Turns that were not answered are left out: templates want roles to alternate. */
@@ -156,6 +156,11 @@ async function becomeReady() {
   await waitUntilReady((status) => showStatus(status, STATUSES[status] ?? status));
   showStatus('ready', '');
   $('model').textContent = await fetchModelName() ?? $('model').textContent;
+}
+
+/** Something failed: find out whether the server can still be asked, unless that is being found out. */
+function doubtServer() {
+  if ($('status').dataset.state === 'ready') whenReady = becomeReady();
 }
 
 function showStatus(state, text) {

@@ -206,6 +206,29 @@ def test_a_closed_event_source_is_made_anew_where_it_stopped(browser: Browser) -
         assert len(chat.text) == 30
 
 
+def test_a_lost_connection_shows_beside_the_model_until_it_is_back(browser: Browser) -> None:
+    runner = FakeRunner()
+    with (
+        live_server(runner=runner) as fake,
+        TcpRelay(fake.url) as relay,
+        open_chat_page(browser, relay.url) as chat,
+        runner.held(),
+    ):
+        chat.bound_answers(30)
+        chat.ask("one")
+        runner.allow(5)
+        chat.until("streaming")
+        status = chat.page.locator("#status")
+        expect(status).to_have_attribute("data-state", "ready")
+        relay.cut()
+        expect(status).to_have_attribute("data-state", "unreachable")
+        expect(status).to_contain_text("no connection")
+        relay.mend()
+        expect(status).to_have_attribute("data-state", "ready")
+        runner.allow(1000)
+        chat.until("done")
+
+
 def test_a_refusal_is_shown_with_a_way_to_try_again(chat: ChatPage) -> None:
     chat.page.route(
         "**/v1/streams", lambda route: route.fulfill(status=400, json={"error": {"message": "no such thing"}})
