@@ -80,7 +80,8 @@ def test_tokens_arrive_one_by_one_and_a_client_that_leaves_cancels(
         assert "content-encoding" not in response.headers
         assert len(response.headers["x-request-id"]) == 32
         num_reads, received = 0, b""
-        for chunk in response.iter_raw():
+        chunks = response.iter_raw()  # held, for the connection closes with it
+        for chunk in chunks:
             num_reads += 1
             received += chunk
             if received.count(b"data: ") >= NUM_EVENTS:
