@@ -39,12 +39,13 @@ export class Answer {
   constructor(record, onChange) {
     this.record = record;
     this.note = ''; // what the reader is waiting for
+    this.onLost = () => {}; // called whenever the connection to its stream is lost
     this.settled = new Promise((resolve) => { this.#settle = resolve; });
     this.#onChange = onChange;
   }
 
-  /** Ask for it. `whenReady` resolves once the server can be asked; for `onLost` see resume. */
-  async request(body, { whenReady, askForKey, onLost }) {
+  /** Ask for it. `whenReady` resolves once the server can be asked. */
+  async request(body, { whenReady, askForKey }) {
     const { signal } = this.#stopping;
     this.#setNote('Waiting for the model');
     await whenReady;
@@ -62,22 +63,22 @@ export class Answer {
         onWait: (seconds, message) => this.#setNote(`${sentence(message)} Trying again in ${seconds} s`),
       });
       this.record.stream = { url: stream.url, eventsUrl: stream.events_url, lastEventId: '' };
-      this.resume({ onLost });
+      this.resume();
     } catch (error) {
       if (signal.aborted) return;
       this.#fail(error instanceof RequestError ? error.message : `This page failed: ${error.message}`);
     }
   }
 
-  /** Read on where the record stops; `onLost()` is told whenever the connection is lost. */
-  resume({ onLost }) {
+  /** Read on where the record stops. */
+  resume() {
     const { eventsUrl, lastEventId } = this.record.stream;
     this.#setNote(this.#progress);
     this.#reader = new StreamReader(eventsUrl, lastEventId, {
       onEvent: (type, data, id) => this.#onEvent(type, data, id),
       onConnected: (isConnected) => {
         this.#setNote(isConnected ? this.#progress : 'Connection lost, reconnecting');
-        if (!isConnected) onLost();
+        if (!isConnected) this.onLost();
       },
       onGone: (status) => this.#fail(LOST[status] ?? `Reading on was answered ${status}.`),
     });

@@ -52,8 +52,8 @@ function open() {
   if (!last || isOver(last.shown)) return;
   const answer = last.follow();
   settle(answer);
-  if (last.shown.stream) answer.resume({ onLost: doubtServer });
-  else answer.request(bodyFor(last), { whenReady, askForKey, onLost: doubtServer });
+  if (last.shown.stream) answer.resume();
+  else answer.request(bodyFor(last), { whenReady, askForKey });
 }
 
 function submit(question) {
@@ -67,11 +67,12 @@ function ask(turn) {
   if (current) return;
   const answer = turn.begin();
   settle(answer);
-  answer.request(bodyFor(turn), { whenReady, askForKey, onLost: doubtServer });
+  answer.request(bodyFor(turn), { whenReady, askForKey });
 }
 
 async function settle(answer) {
   current = answer;
+  answer.onLost = doubtServer;
   showControls();
   saveNow();
   await answer.settled;

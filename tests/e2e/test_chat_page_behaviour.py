@@ -17,6 +17,8 @@ from waiting import until
 
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 
+Relayed = tuple[ChatPage, TcpRelay, FakeRunner]
+
 
 @pytest.fixture
 def fake() -> Iterator[LiveServer]:
@@ -29,6 +31,20 @@ def chat(browser: Browser, fake: LiveServer) -> Iterator[ChatPage]:
     with open_chat_page(browser, fake.url) as chat:
         chat.bound_answers(20)
         yield chat
+
+
+@pytest.fixture
+def relayed(browser: Browser) -> Iterator[Relayed]:
+    """A page whose connections can be cut, on a model that makes only the tokens it is allowed."""
+    runner = FakeRunner()
+    with (
+        live_server(runner=runner) as fake,
+        TcpRelay(fake.url) as relay,
+        open_chat_page(browser, relay.url) as chat,
+        runner.held(),
+    ):
+        chat.bound_answers(30)
+        yield chat, relay, runner
 
 
 def answered(chat: ChatPage, question: str) -> str:
@@ -170,63 +186,49 @@ def test_escape_stops_an_answer(browser: Browser) -> None:
         assert fake.app.client.num_unfinished == 0
 
 
-def test_a_closed_event_source_is_made_anew_where_it_stopped(browser: Browser) -> None:
-    runner = FakeRunner()
-    with (
-        live_server(runner=runner) as fake,
-        TcpRelay(fake.url) as relay,
-        open_chat_page(browser, relay.url) as chat,
-        runner.held(),
-    ):
-        chat.bound_answers(30)
-        chat.page.evaluate(
-            """() => {
-                window.states = [];
-                const Real = EventSource;
-                window.EventSource = class extends Real {
-                    constructor(url) {
-                        super(url);
-                        this.addEventListener('error', () => states.push(this.readyState));
-                    }
-                };
-            }"""
-        )
-        chat.ask("one")
-        runner.allow(5)
-        chat.until("streaming")
-        # A proxy's own answer, which ends an EventSource for good, to the reconnection and to what looks into it.
-        chat.page.route("**/v1/streams/*/events*", lambda route: route.fulfill(status=502, body="a proxy's page"))
-        relay.cut()
-        relay.mend()
-        chat.until_note("Connection lost")
-        until(lambda: chat.page.evaluate("states.includes(EventSource.CLOSED)"), "the browser gives up")
-        runner.allow(1000)
-        chat.page.unroute("**/v1/streams/*/events*")
-        chat.until("done")
-        assert len(chat.text) == 30
+def test_a_closed_event_source_is_made_anew_where_it_stopped(relayed: Relayed) -> None:
+    chat, relay, runner = relayed
+    chat.page.evaluate(
+        """() => {
+            window.states = [];
+            const Real = EventSource;
+            window.EventSource = class extends Real {
+                constructor(url) {
+                    super(url);
+                    this.addEventListener('error', () => states.push(this.readyState));
+                }
+            };
+        }"""
+    )
+    chat.ask("one")
+    runner.allow(5)
+    chat.until("streaming")
+    # A proxy's own answer, which ends an EventSource for good, to the reconnection and to what looks into it.
+    chat.page.route("**/v1/streams/*/events*", lambda route: route.fulfill(status=502, body="a proxy's page"))
+    relay.cut()
+    relay.mend()
+    chat.until_note("Connection lost")
+    until(lambda: chat.page.evaluate("states.includes(EventSource.CLOSED)"), "the browser gives up")
+    runner.allow(1000)
+    chat.page.unroute("**/v1/streams/*/events*")
+    chat.until("done")
+    assert len(chat.text) == 30
 
 
-def test_a_lost_connection_shows_beside_the_model_until_it_is_back(browser: Browser) -> None:
-    runner = FakeRunner()
-    with (
-        live_server(runner=runner) as fake,
-        TcpRelay(fake.url) as relay,
-        open_chat_page(browser, relay.url) as chat,
-        runner.held(),
-    ):
-        chat.bound_answers(30)
-        chat.ask("one")
-        runner.allow(5)
-        chat.until("streaming")
-        status = chat.page.locator("#status")
-        expect(status).to_have_attribute("data-state", "ready")
-        relay.cut()
-        expect(status).to_have_attribute("data-state", "unreachable")
-        expect(status).to_contain_text("no connection")
-        relay.mend()
-        expect(status).to_have_attribute("data-state", "ready")
-        runner.allow(1000)
-        chat.until("done")
+def test_a_lost_connection_shows_beside_the_model_until_it_is_back(relayed: Relayed) -> None:
+    chat, relay, runner = relayed
+    chat.ask("one")
+    runner.allow(5)
+    chat.until("streaming")
+    status = chat.page.locator("#status")
+    expect(status).to_have_attribute("data-state", "ready")
+    relay.cut()
+    expect(status).to_have_attribute("data-state", "unreachable")
+    expect(status).to_contain_text("no connection")
+    relay.mend()
+    expect(status).to_have_attribute("data-state", "ready")
+    runner.allow(1000)
+    chat.until("done")
 
 
 def test_a_refusal_is_shown_with_a_way_to_try_again(chat: ChatPage) -> None:
