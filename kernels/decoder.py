@@ -41,6 +41,8 @@ class DecoderConfig:
     """
 
     vocab_size: int
+    hidden_size: int
+    intermediate_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int

@@ -237,6 +237,8 @@ def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) ->
     window = declared(config, "sliding_window")
     decoder_config = DecoderConfig(
         vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=head_dim,

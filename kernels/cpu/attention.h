@@ -1,0 +1,159 @@
+// Causal attention of a block of rows over one sequence's keys and values, a fixed segment of tokens at a time.
+//
+// A row is a query token with one of the query heads that share a key/value head. The context is cut at multiples of
+// SEGMENT tokens, each segment's softmax is complete in itself, and the segments' results are merged in order, as in
+// FlashDecoding (Dao et al., 2023); so a row's bits depend neither on who computes a segment nor on the rows beside it.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "kv_cache.h"
+#include "tile_product.h"
+
+namespace headrace {
+
+constexpr int SEGMENT = 256;
+constexpr int SEGMENT_TILES = SEGMENT / TILE_TOKENS;
+
+// A row's softmax over some tokens: the largest score (in powers of two), the sum of the weights, their sum of values.
+struct Partial {
+  float maximum;
+  float sum;
+  float* output;  // [Dp], not yet divided by the sum
+};
+
+// Merge a later segment's result into an earlier one's. A segment that a row sees nothing of changes nothing.
+inline void merge(Partial& into, const Partial& next, int padded_head) {
+  if (next.sum == 0) return;
+  if (into.sum == 0) {
+    into.maximum = next.maximum, into.sum = next.sum;
+    std::copy_n(next.output, padded_head, into.output);
+    return;
+  }
+  const float highest = std::max(into.maximum, next.maximum);
+  const Vec keep = exp2(splat(into.maximum - highest)), add = exp2(splat(next.maximum - highest));
+  for (int d = 0; d < padded_head; d += LANES)
+    store(into.output + d, fma(load(into.output + d), keep, load(next.output + d) * add));
+  into.sum = into.sum * keep[0] + next.sum * add[0];
+  into.maximum = highest;
+}
+
+// What a member needs for its own use in attention.
+struct AttentionSpace {
+  explicit AttentionSpace(int padded_head)
+      : queries(size_t(BLOCK_ROWS) * padded_head),
+        weights(size_t(BLOCK_ROWS) * SEGMENT),
+        scores(size_t(BLOCK_ROWS) * SEGMENT),
+        outputs(size_t(BLOCK_ROWS) * padded_head),
+        keys(size_t(2) * TILE_TOKENS * padded_head),
+        values(size_t(SEGMENT) * padded_head) {}
+
+  std::vector<bf16> queries, weights;  // blocks of rows, as the products read them
+  std::vector<float> scores;           // [rows][SEGMENT]
+  std::vector<float> outputs;          // [rows][Dp]
+  std::vector<bf16> keys, values;      // of an int8 cache: two tiles' keys, a segment's values
+};
+
+// A block of rows that attend to one key/value head of one sequence.
+struct Query {
+  const int32_t* blocks;  // the sequence's block table
+  int head;               // the key/value head
+  int num_rows;
+  int begin[BLOCK_ROWS], end[BLOCK_ROWS];  // each row sees tokens begin .. end
+  int first_token() const { return *std::min_element(begin, begin + num_rows); }
+  int last_token() const { return *std::max_element(end, end + num_rows) - 1; }
+};
+
+inline void widen(const int8_t* from, bf16* to, int count) {
+  for (int i = 0; i < count; i += LANES) store_bf16(to + i, load_int8(from + i));
+}
+
+inline void prefetch_range(const uint8_t* begin, int num_bytes) {
+  for (int i = 0; i < num_bytes; i += 64) prefetch(begin + i);
+}
+
+// Attend to tokens SEGMENT * segment .. of the sequence. space.queries holds the rows, scaled by log2(e) / sqrt(D);
+// `results` gets a Partial per row, whose outputs lie in space.outputs.
+inline void attend_segment(const KVCache& cache, uint8_t* layer, const Query& query, int segment, AttentionSpace& space,
+                           Partial* results) {
+  const int num_rows = query.num_rows, padded_head = cache.padded_head;
+  const int start = segment * SEGMENT;
+  const int first = std::max(query.first_token(), start) / TILE_TOKENS;
+  const int last = std::min(query.last_token(), start + SEGMENT - 1) / TILE_TOKENS;
+  const int num_tiles = last - first + 1, num_tokens = num_tiles * TILE_TOKENS;
+  const int half_bytes = cache.values_offset();
+
+  const uint8_t* records[SEGMENT_TILES];
+  for (int i = 0; i < num_tiles; ++i) records[i] = cache.record(layer, query.blocks, first + i, query.head);
+
+  // Scores, two tiles of keys at a time (an odd last one twice).
+  for (int i = 0; i < num_tiles; i += 2) {
+    const uint8_t* pair[2] = {records[i], records[std::min(i + 1, num_tiles - 1)]};
+    for (int ahead = i + 2; ahead < std::min(i + 4, num_tiles); ++ahead) prefetch_range(records[ahead], half_bytes);
+    for (const uint8_t* record : pair) prefetch_range(record + half_bytes, cache.record_bytes() - half_bytes);
+    if (cache.is_int8)
+      for (int j = 0; j < 2; ++j)
+        widen(reinterpret_cast<const int8_t*>(pair[j]), space.keys.data() + j * TILE_TOKENS * padded_head,
+              TILE_TOKENS * padded_head);
+    const auto keys = [&](int, int half) {
+      return cache.is_int8 ? space.keys.data() + half * TILE_TOKENS * padded_head
+                           : reinterpret_cast<const bf16*>(pair[half]);
+    };
+    tile_product<PAIRS_PER_TILE, false>(num_rows, space.queries.data(), 1, padded_head / 2, keys, 2 * TILE_TOKENS,
+                                        space.scores.data() + i * TILE_TOKENS, SEGMENT);
+  }
+
+  // Softmax of each row; the weights become the rows of the product with the values.
+  const Ints lane = [] {
+    Ints v{};
+    for (int i = 0; i < LANES; ++i) v[i] = i;
+    return v;
+  }();
+  for (int m = 0; m < num_rows; ++m) {
+    float* scores = space.scores.data() + m * SEGMENT;
+    const int begin = query.begin[m] - first * TILE_TOKENS, end = query.end[m] - first * TILE_TOKENS;
+    Vec highest = splat(MINUS_INFINITY);
+    for (int t = 0; t < num_tokens; t += LANES) {
+      Vec score = load(scores + t);
+      if (cache.is_int8)
+        score *= load(reinterpret_cast<const float*>(records[t / TILE_TOKENS] + cache.scales_offset()) + t % TILE_TOKENS);
+      const Ints token = lane + t;
+      score = ((token >= begin) & (token < end)) ? score : splat(MINUS_INFINITY);
+      store(scores + t, score);
+      highest = max(highest, score);
+    }
+    const float top = maximum(highest);
+    Vec total{};
+    for (int t = 0; t < num_tokens; t += LANES) {
+      Vec weight{};
+      if (top > MINUS_INFINITY) weight = exp2(load(scores + t) - top);
+      total += weight;
+      if (cache.is_int8)
+        weight *= load(reinterpret_cast<const float*>(records[t / TILE_TOKENS] + cache.scales_offset()) + TILE_TOKENS +
+                       t % TILE_TOKENS);
+      alignas(64) bf16 narrow[LANES];
+      store_bf16(narrow, weight);
+      for (int i = 0; i < LANES; i += 2)
+        __builtin_memcpy(space.weights.data() + pair_offset<TILE_TOKENS / 2>(m, (t + i) / 2, num_rows), narrow + i, 4);
+    }
+    results[m] = {top, sum(total), space.outputs.data() + m * padded_head};
+  }
+
+  // Weights x values, 32 of the head's dimensions at a time.
+  if (cache.is_int8)
+    for (int i = 0; i < num_tiles; ++i)
+      widen(reinterpret_cast<const int8_t*>(records[i] + half_bytes), space.values.data() + i * TILE_TOKENS * padded_head,
+            TILE_TOKENS * padded_head);
+  for (int d = 0; d < padded_head; d += 32) {
+    const auto values = [&](int i, int half) {
+      const bf16* tile = cache.is_int8 ? space.values.data() + i * TILE_TOKENS * padded_head
+                                       : reinterpret_cast<const bf16*>(records[i] + half_bytes);
+      return tile + (d + half * 16) * 2;
+    };
+    tile_product<TILE_TOKENS / 2, false>(num_rows, space.weights.data(), num_tiles, TILE_TOKENS / 2, values,
+                                         2 * padded_head, space.outputs.data() + d, padded_head);
+  }
+}
+
+}  // namespace headrace

@@ -1,0 +1,76 @@
+// What Python calls, through ctypes: plain C, no exceptions, no Python objects.
+#include "step.h"
+
+using namespace headrace;
+
+namespace {
+
+// Draws every row's token, rows shared among the members.
+class Sampling final : public Job {
+ public:
+  Sampling(Model& model, const RowSampling* rows, int num_rows, float* logits, int64_t* token_ids)
+      : model_(model),
+        rows_(rows),
+        num_rows_(num_rows),
+        logits_(logits),
+        token_ids_(token_ids),
+        phases_(1, model.team.size()) {}
+
+  void run(int member) override {
+    const int64_t vocab_size = model_.config.vocab_size;
+    phases_.share(0, member, num_rows_, [&](int i) {
+      token_ids_[i] = draw(rows_[i], logits_ + i * vocab_size, vocab_size, model_.spaces[member].sampler);
+    });
+  }
+
+ private:
+  Model& model_;
+  const RowSampling* rows_;
+  const int num_rows_;
+  float* logits_;
+  int64_t* token_ids_;
+  Phases phases_;
+};
+
+}  // namespace
+
+extern "C" {
+
+// Null where memory or threads do not suffice.
+Model* headrace_create(const ModelConfig* config) {
+  try {
+    return new Model(*config);
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+void headrace_destroy(Model* model) { delete model; }
+
+// Run one step. Returns 0, or 1 where memory does not suffice.
+int headrace_step(Model* model, const Batch* batch) {
+  try {
+    const auto step = std::make_shared<Step>(*model, *batch);
+    model->team.run(step);
+    step->finish();
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
+  }
+}
+
+// Draw the tokens of num_rows rows of logits [num_rows, vocabulary], which are written to. Returns as above.
+int headrace_sample(Model* model, const RowSampling* rows, int64_t num_rows, float* logits, int64_t* token_ids) {
+  try {
+    model->team.run(std::make_shared<Sampling>(*model, rows, int(num_rows), logits, token_ids));
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
+  }
+}
+
+// Seconds that the calling thread spent in each kind of phase (enum Phase), in all steps so far.
+void headrace_profile(const Model* model, double* seconds) {
+  std::copy(model->phase_seconds.begin(), model->phase_seconds.end(), seconds);
+}
+}

@@ -1,0 +1,320 @@
+// Products of activations with fixed weights: T rows of K inputs times panels of 32 output columns.
+//
+// Every format and every width of the batch ends in `multiply`, which hands a row's 32 columns (or several panels of
+// them) to an epilogue. The order of the additions over K is the same for every number of rows.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "simd.h"
+#include "tile_product.h"
+
+namespace headrace {
+
+constexpr int PANEL = 32;  // columns in a panel
+constexpr int GROUP = 32;  // inputs that share a scale in a quantised weight, and in a quantised activation
+
+enum Format : int64_t { BF16 = 0, Q4_0 = 1, Q4_1 = 2, Q8_0 = 3 };
+
+// A weight [columns, K], columns padded with zeros to whole panels.
+//
+// BF16: [panels][K / 2][32 columns][2 inputs].
+// Quantised: [panels * 2 halves][K / 32] records of 16 columns x 32 inputs as in the GGUF, whose bytes are reordered to
+// [16 columns][4 inputs], then the 16 columns' scales and, for Q4_1, minima, both fp16. A byte of a 4-bit format holds
+// input i in its lower half, input i + 16 in its upper. Q8_0 is stored as unsigned, 128 added.
+struct Linear {
+  const uint8_t* data;
+  const float* bias;  // [columns padded], or null
+  int64_t format;
+  int64_t num_inputs;
+  int64_t num_panels;
+};
+
+inline bool is_quantised(const Linear& weight) { return weight.format != BF16; }
+inline int quants_bytes(int64_t format) { return format == Q8_0 ? 512 : 256; }
+inline int record_bytes(int64_t format) { return quants_bytes(format) + (format == Q4_1 ? 64 : 32); }
+// A quant stands for scale * (quant - offset), in Q4_1 for scale * quant + minimum.
+inline int offset_of(int64_t format) { return format == Q8_0 ? 128 : format == Q4_0 ? 8 : 0; }
+
+// Whether narrow batches multiply quants with quants (needs the byte dot product of AVX-512 VNNI).
+#if defined(__AVX512VNNI__)
+constexpr bool HAS_NARROW_PATH = true;
+#else
+constexpr bool HAS_NARROW_PATH = false;
+#endif
+constexpr int NARROW_ROWS = 8;  // up to so many rows; above, the products of dequantised panels are faster
+
+// Activations [T, K] as the products read them: as bfloat16 tiles, as quants, or both.
+//
+// As quants a group of 32 is scaled to 16-bit integers, each split into 256 * high + low, which is finer than bfloat16.
+class Operand {
+ public:
+  void reserve(int max_rows, int num_inputs) {
+    tiles_.assign(size_t(round_up(max_rows, BLOCK_ROWS)) * num_inputs, 0);
+    reserve_quants(std::min(max_rows, NARROW_ROWS), num_inputs);
+  }
+
+  // Begin to fill `num_rows` rows of `num_inputs`.
+  void begin(int num_rows, int num_inputs, bool has_tiles, bool has_quants) {
+    num_rows_ = num_rows, num_inputs_ = num_inputs, has_tiles_ = has_tiles, has_quants_ = has_quants;
+  }
+
+  // Set inputs k .. k + 32 of a row; k is a multiple of 32.
+  void set(int row, int k, const float* x) {
+    if (has_tiles_) {
+      alignas(64) bf16 pairs[GROUP];
+      for (int i = 0; i < GROUP; i += LANES) store_bf16(pairs + i, load(x + i));
+      bf16* block = tiles_.data() + block_offset(row / BLOCK_ROWS);
+      const int num_rows = rows_in_block(row / BLOCK_ROWS);
+      for (int i = 0; i < GROUP / 2; ++i)
+        std::memcpy(block + pair_offset<PAIRS_PER_TILE>(row % BLOCK_ROWS, k / 2 + i, num_rows), pairs + 2 * i, 4);
+    }
+    if (has_quants_) set_quants(row, k, x);
+  }
+
+  int num_rows() const { return num_rows_; }
+  int num_inputs() const { return num_inputs_; }
+  bool has_quants() const { return has_quants_; }
+  int num_blocks() const { return (num_rows_ + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+  int rows_in_block(int block) const { return std::min(BLOCK_ROWS, num_rows_ - block * BLOCK_ROWS); }
+  const bf16* block(int block) const { return tiles_.data() + block_offset(block); }
+
+  const int8_t* high(int row) const { return high_.data() + size_t(row) * num_inputs_; }
+  const int8_t* low(int row) const { return low_.data() + size_t(row) * num_inputs_; }
+  const float* scales(int row) const { return scales_.data() + size_t(row) * (num_inputs_ / GROUP); }
+  const int32_t* sums(int row) const { return sums_.data() + size_t(row) * (num_inputs_ / GROUP); }
+
+ private:
+  static int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+  size_t block_offset(int block) const { return size_t(block) * BLOCK_ROWS * num_inputs_; }
+
+  void reserve_quants(int max_rows, int num_inputs) {
+    high_.assign(size_t(max_rows) * num_inputs, 0);
+    low_.assign(size_t(max_rows) * num_inputs, 0);
+    scales_.assign(size_t(max_rows) * (num_inputs / GROUP), 0);
+    sums_.assign(size_t(max_rows) * (num_inputs / GROUP), 0);
+  }
+
+  void set_quants(int row, int k, const float* x) {
+    Vec largest{};
+    for (int i = 0; i < GROUP; i += LANES) largest = max(largest, max(load(x + i), -load(x + i)));
+    // 32512 = 127 * 256: the largest whose high part is a signed byte however it is rounded.
+    const float limit = maximum(largest), scale = limit / 32512.0f;
+    const Vec inverse = splat(limit > 0 ? 32512.0f / limit : 0.0f);
+    Ints total{};
+    alignas(64) int32_t whole[GROUP];
+    for (int i = 0; i < GROUP; i += LANES) {
+      const Ints quant = to_int(round(load(x + i) * inverse));
+      store_as(whole + i, quant);
+      total += quant;
+    }
+    int32_t sum = 0;
+    for (int lane = 0; lane < LANES; ++lane) sum += total[lane];
+    int8_t* high = high_.data() + size_t(row) * num_inputs_ + k;
+    int8_t* low = low_.data() + size_t(row) * num_inputs_ + k;
+    for (int i = 0; i < GROUP; ++i) {
+      high[i] = int8_t((whole[i] + 128) >> 8);
+      low[i] = int8_t(whole[i] - 256 * high[i]);
+    }
+    scales_[size_t(row) * (num_inputs_ / GROUP) + k / GROUP] = scale;
+    sums_[size_t(row) * (num_inputs_ / GROUP) + k / GROUP] = sum;
+  }
+
+  int num_rows_ = 0, num_inputs_ = 0;
+  bool has_tiles_ = false, has_quants_ = false;
+  std::vector<bf16> tiles_;            // [T / BLOCK_ROWS] blocks, each in the order of `pair_offset`
+  std::vector<int8_t> high_, low_;     // [rows, K]
+  std::vector<float> scales_;          // [rows, K / 32]
+  std::vector<int32_t> sums_;          // [rows, K / 32], of the 16-bit integers
+};
+
+// One panel's column as it is stored, for reading single rows of an embedding: out [K] of float32.
+inline void read_column(const Linear& weight, int64_t column, float* out) {
+  const int64_t num_inputs = weight.num_inputs;
+  if (!is_quantised(weight)) {
+    const bf16* panel = reinterpret_cast<const bf16*>(weight.data) + column / PANEL * PANEL * num_inputs;
+    for (int64_t k = 0; k < num_inputs; ++k) out[k] = from_bf16(panel[(k / 2 * PANEL + column % PANEL) * 2 + k % 2]);
+    return;
+  }
+  const int bytes = record_bytes(weight.format), lane = int(column % 16);
+  const uint8_t* record = weight.data + column / 16 * (num_inputs / GROUP) * bytes;
+  for (int64_t k = 0; k < num_inputs; k += GROUP, record += bytes) {
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(record + quants_bytes(weight.format));
+    const float scale = _cvtsh_ss(scales[lane]);
+    const float minimum = weight.format == Q4_1 ? _cvtsh_ss(scales[16 + lane]) : 0.0f;
+    for (int i = 0; i < GROUP; ++i) {
+      const int stored = weight.format == Q8_0 ? i : i % 16;
+      const int byte = record[(stored / 4 * 16 + lane) * 4 + stored % 4];
+      const int quant = weight.format == Q8_0 ? byte : i < 16 ? byte & 15 : byte >> 4;
+      out[k + i] = scale * float(quant - offset_of(weight.format)) + minimum;
+    }
+  }
+}
+
+// Dequantise a panel into the BF16 layout, [K / 2][32][2].
+inline void dequantise(const Linear& weight, int64_t panel, bf16* out) {
+  const int64_t format = weight.format, num_groups = weight.num_inputs / GROUP;
+  const int bytes = record_bytes(format);
+  const Ints offset = splat(offset_of(format));
+  for (int half = 0; half < 2; ++half) {
+    const uint8_t* record = weight.data + (panel * 2 + half) * num_groups * bytes;
+    for (int64_t group = 0; group < num_groups; ++group, record += bytes) {
+      prefetch(record + 2048), prefetch(record + 2112), prefetch(record + 2176), prefetch(record + 2240);
+      const uint16_t* scales = reinterpret_cast<const uint16_t*>(record + quants_bytes(format));
+      for (int lane = 0; lane < 16; lane += LANES) {
+        const Vec scale = load_fp16(scales + lane);
+        const Vec minimum = format == Q4_1 ? load_fp16(scales + 16 + lane) : Vec{};
+        bf16* columns = out + group * GROUP * PANEL + (half * 16 + lane) * 2;
+        for (int quad = 0; quad < quants_bytes(format) / 64; ++quad) {
+          const Ints quants = load_as<Ints>(record + quad * 64 + lane * 4);
+          const auto put = [&](int k, int shift, int32_t mask) {  // inputs k and k + 1
+            const Vec even = fma(to_float(((quants >> shift) & mask) - offset), scale, minimum);
+            const Vec odd = fma(to_float(((quants >> (shift + 8)) & mask) - offset), scale, minimum);
+            store_as(columns + k * PANEL, pack_pairs(even, odd));
+          };
+          if (format == Q8_0) {
+            put(quad * 4, 0, 255), put(quad * 4 + 2, 16, 255);
+          } else {
+            put(quad * 4, 0, 15), put(quad * 4 + 2, 16, 15);
+            put(quad * 4 + 16, 4, 15), put(quad * 4 + 18, 20, 15);
+          }
+        }
+      }
+    }
+  }
+}
+
+#if defined(__AVX512VNNI__)
+inline Ints splat_quad(const int8_t* p) {
+  int32_t quad;
+  std::memcpy(&quad, p, 4);
+  return splat(quad);
+}
+
+inline Ints dot_quads(Ints acc, Ints unsigned_quads, Ints signed_quads) {
+  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc),
+                                                    reinterpret_cast<__m512i>(unsigned_quads),
+                                                    reinterpret_cast<__m512i>(signed_quads)));
+}
+
+// M rows times 16 columns (half a panel) of a quantised weight: c[m * stride .. + 16]. Integers inside a group.
+template <int M, int64_t FORMAT>
+void narrow_product(const Linear& weight, int64_t half, const Operand& x, float* c, int stride) {
+  const int num_groups = int(weight.num_inputs / GROUP);
+  constexpr int num_loads = FORMAT == Q8_0 ? 8 : 4;
+  const int bytes = record_bytes(FORMAT);
+  const uint8_t* record = weight.data + half * num_groups * bytes;
+  Vec acc[M] = {};
+  for (int group = 0; group < num_groups; ++group, record += bytes) {
+    for (int line = 0; line < bytes; line += 64) prefetch(record + 1536 + line);
+    Ints high[M] = {}, low[M] = {};
+    const auto dot = [&](Ints quants, int k) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        high[m] = dot_quads(high[m], quants, splat_quad(x.high(m) + group * GROUP + k));
+        low[m] = dot_quads(low[m], quants, splat_quad(x.low(m) + group * GROUP + k));
+      }
+    };
+#pragma GCC unroll 8
+    for (int i = 0; i < num_loads; ++i) {
+      const Ints bytes_of_16 = load_as<Ints>(record + i * 64);
+      if constexpr (FORMAT == Q8_0) {
+        dot(bytes_of_16, 4 * i);
+      } else {
+        dot(bytes_of_16 & 0x0f0f0f0f, 4 * i);
+        dot((bytes_of_16 >> 4) & 0x0f0f0f0f, 4 * i + 16);
+      }
+    }
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(record + num_loads * 64);
+    const Vec scale = load_fp16(scales);
+    for (int m = 0; m < M; ++m) {
+      const int32_t sum = x.sums(m)[group];
+      const float row_scale = x.scales(m)[group];
+      const Ints total = (high[m] << 8) + low[m] - offset_of(FORMAT) * sum;
+      acc[m] = fma(to_float(total), scale * row_scale, acc[m]);
+      if constexpr (FORMAT == Q4_1) acc[m] = fma(load_fp16(scales + 16), splat(row_scale * float(sum)), acc[m]);
+    }
+  }
+  for (int m = 0; m < M; ++m) store(c + m * stride, acc[m]);
+}
+
+template <int64_t FORMAT, int M = NARROW_ROWS>
+void narrow_product_of(int num_rows, const Linear& weight, int64_t half, const Operand& x, float* c, int stride) {
+  if constexpr (M > 1) {
+    if (num_rows < M) return narrow_product_of<FORMAT, M - 1>(num_rows, weight, half, x, c, stride);
+  }
+  narrow_product<M, FORMAT>(weight, half, x, c, stride);
+}
+#endif
+
+// A panel of a weight; a unit of work has one or several.
+struct Panel {
+  const Linear* weight;
+  int64_t index;
+};
+constexpr int MAX_PANELS = 16;  // in one unit: a key and a value head of 256
+
+// What a member needs for its own use while it multiplies.
+struct ProductSpace {
+  std::vector<bf16> dequantised;                         // [MAX_PANELS][K][32]
+  alignas(64) float columns[BLOCK_ROWS * MAX_PANELS * PANEL];
+};
+
+// Multiply all rows of x with some panels; `epilogue(row, columns)` gets each row's 32 * num_panels results, its own to
+// overwrite.
+template <class Epilogue>
+void multiply(const Panel* panels, int num_panels, const Operand& x, ProductSpace& space, Epilogue epilogue) {
+  const int num_inputs = x.num_inputs(), stride = num_panels * PANEL;
+  const bf16* weights[MAX_PANELS];
+  for (int p = 0; p < num_panels; ++p) {
+    const Linear& weight = *panels[p].weight;
+    weights[p] = reinterpret_cast<const bf16*>(weight.data) + panels[p].index * PANEL * num_inputs;
+    if (is_quantised(weight) && !x.has_quants()) {
+      const size_t size = size_t(PANEL) * num_inputs;
+      if (space.dequantised.size() < size * MAX_PANELS) space.dequantised.resize(size * MAX_PANELS);
+      dequantise(weight, panels[p].index, space.dequantised.data() + p * size);
+      weights[p] = space.dequantised.data() + p * size;
+    }
+  }
+  for (int block = 0; block < x.num_blocks(); ++block) {
+    const int num_rows = x.rows_in_block(block);
+    for (int p = 0; p < num_panels; ++p) {
+      const Linear& weight = *panels[p].weight;
+      float* c = space.columns + p * PANEL;
+#if defined(__AVX512VNNI__)
+      if (is_quantised(weight) && x.has_quants()) {
+        for (int half = 0; half < 2; ++half) {
+          const int64_t index = panels[p].index * 2 + half;
+          float* columns = c + half * 16;
+          if (weight.format == Q4_1)
+            narrow_product_of<Q4_1>(num_rows, weight, index, x, columns, stride);
+          else if (weight.format == Q4_0)
+            narrow_product_of<Q4_0>(num_rows, weight, index, x, columns, stride);
+          else
+            narrow_product_of<Q8_0>(num_rows, weight, index, x, columns, stride);
+        }
+      } else
+#endif
+      {
+        const bf16* panel = weights[p];
+        tile_product<PAIRS_PER_TILE, true>(
+            num_rows, x.block(block), 1, num_inputs / 2, [&](int, int half) { return panel + half * 32; }, 2 * PANEL, c,
+            stride);
+      }
+    }
+    for (int m = 0; m < num_rows; ++m) {
+      float* columns = space.columns + m * stride;
+      for (int p = 0; p < num_panels; ++p) {
+        const float* bias = panels[p].weight->bias;
+        if (bias == nullptr) continue;
+        for (int i = 0; i < PANEL; i += LANES)
+          store(columns + p * PANEL + i, load(columns + p * PANEL + i) + load(bias + panels[p].index * PANEL + i));
+      }
+      epilogue(block * BLOCK_ROWS + m, columns);
+    }
+  }
+}
+
+}  // namespace headrace

@@ -1,0 +1,100 @@
+// The model as Python hands it over, and what it keeps between steps.
+//
+// Everything a pointer of `ModelConfig`, `Layer` or `Linear` shows is owned by the caller, and outlives the model.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "matmul.h"
+#include "sampler.h"
+#include "team.h"
+
+namespace headrace {
+
+// All weights are padded as `Linear` says; heads one by one, so that a head of 80 takes three panels of 32.
+struct Layer {
+  Linear query, key, value, out, gate, up, down;
+  const float* input_norm;  // [E]
+  const float* post_norm;   // [E], before the feed-forward
+  const float* query_norm;  // [D], or null
+  const float* key_norm;    // [D], or null
+  int64_t window;           // tokens seen, the last of them itself; 0 for all
+  uint8_t* cache;           // [N blocks] as KVCache says
+};
+
+struct ModelConfig {
+  int64_t vocab_size;
+  int64_t hidden_size;        // E
+  int64_t num_heads;          // H
+  int64_t num_kv_heads;       // G
+  int64_t head_size;          // D
+  int64_t intermediate_size;  // F
+  int64_t num_layers;
+  int64_t max_tokens;  // most tokens in a step
+  int64_t block_size;  // tokens in a block
+  int64_t num_threads;
+  int64_t is_kv_int8;
+  int64_t is_batch_invariant;
+  float rms_norm_eps;
+  float rope_scale;
+  const float* inv_freq;  // [D / 2]
+  const float* final_norm;  // [E]
+  Linear embedding, head;
+  const Layer* layers;
+};
+
+// One step's input, for T tokens of B sequences, and its output for R rows.
+struct Batch {
+  int64_t num_tokens, num_sequences, num_logit_rows;
+  const int64_t* token_ids;     // [T]
+  const int64_t* query_lens;    // [B]
+  const int64_t* context_lens;  // [B], the query tokens included
+  const int64_t* block_starts;  // [B], where in `blocks` a sequence's block table begins
+  const int32_t* blocks;
+  const int64_t* logit_rows;  // [R]
+  float* logits;              // [R, vocabulary], or null where nobody wants them
+  int64_t* argmax;            // [R], the largest logit's token, the lowest of equal ones
+};
+
+// Up to so many rows every member makes the inputs of a product for itself, which costs less than waiting.
+constexpr int PRIVATE_ROWS = 8;
+
+// One member's own memory.
+struct alignas(64) Workspace {
+  explicit Workspace(int padded_head) : attention(padded_head) {}
+  ProductSpace product;
+  AttentionSpace attention;
+  Operand rows;
+  std::vector<float> row;           // one row, of E or H * D
+  std::vector<float> best;          // [R]: the largest logit seen, and its token
+  std::vector<int64_t> best_token;  // [R]
+  SamplerSpace sampler;
+};
+
+class Model {
+ public:
+  explicit Model(const ModelConfig& model_config);
+
+  const ModelConfig config;
+  const std::vector<Layer> layers;
+  const int padded_head;  // Dp
+  const KVCache cache;
+  Team team;
+  std::vector<Workspace> spaces;  // one per member
+
+  // Buffers of a step, for up to max_tokens rows.
+  std::vector<float> hidden;    // [T, E]
+  std::vector<float> cosines;   // [T, D / 2]
+  std::vector<float> sines;     // [T, D / 2]
+  std::vector<bf16> queries;    // [T, H, Dp]
+  std::vector<float> outputs;   // [T * H, parts, Dp]: attention's results before they are merged
+  std::vector<float> maxima;    // [T * H, parts]
+  std::vector<float> sums;      // [T * H, parts]
+  Operand normed, attended, post_normed, activated, last_normed;
+
+  std::vector<double> phase_seconds;  // time of member 0 in each kind of phase, since the model was made
+};
+
+}  // namespace headrace

@@ -1,0 +1,355 @@
+#include "step.h"
+
+#include <cmath>
+
+namespace headrace {
+
+namespace {
+
+int padded(int64_t size) { return int((size + PANEL - 1) / PANEL * PANEL); }
+
+KVCache make_cache(const ModelConfig& config) {
+  return {int(config.num_kv_heads), padded(config.head_size), int(config.block_size / TILE_TOKENS),
+          config.is_kv_int8 != 0};
+}
+
+Vec silu(Vec x) { return x / (1.0f + exp2(x * -LOG2_E)); }
+
+}  // namespace
+
+Model::Model(const ModelConfig& model_config)
+    : config(model_config),
+      layers(config.layers, config.layers + config.num_layers),
+      padded_head(padded(config.head_size)),
+      cache(make_cache(config)),
+      team(int(config.num_threads)),
+      spaces(size_t(config.num_threads), Workspace(padded_head)),
+      phase_seconds(NUM_PHASE_KINDS) {
+  const int max_tokens = int(config.max_tokens), hidden_size = int(config.hidden_size);
+  const int attended_size = int(config.num_heads * config.head_size);
+  const int largest = std::max({hidden_size, attended_size, int(config.intermediate_size)});
+  hidden.resize(size_t(max_tokens) * hidden_size);
+  cosines.resize(size_t(max_tokens) * config.head_size / 2);
+  sines.resize(cosines.size());
+  queries.resize(size_t(max_tokens) * config.num_heads * padded_head);
+  normed.reserve(max_tokens, hidden_size);
+  attended.reserve(max_tokens, attended_size);
+  post_normed.reserve(max_tokens, hidden_size);
+  activated.reserve(max_tokens, int(config.intermediate_size));
+  last_normed.reserve(max_tokens, hidden_size);
+  for (Workspace& space : spaces) {
+    space.rows.reserve(PRIVATE_ROWS, largest);
+    space.row.resize(largest);
+  }
+}
+
+// A member's way through the phases. Each phase's inputs are made first: by each member for itself where rows are few,
+// once it has a unit to do; else by all together, in a phase of their own.
+struct Step::Walk {
+  Step& step;
+  const int member;
+  Workspace& space;
+  int phase = 0;
+  std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
+
+  template <class Unit>
+  void share(Phase kind, int num_units, Unit unit) {
+    step.phases_.share(phase++, member, num_units, unit);
+    if (member != 0) return;
+    const auto now = std::chrono::steady_clock::now();
+    step.model_.phase_seconds[kind] += std::chrono::duration<double>(now - last).count();
+    last = now;
+  }
+
+  // Share units that read `num_rows` rows of an operand for `weights`, which `make(operand, row)` makes.
+  template <class Make, class Unit>
+  void share(Phase kind, int num_units, int num_rows, Operand& shared, const std::vector<const Linear*>& weights,
+             Make make, Unit unit) {
+    if (num_rows > PRIVATE_ROWS) {
+      share(NORM, num_rows, [&](int row) { make(shared, row); });
+      share(kind, num_units, [&](int i) { unit(i, shared); });
+      return;
+    }
+    bool is_made = false;
+    share(kind, num_units, [&](int i) {
+      if (!is_made) {
+        step.begin(space.rows, num_rows, weights);
+        for (int row = 0; row < num_rows; ++row) make(space.rows, row);
+        is_made = true;
+      }
+      unit(i, space.rows);
+    });
+  }
+};
+
+Step::Step(Model& model, const Batch& batch)
+    : model_(model),
+      config_(model.config),
+      batch_(batch),
+      num_tokens_(int(batch.num_tokens)),
+      num_logit_rows_(int(batch.num_logit_rows)),
+      group_(int(config_.num_heads / config_.num_kv_heads)),
+      phases_(int(8 * config_.num_layers + 3), model.team.size()) {
+  int most_segments = 1;
+  for (int b = 0; b < batch.num_sequences; ++b) {
+    const int query_len = int(batch.query_lens[b]), context_len = int(batch.context_lens[b]);
+    first_rows_.push_back(int(places_.size()));
+    for (int i = 0; i < query_len; ++i) places_.push_back({b, context_len - query_len + i});
+    for (int first = 0; first < query_len * group_; first += BLOCK_ROWS)
+      row_blocks_.push_back({b, first, std::min(BLOCK_ROWS, query_len * group_ - first)});
+    most_segments = std::max(most_segments, (context_len + SEGMENT - 1) / SEGMENT);
+  }
+  // With few rows a context is shared among the members, segment by segment.
+  if (int64_t(row_blocks_.size()) * config_.num_kv_heads < 4 * model.team.size()) num_parts_ = most_segments;
+  const size_t num_results = size_t(num_tokens_) * config_.num_heads * num_parts_;
+  if (model.sums.size() < num_results) {
+    model.outputs.resize(num_results * model.padded_head);
+    model.maxima.resize(num_results);
+    model.sums.resize(num_results);
+  }
+  // What all members share serves every layer, though their formats may differ.
+  std::vector<const Linear*> inner, outer, up, down;
+  for (const Layer& layer : model.layers) {
+    inner.insert(inner.end(), {&layer.query, &layer.key, &layer.value});
+    outer.push_back(&layer.out);
+    up.insert(up.end(), {&layer.gate, &layer.up});
+    down.push_back(&layer.down);
+  }
+  begin(model.normed, num_tokens_, inner);
+  begin(model.attended, num_tokens_, outer);
+  begin(model.post_normed, num_tokens_, up);
+  begin(model.activated, num_tokens_, down);
+  begin(model.last_normed, num_logit_rows_, {&config_.head});
+  for (Workspace& space : model.spaces) {
+    space.best.assign(num_logit_rows_, MINUS_INFINITY);
+    space.best_token.assign(num_logit_rows_, 0);
+  }
+}
+
+void Step::begin(Operand& operand, int num_rows, const std::vector<const Linear*>& weights) const {
+  bool has_tiles = false, has_quants = false;
+  for (const Linear* weight : weights) {
+    const bool is_narrow =
+        HAS_NARROW_PATH && !config_.is_batch_invariant && num_rows <= NARROW_ROWS && is_quantised(*weight);
+    (is_narrow ? has_quants : has_tiles) = true;
+  }
+  operand.begin(num_rows, int(weights.front()->num_inputs), has_tiles, has_quants);
+}
+
+void Step::run(int member) {
+  Walk walk{*this, member, model_.spaces[member]};
+  Workspace& space = walk.space;
+  const int num_heads = int(config_.num_heads), num_kv_heads = int(config_.num_kv_heads);
+  const int num_attention_units = int(row_blocks_.size()) * num_kv_heads * num_parts_;
+
+  walk.share(EMBED, num_tokens_, [&](int row) { embed(row); });
+  for (const Layer& layer : model_.layers) {
+    walk.share(
+        QKV, num_kv_heads + num_heads, num_tokens_, model_.normed, {&layer.query, &layer.key, &layer.value},
+        [&](Operand& to, int row) { normalise(layer.input_norm, row, to, row, space); },
+        [&](int unit, const Operand& x) { project_head(layer, unit, x, space); });
+    walk.share(ATTENTION, num_attention_units, [&](int unit) { attend(layer, unit, space); });
+    walk.share(
+        OUT, int(layer.out.num_panels), num_tokens_, model_.attended, {&layer.out},
+        [&](Operand& to, int row) { merge_heads(to, row, space); },
+        [&](int panel, const Operand& x) { add_panel(layer.out, panel, x, space); });
+    walk.share(
+        GATE_UP, int(layer.gate.num_panels), num_tokens_, model_.post_normed, {&layer.gate, &layer.up},
+        [&](Operand& to, int row) { normalise(layer.post_norm, row, to, row, space); },
+        [&](int panel, const Operand& x) { activate(layer, panel, x, space); });
+    walk.share(DOWN, int(layer.down.num_panels),
+               [&](int panel) { add_panel(layer.down, panel, model_.activated, space); });
+  }
+  if (num_logit_rows_ == 0) return;
+  walk.share(
+      HEAD, int(config_.head.num_panels), num_logit_rows_, model_.last_normed, {&config_.head},
+      [&](Operand& to, int row) { normalise(config_.final_norm, int(batch_.logit_rows[row]), to, row, space); },
+      [&](int panel, const Operand& x) { pick(panel, x, space); });
+}
+
+// hidden[row] = embedding of its token; the row's angles for RoPE.
+void Step::embed(int row) {
+  const int half = int(config_.head_size / 2);
+  read_column(config_.embedding, batch_.token_ids[row], model_.hidden.data() + row * config_.hidden_size);
+  const float position = float(places_[row].position);
+  for (int i = 0; i < half; ++i) {
+    const float angle = position * config_.inv_freq[i];
+    model_.cosines[size_t(row) * half + i] = std::cos(angle) * config_.rope_scale;
+    model_.sines[size_t(row) * half + i] = std::sin(angle) * config_.rope_scale;
+  }
+}
+
+// Row `row` of an operand = RMS norm of hidden[from].
+void Step::normalise(const float* weight, int from, Operand& to, int row, Workspace& space) {
+  const int size = int(config_.hidden_size);
+  const float* x = model_.hidden.data() + int64_t(from) * size;
+  Vec squares{};
+  for (int i = 0; i < size; i += LANES) squares = fma(load(x + i), load(x + i), squares);
+  const float inverse = 1.0f / std::sqrt(sum(squares) / float(size) + config_.rms_norm_eps);
+  for (int i = 0; i < size; i += LANES) store(space.row.data() + i, load(x + i) * inverse * load(weight + i));
+  for (int k = 0; k < size; k += GROUP) to.set(row, k, space.row.data() + k);
+}
+
+// Units 0 .. G: a key/value head of all rows, into the cache; then H query heads, scaled for attention.
+void Step::project_head(const Layer& layer, int unit, const Operand& x, Workspace& space) {
+  const int num_kv_heads = int(config_.num_kv_heads), padded_head = model_.padded_head;
+  const int num_panels = padded_head / PANEL;
+  Panel panels[MAX_PANELS];
+  if (unit < num_kv_heads) {
+    for (int p = 0; p < num_panels; ++p) {
+      panels[p] = {&layer.key, unit * num_panels + p};
+      panels[num_panels + p] = {&layer.value, unit * num_panels + p};
+    }
+    multiply(panels, 2 * num_panels, x, space.product, [&](int row, float* key_value) {
+      if (layer.key_norm != nullptr) normalise_head(key_value, layer.key_norm);
+      rotate(key_value, row);
+      const auto [sequence, position] = places_[row];
+      const int32_t* blocks = batch_.blocks + batch_.block_starts[sequence];
+      uint8_t* record = model_.cache.record(layer.cache, blocks, position / TILE_TOKENS, unit);
+      model_.cache.write(record, position % TILE_TOKENS, key_value, key_value + padded_head);
+    });
+    return;
+  }
+  const int head = unit - num_kv_heads;
+  const float scale = LOG2_E / std::sqrt(float(config_.head_size));
+  for (int p = 0; p < num_panels; ++p) panels[p] = {&layer.query, head * num_panels + p};
+  multiply(panels, num_panels, x, space.product, [&](int row, float* query) {
+    if (layer.query_norm != nullptr) normalise_head(query, layer.query_norm);
+    rotate(query, row);
+    bf16* to = model_.queries.data() + (int64_t(row) * config_.num_heads + head) * padded_head;
+    for (int d = 0; d < padded_head; d += LANES) store_bf16(to + d, load(query + d) * scale);
+  });
+}
+
+void Step::normalise_head(float* head, const float* weight) const {
+  const int size = int(config_.head_size);
+  Vec squares{};
+  for (int d = 0; d < size; d += LANES) squares = fma(load(head + d), load(head + d), squares);
+  const float inverse = 1.0f / std::sqrt(sum(squares) / float(size) + config_.rms_norm_eps);
+  for (int d = 0; d < size; d += LANES) store(head + d, load(head + d) * inverse * load(weight + d));
+}
+
+// RoPE: dimension i pairs with i + D / 2.
+void Step::rotate(float* head, int row) const {
+  const int half = int(config_.head_size / 2);
+  const float* cosines = model_.cosines.data() + size_t(row) * half;
+  const float* sines = model_.sines.data() + size_t(row) * half;
+  for (int i = 0; i < half; ++i) {
+    const float first = head[i], second = head[i + half];
+    head[i] = first * cosines[i] - second * sines[i];
+    head[i + half] = second * cosines[i] + first * sines[i];
+  }
+}
+
+Query Step::query(const RowBlock& block, int kv_head, int64_t window) const {
+  const int position = places_[first_rows_[block.sequence]].position;
+  Query query;
+  query.blocks = batch_.blocks + batch_.block_starts[block.sequence];
+  query.head = kv_head;
+  query.num_rows = block.num_rows;
+  for (int m = 0; m < block.num_rows; ++m) {
+    query.end[m] = position + (block.first + m) / group_ + 1;
+    query.begin[m] = window > 0 ? std::max(0, query.end[m] - int(window)) : 0;
+  }
+  return query;
+}
+
+// A block of rows and a key/value head: all segments, or with several parts one of them.
+void Step::attend(const Layer& layer, int unit, Workspace& space) {
+  const int part = unit % num_parts_, kv_head = unit / num_parts_ % int(config_.num_kv_heads);
+  const RowBlock& block = row_blocks_[unit / num_parts_ / config_.num_kv_heads];
+  const int padded_head = model_.padded_head, num_rows = block.num_rows;
+  const Query query = this->query(block, kv_head, layer.window);
+  int begin = query.first_token() / SEGMENT, end = query.last_token() / SEGMENT + 1;
+  if (num_parts_ > 1) begin = std::max(begin, part), end = std::min(end, part + 1);
+
+  Partial results[BLOCK_ROWS];
+  for (int m = 0; m < num_rows; ++m) {
+    const int row = first_rows_[block.sequence] + (block.first + m) / group_;
+    const int head = kv_head * group_ + (block.first + m) % group_;
+    const int64_t index = (int64_t(row) * config_.num_heads + head) * num_parts_ + part;
+    results[m] = {MINUS_INFINITY, 0.0f, model_.outputs.data() + index * padded_head};
+    const bf16* from = model_.queries.data() + (int64_t(row) * config_.num_heads + head) * padded_head;
+    for (int pair = 0; pair < padded_head / 2; ++pair)
+      std::memcpy(space.attention.queries.data() + pair_offset<PAIRS_PER_TILE>(m, pair, num_rows), from + 2 * pair, 4);
+  }
+  for (int segment = begin; segment < end; ++segment) {
+    Partial next[BLOCK_ROWS];
+    attend_segment(model_.cache, layer.cache, query, segment, space.attention, next);
+    for (int m = 0; m < num_rows; ++m) merge(results[m], next[m], padded_head);
+  }
+  for (int m = 0; m < num_rows; ++m) {
+    const int64_t index = (results[m].output - model_.outputs.data()) / padded_head;
+    model_.maxima[index] = results[m].maximum;
+    model_.sums[index] = results[m].sum;
+  }
+}
+
+// Row `row` of an operand = attention's result, heads side by side [H * D].
+void Step::merge_heads(Operand& to, int row, Workspace& space) {
+  const int head_size = int(config_.head_size), num_heads = int(config_.num_heads);
+  for (int head = 0; head < num_heads; ++head) {
+    const int64_t index = (int64_t(row) * num_heads + head) * num_parts_;
+    const auto partial = [&](int part) -> Partial {
+      return {model_.maxima[index + part], model_.sums[index + part],
+              model_.outputs.data() + (index + part) * model_.padded_head};
+    };
+    std::copy_n(partial(0).output, model_.padded_head, space.attention.outputs.data());
+    Partial all = {partial(0).maximum, partial(0).sum, space.attention.outputs.data()};
+    for (int part = 1; part < num_parts_; ++part) merge(all, partial(part), model_.padded_head);
+    for (int d = 0; d < head_size; ++d) space.row[head * head_size + d] = all.output[d] / all.sum;
+  }
+  for (int k = 0; k < num_heads * head_size; k += GROUP) to.set(row, k, space.row.data() + k);
+}
+
+// hidden += 32 columns of a product.
+void Step::add_panel(const Linear& weight, int panel, const Operand& x, Workspace& space) {
+  const Panel panels[1] = {{&weight, panel}};
+  multiply(panels, 1, x, space.product, [&](int row, const float* columns) {
+    float* hidden = model_.hidden.data() + row * config_.hidden_size + panel * PANEL;
+    for (int i = 0; i < PANEL; i += LANES) store(hidden + i, load(hidden + i) + load(columns + i));
+  });
+}
+
+// 32 inputs of the down projection: silu(gate) * up.
+void Step::activate(const Layer& layer, int unit, const Operand& x, Workspace& space) {
+  const Panel panels[2] = {{&layer.gate, unit}, {&layer.up, unit}};
+  multiply(panels, 2, x, space.product, [&](int row, float* columns) {
+    for (int i = 0; i < PANEL; i += LANES)
+      store(columns + i, silu(load(columns + i)) * load(columns + PANEL + i));
+    model_.activated.set(row, unit * PANEL, columns);
+  });
+}
+
+// 32 logits of every sampled row: the largest so far, and all of them where they are wanted.
+void Step::pick(int panel, const Operand& x, Workspace& space) {
+  const int first = panel * PANEL, count = std::min(PANEL, int(config_.vocab_size) - first);
+  const Panel panels[1] = {{&config_.head, panel}};
+  multiply(panels, 1, x, space.product, [&](int row, float* columns) {
+    std::fill(columns + count, columns + PANEL, MINUS_INFINITY);
+    if (batch_.logits != nullptr)
+      std::copy_n(columns, count, batch_.logits + row * config_.vocab_size + first);
+    Vec largest = load(columns);
+    for (int i = LANES; i < PANEL; i += LANES) largest = max(largest, load(columns + i));
+    const float top = maximum(largest);
+    if (top < space.best[row] || (top == space.best[row] && space.best_token[row] < first)) return;
+    for (int i = 0; i < count; ++i)
+      if (columns[i] == top) {
+        space.best[row] = top, space.best_token[row] = first + i;
+        break;
+      }
+  });
+}
+
+void Step::finish() {
+  for (int row = 0; row < num_logit_rows_; ++row) {
+    const Workspace* best = &model_.spaces[0];
+    for (const Workspace& space : model_.spaces)
+      if (space.best[row] > best->best[row] ||
+          (space.best[row] == best->best[row] && space.best_token[row] < best->best_token[row]))
+        best = &space;
+    batch_.argmax[row] = best->best_token[row];
+  }
+}
+
+}  // namespace headrace

@@ -1,0 +1,59 @@
+// One step: the whole forward pass over a packed batch, phase by phase. README.md has the picture.
+#pragma once
+
+#include <chrono>
+
+#include "model.h"
+
+namespace headrace {
+
+enum Phase { EMBED, NORM, QKV, ATTENTION, OUT, GATE_UP, DOWN, HEAD, NUM_PHASE_KINDS };
+
+class Step final : public Job {
+ public:
+  Step(Model& model, const Batch& batch);
+  void run(int member) override;
+  // Merge what the members found; after `run(0)`.
+  void finish();
+
+ private:
+  // Where a row of the packed batch is in its sequence.
+  struct Place {
+    int sequence;
+    int position;
+  };
+  // Rows first .. first + num_rows of a sequence's (token, head of the group) pairs.
+  struct RowBlock {
+    int sequence;
+    int first;
+    int num_rows;
+  };
+  struct Walk;  // a member's way through the phases
+
+  void embed(int row);
+  void project_head(const Layer& layer, int unit, const Operand& x, Workspace& space);
+  void attend(const Layer& layer, int unit, Workspace& space);
+  void normalise(const float* weight, int from, Operand& to, int row, Workspace& space);
+  void merge_heads(Operand& to, int row, Workspace& space);
+  void add_panel(const Linear& weight, int panel, const Operand& x, Workspace& space);
+  void activate(const Layer& layer, int unit, const Operand& x, Workspace& space);
+  void pick(int panel, const Operand& x, Workspace& space);
+
+  void rotate(float* head, int row) const;
+  void normalise_head(float* head, const float* weight) const;
+  Query query(const RowBlock& block, int kv_head, int64_t window) const;
+  // Let an operand take `num_rows` rows for these weights.
+  void begin(Operand& operand, int num_rows, const std::vector<const Linear*>& weights) const;
+
+  Model& model_;
+  const ModelConfig& config_;
+  const Batch batch_;
+  const int num_tokens_, num_logit_rows_, group_;  // T, R, H / G
+  std::vector<Place> places_;                      // [T]
+  std::vector<int> first_rows_;                    // [B], each sequence's first row in the batch
+  std::vector<RowBlock> row_blocks_;
+  int num_parts_ = 1;  // pieces that each row's attention is computed in
+  Phases phases_;
+};
+
+}  // namespace headrace

@@ -1,0 +1,115 @@
+// The innermost product: a block of up to BLOCK_ROWS rows times 32 columns, bfloat16 in, float32 out.
+//
+// Weights, keys and values all lie as pairs of consecutive inputs for 16 columns side by side, which is what AVX-512's and
+// AMX's bfloat16 dot products read. `pair_offset` says where the rows' pairs lie; whoever makes rows writes them there.
+#pragma once
+
+#include "simd.h"
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
+
+namespace headrace {
+
+#if defined(__AMX_BF16__)
+constexpr int BLOCK_ROWS = 16;
+#elif defined(__AVX512F__)
+constexpr int BLOCK_ROWS = 12;  // 12 x 2 accumulators of the 32 registers
+#else
+constexpr int BLOCK_ROWS = 4;  // 4 x 2 of 16
+#endif
+
+// Pairs of the inputs that an AMX tile holds: all 16 of a weight's or key's, or 8, one KV tile of 16 tokens.
+constexpr int PAIRS_PER_TILE = 16;
+
+// Where pair `pair` of row `row` lies in a block of `num_rows` rows. AMX: tiles [pairs / TILE][16 rows][TILE][2], else
+// [pairs][num_rows][2].
+template <int TILE>
+inline int64_t pair_offset(int row, int64_t pair, int num_rows) {
+#if defined(__AMX_BF16__)
+  (void)num_rows;
+  return ((pair / TILE * BLOCK_ROWS + row) * TILE + pair % TILE) * 2;
+#else
+  return (pair * num_rows + row) * 2;
+#endif
+}
+
+// c [num_rows, 32] (rows `stride` apart) = a times columns, over `num_chunks` chunks of `num_pairs` pairs.
+//
+// `columns(chunk, half)` is where 16 columns' pairs of a chunk begin, [num_pairs][16][2], with `pair_stride` elements from
+// one pair to the next. TILE is the tile size that a was laid out with; IS_STREAM prefetches the columns from memory.
+#if defined(__AMX_BF16__)
+
+template <int TILE, bool IS_STREAM, class Columns>
+void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride,
+                  float* c, int64_t stride) {
+  // Tiles are loaded and stored whole, so that rows beyond num_rows need room; they are computed for nothing.
+  alignas(64) float out[2][BLOCK_ROWS * 16];
+  amx::zero<0>();
+  amx::zero<1>();
+  for (int chunk = 0; chunk < num_chunks; ++chunk) {
+    const bf16* left = columns(chunk, 0);
+    const bf16* right = columns(chunk, 1);
+    for (int pair = 0; pair < num_pairs; pair += TILE, a += 2 * TILE * BLOCK_ROWS) {
+      if constexpr (IS_STREAM)
+        for (int i = 0; i < TILE; ++i) {
+          prefetch(left + (pair + TILE + i) * pair_stride);
+          prefetch(right + (pair + TILE + i) * pair_stride);
+        }
+      amx::multiply<TILE>(a, left + pair * pair_stride, right + pair * pair_stride, pair_stride);
+    }
+  }
+  amx::store<0>(out[0]);
+  amx::store<1>(out[1]);
+  for (int m = 0; m < num_rows; ++m)
+    for (int half = 0; half < 2; ++half) store(c + m * stride + half * 16, load(out[half] + m * 16));
+}
+
+#else
+
+template <int M, bool IS_STREAM, class Columns>
+void product(const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride, float* c,
+             int64_t stride) {
+  // 32 columns in one pass of 2 x 16 lanes, or two passes of 2 x 8.
+  for (int pass = 0; pass < 16 / LANES; ++pass) {
+    Vec acc[M][2] = {};
+    const bf16* row_pairs = a;
+    for (int chunk = 0; chunk < num_chunks; ++chunk) {
+      const bf16* left = LANES == 16 ? columns(chunk, 0) : columns(chunk, pass);
+      const bf16* right = LANES == 16 ? columns(chunk, 1) : left + 2 * LANES;
+      for (int pair = 0; pair < num_pairs; ++pair, row_pairs += 2 * M, left += pair_stride, right += pair_stride) {
+        const Ints first = load_as<Ints>(left), second = load_as<Ints>(right);
+        if constexpr (IS_STREAM) {
+          prefetch(left + 16 * pair_stride);
+          prefetch(right + 16 * pair_stride);
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          const Ints x = splat_pair(row_pairs + 2 * m);
+          acc[m][0] = dot_pairs(acc[m][0], x, first);
+          acc[m][1] = dot_pairs(acc[m][1], x, second);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      store(c + m * stride + pass * 16, acc[m][0]);
+      store(c + m * stride + pass * 16 + LANES, acc[m][1]);
+    }
+  }
+}
+
+template <int TILE, bool IS_STREAM, class Columns, int M = BLOCK_ROWS>
+void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride,
+                  float* c, int64_t stride) {
+  if constexpr (M > 1) {
+    if (num_rows < M)
+      return tile_product<TILE, IS_STREAM, Columns, M - 1>(num_rows, a, num_chunks, num_pairs, columns, pair_stride, c,
+                                                           stride);
+  }
+  product<M, IS_STREAM>(a, num_chunks, num_pairs, columns, pair_stride, c, stride);
+}
+
+#endif
+
+}  // namespace headrace

@@ -1,0 +1,359 @@
+"""The compact families on a CPU: every step is one call into the C++ kernel of kernels/cpu.
+
+Here are the kernel's structures as ctypes sees them, and the packing of weights into its layouts; kernels/cpu/README.md
+explains both. All memory but scratch is owned here: the library holds pointers to it until it is closed.
+"""
+
+import ctypes
+import itertools
+import mmap
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headrace.kernels.backend import StepBatch
+from headrace.kernels.decoder import DecoderConfig
+from headrace.kernels.quantised import GROUP_BYTES, GROUP_SIZE, QuantisedWeight
+from headrace.kernels.sampling import SamplingBatch
+
+Weight = torch.Tensor | QuantisedWeight
+
+_PANEL = 32
+_TILE_TOKENS = 16
+_FORMATS = {"Q4_0": 1, "Q4_1": 2, "Q8_0": 3}
+_MAX_HEAD_DIM = 256
+PHASES = ("embed", "norm", "qkv", "attention", "out", "gate_up", "down", "head")
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("format", ctypes.c_int64),
+        ("num_inputs", ctypes.c_int64),
+        ("num_panels", ctypes.c_int64),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Linear) for name in ("query", "key", "value", "out", "gate", "up", "down")),
+        *((name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "query_norm", "key_norm")),
+        ("window", ctypes.c_int64),
+        ("cache", ctypes.c_void_p),
+    )
+
+
+class _ModelConfig(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "vocab_size",
+                "hidden_size",
+                "num_heads",
+                "num_kv_heads",
+                "head_size",
+                "intermediate_size",
+                "num_layers",
+                "max_tokens",
+                "block_size",
+                "num_threads",
+                "is_kv_int8",
+                "is_batch_invariant",
+            )
+        ),
+        ("rms_norm_eps", ctypes.c_float),
+        ("rope_scale", ctypes.c_float),
+        ("inv_freq", ctypes.c_void_p),
+        ("final_norm", ctypes.c_void_p),
+        ("embedding", _Linear),
+        ("head", _Linear),
+        ("layers", ctypes.c_void_p),
+    )
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("num_tokens", "num_sequences", "num_logit_rows")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "token_ids",
+                "query_lens",
+                "context_lens",
+                "block_starts",
+                "blocks",
+                "logit_rows",
+                "logits",
+                "argmax",
+            )
+        ),
+    )
+
+
+# A row of `sample`: struct RowSampling.
+_ROW = np.dtype(
+    [
+        *((name, np.float32) for name in ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")),
+        ("top_k", np.int64),
+        ("seed", np.uint64),
+        *((name, np.int64) for name in ("choice", "position")),
+        *((name, np.int64) for name in ("token_ids", "num_token_ids", "num_prompt_tokens")),
+        *((name, np.int64) for name in ("biased", "biases", "num_biased", "masked", "num_masked")),
+    ]
+)
+
+
+def why_not(config: DecoderConfig, block_size: int) -> str | None:
+    """What of this model or setting the kernel cannot run, None where it can."""
+    for is_wrong, text in (
+        (config.hidden_size % _PANEL, f"hidden_size {config.hidden_size} is no multiple of {_PANEL}"),
+        (config.intermediate_size % _PANEL, f"intermediate_size {config.intermediate_size} is no multiple of {_PANEL}"),
+        (config.head_dim % 16, f"head_dim {config.head_dim} is no multiple of 16"),
+        (config.head_dim > _MAX_HEAD_DIM, f"head_dim {config.head_dim} is over {_MAX_HEAD_DIM}"),
+        (config.num_heads * config.head_dim % _PANEL, f"the heads' size together is no multiple of {_PANEL}"),
+        (block_size % _TILE_TOKENS, f"block_size {block_size} is no multiple of {_TILE_TOKENS}"),
+    ):
+        if is_wrong:
+            return text
+    return None
+
+
+def kv_bytes_per_token(config: DecoderConfig, is_kv_int8: bool) -> int:
+    """Bytes of KV cache that a token takes in all layers."""
+    return len(config.windows) * config.num_kv_heads * _kv_bytes_per_head(config, is_kv_int8)
+
+
+def _kv_bytes_per_head(config: DecoderConfig, is_kv_int8: bool) -> int:
+    padded = _round_up(config.head_dim)
+    return 2 * padded + 2 * 4 if is_kv_int8 else 2 * padded * 2  # int8 has a float32 scale for key and value
+
+
+def _round_up(size: int) -> int:
+    return -(-size // _PANEL) * _PANEL
+
+
+class CpuBackend:
+    """A packed model in the kernel, with its KV cache. `close` frees its threads and scratch; so does collection.
+
+    `weights` maps Hugging Face's names to tensors [out, in] or quantised weights, and is emptied as they are packed.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        config: DecoderConfig,
+        weights: dict[str, Weight],
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_batched_tokens: int,
+        num_threads: int,
+        is_kv_int8: bool = False,
+        is_batch_invariant: bool = False,
+    ) -> None:
+        self._library = library
+        self._vocab_size = config.vocab_size
+        self._packer = packer = _Packer()
+        cache_bytes = num_blocks * block_size * config.num_kv_heads * _kv_bytes_per_head(config, is_kv_int8)
+        embedding = packer.linear(weights.pop("model.embed_tokens.weight"))
+        head = weights.pop("lm_head.weight", None)
+        layers = (_Layer * len(config.windows))()
+        for i, window in enumerate(config.windows):
+            _pack_layer(packer, layers[i], weights, f"model.layers.{i}", config)
+            layers[i].window = window or 0
+            layers[i].cache = packer.keep(_allocate(cache_bytes))
+        model = _ModelConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_size=config.head_dim,
+            intermediate_size=config.intermediate_size,
+            num_layers=len(config.windows),
+            max_tokens=max_num_batched_tokens,
+            block_size=block_size,
+            num_threads=num_threads,
+            is_kv_int8=is_kv_int8,
+            is_batch_invariant=is_batch_invariant,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_scale=config.rope_scale,
+            inv_freq=packer.vector(config.inv_freq),
+            final_norm=packer.vector(weights.pop("model.norm.weight")),
+            embedding=embedding,
+            head=embedding if head is None else packer.linear(head),
+            layers=ctypes.addressof(layers),
+        )
+        self.weight_bytes = packer.weight_bytes
+        handle = library.headrace_create(ctypes.byref(model))
+        if handle is None:
+            raise MemoryError("the CPU kernel's buffers or threads do not fit this machine")
+        self._handle = handle
+        # numpy's pages come on first touch: rows of logits that nobody asks for cost nothing.
+        self._logits = np.zeros((max_num_batched_tokens, config.vocab_size), np.float32)
+        self.close = weakref.finalize(self, library.headrace_destroy, handle)
+
+    def forward(self, batch: StepBatch) -> torch.Tensor:
+        self._step(batch, self._logits)
+        return torch.from_numpy(self._logits[: len(batch.logit_rows)])
+
+    def argmax(self, batch: StepBatch) -> list[int]:
+        return self._step(batch, None).tolist()
+
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
+        rows = np.zeros(len(logits), _ROW)
+        for name in ("temperature", "top_p", "min_p", "top_k", "seed", "choice", "position"):
+            rows[name] = getattr(batch, name)
+        rows["repetition"] = 1
+        for penalties in batch.penalties:
+            row = rows[penalties.row]
+            row["repetition"], row["presence"] = penalties.repetition, penalties.presence
+            row["frequency"], row["num_prompt_tokens"] = penalties.frequency, penalties.num_prompt_tokens
+            row["token_ids"], row["num_token_ids"] = penalties.token_ids.ctypes.data, len(penalties.token_ids)
+        for index, token_ids, biases in batch.biased:
+            row = rows[index]
+            row["biased"], row["biases"], row["num_biased"] = token_ids.ctypes.data, biases.ctypes.data, len(biases)
+        for index, token_ids in batch.masked:
+            rows[index]["masked"], rows[index]["num_masked"] = token_ids.ctypes.data, len(token_ids)
+        token_ids = np.empty(len(rows), np.int64)
+        status = self._library.headrace_sample(
+            self._handle, rows.ctypes.data, len(rows), logits.data_ptr(), token_ids.ctypes.data
+        )
+        if status:
+            raise MemoryError("sampling ran out of memory")
+        return token_ids.tolist()
+
+    def profile(self) -> dict[str, float]:
+        """Seconds that the calling thread has spent in each kind of phase since the model was packed."""
+        seconds = np.zeros(len(PHASES))
+        self._library.headrace_profile(self._handle, seconds.ctypes.data)
+        return dict(zip(PHASES, seconds.tolist(), strict=True))
+
+    def _step(self, batch: StepBatch, logits: npt.NDArray[np.float32] | None) -> npt.NDArray[np.int64]:
+        def array(values: Sequence[int]) -> npt.NDArray[np.int64]:
+            return np.array(values, np.int64)
+
+        blocks = np.fromiter(itertools.chain.from_iterable(batch.block_tables), np.int32)
+        starts = list(itertools.accumulate(map(len, batch.block_tables), initial=0))[:-1]
+        arrays = [array(v) for v in (batch.token_ids, batch.query_lens, batch.context_lens, starts, batch.logit_rows)]
+        token_ids, query_lens, context_lens, block_starts, logit_rows = (each.ctypes.data for each in arrays)
+        argmax = np.empty(len(batch.logit_rows), np.int64)
+        step = _Batch(
+            len(batch.token_ids),
+            len(batch.query_lens),
+            len(batch.logit_rows),
+            token_ids,
+            query_lens,
+            context_lens,
+            block_starts,
+            blocks.ctypes.data,
+            logit_rows,
+            None if logits is None else logits.ctypes.data,
+            argmax.ctypes.data,
+        )
+        if self._library.headrace_step(self._handle, ctypes.byref(step)):
+            raise MemoryError("a step ran out of memory")
+        return argmax
+
+
+class _Packer:
+    """Lays weights out as the kernel reads them (struct Linear in kernels/cpu/matmul.h), and keeps their memory."""
+
+    def __init__(self) -> None:
+        self._kept: list[npt.NDArray[np.generic]] = []
+        self.weight_bytes = 0
+
+    def keep(self, memory: npt.NDArray[np.generic]) -> int:
+        self._kept.append(memory)
+        return memory.ctypes.data
+
+    def vector(self, values: Weight | None) -> int | None:
+        """A float32 copy of a norm's weight."""
+        if values is None:
+            return None
+        assert isinstance(values, torch.Tensor)
+        return self.keep(values.float().numpy().copy())
+
+    def linear(self, weight: Weight, bias: torch.Tensor | None = None, head_dim: int | None = None) -> _Linear:
+        """With `head_dim` every head's rows are padded to whole panels; else all rows are, together."""
+        num_rows, num_inputs = weight.shape
+        unit = head_dim or num_rows
+        padded = num_rows // unit * _round_up(unit)
+        packed_bias = None
+        if bias is not None:
+            packed_bias = self.keep(_pad_rows(bias.float().numpy()[:, None], unit).copy())
+        if isinstance(weight, QuantisedWeight):
+            data, number = _pack_quantised(weight, unit), _FORMATS[weight.type_name]
+        else:
+            data, number = _pack_bfloat16(weight, unit), 0
+        self.weight_bytes += data.nbytes
+        return _Linear(self.keep(data), packed_bias, number, num_inputs, padded // _PANEL)
+
+
+def _pack_layer(packer: _Packer, layer: _Layer, weights: dict[str, Weight], prefix: str, config: DecoderConfig) -> None:
+    def linear(name: str, head_dim: int | None = None) -> _Linear:
+        bias = weights.pop(f"{prefix}.{name}.bias", None)
+        assert not isinstance(bias, QuantisedWeight)
+        return packer.linear(weights.pop(f"{prefix}.{name}.weight"), bias, head_dim)
+
+    layer.query = linear("self_attn.q_proj", config.head_dim)
+    layer.key = linear("self_attn.k_proj", config.head_dim)
+    layer.value = linear("self_attn.v_proj", config.head_dim)
+    layer.out = linear("self_attn.o_proj")
+    layer.gate, layer.up, layer.down = linear("mlp.gate_proj"), linear("mlp.up_proj"), linear("mlp.down_proj")
+    layer.input_norm = packer.vector(weights.pop(f"{prefix}.input_layernorm.weight"))
+    layer.post_norm = packer.vector(weights.pop(f"{prefix}.post_attention_layernorm.weight"))
+    layer.query_norm = packer.vector(weights.pop(f"{prefix}.self_attn.q_norm.weight", None))
+    layer.key_norm = packer.vector(weights.pop(f"{prefix}.self_attn.k_norm.weight", None))
+
+
+def _pad_rows(rows: npt.NDArray[np.generic], unit: int) -> npt.NDArray[np.generic]:
+    """Add zeros behind every `unit` rows, up to whole panels."""
+    if unit % _PANEL == 0:
+        return rows
+    units = rows.reshape(-1, unit, rows.shape[1])
+    return np.pad(units, ((0, 0), (0, -unit % _PANEL), (0, 0))).reshape(-1, rows.shape[1])
+
+
+def _pack_bfloat16(weight: torch.Tensor, unit: int) -> npt.NDArray[np.generic]:
+    """[panels, K / 2, 32 columns, 2 inputs]: a pair of inputs is an int32 here."""
+    pairs = _pad_rows(weight.to(torch.bfloat16).contiguous().view(torch.int32).numpy(), unit)
+    columns = torch.from_numpy(pairs).view(-1, _PANEL, pairs.shape[1])
+    packed = _allocate(pairs.nbytes)
+    torch.from_numpy(packed.view(np.int32)).view(-1, pairs.shape[1], _PANEL).copy_(columns.transpose(1, 2))
+    return packed
+
+
+def _pack_quantised(weight: QuantisedWeight, unit: int) -> npt.NDArray[np.generic]:
+    """Records [half panels, K / 32] of 16 columns: quants [K / 4 of the group, 16, 4], scales [16], minima [16]."""
+    group_bytes = GROUP_BYTES[weight.type_name]
+    rows = _pad_rows(weight.rows, unit)
+    groups = rows.reshape(len(rows) // 16, 16, weight.shape[1] // GROUP_SIZE, group_bytes)
+    num_scales = 2 if weight.type_name == "Q4_1" else 1
+    num_quants = group_bytes - 2 * num_scales
+    packed = _allocate(groups.size // group_bytes * group_bytes)
+    records = packed.reshape(groups.shape[0], groups.shape[2], 16 * group_bytes)
+    quants = np.ascontiguousarray(groups[..., 2 * num_scales :])
+    if weight.type_name == "Q8_0":
+        quants ^= 0x80  # the kernel multiplies unsigned quants: 128 is added
+    records[..., : 16 * num_quants] = _in_order(quants, 4).reshape(*records.shape[:2], -1)
+    scales = np.ascontiguousarray(groups[..., : 2 * num_scales])
+    records[..., 16 * num_quants :] = _in_order(scales, 2).reshape(*records.shape[:2], -1)
+    return packed
+
+
+def _in_order(groups: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """[halves, 16, K / 32, parts * size] -> [halves, K / 32, parts, 16, size]."""
+    units = groups.view(np.dtype(f"u{size}"))
+    return np.ascontiguousarray(units.transpose(0, 2, 3, 1)).view(np.uint8)
+
+
+def _allocate(num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Zeros that cost memory on first touch, in huge pages where the system has them: fewer misses on the way."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)

@@ -1,0 +1,157 @@
+"""The C++ kernel of kernels/cpu as a loaded library: which CPUs it runs on, how it is built, and its C functions.
+
+It is compiled at first use, for this CPU's best instruction set, into a cache whose file names carry a hash of the
+sources and flags; a library that was put beside the sources (`python -m headrace.kernels.cpu_library`) is used as it is.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_SOURCES = Path(__file__).parent / "cpu"
+_PREBUILT = _SOURCES / "prebuilt"
+_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Wno-maybe-uninitialized")
+_SANITIZER_FLAGS = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1")
+# linux/arch_prctl and asm/prctl.h: AMX's registers are large, and a process has to ask for them.
+_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
+
+
+class KernelUnavailableError(Exception):
+    """The kernel cannot run here; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstructionSet:
+    """A family of CPUs: what /proc/cpuinfo lists for it, and what the compiler is told."""
+
+    name: str
+    cpu_flags: frozenset[str]
+    compiler_flags: tuple[str, ...]
+
+
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
+_AVX512_BF16 = _AVX512 | {"avx512_bf16", "avx512_vnni"}
+# The best first.
+INSTRUCTION_SETS = (
+    InstructionSet(
+        "amx",
+        _AVX512_BF16 | {"amx_tile", "amx_bf16"},
+        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
+    ),
+    InstructionSet("avx512_bf16", _AVX512_BF16, ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")),
+    InstructionSet("avx512", _AVX512, ("-march=x86-64-v4",)),
+    InstructionSet("avx2", frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2"}), ("-march=x86-64-v3",)),
+)
+
+
+def choose_instruction_set(name: str = "auto") -> InstructionSet:
+    """The best of this CPU, or the one that is named.
+
+    Raises: KernelUnavailableError where this machine has not got it.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise KernelUnavailableError(f"the CPU kernel is for Linux on x86-64, not {sys.platform} {platform.machine()}")
+    for candidate in INSTRUCTION_SETS:
+        if name in ("auto", candidate.name):
+            missing = candidate.cpu_flags - _cpu_flags()
+            if not missing and (candidate.name != "amx" or _may_use_amx()):
+                return candidate
+            if name != "auto":
+                raise KernelUnavailableError(f"this CPU lacks {', '.join(sorted(missing)) or 'permission for AMX'}")
+    raise KernelUnavailableError("this CPU has neither AVX-512 nor AVX2")
+
+
+def load_library(instruction_set: InstructionSet, cache_folder: Path, is_sanitized: bool = False) -> ctypes.CDLL:
+    """Load the kernel, building it first where it was not yet.
+
+    Raises: KernelUnavailableError where it cannot be built or loaded.
+    """
+    name = _library_name(instruction_set, is_sanitized)
+    path = _PREBUILT / name
+    if not path.exists():
+        path = cache_folder / "kernels" / name
+    if not path.exists():
+        build(path, instruction_set, is_sanitized)
+    try:
+        return _declare(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError) as error:
+        raise KernelUnavailableError(f"{path} cannot be loaded: {error}") from error
+
+
+def build(path: Path, instruction_set: InstructionSet, is_sanitized: bool = False) -> None:
+    """Compile the kernel to `path`. Raises: KernelUnavailableError, with the compiler's first complaint."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise KernelUnavailableError("there is no C++ compiler (g++) to build the CPU kernel with")
+    logger.info("compiling the CPU kernel for %s, once", instruction_set.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            # Built aside and moved: another server that starts meanwhile finds a whole library or none.
+            unfinished = Path(folder) / path.name
+            command = [compiler, *_compiler_flags(instruction_set, is_sanitized), "-o", str(unfinished)]
+            command += [str(source) for source in sorted(_SOURCES.glob("*.cpp"))]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode != 0:
+                complaint = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr)
+                raise KernelUnavailableError(f"the CPU kernel does not compile: {complaint}")
+            unfinished.replace(path)
+    except OSError as error:
+        raise KernelUnavailableError(f"the CPU kernel cannot be built: {error}") from error
+
+
+def _compiler_flags(instruction_set: InstructionSet, is_sanitized: bool) -> tuple[str, ...]:
+    return (*_FLAGS, *instruction_set.compiler_flags, *(_SANITIZER_FLAGS if is_sanitized else ()))
+
+
+def _library_name(instruction_set: InstructionSet, is_sanitized: bool) -> str:
+    digest = hashlib.sha256(" ".join(_compiler_flags(instruction_set, is_sanitized)).encode())
+    for source in sorted([*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")]):
+        digest.update(source.read_bytes())
+    return f"headrace-{instruction_set.name}-{digest.hexdigest()[:16]}.so"
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), []))
+
+
+@functools.cache
+def _may_use_amx() -> bool:
+    syscall = ctypes.CDLL(None).syscall
+    return int(syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)) == 0
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer = ctypes.c_void_p
+    for name, result, arguments in (
+        ("create", pointer, (pointer,)),
+        ("destroy", None, (pointer,)),
+        ("step", ctypes.c_int, (pointer, pointer)),
+        ("sample", ctypes.c_int, (pointer, pointer, ctypes.c_int64, pointer, pointer)),
+        ("profile", None, (pointer, pointer)),
+    ):
+        function = getattr(library, f"headrace_{name}")
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for each in INSTRUCTION_SETS:
+        build(_PREBUILT / _library_name(each, is_sanitized=False), each)

@@ -1,0 +1,56 @@
+"""Steps in torch: any decoder, on any device, with sampling in torch."""
+
+import itertools
+
+import torch
+
+from headrace.kernels.backend import StepBatch
+from headrace.kernels.decoder import Decoder, KVCache, PackedBatch
+from headrace.kernels.hf_decoder import HuggingFaceDecoder
+from headrace.kernels.ops import AttentionMetadata, Ops
+from headrace.kernels.sampling import SamplingBatch, sample
+
+
+class TorchBackend:
+    """A decoder and the cache it fills."""
+
+    def __init__(self, decoder: Decoder | HuggingFaceDecoder, cache: KVCache, ops: Ops) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._ops = ops
+        self._block_size = cache.keys[0].shape[1]
+
+    def forward(self, batch: StepBatch) -> torch.Tensor:
+        return self._decoder.forward(self._pack(batch), self._cache)
+
+    def argmax(self, batch: StepBatch) -> list[int]:
+        return self.forward(batch).argmax(dim=-1).tolist()
+
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
+        return sample(logits, batch)
+
+    def _pack(self, batch: StepBatch) -> PackedBatch:
+        positions: list[int] = []
+        slots: list[int] = []
+        new_blocks: list[int] = []
+        size = self._block_size
+        for query_len, end, blocks in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
+            own = range(end - query_len, end)
+            positions += own
+            slots += [blocks[i // size] * size + i % size for i in own]
+            new_blocks += [blocks[i // size] for i in own if i % size == 0]
+        query_starts = list(itertools.accumulate(batch.query_lens, initial=0))
+        metadata = AttentionMetadata(query_starts, batch.context_lens, batch.block_tables)
+        device = self._decoder.device
+
+        def tensor(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        self._cache.clear(tensor(new_blocks))
+        return PackedBatch(
+            token_ids=tensor(batch.token_ids),
+            positions=tensor(positions),
+            slot_mapping=tensor(slots),
+            logit_rows=tensor(batch.logit_rows),
+            attention_plan=self._ops.plan_attention(metadata, size, device),
+        )
