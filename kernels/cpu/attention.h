@@ -70,28 +70,32 @@ inline void widen(const int8_t* from, bf16* to, int count) {
 }
 
 inline void prefetch_range(const uint8_t* begin, int num_bytes) {
-  for (int i = 0; i < num_bytes; i += 64) prefetch(begin + i);
+  for (int i = 0; i < num_bytes; i += 64) prefetch_far(begin + i);
 }
 
-// Attend to tokens SEGMENT * segment .. of the sequence. space.queries holds the rows, scaled by log2(e) / sqrt(D);
-// `results` gets a Partial per row, whose outputs lie in space.outputs.
-inline void attend_segment(const KVCache& cache, uint8_t* layer, const Query& query, int segment, AttentionSpace& space,
-                           Partial* results) {
-  const int num_rows = query.num_rows, padded_head = cache.padded_head;
-  const int start = segment * SEGMENT;
-  const int first = std::max(query.first_token(), start) / TILE_TOKENS;
-  const int last = std::min(query.last_token(), start + SEGMENT - 1) / TILE_TOKENS;
-  const int num_tiles = last - first + 1, num_tokens = num_tiles * TILE_TOKENS;
-  const int half_bytes = cache.values_offset();
-
+// The tiles of a segment that some row of a query sees.
+struct SegmentTiles {
+  SegmentTiles(const KVCache& cache, uint8_t* layer, const Query& query, int segment)
+      : first(std::max(query.first_token(), segment * SEGMENT) / TILE_TOKENS),
+        count(std::min(query.last_token(), segment * SEGMENT + SEGMENT - 1) / TILE_TOKENS - first + 1) {
+    for (int i = 0; i < count; ++i) records[i] = cache.record(layer, query.blocks, first + i, query.head);
+  }
+  int first, count;
   const uint8_t* records[SEGMENT_TILES];
-  for (int i = 0; i < num_tiles; ++i) records[i] = cache.record(layer, query.blocks, first + i, query.head);
+};
+
+// Attend to the tokens of some tiles. space.queries holds the rows, scaled by log2(e) / sqrt(D); `results` gets a Partial
+// per row, whose outputs lie in space.outputs. `next`, where there are any, are the tiles that will be attended to next.
+inline void attend_segment(const KVCache& cache, const SegmentTiles& tiles, const SegmentTiles* next,
+                           const Query& query, AttentionSpace& space, Partial* results) {
+  const int num_rows = query.num_rows, padded_head = cache.padded_head;
+  const int first = tiles.first, num_tiles = tiles.count, num_tokens = num_tiles * TILE_TOKENS;
+  const int half_bytes = cache.values_offset();
+  const uint8_t* const* records = tiles.records;
 
   // Scores, two tiles of keys at a time (an odd last one twice).
   for (int i = 0; i < num_tiles; i += 2) {
     const uint8_t* pair[2] = {records[i], records[std::min(i + 1, num_tiles - 1)]};
-    for (int ahead = i + 2; ahead < std::min(i + 4, num_tiles); ++ahead) prefetch_range(records[ahead], half_bytes);
-    for (const uint8_t* record : pair) prefetch_range(record + half_bytes, cache.record_bytes() - half_bytes);
     if (cache.is_int8)
       for (int j = 0; j < 2; ++j)
         widen(reinterpret_cast<const int8_t*>(pair[j]), space.keys.data() + j * TILE_TOKENS * padded_head,
@@ -100,8 +104,12 @@ inline void attend_segment(const KVCache& cache, uint8_t* layer, const Query& qu
       return cache.is_int8 ? space.keys.data() + half * TILE_TOKENS * padded_head
                            : reinterpret_cast<const bf16*>(pair[half]);
     };
-    tile_product<PAIRS_PER_TILE, false>(num_rows, space.queries.data(), 1, padded_head / 2, keys, 2 * TILE_TOKENS,
-                                        space.scores.data() + i * TILE_TOKENS, SEGMENT);
+    // One record of the next segment per pair of tiles; the other half when the values are read.
+    Ahead ahead;
+    if (next != nullptr && i / 2 < next->count)
+      ahead = {next->records[i / 2], cache.record_bytes() / (padded_head / 2), false};
+    tile_product<PAIRS_PER_TILE>(num_rows, space.queries.data(), 1, padded_head / 2, keys, 2 * TILE_TOKENS,
+                                 space.scores.data() + i * TILE_TOKENS, SEGMENT, ahead);
   }
 
   // Softmax of each row; the weights become the rows of the product with the values.
@@ -132,10 +140,7 @@ inline void attend_segment(const KVCache& cache, uint8_t* layer, const Query& qu
       if (cache.is_int8)
         weight *= load(reinterpret_cast<const float*>(records[t / TILE_TOKENS] + cache.scales_offset()) + TILE_TOKENS +
                        t % TILE_TOKENS);
-      alignas(64) bf16 narrow[LANES];
-      store_bf16(narrow, weight);
-      for (int i = 0; i < LANES; i += 2)
-        __builtin_memcpy(space.weights.data() + pair_offset<TILE_TOKENS / 2>(m, (t + i) / 2, num_rows), narrow + i, 4);
+      store_bf16(space.weights.data() + pair_offset<TILE_TOKENS / 2>(m, t / 2, num_rows), weight);
     }
     results[m] = {top, sum(total), space.outputs.data() + m * padded_head};
   }
@@ -145,13 +150,21 @@ inline void attend_segment(const KVCache& cache, uint8_t* layer, const Query& qu
     for (int i = 0; i < num_tiles; ++i)
       widen(reinterpret_cast<const int8_t*>(records[i] + half_bytes), space.values.data() + i * TILE_TOKENS * padded_head,
             TILE_TOKENS * padded_head);
+  int num_shares = 0;
+  const auto fetch_share = [&] {  // a part of the next segment's second half, for every tile of every pass
+    const int parts = padded_head / 16, record = (num_tiles + 1) / 2 + num_shares / parts;
+    if (next == nullptr || record >= next->count) return;
+    const int share = cache.record_bytes() / parts;
+    prefetch_range(next->records[record] + num_shares++ % parts * share, share);
+  };
   for (int d = 0; d < padded_head; d += 32) {
     const auto values = [&](int i, int half) {
+      if (half == 0) fetch_share();
       const bf16* tile = cache.is_int8 ? space.values.data() + i * TILE_TOKENS * padded_head
                                        : reinterpret_cast<const bf16*>(records[i] + half_bytes);
       return tile + (d + half * 16) * 2;
     };
-    tile_product<TILE_TOKENS / 2, false>(num_rows, space.weights.data(), num_tiles, TILE_TOKENS / 2, values,
+    tile_product<TILE_TOKENS / 2>(num_rows, space.weights.data(), num_tiles, TILE_TOKENS / 2, values,
                                          2 * padded_head, space.outputs.data() + d, padded_head);
   }
 }

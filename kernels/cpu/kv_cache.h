@@ -32,6 +32,14 @@ struct KVCache {
     return layer + (index * num_heads + head) * record_bytes();
   }
 
+  // Fetch the lines that `write` will touch: the whole of the keys, and a row of the values.
+  void fetch(const uint8_t* record, int slot) const {
+    const int row_bytes = values_offset() / (TILE_TOKENS / 2);
+    for (int i = 0; i < values_offset(); i += 64) prefetch_to_write(record + i);
+    for (int i = 0; i < row_bytes; i += 64) prefetch_to_write(record + values_offset() + slot / 2 * row_bytes + i);
+    if (is_int8) prefetch_to_write(record + scales_offset()), prefetch_to_write(record + scales_offset() + 64);
+  }
+
   // Store one token's key and value [Dp]. The first token of a tile clears what the tile held before: attention reads
   // whole tiles, and no weight times infinity is not zero.
   void write(uint8_t* record, int slot, const float* key, const float* value) const {

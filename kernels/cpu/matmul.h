@@ -64,12 +64,10 @@ class Operand {
   // Set inputs k .. k + 32 of a row; k is a multiple of 32.
   void set(int row, int k, const float* x) {
     if (has_tiles_) {
-      alignas(64) bf16 pairs[GROUP];
+      const int block = row / BLOCK_ROWS;
+      bf16* pairs = tiles_.data() + block_offset(block) +
+                    pair_offset<PAIRS_PER_TILE>(row % BLOCK_ROWS, k / 2, rows_in_block(block));
       for (int i = 0; i < GROUP; i += LANES) store_bf16(pairs + i, load(x + i));
-      bf16* block = tiles_.data() + block_offset(row / BLOCK_ROWS);
-      const int num_rows = rows_in_block(row / BLOCK_ROWS);
-      for (int i = 0; i < GROUP / 2; ++i)
-        std::memcpy(block + pair_offset<PAIRS_PER_TILE>(row % BLOCK_ROWS, k / 2 + i, num_rows), pairs + 2 * i, 4);
     }
     if (has_quants_) set_quants(row, k, x);
   }
@@ -124,7 +122,7 @@ class Operand {
 
   int num_rows_ = 0, num_inputs_ = 0;
   bool has_tiles_ = false, has_quants_ = false;
-  std::vector<bf16> tiles_;            // [T / BLOCK_ROWS] blocks, each in the order of `pair_offset`
+  std::vector<bf16> tiles_;          // [T / BLOCK_ROWS] blocks, each in the order of `pair_offset`
   std::vector<int8_t> high_, low_;     // [rows, K]
   std::vector<float> scales_;          // [rows, K / 32]
   std::vector<int32_t> sums_;          // [rows, K / 32], of the 16-bit integers
@@ -249,10 +247,11 @@ void narrow_product_of(int num_rows, const Linear& weight, int64_t half, const O
 }
 #endif
 
-// A panel of a weight; a unit of work has one or several.
+// A panel of a weight; a unit of work has one or several. The next unit's panel in its place is `step` further.
 struct Panel {
   const Linear* weight;
   int64_t index;
+  int step;
 };
 constexpr int MAX_PANELS = 16;  // in one unit: a key and a value head of 256
 
@@ -261,6 +260,25 @@ struct ProductSpace {
   std::vector<bf16> dequantised;                         // [MAX_PANELS][K][32]
   alignas(64) float columns[BLOCK_ROWS * MAX_PANELS * PANEL];
 };
+
+// Where a panel's two halves begin.
+struct PanelColumns {
+  const bf16* panel;
+  const bf16* operator()(int, int half) const { return panel + half * PANEL; }
+};
+
+constexpr int FETCH_DISTANCE = 8192;  // bytes: as far ahead as memory takes to answer
+
+// What to fetch during the product of a block of rows. A single block reads its panel from memory, and fetches a little
+// ahead of itself; with several, each fetches its share of the next unit's panel.
+inline Ahead fetch_ahead(const Panel& panel, const Operand& x, int block) {
+  if (is_quantised(*panel.weight)) return {};
+  const int64_t panel_bytes = int64_t(PANEL) * 2 * x.num_inputs(), bytes_per_pair = 2 * 2 * PANEL;
+  const uint8_t* data = panel.weight->data + panel.index * panel_bytes;
+  if (x.num_blocks() == 1) return {data + FETCH_DISTANCE, bytes_per_pair, true};
+  const int64_t share = panel_bytes / x.num_blocks();
+  return {data + panel.step * panel_bytes + block * share, bytes_per_pair / x.num_blocks(), false};
+}
 
 // Multiply all rows of x with some panels; `epilogue(row, columns)` gets each row's 32 * num_panels results, its own to
 // overwrite.
@@ -298,10 +316,8 @@ void multiply(const Panel* panels, int num_panels, const Operand& x, ProductSpac
       } else
 #endif
       {
-        const bf16* panel = weights[p];
-        tile_product<PAIRS_PER_TILE, true>(
-            num_rows, x.block(block), 1, num_inputs / 2, [&](int, int half) { return panel + half * 32; }, 2 * PANEL, c,
-            stride);
+        tile_product<PAIRS_PER_TILE>(num_rows, x.block(block), 1, num_inputs / 2, PanelColumns{weights[p]}, 2 * PANEL, c,
+                                     stride, fetch_ahead(panels[p], x, block));
       }
     }
     for (int m = 0; m < num_rows; ++m) {

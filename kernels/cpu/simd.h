@@ -138,5 +138,7 @@ constexpr float LOG2_E = 1.44269504f;
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
+inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // into the second-level cache
 
 }  // namespace headrace

@@ -1,6 +1,7 @@
 #include "step.h"
 
 #include <cmath>
+#include <optional>
 
 namespace headrace {
 
@@ -66,7 +67,10 @@ struct Step::Walk {
   void share(Phase kind, int num_units, int num_rows, Operand& shared, const std::vector<const Linear*>& weights,
              Make make, Unit unit) {
     if (num_rows > PRIVATE_ROWS) {
-      share(NORM, num_rows, [&](int row) { make(shared, row); });
+      // A block of rows is one member's: its rows lie mixed in the same cache lines.
+      share(NORM, shared.num_blocks(), [&](int block) {
+        for (int row = 0; row < shared.rows_in_block(block); ++row) make(shared, block * BLOCK_ROWS + row);
+      });
       share(kind, num_units, [&](int i) { unit(i, shared); });
       return;
     }
@@ -140,7 +144,6 @@ void Step::run(int member) {
   Walk walk{*this, member, model_.spaces[member]};
   Workspace& space = walk.space;
   const int num_heads = int(config_.num_heads), num_kv_heads = int(config_.num_kv_heads);
-  const int num_attention_units = int(row_blocks_.size()) * num_kv_heads * num_parts_;
 
   walk.share(EMBED, num_tokens_, [&](int row) { embed(row); });
   for (const Layer& layer : model_.layers) {
@@ -148,7 +151,7 @@ void Step::run(int member) {
         QKV, num_kv_heads + num_heads, num_tokens_, model_.normed, {&layer.query, &layer.key, &layer.value},
         [&](Operand& to, int row) { normalise(layer.input_norm, row, to, row, space); },
         [&](int unit, const Operand& x) { project_head(layer, unit, x, space); });
-    walk.share(ATTENTION, num_attention_units, [&](int unit) { attend(layer, unit, space); });
+    walk.share(ATTENTION, num_attention_units(), [&](int unit) { attend(layer, unit, space); });
     walk.share(
         OUT, int(layer.out.num_panels), num_tokens_, model_.attended, {&layer.out},
         [&](Operand& to, int row) { merge_heads(to, row, space); },
@@ -197,22 +200,28 @@ void Step::project_head(const Layer& layer, int unit, const Operand& x, Workspac
   Panel panels[MAX_PANELS];
   if (unit < num_kv_heads) {
     for (int p = 0; p < num_panels; ++p) {
-      panels[p] = {&layer.key, unit * num_panels + p};
-      panels[num_panels + p] = {&layer.value, unit * num_panels + p};
+      panels[p] = {&layer.key, unit * num_panels + p, num_panels};
+      panels[num_panels + p] = {&layer.value, unit * num_panels + p, num_panels};
     }
+    const auto record_of = [&](int row) {
+      const auto [sequence, position] = places_[row];
+      const int32_t* blocks = batch_.blocks + batch_.block_starts[sequence];
+      return model_.cache.record(layer.cache, blocks, position / TILE_TOKENS, unit);
+    };
+    // Every sequence's last tile is elsewhere in memory: all are asked for before the first is needed.
+    for (int row = 0; row < num_tokens_; ++row)
+      if (row == 0 || record_of(row) != record_of(row - 1))
+        model_.cache.fetch(record_of(row), places_[row].position % TILE_TOKENS);
     multiply(panels, 2 * num_panels, x, space.product, [&](int row, float* key_value) {
       if (layer.key_norm != nullptr) normalise_head(key_value, layer.key_norm);
       rotate(key_value, row);
-      const auto [sequence, position] = places_[row];
-      const int32_t* blocks = batch_.blocks + batch_.block_starts[sequence];
-      uint8_t* record = model_.cache.record(layer.cache, blocks, position / TILE_TOKENS, unit);
-      model_.cache.write(record, position % TILE_TOKENS, key_value, key_value + padded_head);
+      model_.cache.write(record_of(row), places_[row].position % TILE_TOKENS, key_value, key_value + padded_head);
     });
     return;
   }
   const int head = unit - num_kv_heads;
   const float scale = LOG2_E / std::sqrt(float(config_.head_size));
-  for (int p = 0; p < num_panels; ++p) panels[p] = {&layer.query, head * num_panels + p};
+  for (int p = 0; p < num_panels; ++p) panels[p] = {&layer.query, head * num_panels + p, num_panels};
   multiply(panels, num_panels, x, space.product, [&](int row, float* query) {
     if (layer.query_norm != nullptr) normalise_head(query, layer.query_norm);
     rotate(query, row);
@@ -241,17 +250,29 @@ void Step::rotate(float* head, int row) const {
   }
 }
 
-Query Step::query(const RowBlock& block, int kv_head, int64_t window) const {
+Query Step::query_of(const Layer& layer, int unit) const {
+  const RowBlock& block = row_blocks_[unit / num_parts_ / config_.num_kv_heads];
   const int position = places_[first_rows_[block.sequence]].position;
   Query query;
   query.blocks = batch_.blocks + batch_.block_starts[block.sequence];
-  query.head = kv_head;
+  query.head = unit / num_parts_ % int(config_.num_kv_heads);
   query.num_rows = block.num_rows;
   for (int m = 0; m < block.num_rows; ++m) {
     query.end[m] = position + (block.first + m) / group_ + 1;
-    query.begin[m] = window > 0 ? std::max(0, query.end[m] - int(window)) : 0;
+    query.begin[m] = layer.window > 0 ? std::max(0, query.end[m] - int(layer.window)) : 0;
   }
   return query;
+}
+
+// Segments first .. second of the sequence are this unit's: none where its part lies outside of what its rows see.
+std::pair<int, int> Step::segments_of(const Query& query, int unit) const {
+  const int begin = query.first_token() / SEGMENT, end = query.last_token() / SEGMENT + 1, part = unit % num_parts_;
+  if (num_parts_ == 1) return {begin, end};
+  return {std::max(begin, part), std::min(end, part + 1)};
+}
+
+int Step::num_attention_units() const {
+  return int(row_blocks_.size()) * int(config_.num_kv_heads) * num_parts_;
 }
 
 // A block of rows and a key/value head: all segments, or with several parts one of them.
@@ -259,9 +280,8 @@ void Step::attend(const Layer& layer, int unit, Workspace& space) {
   const int part = unit % num_parts_, kv_head = unit / num_parts_ % int(config_.num_kv_heads);
   const RowBlock& block = row_blocks_[unit / num_parts_ / config_.num_kv_heads];
   const int padded_head = model_.padded_head, num_rows = block.num_rows;
-  const Query query = this->query(block, kv_head, layer.window);
-  int begin = query.first_token() / SEGMENT, end = query.last_token() / SEGMENT + 1;
-  if (num_parts_ > 1) begin = std::max(begin, part), end = std::min(end, part + 1);
+  const Query query = query_of(layer, unit);
+  const auto [begin, end] = segments_of(query, unit);
 
   Partial results[BLOCK_ROWS];
   for (int m = 0; m < num_rows; ++m) {
@@ -270,13 +290,23 @@ void Step::attend(const Layer& layer, int unit, Workspace& space) {
     const int64_t index = (int64_t(row) * config_.num_heads + head) * num_parts_ + part;
     results[m] = {MINUS_INFINITY, 0.0f, model_.outputs.data() + index * padded_head};
     const bf16* from = model_.queries.data() + (int64_t(row) * config_.num_heads + head) * padded_head;
-    for (int pair = 0; pair < padded_head / 2; ++pair)
-      std::memcpy(space.attention.queries.data() + pair_offset<PAIRS_PER_TILE>(m, pair, num_rows), from + 2 * pair, 4);
+    for (int d = 0; d < padded_head; d += 2 * PAIRS_PER_TILE)
+      std::copy_n(from + d, 2 * PAIRS_PER_TILE,
+                  space.attention.queries.data() + pair_offset<PAIRS_PER_TILE>(m, d / 2, num_rows));
   }
   for (int segment = begin; segment < end; ++segment) {
-    Partial next[BLOCK_ROWS];
-    attend_segment(model_.cache, layer.cache, query, segment, space.attention, next);
-    for (int m = 0; m < num_rows; ++m) merge(results[m], next[m], padded_head);
+    // What comes next: this unit's next segment, or the next unit's first, which is mostly this member's too.
+    std::optional<SegmentTiles> next;
+    if (segment + 1 < end) {
+      next.emplace(model_.cache, layer.cache, query, segment + 1);
+    } else if (unit + 1 < num_attention_units()) {
+      const Query other = query_of(layer, unit + 1);
+      next.emplace(model_.cache, layer.cache, other, segments_of(other, unit + 1).first);
+    }
+    Partial found[BLOCK_ROWS];
+    attend_segment(model_.cache, {model_.cache, layer.cache, query, segment}, next ? &*next : nullptr, query,
+                   space.attention, found);
+    for (int m = 0; m < num_rows; ++m) merge(results[m], found[m], padded_head);
   }
   for (int m = 0; m < num_rows; ++m) {
     const int64_t index = (results[m].output - model_.outputs.data()) / padded_head;
@@ -304,7 +334,7 @@ void Step::merge_heads(Operand& to, int row, Workspace& space) {
 
 // hidden += 32 columns of a product.
 void Step::add_panel(const Linear& weight, int panel, const Operand& x, Workspace& space) {
-  const Panel panels[1] = {{&weight, panel}};
+  const Panel panels[1] = {{&weight, panel, 1}};
   multiply(panels, 1, x, space.product, [&](int row, const float* columns) {
     float* hidden = model_.hidden.data() + row * config_.hidden_size + panel * PANEL;
     for (int i = 0; i < PANEL; i += LANES) store(hidden + i, load(hidden + i) + load(columns + i));
@@ -313,7 +343,7 @@ void Step::add_panel(const Linear& weight, int panel, const Operand& x, Workspac
 
 // 32 inputs of the down projection: silu(gate) * up.
 void Step::activate(const Layer& layer, int unit, const Operand& x, Workspace& space) {
-  const Panel panels[2] = {{&layer.gate, unit}, {&layer.up, unit}};
+  const Panel panels[2] = {{&layer.gate, unit, 1}, {&layer.up, unit, 1}};
   multiply(panels, 2, x, space.product, [&](int row, float* columns) {
     for (int i = 0; i < PANEL; i += LANES)
       store(columns + i, silu(load(columns + i)) * load(columns + PANEL + i));
@@ -324,7 +354,7 @@ void Step::activate(const Layer& layer, int unit, const Operand& x, Workspace& s
 // 32 logits of every sampled row: the largest so far, and all of them where they are wanted.
 void Step::pick(int panel, const Operand& x, Workspace& space) {
   const int first = panel * PANEL, count = std::min(PANEL, int(config_.vocab_size) - first);
-  const Panel panels[1] = {{&config_.head, panel}};
+  const Panel panels[1] = {{&config_.head, panel, 1}};
   multiply(panels, 1, x, space.product, [&](int row, float* columns) {
     std::fill(columns + count, columns + PANEL, MINUS_INFINITY);
     if (batch_.logits != nullptr)

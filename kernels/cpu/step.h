@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <utility>
 
 #include "model.h"
 
@@ -41,7 +42,9 @@ class Step final : public Job {
 
   void rotate(float* head, int row) const;
   void normalise_head(float* head, const float* weight) const;
-  Query query(const RowBlock& block, int kv_head, int64_t window) const;
+  int num_attention_units() const;
+  Query query_of(const Layer& layer, int unit) const;
+  std::pair<int, int> segments_of(const Query& query, int unit) const;
   // Let an operand take `num_rows` rows for these weights.
   void begin(Operand& operand, int num_rows, const std::vector<const Linear*>& weights) const;
 

@@ -22,27 +22,32 @@ constexpr int BLOCK_ROWS = 4;  // 4 x 2 of 16
 // Pairs of the inputs that an AMX tile holds: all 16 of a weight's or key's, or 8, one KV tile of 16 tokens.
 constexpr int PAIRS_PER_TILE = 16;
 
-// Where pair `pair` of row `row` lies in a block of `num_rows` rows. AMX: tiles [pairs / TILE][16 rows][TILE][2], else
-// [pairs][num_rows][2].
+// Where pair `pair` of row `row` lies in a block of `num_rows` rows: [pairs / TILE][rows][TILE][2], where AMX, whose tiles
+// are loaded whole, always has BLOCK_ROWS rows.
 template <int TILE>
 inline int64_t pair_offset(int row, int64_t pair, int num_rows) {
 #if defined(__AMX_BF16__)
-  (void)num_rows;
-  return ((pair / TILE * BLOCK_ROWS + row) * TILE + pair % TILE) * 2;
-#else
-  return (pair * num_rows + row) * 2;
+  num_rows = BLOCK_ROWS;
 #endif
+  return ((pair / TILE * num_rows + row) * TILE + pair % TILE) * 2;
 }
+
+// What a product fetches from memory while it computes: two lines at every pair of inputs, from `next` on.
+struct Ahead {
+  const uint8_t* next = nullptr;
+  int64_t bytes_per_pair = 0;
+  bool is_near = false;  // soon to be read, or only to be in the second-level cache
+};
 
 // c [num_rows, 32] (rows `stride` apart) = a times columns, over `num_chunks` chunks of `num_pairs` pairs.
 //
 // `columns(chunk, half)` is where 16 columns' pairs of a chunk begin, [num_pairs][16][2], with `pair_stride` elements from
-// one pair to the next. TILE is the tile size that a was laid out with; IS_STREAM prefetches the columns from memory.
+// one pair to the next. TILE is the tile size that a was laid out with. What `ahead` shows is fetched on the side.
 #if defined(__AMX_BF16__)
 
-template <int TILE, bool IS_STREAM, class Columns>
+template <int TILE, class Columns>
 void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride,
-                  float* c, int64_t stride) {
+                  float* c, int64_t stride, Ahead ahead = {}) {
   // Tiles are loaded and stored whole, so that rows beyond num_rows need room; they are computed for nothing.
   alignas(64) float out[2][BLOCK_ROWS * 16];
   amx::zero<0>();
@@ -51,11 +56,9 @@ void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, Co
     const bf16* left = columns(chunk, 0);
     const bf16* right = columns(chunk, 1);
     for (int pair = 0; pair < num_pairs; pair += TILE, a += 2 * TILE * BLOCK_ROWS) {
-      if constexpr (IS_STREAM)
-        for (int i = 0; i < TILE; ++i) {
-          prefetch(left + (pair + TILE + i) * pair_stride);
-          prefetch(right + (pair + TILE + i) * pair_stride);
-        }
+      if (ahead.next != nullptr)
+        for (int i = 0; i < TILE; ++i, ahead.next += ahead.bytes_per_pair)
+          prefetch(ahead.next), prefetch(ahead.next + 64);
       amx::multiply<TILE>(a, left + pair * pair_stride, right + pair * pair_stride, pair_stride);
     }
   }
@@ -67,9 +70,11 @@ void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, Co
 
 #else
 
-template <int M, bool IS_STREAM, class Columns>
+enum Fetch { NOTHING, NEAR, FAR };
+
+template <int M, int TILE, Fetch FETCH, class Columns>
 void product(const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride, float* c,
-             int64_t stride) {
+             int64_t stride, Ahead ahead) {
   // 32 columns in one pass of 2 x 16 lanes, or two passes of 2 x 8.
   for (int pass = 0; pass < 16 / LANES; ++pass) {
     Vec acc[M][2] = {};
@@ -77,15 +82,15 @@ void product(const bf16* a, int num_chunks, int num_pairs, Columns columns, int6
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
       const bf16* left = LANES == 16 ? columns(chunk, 0) : columns(chunk, pass);
       const bf16* right = LANES == 16 ? columns(chunk, 1) : left + 2 * LANES;
-      for (int pair = 0; pair < num_pairs; ++pair, row_pairs += 2 * M, left += pair_stride, right += pair_stride) {
+      for (int tile = 0; tile < num_pairs; tile += TILE, row_pairs += 2 * TILE * (M - 1))
+      for (int pair = 0; pair < TILE; ++pair, row_pairs += 2, left += pair_stride, right += pair_stride) {
         const Ints first = load_as<Ints>(left), second = load_as<Ints>(right);
-        if constexpr (IS_STREAM) {
-          prefetch(left + 16 * pair_stride);
-          prefetch(right + 16 * pair_stride);
-        }
+        if constexpr (FETCH == NEAR) prefetch(ahead.next), prefetch(ahead.next + 64);
+        if constexpr (FETCH == FAR) prefetch_far(ahead.next), prefetch_far(ahead.next + 64);
+        ahead.next += ahead.bytes_per_pair;
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
-          const Ints x = splat_pair(row_pairs + 2 * m);
+          const Ints x = splat_pair(row_pairs + 2 * TILE * m);
           acc[m][0] = dot_pairs(acc[m][0], x, first);
           acc[m][1] = dot_pairs(acc[m][1], x, second);
         }
@@ -99,15 +104,18 @@ void product(const bf16* a, int num_chunks, int num_pairs, Columns columns, int6
   }
 }
 
-template <int TILE, bool IS_STREAM, class Columns, int M = BLOCK_ROWS>
+template <int TILE, class Columns, int M = BLOCK_ROWS>
 void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride,
-                  float* c, int64_t stride) {
+                  float* c, int64_t stride, Ahead ahead = {}) {
   if constexpr (M > 1) {
     if (num_rows < M)
-      return tile_product<TILE, IS_STREAM, Columns, M - 1>(num_rows, a, num_chunks, num_pairs, columns, pair_stride, c,
-                                                           stride);
+      return tile_product<TILE, Columns, M - 1>(num_rows, a, num_chunks, num_pairs, columns, pair_stride, c, stride,
+                                                ahead);
   }
-  product<M, IS_STREAM>(a, num_chunks, num_pairs, columns, pair_stride, c, stride);
+  const auto run = ahead.next == nullptr ? product<M, TILE, NOTHING, Columns>
+                   : ahead.is_near       ? product<M, TILE, NEAR, Columns>
+                                         : product<M, TILE, FAR, Columns>;
+  run(a, num_chunks, num_pairs, columns, pair_stride, c, stride, ahead);
 }
 
 #endif
