@@ -8,7 +8,7 @@ import ctypes
 import itertools
 import mmap
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,10 @@ from headrace.kernels.quantised import GROUP_BYTES, GROUP_SIZE, QuantisedWeight
 from headrace.kernels.sampling import SamplingBatch
 
 Weight = torch.Tensor | QuantisedWeight
+_Allocate = Callable[[int], npt.NDArray[np.uint8]]
 
+# Weights are put side by side in pieces of memory of this size, at multiples of a cache line.
+_CHUNK_BYTES, _ALIGNMENT = 2**26, 64
 _PANEL = 32
 _TILE_TOKENS = 16
 _FORMATS = {"Q4_0": 1, "Q4_1": 2, "Q8_0": 3}
@@ -163,10 +166,11 @@ class CpuBackend:
         embedding = packer.linear(weights.pop("model.embed_tokens.weight"))
         head = weights.pop("lm_head.weight", None)
         layers = (_Layer * len(config.windows))()
+        cache = packer.keep(_allocate(len(layers) * cache_bytes))
         for i, window in enumerate(config.windows):
             _pack_layer(packer, layers[i], weights, f"model.layers.{i}", config)
             layers[i].window = window or 0
-            layers[i].cache = packer.keep(_allocate(cache_bytes))
+            layers[i].cache = cache + i * cache_bytes
         model = _ModelConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -265,7 +269,16 @@ class _Packer:
 
     def __init__(self) -> None:
         self._kept: list[npt.NDArray[np.generic]] = []
+        self._chunk = np.empty(0, np.uint8)  # what is left of it
         self.weight_bytes = 0
+
+    def allocate(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Memory for a weight, behind the one before it: most alone are smaller than a huge page."""
+        size = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        if size > len(self._chunk):
+            self._chunk = _allocate(max(size, _CHUNK_BYTES))
+        memory, self._chunk = self._chunk[:num_bytes], self._chunk[size:]
+        return memory
 
     def keep(self, memory: npt.NDArray[np.generic]) -> int:
         self._kept.append(memory)
@@ -287,9 +300,9 @@ class _Packer:
         if bias is not None:
             packed_bias = self.keep(_pad_rows(bias.float().numpy()[:, None], unit).copy())
         if isinstance(weight, QuantisedWeight):
-            data, number = _pack_quantised(weight, unit), _FORMATS[weight.type_name]
+            data, number = _pack_quantised(weight, unit, self.allocate), _FORMATS[weight.type_name]
         else:
-            data, number = _pack_bfloat16(weight, unit), 0
+            data, number = _pack_bfloat16(weight, unit, self.allocate), 0
         self.weight_bytes += data.nbytes
         return _Linear(self.keep(data), packed_bias, number, num_inputs, padded // _PANEL)
 
@@ -319,23 +332,23 @@ def _pad_rows(rows: npt.NDArray[np.generic], unit: int) -> npt.NDArray[np.generi
     return np.pad(units, ((0, 0), (0, -unit % _PANEL), (0, 0))).reshape(-1, rows.shape[1])
 
 
-def _pack_bfloat16(weight: torch.Tensor, unit: int) -> npt.NDArray[np.generic]:
+def _pack_bfloat16(weight: torch.Tensor, unit: int, allocate: _Allocate) -> npt.NDArray[np.generic]:
     """[panels, K / 2, 32 columns, 2 inputs]: a pair of inputs is an int32 here."""
     pairs = _pad_rows(weight.to(torch.bfloat16).contiguous().view(torch.int32).numpy(), unit)
     columns = torch.from_numpy(pairs).view(-1, _PANEL, pairs.shape[1])
-    packed = _allocate(pairs.nbytes)
+    packed = allocate(pairs.nbytes)
     torch.from_numpy(packed.view(np.int32)).view(-1, pairs.shape[1], _PANEL).copy_(columns.transpose(1, 2))
     return packed
 
 
-def _pack_quantised(weight: QuantisedWeight, unit: int) -> npt.NDArray[np.generic]:
+def _pack_quantised(weight: QuantisedWeight, unit: int, allocate: _Allocate) -> npt.NDArray[np.generic]:
     """Records [half panels, K / 32] of 16 columns: quants [K / 4 of the group, 16, 4], scales [16], minima [16]."""
     group_bytes = GROUP_BYTES[weight.type_name]
     rows = _pad_rows(weight.rows, unit)
     groups = rows.reshape(len(rows) // 16, 16, weight.shape[1] // GROUP_SIZE, group_bytes)
     num_scales = 2 if weight.type_name == "Q4_1" else 1
     num_quants = group_bytes - 2 * num_scales
-    packed = _allocate(groups.size // group_bytes * group_bytes)
+    packed = allocate(groups.size // group_bytes * group_bytes)
     records = packed.reshape(groups.shape[0], groups.shape[2], 16 * group_bytes)
     quants = np.ascontiguousarray(groups[..., 2 * num_scales :])
     if weight.type_name == "Q8_0":

@@ -128,6 +128,14 @@ class Operand {
   std::vector<int32_t> sums_;          // [rows, K / 32], of the 16-bit integers
 };
 
+// Fetch the beginning of the panels that a member will start with, of `num_members` that share them.
+inline void fetch_start(const Linear& weight, int member, int num_members) {
+  const int64_t panel_bytes = is_quantised(weight) ? 2 * (weight.num_inputs / GROUP) * record_bytes(weight.format)
+                                                   : PANEL * 2 * weight.num_inputs;
+  const uint8_t* start = weight.data + weight.num_panels * member / num_members * panel_bytes;
+  for (int64_t i = 0; i < std::min<int64_t>(panel_bytes, 16384); i += 64) prefetch_far(start + i);
+}
+
 // One panel's column as it is stored, for reading single rows of an embedding: out [K] of float32.
 inline void read_column(const Linear& weight, int64_t column, float* out) {
   const int64_t num_inputs = weight.num_inputs;
@@ -267,7 +275,7 @@ struct PanelColumns {
   const bf16* operator()(int, int half) const { return panel + half * PANEL; }
 };
 
-constexpr int FETCH_DISTANCE = 8192;  // bytes: as far ahead as memory takes to answer
+constexpr int FETCH_DISTANCE = 2048;  // bytes per row, as more rows take longer over a pair of inputs
 
 // What to fetch during the product of a block of rows. A single block reads its panel from memory, and fetches a little
 // ahead of itself; with several, each fetches its share of the next unit's panel.
@@ -275,7 +283,7 @@ inline Ahead fetch_ahead(const Panel& panel, const Operand& x, int block) {
   if (is_quantised(*panel.weight)) return {};
   const int64_t panel_bytes = int64_t(PANEL) * 2 * x.num_inputs(), bytes_per_pair = 2 * 2 * PANEL;
   const uint8_t* data = panel.weight->data + panel.index * panel_bytes;
-  if (x.num_blocks() == 1) return {data + FETCH_DISTANCE, bytes_per_pair, true};
+  if (x.num_blocks() == 1) return {data + FETCH_DISTANCE * std::min(x.num_rows(), 4), bytes_per_pair, true};
   const int64_t share = panel_bytes / x.num_blocks();
   return {data + panel.step * panel_bytes + block * share, bytes_per_pair / x.num_blocks(), false};
 }

@@ -53,9 +53,13 @@ struct Step::Walk {
   int phase = 0;
   std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
 
+  // Share units; whoever has none left fetches the weights that the next phase begins with.
   template <class Unit>
-  void share(Phase kind, int num_units, Unit unit) {
-    step.phases_.share(phase++, member, num_units, unit);
+  void share(Phase kind, int num_units, const std::vector<const Linear*>& upcoming, Unit unit) {
+    const int num_members = step.model_.team.size();
+    step.phases_.share(phase++, member, num_units, unit, [&] {
+      for (const Linear* weight : upcoming) fetch_start(*weight, member, num_members);
+    });
     if (member != 0) return;
     const auto now = std::chrono::steady_clock::now();
     step.model_.phase_seconds[kind] += std::chrono::duration<double>(now - last).count();
@@ -65,17 +69,17 @@ struct Step::Walk {
   // Share units that read `num_rows` rows of an operand for `weights`, which `make(operand, row)` makes.
   template <class Make, class Unit>
   void share(Phase kind, int num_units, int num_rows, Operand& shared, const std::vector<const Linear*>& weights,
-             Make make, Unit unit) {
+             const std::vector<const Linear*>& upcoming, Make make, Unit unit) {
     if (num_rows > PRIVATE_ROWS) {
       // A block of rows is one member's: its rows lie mixed in the same cache lines.
-      share(NORM, shared.num_blocks(), [&](int block) {
+      share(NORM, shared.num_blocks(), weights, [&](int block) {
         for (int row = 0; row < shared.rows_in_block(block); ++row) make(shared, block * BLOCK_ROWS + row);
       });
-      share(kind, num_units, [&](int i) { unit(i, shared); });
+      share(kind, num_units, upcoming, [&](int i) { unit(i, shared); });
       return;
     }
     bool is_made = false;
-    share(kind, num_units, [&](int i) {
+    share(kind, num_units, upcoming, [&](int i) {
       if (!is_made) {
         step.begin(space.rows, num_rows, weights);
         for (int row = 0; row < num_rows; ++row) make(space.rows, row);
@@ -145,27 +149,29 @@ void Step::run(int member) {
   Workspace& space = walk.space;
   const int num_heads = int(config_.num_heads), num_kv_heads = int(config_.num_kv_heads);
 
-  walk.share(EMBED, num_tokens_, [&](int row) { embed(row); });
+  walk.share(EMBED, num_tokens_, {}, [&](int row) { embed(row); });
   for (const Layer& layer : model_.layers) {
+    const bool is_last = &layer == &model_.layers.back();
+    const Layer& next = *(&layer + !is_last);
     walk.share(
-        QKV, num_kv_heads + num_heads, num_tokens_, model_.normed, {&layer.query, &layer.key, &layer.value},
+        QKV, num_kv_heads + num_heads, num_tokens_, model_.normed, {&layer.query, &layer.key, &layer.value}, {},
         [&](Operand& to, int row) { normalise(layer.input_norm, row, to, row, space); },
         [&](int unit, const Operand& x) { project_head(layer, unit, x, space); });
-    walk.share(ATTENTION, num_attention_units(), [&](int unit) { attend(layer, unit, space); });
+    walk.share(ATTENTION, num_attention_units(), {&layer.out}, [&](int unit) { attend(layer, unit, space); });
     walk.share(
-        OUT, int(layer.out.num_panels), num_tokens_, model_.attended, {&layer.out},
+        OUT, int(layer.out.num_panels), num_tokens_, model_.attended, {&layer.out}, {&layer.gate, &layer.up},
         [&](Operand& to, int row) { merge_heads(to, row, space); },
         [&](int panel, const Operand& x) { add_panel(layer.out, panel, x, space); });
     walk.share(
-        GATE_UP, int(layer.gate.num_panels), num_tokens_, model_.post_normed, {&layer.gate, &layer.up},
+        GATE_UP, int(layer.gate.num_panels), num_tokens_, model_.post_normed, {&layer.gate, &layer.up}, {&layer.down},
         [&](Operand& to, int row) { normalise(layer.post_norm, row, to, row, space); },
         [&](int panel, const Operand& x) { activate(layer, panel, x, space); });
-    walk.share(DOWN, int(layer.down.num_panels),
+    walk.share(DOWN, int(layer.down.num_panels), {is_last ? &config_.head : &next.query},
                [&](int panel) { add_panel(layer.down, panel, model_.activated, space); });
   }
   if (num_logit_rows_ == 0) return;
   walk.share(
-      HEAD, int(config_.head.num_panels), num_logit_rows_, model_.last_normed, {&config_.head},
+      HEAD, int(config_.head.num_panels), num_logit_rows_, model_.last_normed, {&config_.head}, {},
       [&](Operand& to, int row) { normalise(config_.final_norm, int(batch_.logit_rows[row]), to, row, space); },
       [&](int panel, const Operand& x) { pick(panel, x, space); });
 }

@@ -24,8 +24,9 @@ class Phases {
       : num_members_(num_members), done_(num_phases), taken_(size_t(num_phases) * num_members) {}
 
   // Do units 0 .. num_units of phase `phase` together with the other members; returns when all of them are done.
-  template <class Unit>
-  void share(int phase, int member, int num_units, Unit unit) {
+  // `before_waiting` is called when there is no unit left to take.
+  template <class Unit, class Callback>
+  void share(int phase, int member, int num_units, Unit unit, Callback before_waiting) {
     int num_own = 0;
     for (int i = 0; i < num_members_; ++i) {
       const int owner = (member + i) % num_members_;
@@ -41,6 +42,7 @@ class Phases {
     }
     std::atomic<int>& done = done_[phase].value;
     if (num_own > 0) done.fetch_add(num_own, std::memory_order_release);
+    before_waiting();
     for (int spins = 0; done.load(std::memory_order_acquire) < num_units; ++spins) {
       if (spins < 64)
         __builtin_ia32_pause();
