@@ -26,7 +26,7 @@ _Allocate = Callable[[int], npt.NDArray[np.uint8]]
 _CHUNK_BYTES, _ALIGNMENT = 2**26, 64
 _PANEL = 32
 _TILE_TOKENS = 16
-_FORMATS = {"Q4_0": 1, "Q4_1": 2, "Q8_0": 3}
+_FORMATS = {"bfloat16": 0, "Q4_0": 1, "Q4_1": 2, "Q8_0": 3}
 _MAX_HEAD_DIM = 256
 PHASES = ("embed", "norm", "qkv", "attention", "out", "gate_up", "down", "head")
 
@@ -193,6 +193,7 @@ class CpuBackend:
             layers=ctypes.addressof(layers),
         )
         self.weight_bytes = packer.weight_bytes
+        self.weight_types = sorted(packer.weight_types)
         handle = library.headrace_create(ctypes.byref(model))
         if handle is None:
             raise MemoryError("the CPU kernel's buffers or threads do not fit this machine")
@@ -206,7 +207,7 @@ class CpuBackend:
         return torch.from_numpy(self._logits[: len(batch.logit_rows)])
 
     def argmax(self, batch: StepBatch) -> list[int]:
-        return self._step(batch, None).tolist()
+        return list(self._step(batch, None).tolist())
 
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
         rows = np.zeros(len(logits), _ROW)
@@ -229,7 +230,7 @@ class CpuBackend:
         )
         if status:
             raise MemoryError("sampling ran out of memory")
-        return token_ids.tolist()
+        return list(token_ids.tolist())
 
     def profile(self) -> dict[str, float]:
         """Seconds that the calling thread has spent in each kind of phase since the model was packed."""
@@ -244,6 +245,8 @@ class CpuBackend:
         blocks = np.fromiter(itertools.chain.from_iterable(batch.block_tables), np.int32)
         starts = list(itertools.accumulate(map(len, batch.block_tables), initial=0))[:-1]
         arrays = [array(v) for v in (batch.token_ids, batch.query_lens, batch.context_lens, starts, batch.logit_rows)]
+        if not 0 <= arrays[0].min() <= arrays[0].max() < self._vocab_size:
+            raise IndexError(f"a token id is not within 0 .. {self._vocab_size - 1}")
         token_ids, query_lens, context_lens, block_starts, logit_rows = (each.ctypes.data for each in arrays)
         argmax = np.empty(len(batch.logit_rows), np.int64)
         step = _Batch(
@@ -271,6 +274,7 @@ class _Packer:
         self._kept: list[npt.NDArray[np.generic]] = []
         self._chunk = np.empty(0, np.uint8)  # what is left of it
         self.weight_bytes = 0
+        self.weight_types: set[str] = set()
 
     def allocate(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         """Memory for a weight, behind the one before it: most alone are smaller than a huge page."""
@@ -300,11 +304,12 @@ class _Packer:
         if bias is not None:
             packed_bias = self.keep(_pad_rows(bias.float().numpy()[:, None], unit).copy())
         if isinstance(weight, QuantisedWeight):
-            data, number = _pack_quantised(weight, unit, self.allocate), _FORMATS[weight.type_name]
+            data, type_name = _pack_quantised(weight, unit, self.allocate), weight.type_name
         else:
-            data, number = _pack_bfloat16(weight, unit, self.allocate), 0
+            data, type_name = _pack_bfloat16(weight, unit, self.allocate), "bfloat16"
+        self.weight_types.add(type_name)
         self.weight_bytes += data.nbytes
-        return _Linear(self.keep(data), packed_bias, number, num_inputs, padded // _PANEL)
+        return _Linear(self.keep(data), packed_bias, _FORMATS[type_name], num_inputs, padded // _PANEL)
 
 
 def _pack_layer(packer: _Packer, layer: _Layer, weights: dict[str, Weight], prefix: str, config: DecoderConfig) -> None:

@@ -1,7 +1,8 @@
 """The C++ kernel of kernels/cpu as a loaded library: which CPUs it runs on, how it is built, and its C functions.
 
 It is compiled at first use, for this CPU's best instruction set, into a cache whose file names carry a hash of the
-sources and flags; a library that was put beside the sources (`python -m headrace.kernels.cpu_library`) is used as it is.
+sources and flags. Libraries that were built beside the sources (`python -m headrace.kernels.cpu_library`), as a wheel
+may carry them, are used as they are.
 """
 
 import ctypes

@@ -144,11 +144,7 @@ class GGUFFile:
         Raises: UnsupportedModelError for a tensor type that is not read here; ModelSourceError where the head counts
         do not divide a tensor's rows.
         """
-        tensor = self._tensors[name]
-        type_name = tensor.tensor_type.name
-        if type_name not in _SUPPORTED_TYPES:
-            supported = ", ".join(sorted(_SUPPORTED_TYPES))
-            raise UnsupportedModelError(f"{self.path}: tensor {tensor.name} is {type_name}; supported are {supported}")
+        tensor = self._checked(name)
         rows = tensor.data.reshape(-1, tensor.data.shape[-1])
         values = np.empty((len(rows), int(tensor.shape[0])), np.float32)
         step = max(1, _CHUNK_BYTES // max(1, rows[:1].nbytes))
@@ -157,13 +153,32 @@ class GGUFFile:
         values = values.reshape([int(size) for size in reversed(tensor.shape)])
         if self._is_gemma and name.endswith("norm.weight"):
             values -= 1  # llama.cpp multiplies by the weight, Hugging Face by one more
-        if self.architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            num_heads, num_kv_heads = self.head_counts()
-            count = num_heads if name.endswith("q_proj.weight") else num_kv_heads
-            if values.ndim != 2 or len(values) % (2 * count):
-                raise ModelSourceError(f"{self.path}: {count} heads do not divide {tensor.name}, {values.shape}")
-            values = _unpermute(values, count)
-        return values
+        return self._in_order(name, values)
+
+    def quantisation(self, name: str) -> str:
+        """The type of a tensor's values, such as Q4_1 or F32."""
+        return str(self._tensors[name].tensor_type.name)
+
+    def read_quantised(self, name: str) -> npt.NDArray[np.uint8]:
+        """A tensor's rows as they are stored, uint8 [rows, bytes], in Hugging Face's order. Raises: as `read`."""
+        return self._in_order(name, np.ascontiguousarray(self._checked(name).data))
+
+    def _checked(self, name: str) -> Any:
+        tensor = self._tensors[name]
+        if (type_name := self.quantisation(name)) not in _SUPPORTED_TYPES:
+            supported = ", ".join(sorted(_SUPPORTED_TYPES))
+            raise UnsupportedModelError(f"{self.path}: tensor {tensor.name} is {type_name}; supported are {supported}")
+        return tensor
+
+    def _in_order(self, name: str, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Undo llama.cpp's order of the rows of a query or key projection."""
+        if self.architecture != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight")):
+            return rows
+        num_heads, num_kv_heads = self.head_counts()
+        count = num_heads if name.endswith("q_proj.weight") else num_kv_heads
+        if rows.ndim != 2 or len(rows) % (2 * count):
+            raise ModelSourceError(f"{self.path}: {count} heads do not divide {self._tensors[name].name}, {rows.shape}")
+        return _unpermute(rows, count)
 
 
 @functools.lru_cache(maxsize=2)
@@ -181,7 +196,7 @@ def _hugging_face_name(name: str, names: Mapping[str, str]) -> str:
     return f"{prefix}{names.get(stem, stem)}.{suffix}"
 
 
-def _unpermute(weight: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
+def _unpermute(weight: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
     """Undo llama.cpp's row order, which pairs rotary dimensions 2i and 2i + 1, not i and i + D / 2."""
     rows, columns = weight.shape
     head_dim = rows // num_heads

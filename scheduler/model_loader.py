@@ -5,10 +5,12 @@ way. The families of the compact decoder are packed from them, since filling a H
 times as long; other families go the breadth path. Hugging Face's classes supply configs, RoPE maths, names and shapes.
 """
 
+import ctypes
 import json
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,15 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from headrace.kernels import torch_ops
+from headrace.kernels import cpu_backend, torch_ops
+from headrace.kernels.backend import Backend
+from headrace.kernels.cpu_backend import CpuBackend, Weight
+from headrace.kernels.cpu_library import (
+    InstructionSet,
+    KernelUnavailableError,
+    choose_instruction_set,
+    load_library,
+)
 from headrace.kernels.decoder import Decoder, DecoderConfig, KVCache, ModelShape
 from headrace.kernels.hf_decoder import (
     FAMILIES,
@@ -30,6 +40,8 @@ from headrace.kernels.hf_decoder import (
     empty_model,
 )
 from headrace.kernels.linear import is_reordered
+from headrace.kernels.quantised import GROUP_BYTES, QuantisedWeight
+from headrace.kernels.torch_backend import TorchBackend
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import CapacityError, ModelSourceError, UnsupportedModelError
@@ -37,6 +49,7 @@ from headrace.scheduler.gguf_config import gguf_config
 from headrace.scheduler.gguf_file import GGUFFile, open_gguf
 from headrace.scheduler.memory import available_bytes
 from headrace.scheduler.model_runner import ModelRunner
+from headrace.scheduler.model_source import cache_dir
 from headrace.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -51,42 +64,102 @@ _ROPE_FACTORS = "rope_freqs.weight"
 # Free memory where the system does not tell.
 _ASSUMED_BYTES = 4 * 2**30
 
-_Build = Callable[[dict[str, torch.Tensor], torch.dtype, torch.device], Decoder | HuggingFaceDecoder]
+_Build = Callable[[dict[str, Weight], torch.dtype, torch.device], Decoder | HuggingFaceDecoder]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is to be known before the weights are read, and what checks them and turns them into a decoder.
+
+    `decoder_config` is that of the compact decoder, None for other families.
+    """
+
+    shape: ModelShape
+    check: Callable[[dict[str, Weight]], None]
+    build: _Build
+    decoder_config: DecoderConfig | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernel:
+    """The C++ kernel, loaded, and what it is to run."""
+
+    library: ctypes.CDLL
+    instruction_set: InstructionSet
+    config: DecoderConfig
 
 
 def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
     """Load the model and size the KV cache.
 
-    Raises: UnsupportedModelError, ModelSourceError for the model; CapacityError where memory does not suffice.
+    Raises: UnsupportedModelError, ModelSourceError for the model; CapacityError where memory does not suffice, or the
+    settings ask for what this machine has not got.
     """
     device = _choose_device(config.device)
-    dtype = _choose_dtype(config, device)
     path = config.model_path
     file = open_gguf(path) if path.is_file() else None
     hf_config = _read_config(path) if file is None else gguf_config(file)
-    shape, build = _plan_model(path, hf_config, None if file is None else _gguf_rope_factors(file))
-    max_model_len = config.max_model_len or shape.max_position
-    if max_model_len > shape.max_position:
-        raise CapacityError(f"max_model_len: {max_model_len} is over the model's own {shape.max_position}")
+    plan = _plan_model(path, hf_config, None if file is None else _gguf_rope_factors(file))
+    kernel, why_not = _choose_kernel(config, device, plan)
+    dtype = torch.bfloat16 if kernel is not None else _choose_dtype(config, device)
+    max_model_len = config.max_model_len or plan.shape.max_position
+    if max_model_len > plan.shape.max_position:
+        raise CapacityError(f"max_model_len: {max_model_len} is over the model's own {plan.shape.max_position}")
+    is_kv_int8 = config.kv_cache_dtype == "int8"
+    if kernel is not None:
+        token_bytes = cpu_backend.kv_bytes_per_token(kernel.config, is_kv_int8)
+    else:
+        token_bytes = plan.shape.kv_bytes_per_token(dtype)
     if config.kv_cache_bytes is not None:  # wrong sizes are told before the weights are read
-        _num_blocks(config, shape, dtype, max_model_len, config.kv_cache_bytes)
+        _num_blocks(config, token_bytes, max_model_len, config.kv_cache_bytes)
 
-    decoder = build(_read_directory(path) if file is None else _read_gguf(file, dtype), dtype, device)
+    weights = _read_directory(path) if file is None else _read_gguf(file, dtype, keeps_quants=kernel is not None)
+    plan.check(weights)
+    decoder = plan.build(weights, dtype, device) if kernel is None else None
     cache_bytes = _free_bytes(device) if config.kv_cache_bytes is None else config.kv_cache_bytes
-    num_blocks = _num_blocks(config, shape, dtype, max_model_len, cache_bytes)
-    cache = _allocate_cache(shape, num_blocks, config.block_size, dtype, device)
+    num_blocks = _num_blocks(config, token_bytes, max_model_len, cache_bytes)
+    num_layers = len(plan.shape.kv_shapes)
+    backend: Backend
+    if kernel is not None:
+        backend = CpuBackend(
+            kernel.library,
+            kernel.config,
+            weights,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            num_threads=torch.get_num_threads(),
+            is_kv_int8=is_kv_int8,
+            is_batch_invariant=config.batch_invariant,
+        )
+        how = (
+            f"packed {hf_config.model_type}, {num_layers} layers in {', '.join(backend.weight_types)} on cpu, "
+            f"C++ kernel for {kernel.instruction_set.name}, {torch.get_num_threads()} threads"
+        )
+    else:
+        assert decoder is not None
+        cache = _allocate_cache(plan.shape, num_blocks, config.block_size, dtype, device)
+        backend = TorchBackend(decoder, cache, torch_ops)
+        is_packed = isinstance(decoder, Decoder)
+        maker = "packed" if is_packed else "transformers'"
+        linears = "prepacked linears" if is_packed and is_reordered(device, dtype) else "plain linears"
+        how = (
+            f"{maker} {hf_config.model_type}, {num_layers} layers in {str(dtype).removeprefix('torch.')} on {device}, "
+            f"torch ops, {linears}{f' (no C++ kernel: {why_not})' if why_not else ''}"
+        )
     max_context_tokens = min(max_model_len, num_blocks * config.block_size)
-    cache_gib = num_blocks * config.block_size * shape.kv_bytes_per_token(dtype) / 2**30
-    is_packed = isinstance(decoder, Decoder)
-    maker = "packed" if is_packed else "transformers'"
-    linear = "prepacked linears" if is_packed and is_reordered(device, dtype) else "plain linears"
+    cache_gib = num_blocks * config.block_size * token_bytes / 2**30
     description = (
-        f"{maker} {hf_config.model_type}, {len(shape.kv_shapes)} layers in {str(dtype).removeprefix('torch.')} on "
-        f"{device}, torch ops, {linear}; KV cache {cache_gib:.2f} GiB, {num_blocks} blocks of {config.block_size} "
-        f"tokens; context {max_context_tokens} tokens"
+        f"{how}; KV cache {cache_gib:.2f} GiB{' in int8' if is_kv_int8 else ''}, {num_blocks} blocks of "
+        f"{config.block_size} tokens; context {max_context_tokens} tokens"
     )
     runner = ModelRunner(
-        decoder, cache, torch_ops, config.block_size, max_context_tokens, config.max_num_batched_tokens, description
+        backend,
+        vocab_size=plan.shape.vocab_size,
+        block_size=config.block_size,
+        max_context_tokens=max_context_tokens,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        description=description,
     )
     scheduler = Scheduler(
         BlockPool(num_blocks),
@@ -96,6 +169,37 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
         has_prefix_cache=config.enable_prefix_caching,
     )
     return scheduler, runner
+
+
+def _choose_kernel(config: EngineConfig, device: torch.device, plan: _Plan) -> tuple[_Kernel | None, str]:
+    """The C++ kernel where it can run this, else why not.
+
+    Raises: CapacityError where the settings ask for it and it cannot.
+    """
+    is_wanted = config.cpu_kernel not in ("auto", "torch") or config.kv_cache_dtype == "int8"
+    why_not = ""
+    if config.cpu_kernel == "torch":
+        why_not = "cpu_kernel is torch"
+    elif device.type != "cpu":
+        why_not = f"the device is {device}"
+    elif plan.decoder_config is None:
+        why_not = "it is for the families of the packed decoder"
+    elif config.dtype not in ("auto", "bfloat16"):
+        why_not = f"it computes in bfloat16, not {config.dtype}"
+    else:
+        why_not = cpu_backend.why_not(plan.decoder_config, config.block_size) or ""
+        if not why_not:
+            try:
+                instruction_set = choose_instruction_set(config.cpu_kernel)
+                library = load_library(instruction_set, cache_dir())
+                return _Kernel(library, instruction_set, plan.decoder_config), ""
+            except KernelUnavailableError as error:
+                why_not = str(error)
+    if is_wanted:
+        name = "kv_cache_dtype int8" if config.kv_cache_dtype == "int8" else f"cpu_kernel {config.cpu_kernel}"
+        raise CapacityError(f"{name} needs the C++ kernel: {why_not}")
+    # On another device or for another family nobody expects it.
+    return None, why_not if device.type == "cpu" and plan.decoder_config is not None else ""
 
 
 def _choose_device(device: str) -> torch.device:
@@ -123,7 +227,7 @@ def _read_config(folder: Path) -> Any:
         raise ModelSourceError(f"{folder}: the config cannot be read{hint}: {error}") from error
 
 
-def _read_directory(folder: Path) -> dict[str, torch.Tensor]:
+def _read_directory(folder: Path) -> dict[str, Weight]:
     weights: dict[str, torch.Tensor] = {}
     for path in _weight_files(folder):
         try:
@@ -134,14 +238,17 @@ def _read_directory(folder: Path) -> dict[str, torch.Tensor]:
         # Others stand for numbers by a scale that this loader does not know of.
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise UnsupportedModelError(f"{folder}: weight {name} is {weight.dtype}; use a float checkpoint or a GGUF")
-    return weights
+    return dict(weights)
 
 
-def _is_tied(hf_config: Any, weights: dict[str, torch.Tensor]) -> bool:
+def _is_tied(hf_config: Any, weights: Mapping[str, Weight]) -> bool:
     """Whether the output projection is the embedding. As in transformers, it is not where the two differ."""
+    if not hf_config.tie_word_embeddings:
+        return False
     head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
-    has_own_head = head is not None and embedding is not None and not torch.equal(head, embedding)
-    return bool(hf_config.tie_word_embeddings) and not has_own_head
+    if isinstance(head, torch.Tensor) and isinstance(embedding, torch.Tensor):
+        return torch.equal(head, embedding)
+    return True
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -159,10 +266,16 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ModelSourceError(f"{index} is no index of weight files: {error!r}") from error
 
 
-def _read_gguf(file: GGUFFile, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    # Cast one by one: all of them in float32 would be twice the model.
+def _read_gguf(file: GGUFFile, dtype: torch.dtype, *, keeps_quants: bool) -> dict[str, Weight]:
+    def read(name: str) -> Weight:
+        # Quantised vectors there are none; what is not a product's weight is small and wanted as numbers.
+        if keeps_quants and (type_name := file.quantisation(name)) in GROUP_BYTES:
+            return QuantisedWeight(type_name, file.read_quantised(name))
+        # Cast one by one: all of them in float32 would be twice the model.
+        return torch.from_numpy(file.read(name)).to(dtype)
+
     try:
-        return {name: torch.from_numpy(file.read(name)).to(dtype) for name in file.names if name != _ROPE_FACTORS}
+        return {name: read(name) for name in file.names if name != _ROPE_FACTORS}
     except ValueError as error:
         raise ModelSourceError(f"{file.path} has a tensor that cannot be read: {error}") from error
 
@@ -172,11 +285,8 @@ def _gguf_rope_factors(file: GGUFFile) -> torch.Tensor | None:
     return torch.from_numpy(file.read(_ROPE_FACTORS)) if _ROPE_FACTORS in file.names else None
 
 
-def _plan_model(path: Path, config: Any, rope_factors: torch.Tensor | None) -> tuple[ModelShape, _Build]:
-    """What is to be known before the weights are read, and what turns them into the model.
-
-    Raises: UnsupportedModelError, naming what is not supported; ModelSourceError for a config that cannot be.
-    """
+def _plan_model(path: Path, config: Any, rope_factors: torch.Tensor | None) -> _Plan:
+    """Raises: UnsupportedModelError, naming what is not supported; ModelSourceError for a config that cannot be."""
     try:
         _check_config(config)
         if config.model_type in _COMPACT_FAMILIES:
@@ -226,7 +336,7 @@ def _check_config(config: Any) -> None:
             )
 
 
-def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) -> tuple[ModelShape, _Build]:
+def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) -> _Plan:
     if config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act {config.hidden_act!r} is not supported; silu is")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -250,29 +360,41 @@ def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) ->
     )
     expected = {name: weight.shape for name, weight in empty_model(config).state_dict().items()}
 
-    def build(weights: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device) -> Decoder:
+    def check(weights: dict[str, Weight]) -> None:
         _check_weights(path, expected, weights, _is_tied(config, weights))
-        return Decoder(decoder_config, {name: weights.pop(name).to(device, dtype) for name in [*weights]}, torch_ops)
 
-    return decoder_config.shape, build
+    def build(weights: dict[str, Weight], dtype: torch.dtype, device: torch.device) -> Decoder:
+        return Decoder(decoder_config, _take_tensors(weights, dtype, device), torch_ops)
+
+    return _Plan(decoder_config.shape, check, build, decoder_config)
 
 
-def _plan_breadth(path: Path, config: Any) -> tuple[ModelShape, _Build]:
+def _plan_breadth(path: Path, config: Any) -> _Plan:
     decoder = HuggingFaceDecoder(config, torch_ops)
 
-    def build(weights: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device) -> HuggingFaceDecoder:
+    def build(weights: dict[str, Weight], dtype: torch.dtype, device: torch.device) -> HuggingFaceDecoder:
         try:
-            decoder.load(weights, dtype, device)
+            decoder.load(_take_tensors(weights), dtype, device)
         except WeightsError as error:
             raise ModelSourceError(f"{path}: {error}") from error
         return decoder
 
-    return decoder.shape, build
+    return _Plan(decoder.shape, lambda weights: None, build)
 
 
-def _check_weights(
-    path: Path, expected: Mapping[str, torch.Size], weights: dict[str, torch.Tensor], is_tied: bool
-) -> None:
+def _take_tensors(
+    weights: dict[str, Weight], dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> dict[str, torch.Tensor]:
+    """Empty `weights`, none of which is quantised here, one by one."""
+    taken = {}
+    for name in [*weights]:
+        weight = weights.pop(name)
+        assert isinstance(weight, torch.Tensor)
+        taken[name] = weight.to(device, dtype)
+    return taken
+
+
+def _check_weights(path: Path, expected: Mapping[str, torch.Size], weights: dict[str, Weight], is_tied: bool) -> None:
     """Compare names and shapes. Raises: ModelSourceError, naming the first that differs."""
     if is_tied:
         weights.pop("lm_head.weight", None)
@@ -299,11 +421,9 @@ def _free_bytes(device: torch.device) -> int:
     return int((_ASSUMED_BYTES if available is None else available) * _KV_SHARE_CPU)
 
 
-def _num_blocks(
-    config: EngineConfig, shape: ModelShape, dtype: torch.dtype, max_model_len: int, cache_bytes: int
-) -> int:
+def _num_blocks(config: EngineConfig, token_bytes: int, max_model_len: int, cache_bytes: int) -> int:
     """Blocks in so many bytes. Raises: CapacityError where they cannot hold what the settings ask for."""
-    block_bytes = config.block_size * shape.kv_bytes_per_token(dtype)
+    block_bytes = config.block_size * token_bytes
     # More than every running sequence at full length can never be used.
     num_useful = config.max_num_seqs * -(-max_model_len // config.block_size)
     num_blocks = min(cache_bytes // block_bytes, num_useful)

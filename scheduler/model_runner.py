@@ -1,4 +1,4 @@
-"""Turning the scheduler's rows into one packed batch, running the decoder, and sampling.
+"""Turning the scheduler's rows into one packed batch, running it, and sampling.
 
 Owned by the engine thread. It reads sequences and never changes them: the scheduler records what was computed.
 """
@@ -10,44 +10,55 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from headrace.kernels.decoder import Decoder, KVCache, PackedBatch
-from headrace.kernels.hf_decoder import HuggingFaceDecoder
-from headrace.kernels.ops import AttentionMetadata, Ops
-from headrace.kernels.sampling import Penalties, SamplingBatch, log_probabilities, sample
+from headrace.kernels.backend import Backend, StepBatch
+from headrace.kernels.sampling import Penalties, SamplingBatch, log_probabilities
 from headrace.scheduler.errors import ModelSourceError
 from headrace.scheduler.messages import GenerationRequest, RowResult, SamplingParams, TokenLogprobs
 from headrace.scheduler.scheduler import ScheduledRow, SchedulerOutput
 from headrace.scheduler.sequence import Sequence
 
+# A row's sampling settings side by side, as they are kept with its sequence.
+_SAMPLING = np.dtype(
+    [
+        *((name, np.float32) for name in ("temperature", "top_p", "min_p")),
+        *((name, np.int64) for name in ("top_k", "choice", "min_tokens", "num_prompt_tokens")),
+        ("seed", np.uint64),
+        *((name, np.bool_) for name in ("has_penalties", "has_bias", "has_logprobs")),
+    ]
+)
+
 
 class ModelRunner:
-    """Computes steps with a decoder and the KV cache it fills."""
+    """Computes steps with a backend."""
 
     def __init__(
         self,
-        decoder: Decoder | HuggingFaceDecoder,
-        cache: KVCache,
-        ops: Ops,
+        backend: Backend,
+        *,
+        vocab_size: int,
         block_size: int,
         max_context_tokens: int,
         max_num_batched_tokens: int,
         description: str,
     ) -> None:
-        self._decoder = decoder
-        self._cache = cache
-        self._ops = ops
+        self._backend = backend
         self._block_size = block_size
         self._max_num_batched_tokens = max_num_batched_tokens
         self.max_context_tokens = max_context_tokens
-        self.vocab_size = decoder.shape.vocab_size
+        self.vocab_size = vocab_size
         self.description = description
 
     def run(self, output: SchedulerOutput) -> list[RowResult]:
         """Compute the rows of a step."""
+        batch = _pack(output.rows)
         sampled = [row.sequence for row in output.rows if row.is_sampled]
-        logits = self._decoder.forward(self._pack(output.rows), self._cache)
+        sampling = _sampling_records(sampled)
+        if _is_plainly_greedy(sampling) and len(batch.logit_rows) == len(sampled):
+            token_ids = iter(self._backend.argmax(batch))
+            return [RowResult(next(token_ids)) if row.is_sampled else RowResult() for row in output.rows]
+        logits = self._backend.forward(batch)
         prompts = iter(_prompt_logprobs(logits[len(sampled) :], output.rows))
-        drawn = iter(_draw(logits[: len(sampled)], sampled))
+        drawn = iter(self._draw(logits[: len(sampled)], sampled, sampling))
         results = []
         for row in output.rows:
             result = next(drawn) if row.is_sampled else RowResult()
@@ -75,58 +86,38 @@ class ModelRunner:
         sequence.token_ids.append(0)
         self.run(SchedulerOutput([ScheduledRow(sequence, 1)], []))
 
-    def _pack(self, rows: list[ScheduledRow]) -> PackedBatch:
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        sampled_rows: list[int] = []
-        scored_rows: list[int] = []
-        new_blocks: list[int] = []
-        query_starts = [0]
-        context_lens: list[int] = []
-        block_size = self._block_size
-        for row in rows:
-            sequence = row.sequence
-            start = sequence.num_computed_tokens
-            end = start + row.num_tokens
-            token_ids += sequence.token_ids[start:end]
-            positions += range(start, end)
-            blocks = sequence.block_ids
-            slots += [blocks[i // block_size] * block_size + i % block_size for i in range(start, end)]
-            new_blocks += [blocks[i // block_size] for i in range(start, end) if i % block_size == 0]
-            # A token's log probability comes from the row of the one before it.
-            scored_rows += [query_starts[-1] + i - 1 - start for i in row.scored_positions]
-            query_starts.append(len(token_ids))
-            context_lens.append(end)
-            if row.is_sampled:
-                sampled_rows.append(len(token_ids) - 1)
-        metadata = AttentionMetadata(query_starts, context_lens, [row.sequence.block_ids for row in rows])
-        device = self._decoder.device
-
-        def tensor(values: list[int]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
-        self._cache.clear(tensor(new_blocks))
-        return PackedBatch(
-            token_ids=tensor(token_ids),
-            positions=tensor(positions),
-            slot_mapping=tensor(slots),
-            logit_rows=tensor(sampled_rows + scored_rows),
-            attention_plan=self._ops.plan_attention(metadata, block_size, device),
-        )
+    def _draw(self, logits: torch.Tensor, sequences: list[Sequence], sampling: np.ndarray) -> list[RowResult]:
+        """The next token of each sequence, and its log probability where asked. logits float32 [R, V], written to."""
+        observed = np.flatnonzero(sampling["has_logprobs"]).tolist()
+        unmodified = logits[observed] if observed else None
+        token_ids = self._backend.sample(logits, _sampling_batch(sequences, sampling))
+        logprobs: dict[int, TokenLogprobs] = {}
+        if unmodified is not None:
+            num_top = [sequences[i].request.sampling.num_logprobs or 0 for i in observed]
+            found = _token_logprobs(unmodified, [token_ids[i] for i in observed], num_top)
+            logprobs = dict(zip(observed, found, strict=True))
+        return [RowResult(token_id, logprobs.get(i)) for i, token_id in enumerate(token_ids)]
 
 
-def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[RowResult]:
-    """The next token of each sequence, and its log probability where asked. logits float32 [R, V], written to."""
-    observed = [i for i, sequence in enumerate(sequences) if sequence.request.sampling.num_logprobs is not None]
-    unmodified = logits[observed] if observed else None
-    token_ids = sample(logits, _sampling_batch(sequences))
-    logprobs: dict[int, TokenLogprobs] = {}
-    if unmodified is not None:
-        num_top = [sequences[i].request.sampling.num_logprobs or 0 for i in observed]
-        found = _token_logprobs(unmodified, [token_ids[i] for i in observed], num_top)
-        logprobs = dict(zip(observed, found, strict=True))
-    return [RowResult(token_id, logprobs.get(i)) for i, token_id in enumerate(token_ids)]
+def _pack(rows: list[ScheduledRow]) -> StepBatch:
+    token_ids: list[int] = []
+    query_lens: list[int] = []
+    context_lens: list[int] = []
+    sampled_rows: list[int] = []
+    scored_rows: list[int] = []
+    for row in rows:
+        sequence = row.sequence
+        start = sequence.num_computed_tokens
+        end = start + row.num_tokens
+        # A token's log probability comes from the row of the one before it.
+        scored_rows += [len(token_ids) + i - 1 - start for i in row.scored_positions]
+        token_ids += sequence.token_ids[start:end]
+        query_lens.append(row.num_tokens)
+        context_lens.append(end)
+        if row.is_sampled:
+            sampled_rows.append(len(token_ids) - 1)
+    block_tables = [row.sequence.block_ids for row in rows]
+    return StepBatch(token_ids, query_lens, context_lens, block_tables, sampled_rows + scored_rows)
 
 
 def _prompt_logprobs(logits: torch.Tensor, rows: list[ScheduledRow]) -> list[TokenLogprobs]:
@@ -143,33 +134,55 @@ def _token_logprobs(logits: torch.Tensor, token_ids: list[int], num_top: list[in
     return [TokenLogprobs(id, own, tuple(top)) for id, (own, top) in zip(token_ids, found, strict=True)]
 
 
-def _sampling_batch(sequences: list[Sequence]) -> SamplingBatch:
-    params = [sequence.request.sampling for sequence in sequences]
-    masked = [
-        (row, sequence.stop_token_ids)
-        for row, sequence in enumerate(sequences)
-        if sequence.num_output_tokens < params[row].min_tokens
-    ]
+def _sampling_records(sequences: list[Sequence]) -> np.ndarray:
+    """_SAMPLING [R]: made once per sequence, and put together here without looking into them."""
+    records = b"".join([sequence.sampling_record or _make_record(sequence) for sequence in sequences])
+    return np.frombuffer(records, _SAMPLING)
+
+
+def _make_record(sequence: Sequence) -> bytes:
+    params = sequence.request.sampling
+    record = np.zeros(1, _SAMPLING)
+    for name in ("temperature", "top_p", "min_p", "top_k", "choice", "min_tokens", "seed"):
+        record[name] = getattr(params, name)
+    record["num_prompt_tokens"] = sequence.num_prompt_tokens
+    record["has_penalties"] = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+    record["has_bias"] = bool(params.logit_bias)
+    record["has_logprobs"] = params.num_logprobs is not None
+    sequence.sampling_record = record.tobytes()
+    return sequence.sampling_record
+
+
+def _is_plainly_greedy(sampling: np.ndarray) -> bool:
+    """Whether each row's token is the argmax of the logits as they are, and nobody asks for more."""
+    needs_logits = sampling["has_penalties"] | sampling["has_bias"] | sampling["has_logprobs"]
+    return not (needs_logits | (sampling["temperature"] > 0) | (sampling["min_tokens"] > 0)).any()
+
+
+def _sampling_batch(sequences: list[Sequence], sampling: np.ndarray) -> SamplingBatch:
+    position = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
+    is_early = position - sampling["num_prompt_tokens"] < sampling["min_tokens"]
     return SamplingBatch(
-        temperature=np.array([p.temperature for p in params], dtype=np.float32),
-        top_k=np.array([p.top_k for p in params], dtype=np.int64),
-        top_p=np.array([p.top_p for p in params], dtype=np.float32),
-        min_p=np.array([p.min_p for p in params], dtype=np.float32),
-        seed=np.array([p.seed for p in params], dtype=np.uint64),
-        choice=np.array([p.choice for p in params], dtype=np.int64),
-        position=np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64),
-        penalties=[
-            Penalties(
-                row,
-                np.array(sequence.token_ids, dtype=np.int64),
-                sequence.num_prompt_tokens,
-                p.repetition_penalty,
-                p.presence_penalty,
-                p.frequency_penalty,
-            )
-            for row, (p, sequence) in enumerate(zip(params, sequences, strict=True))
-            if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
-        ],
-        biased=[(row, *sequences[row].biases) for row, p in enumerate(params) if p.logit_bias],
-        masked=masked,
+        temperature=sampling["temperature"],
+        top_k=sampling["top_k"],
+        top_p=sampling["top_p"],
+        min_p=sampling["min_p"],
+        seed=sampling["seed"],
+        choice=sampling["choice"],
+        position=position,
+        penalties=[_penalties(row, sequences[row]) for row in np.flatnonzero(sampling["has_penalties"]).tolist()],
+        biased=[(row, *sequences[row].biases) for row in np.flatnonzero(sampling["has_bias"]).tolist()],
+        masked=[(row, sequences[row].stop_token_ids) for row in np.flatnonzero(is_early).tolist()],
+    )
+
+
+def _penalties(row: int, sequence: Sequence) -> Penalties:
+    params = sequence.request.sampling
+    return Penalties(
+        row,
+        np.array(sequence.token_ids, dtype=np.int64),
+        sequence.num_prompt_tokens,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
     )

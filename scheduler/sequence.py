@@ -24,7 +24,7 @@ class Sequence:
 
     `biases` (token ids, values) and `stop_token_ids` are the request's, as arrays that no step need make anew.
     `num_cached_tokens` is how many tokens its first run found in the prefix cache, `num_prompt_logprobs` how many log
-    probabilities of its prompt it has been given.
+    probabilities of its prompt it has been given, `sampling_record` its sampling settings as the runner packs them.
     """
 
     __slots__ = (
@@ -37,6 +37,7 @@ class Sequence:
         "num_prompt_logprobs",
         "num_prompt_tokens",
         "request",
+        "sampling_record",
         "scheduled_s",
         "status",
         "stop_token_ids",
@@ -57,6 +58,7 @@ class Sequence:
         bias = request.sampling.logit_bias
         self.biases = np.array([i for i, _ in bias], np.int64), np.array([value for _, value in bias], np.float32)
         self.stop_token_ids = np.array(sorted(request.sampling.stop_token_ids), np.int64)
+        self.sampling_record = b""
         self._block_hashes: list[bytes] = []
 
     @property

@@ -83,6 +83,15 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights and KV cache; auto is bfloat16 where the hardware has it"
     )
+    kv_cache_dtype: Literal["auto", "int8"] = Field(
+        "auto", description="KV cache; auto is as the weights, int8 takes half of it (CPU kernel only)"
+    )
+    cpu_kernel: Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "torch"] = Field(
+        "auto", description="what computes on a CPU; auto is the best of this machine, torch does without our kernel"
+    )
+    batch_invariant: bool = Field(
+        False, description="compute each row alike however many there are; 4-bit weights are slower then"
+    )
     max_model_len: int | None = Field(
         None, ge=2, description="longest prompt + output in tokens; the model's own limit"
     )

@@ -8,6 +8,7 @@ import torch
 
 from headrace.kernels import torch_ops
 from headrace.kernels.decoder import Decoder, DecoderConfig, KVCache
+from headrace.kernels.torch_backend import TorchBackend
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.messages import FinishReason, GenerationRequest, SamplingParams, SequenceOutput, TokenLogprobs
 from headrace.scheduler.model_runner import ModelRunner
@@ -45,6 +46,8 @@ class Engine:
             num_kv_heads=2,
             head_dim=16,
             vocab_size=VOCAB_SIZE,
+            hidden_size=64,
+            intermediate_size=96,
             rms_norm_eps=model.config.rms_norm_eps,
             max_position=128,
             inv_freq=model.model.rotary_emb.inv_freq,
@@ -52,7 +55,12 @@ class Engine:
         weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
         self.cache = KVCache(*([torch.zeros(num_blocks, block_size, 2, 16, dtype=dtype) for _ in "12"] for _ in "kv"))
         self.runner = ModelRunner(
-            Decoder(config, weights, torch_ops), self.cache, torch_ops, block_size, 128, budget, "tiny"
+            TorchBackend(Decoder(config, weights, torch_ops), self.cache, torch_ops),
+            vocab_size=VOCAB_SIZE,
+            block_size=block_size,
+            max_context_tokens=128,
+            max_num_batched_tokens=budget,
+            description="tiny",
         )
         self.scheduler = Scheduler(
             BlockPool(num_blocks),
