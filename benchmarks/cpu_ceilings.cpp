@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "simd.h"
-#if defined(__AMX_BF16__)
+#if defined(HEADRACE_HAS_AMX)
 #include "amx.h"
 #endif
 
@@ -42,19 +42,25 @@ double read_bandwidth(const uint8_t* data, int64_t num_bytes, int num_threads) {
 
 // Floating-point operations per second (a multiply-add is two) of bfloat16 products out of registers and level 1.
 double product_rate(int64_t num_rounds, int num_threads) {
-#if defined(__AMX_BF16__)
+#if defined(HEADRACE_HAS_AMX)
   constexpr double operations = 2.0 * 4 * 16 * 16 * 32;
 #elif defined(__AVX512F__)
   constexpr int num_rows = 12;
 #else
   constexpr int num_rows = 4;
 #endif
-#if !defined(__AMX_BF16__)
+#if !defined(HEADRACE_HAS_AMX)
   constexpr double operations = 2.0 * num_rows * 2 * LANES * 2;
 #endif
   return double(num_rounds) * num_threads * operations / seconds(num_threads, [=](int) {
-#if defined(__AMX_BF16__)
-           amx::burn(num_rounds);
+#if defined(HEADRACE_HAS_AMX)
+           alignas(64) const bf16 rows[2 * 16 * 32] = {}, columns[2 * 16 * 32] = {};
+           int configured = 0;
+           amx::configure<16>(&configured);
+           amx::zero();
+           for (int64_t round = 0; round < num_rounds; ++round)
+             amx::multiply<16>(rows, true, columns, columns + 512, 32);
+           amx::release();
 #else
            alignas(64) int32_t pairs[num_rows] = {};
            Ints columns[2] = {splat(1), splat(2)};

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent / "cpu"
 _PREBUILT = _SOURCES / "prebuilt"
-_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Wno-maybe-uninitialized")
+_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Wno-uninitialized")
 _SANITIZER_FLAGS = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1")
 # linux/arch_prctl and asm/prctl.h: AMX's registers are large, and a process has to ask for them.
 _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
@@ -91,18 +92,22 @@ def load_library(instruction_set: InstructionSet, cache_folder: Path, is_sanitiz
 
 
 def build(path: Path, instruction_set: InstructionSet, is_sanitized: bool = False) -> None:
-    """Compile the kernel to `path`. Raises: KernelUnavailableError, with the compiler's first complaint."""
+    """Compile the kernel to `path`. Raises: KernelUnavailableError."""
+    logger.info("compiling the CPU kernel for %s, once", instruction_set.name)
+    compile_library(path, sorted(_SOURCES.glob("*.cpp")), _compiler_flags(instruction_set, is_sanitized))
+
+
+def compile_library(path: Path, sources: Sequence[Path], flags: Sequence[str]) -> None:
+    """Compile C++ that may include the kernel's headers. Raises: KernelUnavailableError, with the first complaint."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise KernelUnavailableError("there is no C++ compiler (g++) to build the CPU kernel with")
-    logger.info("compiling the CPU kernel for %s, once", instruction_set.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             # Built aside and moved: another server that starts meanwhile finds a whole library or none.
             unfinished = Path(folder) / path.name
-            command = [compiler, *_compiler_flags(instruction_set, is_sanitized), "-o", str(unfinished)]
-            command += [str(source) for source in sorted(_SOURCES.glob("*.cpp"))]
+            command: list[str | Path] = [compiler, *_FLAGS, *flags, f"-I{_SOURCES}", "-o", unfinished, *sources]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode != 0:
                 complaint = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr)
@@ -113,11 +118,12 @@ def build(path: Path, instruction_set: InstructionSet, is_sanitized: bool = Fals
 
 
 def _compiler_flags(instruction_set: InstructionSet, is_sanitized: bool) -> tuple[str, ...]:
-    return (*_FLAGS, *instruction_set.compiler_flags, *(_SANITIZER_FLAGS if is_sanitized else ()))
+    return (*instruction_set.compiler_flags, *(_SANITIZER_FLAGS if is_sanitized else ()))
 
 
 def _library_name(instruction_set: InstructionSet, is_sanitized: bool) -> str:
-    digest = hashlib.sha256(" ".join(_compiler_flags(instruction_set, is_sanitized)).encode())
+    flags = (*_FLAGS, *_compiler_flags(instruction_set, is_sanitized))
+    digest = hashlib.sha256(" ".join(flags).encode())
     for source in sorted([*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")]):
         digest.update(source.read_bytes())
     return f"headrace-{instruction_set.name}-{digest.hexdigest()[:16]}.so"

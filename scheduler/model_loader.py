@@ -68,7 +68,7 @@ _Build = Callable[[dict[str, Weight], torch.dtype, torch.device], Decoder | Hugg
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class ModelPlan:
     """What is to be known before the weights are read, and what checks them and turns them into a decoder.
 
     `decoder_config` is that of the compact decoder, None for other families.
@@ -99,7 +99,7 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
     path = config.model_path
     file = open_gguf(path) if path.is_file() else None
     hf_config = _read_config(path) if file is None else gguf_config(file)
-    plan = _plan_model(path, hf_config, None if file is None else _gguf_rope_factors(file))
+    plan = plan_model(path, hf_config, None if file is None else _gguf_rope_factors(file))
     kernel, why_not = _choose_kernel(config, device, plan)
     dtype = torch.bfloat16 if kernel is not None else _choose_dtype(config, device)
     max_model_len = config.max_model_len or plan.shape.max_position
@@ -113,7 +113,7 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
     if config.kv_cache_bytes is not None:  # wrong sizes are told before the weights are read
         _num_blocks(config, token_bytes, max_model_len, config.kv_cache_bytes)
 
-    weights = _read_directory(path) if file is None else _read_gguf(file, dtype, keeps_quants=kernel is not None)
+    weights = _read_directory(path) if file is None else read_gguf(file, dtype, keeps_quants=kernel is not None)
     plan.check(weights)
     decoder = plan.build(weights, dtype, device) if kernel is None else None
     cache_bytes = _free_bytes(device) if config.kv_cache_bytes is None else config.kv_cache_bytes
@@ -171,7 +171,7 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
     return scheduler, runner
 
 
-def _choose_kernel(config: EngineConfig, device: torch.device, plan: _Plan) -> tuple[_Kernel | None, str]:
+def _choose_kernel(config: EngineConfig, device: torch.device, plan: ModelPlan) -> tuple[_Kernel | None, str]:
     """The C++ kernel where it can run this, else why not.
 
     Raises: CapacityError where the settings ask for it and it cannot.
@@ -266,7 +266,12 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ModelSourceError(f"{index} is no index of weight files: {error!r}") from error
 
 
-def _read_gguf(file: GGUFFile, dtype: torch.dtype, *, keeps_quants: bool) -> dict[str, Weight]:
+def read_gguf(file: GGUFFile, dtype: torch.dtype, *, keeps_quants: bool) -> dict[str, Weight]:
+    """The weights in `dtype`; with `keeps_quants` those as they are that the C++ kernel takes so.
+
+    Raises: UnsupportedModelError, ModelSourceError.
+    """
+
     def read(name: str) -> Weight:
         # Quantised vectors there are none; what is not a product's weight is small and wanted as numbers.
         if keeps_quants and (type_name := file.quantisation(name)) in GROUP_BYTES:
@@ -285,7 +290,7 @@ def _gguf_rope_factors(file: GGUFFile) -> torch.Tensor | None:
     return torch.from_numpy(file.read(_ROPE_FACTORS)) if _ROPE_FACTORS in file.names else None
 
 
-def _plan_model(path: Path, config: Any, rope_factors: torch.Tensor | None) -> _Plan:
+def plan_model(path: Path, config: Any, rope_factors: torch.Tensor | None) -> ModelPlan:
     """Raises: UnsupportedModelError, naming what is not supported; ModelSourceError for a config that cannot be."""
     try:
         _check_config(config)
@@ -336,7 +341,7 @@ def _check_config(config: Any) -> None:
             )
 
 
-def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) -> _Plan:
+def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) -> ModelPlan:
     if config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act {config.hidden_act!r} is not supported; silu is")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -366,10 +371,10 @@ def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) ->
     def build(weights: dict[str, Weight], dtype: torch.dtype, device: torch.device) -> Decoder:
         return Decoder(decoder_config, _take_tensors(weights, dtype, device), torch_ops)
 
-    return _Plan(decoder_config.shape, check, build, decoder_config)
+    return ModelPlan(decoder_config.shape, check, build, decoder_config)
 
 
-def _plan_breadth(path: Path, config: Any) -> _Plan:
+def _plan_breadth(path: Path, config: Any) -> ModelPlan:
     decoder = HuggingFaceDecoder(config, torch_ops)
 
     def build(weights: dict[str, Weight], dtype: torch.dtype, device: torch.device) -> HuggingFaceDecoder:
@@ -379,7 +384,7 @@ def _plan_breadth(path: Path, config: Any) -> _Plan:
             raise ModelSourceError(f"{path}: {error}") from error
         return decoder
 
-    return _Plan(decoder.shape, lambda weights: None, build)
+    return ModelPlan(decoder.shape, lambda weights: None, build)
 
 
 def _take_tensors(

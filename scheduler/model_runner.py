@@ -41,7 +41,7 @@ class ModelRunner:
         max_num_batched_tokens: int,
         description: str,
     ) -> None:
-        self._backend = backend
+        self.backend = backend
         self._block_size = block_size
         self._max_num_batched_tokens = max_num_batched_tokens
         self.max_context_tokens = max_context_tokens
@@ -54,9 +54,9 @@ class ModelRunner:
         sampled = [row.sequence for row in output.rows if row.is_sampled]
         sampling = _sampling_records(sampled)
         if _is_plainly_greedy(sampling) and len(batch.logit_rows) == len(sampled):
-            token_ids = iter(self._backend.argmax(batch))
+            token_ids = iter(self.backend.argmax(batch))
             return [RowResult(next(token_ids)) if row.is_sampled else RowResult() for row in output.rows]
-        logits = self._backend.forward(batch)
+        logits = self.backend.forward(batch)
         prompts = iter(_prompt_logprobs(logits[len(sampled) :], output.rows))
         drawn = iter(self._draw(logits[: len(sampled)], sampled, sampling))
         results = []
@@ -90,7 +90,7 @@ class ModelRunner:
         """The next token of each sequence, and its log probability where asked. logits float32 [R, V], written to."""
         observed = np.flatnonzero(sampling["has_logprobs"]).tolist()
         unmodified = logits[observed] if observed else None
-        token_ids = self._backend.sample(logits, _sampling_batch(sequences, sampling))
+        token_ids = self.backend.sample(logits, _sampling_batch(sequences, sampling))
         logprobs: dict[int, TokenLogprobs] = {}
         if unmodified is not None:
             num_top = [sequences[i].request.sampling.num_logprobs or 0 for i in observed]

@@ -9,6 +9,10 @@
 #include <cstdint>
 #include <limits>
 
+#if defined(__AMX_BF16__) || defined(HEADRACE_EMULATE_AMX)
+#define HEADRACE_HAS_AMX 1
+#endif
+
 namespace headrace {
 
 using bf16 = uint16_t;

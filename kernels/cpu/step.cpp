@@ -169,11 +169,11 @@ void Step::run(int member) {
     walk.share(DOWN, int(layer.down.num_panels), {is_last ? &config_.head : &next.query},
                [&](int panel) { add_panel(layer.down, panel, model_.activated, space); });
   }
-  if (num_logit_rows_ == 0) return;
-  walk.share(
+  if (num_logit_rows_ > 0) walk.share(
       HEAD, int(config_.head.num_panels), num_logit_rows_, model_.last_normed, {&config_.head}, {},
       [&](Operand& to, int row) { normalise(config_.final_norm, int(batch_.logit_rows[row]), to, row, space); },
       [&](int panel, const Operand& x) { pick(panel, x, space); });
+  end_products();
 }
 
 // hidden[row] = embedding of its token; the row's angles for RoPE.

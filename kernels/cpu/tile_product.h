@@ -5,14 +5,14 @@
 #pragma once
 
 #include "simd.h"
-#if defined(__AMX_BF16__)
+#if defined(HEADRACE_HAS_AMX)
 #include "amx.h"
 #endif
 
 namespace headrace {
 
-#if defined(__AMX_BF16__)
-constexpr int BLOCK_ROWS = 16;
+#if defined(HEADRACE_HAS_AMX)
+constexpr int BLOCK_ROWS = 32;  // 2 x 2 accumulators of the 8 tiles
 #elif defined(__AVX512F__)
 constexpr int BLOCK_ROWS = 12;  // 12 x 2 accumulators of the 32 registers
 #else
@@ -26,7 +26,7 @@ constexpr int PAIRS_PER_TILE = 16;
 // are loaded whole, always has BLOCK_ROWS rows.
 template <int TILE>
 inline int64_t pair_offset(int row, int64_t pair, int num_rows) {
-#if defined(__AMX_BF16__)
+#if defined(HEADRACE_HAS_AMX)
   num_rows = BLOCK_ROWS;
 #endif
   return ((pair / TILE * num_rows + row) * TILE + pair % TILE) * 2;
@@ -43,15 +43,24 @@ struct Ahead {
 //
 // `columns(chunk, half)` is where 16 columns' pairs of a chunk begin, [num_pairs][16][2], with `pair_stride` elements from
 // one pair to the next. TILE is the tile size that a was laid out with. What `ahead` shows is fetched on the side.
-#if defined(__AMX_BF16__)
+#if defined(HEADRACE_HAS_AMX)
+
+inline thread_local int configured_tile = 0;
+
+// Called by each thread when it is through with a step.
+inline void end_products() {
+  amx::release();
+  configured_tile = 0;
+}
 
 template <int TILE, class Columns>
 void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride,
                   float* c, int64_t stride, Ahead ahead = {}) {
-  // Tiles are loaded and stored whole, so that rows beyond num_rows need room; they are computed for nothing.
-  alignas(64) float out[2][BLOCK_ROWS * 16];
-  amx::zero<0>();
-  amx::zero<1>();
+  // Tiles are loaded and stored whole: rows beyond num_rows are computed for nothing.
+  const bool has_lower = num_rows > amx::TILE_ROWS;
+  alignas(64) float out[4][amx::TILE_ROWS * 16];
+  amx::configure<TILE>(&configured_tile);
+  amx::zero();
   for (int chunk = 0; chunk < num_chunks; ++chunk) {
     const bf16* left = columns(chunk, 0);
     const bf16* right = columns(chunk, 1);
@@ -59,16 +68,18 @@ void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, Co
       if (ahead.next != nullptr)
         for (int i = 0; i < TILE; ++i, ahead.next += ahead.bytes_per_pair)
           prefetch(ahead.next), prefetch(ahead.next + 64);
-      amx::multiply<TILE>(a, left + pair * pair_stride, right + pair * pair_stride, pair_stride);
+      amx::multiply<TILE>(a, has_lower, left + pair * pair_stride, right + pair * pair_stride, pair_stride);
     }
   }
-  amx::store<0>(out[0]);
-  amx::store<1>(out[1]);
+  amx::store(out[0], has_lower);
   for (int m = 0; m < num_rows; ++m)
-    for (int half = 0; half < 2; ++half) store(c + m * stride + half * 16, load(out[half] + m * 16));
+    for (int half = 0; half < 2; ++half)
+      store(c + m * stride + half * 16, load(out[m / amx::TILE_ROWS * 2 + half] + m % amx::TILE_ROWS * 16));
 }
 
 #else
+
+inline void end_products() {}
 
 enum Fetch { NOTHING, NEAR, FAR };
 
