@@ -139,6 +139,9 @@ class _Image:
                 self.folder.mkdir(parents=True, exist_ok=True)
             case "COPY":
                 *sources, target = rest.split()
+                if sources[0].startswith("--from="):  # another stage: all lie in the same root
+                    shutil.copytree(sources[1], self.folder / target)
+                    sources = []
                 for source in sources:
                     if (ROOT / source).is_dir():
                         ignore = shutil.ignore_patterns("__pycache__")
@@ -210,7 +213,7 @@ def test_only_what_the_dockerfile_copies_is_sent_to_docker() -> None:
     copied = {
         source
         for instruction, rest in _instructions((CONFIGS / "Dockerfile").read_text())
-        if instruction == "COPY"
+        if instruction == "COPY" and not rest.startswith("--from=")
         for source in rest.split()[:-1]
     }
     ignore = (CONFIGS / "Dockerfile.dockerignore").read_text().splitlines()
