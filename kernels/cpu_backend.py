@@ -161,6 +161,7 @@ class CpuBackend:
     ) -> None:
         self._library = library
         self._vocab_size = config.vocab_size
+        self._num_blocks, self._block_size = num_blocks, block_size
         self._packer = packer = _Packer()
         cache_bytes = num_blocks * block_size * config.num_kv_heads * _kv_bytes_per_head(config, is_kv_int8)
         embedding = packer.linear(weights.pop("model.embed_tokens.weight"))
@@ -210,6 +211,7 @@ class CpuBackend:
         return list(self._step(batch, None).tolist())
 
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
+        assert self.close.alive, "the backend is closed"
         rows = np.zeros(len(logits), _ROW)
         for name in ("temperature", "top_p", "min_p", "top_k", "seed", "choice", "position"):
             rows[name] = getattr(batch, name)
@@ -242,23 +244,30 @@ class CpuBackend:
         def array(values: Sequence[int]) -> npt.NDArray[np.int64]:
             return np.array(values, np.int64)
 
+        assert self.close.alive, "the backend is closed"
+        token_ids, query_lens, context_lens = array(batch.token_ids), array(batch.query_lens), array(batch.context_lens)
+        logit_rows, table_lens = array(batch.logit_rows), array([*map(len, batch.block_tables)])
         blocks = np.fromiter(itertools.chain.from_iterable(batch.block_tables), np.int32)
-        starts = list(itertools.accumulate(map(len, batch.block_tables), initial=0))[:-1]
-        arrays = [array(v) for v in (batch.token_ids, batch.query_lens, batch.context_lens, starts, batch.logit_rows)]
-        if not 0 <= arrays[0].min() <= arrays[0].max() < self._vocab_size:
+        block_starts = np.cumsum(table_lens) - table_lens
+        if not 0 <= token_ids.min() <= token_ids.max() < self._vocab_size:
             raise IndexError(f"a token id is not within 0 .. {self._vocab_size - 1}")
-        token_ids, query_lens, context_lens, block_starts, logit_rows = (each.ctypes.data for each in arrays)
+        # The kernel trusts these, and writes where they lead.
+        assert len(token_ids) == query_lens.sum() <= len(self._logits), "more tokens than the step has room for"
+        assert len(logit_rows) <= len(self._logits), "more rows of logits than there is room for"
+        assert 1 <= query_lens.min() and (query_lens <= context_lens).all(), "a row without tokens"
+        assert (context_lens <= table_lens * self._block_size).all(), "a block table is too short"
+        assert 0 <= blocks.min() <= blocks.max() < self._num_blocks, "a block that does not exist"
         argmax = np.empty(len(batch.logit_rows), np.int64)
         step = _Batch(
-            len(batch.token_ids),
-            len(batch.query_lens),
-            len(batch.logit_rows),
-            token_ids,
-            query_lens,
-            context_lens,
-            block_starts,
+            len(token_ids),
+            len(query_lens),
+            len(logit_rows),
+            token_ids.ctypes.data,
+            query_lens.ctypes.data,
+            context_lens.ctypes.data,
+            block_starts.ctypes.data,
             blocks.ctypes.data,
-            logit_rows,
+            logit_rows.ctypes.data,
             None if logits is None else logits.ctypes.data,
             argmax.ctypes.data,
         )

@@ -144,7 +144,7 @@ void Step::begin(Operand& operand, int num_rows, const std::vector<const Linear*
   operand.begin(num_rows, int(weights.front()->num_inputs), has_tiles, has_quants);
 }
 
-void Step::run(int member) {
+void Step::run(int member) noexcept {
   Walk walk{*this, member, model_.spaces[member]};
   Workspace& space = walk.space;
   const int num_heads = int(config_.num_heads), num_kv_heads = int(config_.num_kv_heads);

@@ -13,7 +13,7 @@ enum Phase { EMBED, NORM, QKV, ATTENTION, OUT, GATE_UP, DOWN, HEAD, NUM_PHASE_KI
 class Step final : public Job {
  public:
   Step(Model& model, const Batch& batch);
-  void run(int member) override;
+  void run(int member) noexcept override;
   // Merge what the members found; after `run(0)`.
   void finish();
 

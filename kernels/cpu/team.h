@@ -60,11 +60,12 @@ class Phases {
   std::vector<Counter> taken_;
 };
 
-// What the members do together. `run` is called once by each member that is in time.
+// What the members do together. `run` is called once by each member that is in time; what it throws ends the process,
+// as the others would wait for ever.
 class Job {
  public:
   virtual ~Job() = default;
-  virtual void run(int member) = 0;
+  virtual void run(int member) noexcept = 0;
 };
 
 class Team {
