@@ -46,13 +46,13 @@ struct AttentionSpace {
         weights(size_t(BLOCK_ROWS) * SEGMENT),
         scores(size_t(BLOCK_ROWS) * SEGMENT),
         outputs(size_t(BLOCK_ROWS) * padded_head),
-        keys(size_t(2) * TILE_TOKENS * padded_head),
+        keys(size_t(4) * TILE_TOKENS * padded_head),
         values(size_t(SEGMENT) * padded_head) {}
 
   std::vector<bf16> queries, weights;  // blocks of rows, as the products read them
   std::vector<float> scores;           // [rows][SEGMENT]
   std::vector<float> outputs;          // [rows][Dp]
-  std::vector<bf16> keys, values;      // of an int8 cache: two tiles' keys, a segment's values
+  std::vector<bf16> keys, values;      // of an int8 cache: four tiles' keys, a segment's values
 };
 
 // A block of rows that attend to one key/value head of one sequence.
@@ -69,10 +69,6 @@ inline void widen(const int8_t* from, bf16* to, int count) {
   for (int i = 0; i < count; i += LANES) store_bf16(to + i, load_int8(from + i));
 }
 
-inline void prefetch_range(const uint8_t* begin, int num_bytes) {
-  for (int i = 0; i < num_bytes; i += 64) prefetch_far(begin + i);
-}
-
 // The tiles of a segment that some row of a query sees.
 struct SegmentTiles {
   SegmentTiles(const KVCache& cache, uint8_t* layer, const Query& query, int segment)
@@ -84,6 +80,31 @@ struct SegmentTiles {
   const uint8_t* records[SEGMENT_TILES];
 };
 
+// Fetches the next tiles, little by little, while others are worked on.
+class Fetcher {
+ public:
+  Fetcher(const KVCache& cache, const SegmentTiles* tiles)
+      : num_lines_(cache.record_bytes() / 64), tiles_(tiles), num_tiles_(tiles == nullptr ? 0 : tiles->count) {}
+
+  // A whole record, for a product of so many pairs to fetch.
+  Ahead run(int num_pairs) {
+    if (tile_ >= num_tiles_) return {};
+    return {tiles_->records[tile_++], (num_lines_ * 64 + num_pairs - 1) / num_pairs, false};
+  }
+
+  void lines(int count) {
+    for (; count > 0 && tile_ < num_tiles_; --count) {
+      prefetch_far(tiles_->records[tile_] + line_ * 64);
+      if (++line_ == num_lines_) line_ = 0, ++tile_;
+    }
+  }
+
+ private:
+  int num_lines_;
+  const SegmentTiles* tiles_;
+  int num_tiles_, tile_ = 0, line_ = 0;
+};
+
 // Attend to the tokens of some tiles. space.queries holds the rows, scaled by log2(e) / sqrt(D); `results` gets a Partial
 // per row, whose outputs lie in space.outputs. `next`, where there are any, are the tiles that will be attended to next.
 inline void attend_segment(const KVCache& cache, const SegmentTiles& tiles, const SegmentTiles* next,
@@ -93,23 +114,21 @@ inline void attend_segment(const KVCache& cache, const SegmentTiles& tiles, cons
   const int half_bytes = cache.values_offset();
   const uint8_t* const* records = tiles.records;
 
-  // Scores, two tiles of keys at a time (an odd last one twice).
-  for (int i = 0; i < num_tiles; i += 2) {
-    const uint8_t* pair[2] = {records[i], records[std::min(i + 1, num_tiles - 1)]};
-    if (cache.is_int8)
-      for (int j = 0; j < 2; ++j)
-        widen(reinterpret_cast<const int8_t*>(pair[j]), space.keys.data() + j * TILE_TOKENS * padded_head,
-              TILE_TOKENS * padded_head);
-    const auto keys = [&](int, int half) {
-      return cache.is_int8 ? space.keys.data() + half * TILE_TOKENS * padded_head
-                           : reinterpret_cast<const bf16*>(pair[half]);
-    };
-    // One record of the next segment per pair of tiles; the other half when the values are read.
-    Ahead ahead;
-    if (next != nullptr && i / 2 < next->count)
-      ahead = {next->records[i / 2], cache.record_bytes() / (padded_head / 2), false};
-    tile_product<PAIRS_PER_TILE>(num_rows, space.queries.data(), 1, padded_head / 2, keys, 2 * TILE_TOKENS,
-                                 space.scores.data() + i * TILE_TOKENS, SEGMENT, ahead);
+  // Scores, four tiles of keys at a time (behind the last one, the last again).
+  Fetcher fetcher(cache, next);
+  for (int i = 0; i < num_tiles; i += 4) {
+    const bf16* tiles_of_keys[4];
+    for (int j = 0; j < 4; ++j) {
+      const uint8_t* record = records[std::min(i + j, num_tiles - 1)];
+      tiles_of_keys[j] = reinterpret_cast<const bf16*>(record);
+      if (!cache.is_int8) continue;
+      bf16* wide = space.keys.data() + j * TILE_TOKENS * padded_head;
+      widen(reinterpret_cast<const int8_t*>(record), wide, TILE_TOKENS * padded_head);
+      tiles_of_keys[j] = wide;
+    }
+    const auto keys = [&](int, int tile) { return tiles_of_keys[tile]; };
+    tile_product<PAIRS_PER_TILE, 4>(num_rows, space.queries.data(), 1, padded_head / 2, keys, 2 * TILE_TOKENS,
+                                    space.scores.data() + i * TILE_TOKENS, SEGMENT, fetcher.run(padded_head / 2));
   }
 
   // Softmax of each row; the weights become the rows of the product with the values.
@@ -134,6 +153,7 @@ inline void attend_segment(const KVCache& cache, const SegmentTiles& tiles, cons
     const float top = maximum(highest);
     Vec total{};
     for (int t = 0; t < num_tokens; t += LANES) {
+      fetcher.lines(8);
       Vec weight{};
       if (top > MINUS_INFINITY) weight = exp2(load(scores + t) - top);
       total += weight;
@@ -145,28 +165,24 @@ inline void attend_segment(const KVCache& cache, const SegmentTiles& tiles, cons
     results[m] = {top, sum(total), space.outputs.data() + m * padded_head};
   }
 
-  // Weights x values, 32 of the head's dimensions at a time.
+  // Weights x values, 64 of the head's dimensions at a time, and the last 32.
   if (cache.is_int8)
     for (int i = 0; i < num_tiles; ++i)
       widen(reinterpret_cast<const int8_t*>(records[i] + half_bytes), space.values.data() + i * TILE_TOKENS * padded_head,
             TILE_TOKENS * padded_head);
-  int num_shares = 0;
-  const auto fetch_share = [&] {  // a part of the next segment's second half, for every tile of every pass
-    const int parts = padded_head / 16, record = (num_tiles + 1) / 2 + num_shares / parts;
-    if (next == nullptr || record >= next->count) return;
-    const int share = cache.record_bytes() / parts;
-    prefetch_range(next->records[record] + num_shares++ % parts * share, share);
-  };
-  for (int d = 0; d < padded_head; d += 32) {
+  const auto multiply_values = [&]<int HALVES>(int d) {
     const auto values = [&](int i, int half) {
-      if (half == 0) fetch_share();
+      if (half == 0) fetcher.lines(24);
       const bf16* tile = cache.is_int8 ? space.values.data() + i * TILE_TOKENS * padded_head
                                        : reinterpret_cast<const bf16*>(records[i] + half_bytes);
       return tile + (d + half * 16) * 2;
     };
-    tile_product<TILE_TOKENS / 2>(num_rows, space.weights.data(), num_tiles, TILE_TOKENS / 2, values,
-                                         2 * padded_head, space.outputs.data() + d, padded_head);
-  }
+    tile_product<TILE_TOKENS / 2, HALVES>(num_rows, space.weights.data(), num_tiles, TILE_TOKENS / 2, values,
+                                          2 * padded_head, space.outputs.data() + d, padded_head);
+  };
+  int d = 0;
+  for (; d + 64 <= padded_head; d += 64) multiply_values.template operator()<4>(d);
+  if (d < padded_head) multiply_values.template operator()<2>(d);
 }
 
 }  // namespace headrace

@@ -44,7 +44,8 @@ constexpr bool HAS_NARROW_PATH = true;
 #else
 constexpr bool HAS_NARROW_PATH = false;
 #endif
-constexpr int NARROW_ROWS = 8;  // up to so many rows; above, the products of dequantised panels are faster
+
+constexpr int NARROW_ROWS = 16;  // up to so many rows; above, the products of dequantised panels are faster
 
 // Activations [T, K] as the products read them: as bfloat16 tiles, as quants, or both.
 //
@@ -128,12 +129,15 @@ class Operand {
   std::vector<int32_t> sums_;          // [rows, K / 32], of the 16-bit integers
 };
 
+inline int64_t panel_bytes(const Linear& weight) {
+  if (!is_quantised(weight)) return int64_t(PANEL) * 2 * weight.num_inputs;
+  return 2 * (weight.num_inputs / GROUP) * record_bytes(weight.format);
+}
+
 // Fetch the beginning of the panels that a member will start with, of `num_members` that share them.
 inline void fetch_start(const Linear& weight, int member, int num_members) {
-  const int64_t panel_bytes = is_quantised(weight) ? 2 * (weight.num_inputs / GROUP) * record_bytes(weight.format)
-                                                   : PANEL * 2 * weight.num_inputs;
-  const uint8_t* start = weight.data + weight.num_panels * member / num_members * panel_bytes;
-  for (int64_t i = 0; i < std::min<int64_t>(panel_bytes, 16384); i += 64) prefetch_far(start + i);
+  const uint8_t* start = weight.data + weight.num_panels * member / num_members * panel_bytes(weight);
+  for (int64_t i = 0; i < std::min<int64_t>(panel_bytes(weight), 16384); i += 64) prefetch_far(start + i);
 }
 
 // One panel's column as it is stored, for reading single rows of an embedding: out [K] of float32.
@@ -205,9 +209,10 @@ inline Ints dot_quads(Ints acc, Ints unsigned_quads, Ints signed_quads) {
                                                     reinterpret_cast<__m512i>(signed_quads)));
 }
 
-// M rows times 16 columns (half a panel) of a quantised weight: c[m * stride .. + 16]. Integers inside a group.
+// Rows first .. first + M times 16 columns (half a panel) of a quantised weight: c[m * stride .. + 16]. Integers inside a
+// group.
 template <int M, int64_t FORMAT>
-void narrow_product(const Linear& weight, int64_t half, const Operand& x, float* c, int stride) {
+void narrow_product(const Linear& weight, int64_t half, const Operand& x, int first, float* c, int stride) {
   const int num_groups = int(weight.num_inputs / GROUP);
   constexpr int num_loads = FORMAT == Q8_0 ? 8 : 4;
   const int bytes = record_bytes(FORMAT);
@@ -219,8 +224,8 @@ void narrow_product(const Linear& weight, int64_t half, const Operand& x, float*
     const auto dot = [&](Ints quants, int k) {
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        high[m] = dot_quads(high[m], quants, splat_quad(x.high(m) + group * GROUP + k));
-        low[m] = dot_quads(low[m], quants, splat_quad(x.low(m) + group * GROUP + k));
+        high[m] = dot_quads(high[m], quants, splat_quad(x.high(first + m) + group * GROUP + k));
+        low[m] = dot_quads(low[m], quants, splat_quad(x.low(first + m) + group * GROUP + k));
       }
     };
 #pragma GCC unroll 8
@@ -236,8 +241,8 @@ void narrow_product(const Linear& weight, int64_t half, const Operand& x, float*
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(record + num_loads * 64);
     const Vec scale = load_fp16(scales);
     for (int m = 0; m < M; ++m) {
-      const int32_t sum = x.sums(m)[group];
-      const float row_scale = x.scales(m)[group];
+      const int32_t sum = x.sums(first + m)[group];
+      const float row_scale = x.scales(first + m)[group];
       const Ints total = (high[m] << 8) + low[m] - offset_of(FORMAT) * sum;
       acc[m] = fma(to_float(total), scale * row_scale, acc[m]);
       if constexpr (FORMAT == Q4_1) acc[m] = fma(load_fp16(scales + 16), splat(row_scale * float(sum)), acc[m]);
@@ -246,13 +251,31 @@ void narrow_product(const Linear& weight, int64_t half, const Operand& x, float*
   for (int m = 0; m < M; ++m) store(c + m * stride, acc[m]);
 }
 
-template <int64_t FORMAT, int M = NARROW_ROWS>
-void narrow_product_of(int num_rows, const Linear& weight, int64_t half, const Operand& x, float* c, int stride) {
+constexpr int MAX_NARROW_BLOCK = 8;  // 8 x 3 accumulators
+
+template <int64_t FORMAT, int M = MAX_NARROW_BLOCK>
+void narrow_product_of(int num_rows, const Linear& weight, int64_t half, const Operand& x, int first, float* c,
+                       int stride) {
   if constexpr (M > 1) {
-    if (num_rows < M) return narrow_product_of<FORMAT, M - 1>(num_rows, weight, half, x, c, stride);
+    if (num_rows < M) return narrow_product_of<FORMAT, M - 1>(num_rows, weight, half, x, first, c, stride);
   }
-  narrow_product<M, FORMAT>(weight, half, x, c, stride);
+  narrow_product<M, FORMAT>(weight, half, x, first, c, stride);
 }
+
+// Rows first .. first + num_rows times a panel of a quantised weight: c[m * stride .. + 32].
+inline void multiply_quants(int num_rows, const Linear& weight, int64_t panel, const Operand& x, int first, float* c,
+                            int stride) {
+  for (int done = 0; done < num_rows; done += MAX_NARROW_BLOCK)
+    for (int64_t half = 0; half < 2; ++half) {
+      const auto product = weight.format == Q4_1   ? narrow_product_of<Q4_1>
+                           : weight.format == Q4_0 ? narrow_product_of<Q4_0>
+                                                   : narrow_product_of<Q8_0>;
+      product(std::min(MAX_NARROW_BLOCK, num_rows - done), weight, panel * 2 + half, x, first + done,
+              c + done * stride + half * 16, stride);
+    }
+}
+#else
+inline void multiply_quants(int, const Linear&, int64_t, const Operand&, int, float*, int) {}  // never called
 #endif
 
 // A panel of a weight; a unit of work has one or several. The next unit's panel in its place is `step` further.
@@ -278,14 +301,14 @@ struct PanelColumns {
 constexpr int FETCH_DISTANCE = 2048;  // bytes per row, as more rows take longer over a pair of inputs
 
 // What to fetch during the product of a block of rows. A single block reads its panel from memory, and fetches a little
-// ahead of itself; with several, each fetches its share of the next unit's panel.
+// ahead of itself; with several, or where the panel was dequantised, each fetches its share of the next unit's.
 inline Ahead fetch_ahead(const Panel& panel, const Operand& x, int block) {
-  if (is_quantised(*panel.weight)) return {};
-  const int64_t panel_bytes = int64_t(PANEL) * 2 * x.num_inputs(), bytes_per_pair = 2 * 2 * PANEL;
-  const uint8_t* data = panel.weight->data + panel.index * panel_bytes;
-  if (x.num_blocks() == 1) return {data + FETCH_DISTANCE * std::min(x.num_rows(), 4), bytes_per_pair, true};
-  const int64_t share = panel_bytes / x.num_blocks();
-  return {data + panel.step * panel_bytes + block * share, bytes_per_pair / x.num_blocks(), false};
+  const int64_t num_bytes = panel_bytes(*panel.weight), num_pairs = x.num_inputs() / 2;
+  const uint8_t* data = panel.weight->data + panel.index * num_bytes;
+  if (x.num_blocks() == 1 && !is_quantised(*panel.weight))
+    return {data + FETCH_DISTANCE * std::min(x.num_rows(), 4), num_bytes / num_pairs, true};
+  const int64_t share = num_bytes / x.num_blocks();
+  return {data + panel.step * num_bytes + block * share, (share + num_pairs - 1) / num_pairs, false};
 }
 
 // Multiply all rows of x with some panels; `epilogue(row, columns)` gets each row's 32 * num_panels results, its own to
@@ -309,24 +332,11 @@ void multiply(const Panel* panels, int num_panels, const Operand& x, ProductSpac
     for (int p = 0; p < num_panels; ++p) {
       const Linear& weight = *panels[p].weight;
       float* c = space.columns + p * PANEL;
-#if defined(__AVX512VNNI__)
-      if (is_quantised(weight) && x.has_quants()) {
-        for (int half = 0; half < 2; ++half) {
-          const int64_t index = panels[p].index * 2 + half;
-          float* columns = c + half * 16;
-          if (weight.format == Q4_1)
-            narrow_product_of<Q4_1>(num_rows, weight, index, x, columns, stride);
-          else if (weight.format == Q4_0)
-            narrow_product_of<Q4_0>(num_rows, weight, index, x, columns, stride);
-          else
-            narrow_product_of<Q8_0>(num_rows, weight, index, x, columns, stride);
-        }
-      } else
-#endif
-      {
-        tile_product<PAIRS_PER_TILE>(num_rows, x.block(block), 1, num_inputs / 2, PanelColumns{weights[p]}, 2 * PANEL, c,
+      if (is_quantised(weight) && x.has_quants())
+        multiply_quants(num_rows, weight, panels[p].index, x, block * BLOCK_ROWS, c, stride);
+      else
+        tile_product<PAIRS_PER_TILE, 2>(num_rows, x.block(block), 1, num_inputs / 2, PanelColumns{weights[p]}, 2 * PANEL, c,
                                      stride, fetch_ahead(panels[p], x, block));
-      }
     }
     for (int m = 0; m < num_rows; ++m) {
       float* columns = space.columns + m * stride;

@@ -39,9 +39,9 @@ struct Ahead {
   bool is_near = false;  // soon to be read, or only to be in the second-level cache
 };
 
-// c [num_rows, 32] (rows `stride` apart) = a times columns, over `num_chunks` chunks of `num_pairs` pairs.
+// c [num_rows, 16 * HALVES] (rows `stride` apart) = a times columns, over `num_chunks` chunks of `num_pairs` pairs.
 //
-// `columns(chunk, half)` is where 16 columns' pairs of a chunk begin, [num_pairs][16][2], with `pair_stride` elements from
+// HALVES is 2, or 4 for few rows to have enough sums under way at once. `columns(chunk, half)` is where 16 columns' pairs of a chunk begin, [num_pairs][16][2], with `pair_stride` elements from
 // one pair to the next. TILE is the tile size that a was laid out with. What `ahead` shows is fetched on the side.
 #if defined(HEADRACE_HAS_AMX)
 
@@ -53,9 +53,14 @@ inline void end_products() {
   configured_tile = 0;
 }
 
-template <int TILE, class Columns>
+template <int TILE, int HALVES, class Columns>
 void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride,
                   float* c, int64_t stride, Ahead ahead = {}) {
+  if constexpr (HALVES == 4) {
+    const auto right = [&](int chunk, int half) { return columns(chunk, half + 2); };
+    tile_product<TILE, 2>(num_rows, a, num_chunks, num_pairs, columns, pair_stride, c, stride, ahead);
+    return tile_product<TILE, 2>(num_rows, a, num_chunks, num_pairs, right, pair_stride, c + 32, stride);
+  }
   // Tiles are loaded and stored whole: rows beyond num_rows are computed for nothing.
   const bool has_lower = num_rows > amx::TILE_ROWS;
   alignas(64) float out[4][amx::TILE_ROWS * 16];
@@ -83,50 +88,71 @@ inline void end_products() {}
 
 enum Fetch { NOTHING, NEAR, FAR };
 
-template <int M, int TILE, Fetch FETCH, class Columns>
+template <int M, int TILE, int HALVES, Fetch FETCH, class Columns>
 void product(const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride, float* c,
              int64_t stride, Ahead ahead) {
-  // 32 columns in one pass of 2 x 16 lanes, or two passes of 2 x 8.
-  for (int pass = 0; pass < 16 / LANES; ++pass) {
-    Vec acc[M][2] = {};
-    const bf16* row_pairs = a;
+  constexpr int VECTORS = LANES == 16 ? HALVES : 2;  // in a pass: 16 columns are one vector, or two
+  for (int pass = 0; pass < 16 * HALVES; pass += VECTORS * LANES) {
+    Vec acc[M][VECTORS] = {};
+    const bf16* rows = a;
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
-      const bf16* left = LANES == 16 ? columns(chunk, 0) : columns(chunk, pass);
-      const bf16* right = LANES == 16 ? columns(chunk, 1) : left + 2 * LANES;
-      for (int tile = 0; tile < num_pairs; tile += TILE, row_pairs += 2 * TILE * (M - 1))
-      for (int pair = 0; pair < TILE; ++pair, row_pairs += 2, left += pair_stride, right += pair_stride) {
-        const Ints first = load_as<Ints>(left), second = load_as<Ints>(right);
-        if constexpr (FETCH == NEAR) prefetch(ahead.next), prefetch(ahead.next + 64);
-        if constexpr (FETCH == FAR) prefetch_far(ahead.next), prefetch_far(ahead.next + 64);
-        ahead.next += ahead.bytes_per_pair;
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-          const Ints x = splat_pair(row_pairs + 2 * TILE * m);
-          acc[m][0] = dot_pairs(acc[m][0], x, first);
-          acc[m][1] = dot_pairs(acc[m][1], x, second);
-        }
+      const bf16* from[VECTORS];
+      for (int v = 0; v < VECTORS; ++v) {
+        const int column = pass + v * LANES;
+        from[v] = columns(chunk, column / 16) + column % 16 * 2;
       }
+      for (int tile = 0; tile < num_pairs; tile += TILE, rows += 2 * TILE * M)
+        for (int pair = 0; pair < TILE; ++pair) {
+          Ints columns_of_pair[VECTORS];
+#pragma GCC unroll 4
+          for (int v = 0; v < VECTORS; ++v) {
+            columns_of_pair[v] = load_as<Ints>(from[v]);
+            from[v] += pair_stride;
+          }
+          if constexpr (FETCH == NEAR) prefetch(ahead.next), prefetch(ahead.next + 64);
+          if constexpr (FETCH == FAR) prefetch_far(ahead.next), prefetch_far(ahead.next + 64);
+          ahead.next += ahead.bytes_per_pair;
+#pragma GCC unroll 16
+          for (int m = 0; m < M; ++m) {
+            const Ints x = splat_pair(rows + 2 * (TILE * m + pair));
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) acc[m][v] = dot_pairs(acc[m][v], x, columns_of_pair[v]);
+          }
+        }
     }
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      store(c + m * stride + pass * 16, acc[m][0]);
-      store(c + m * stride + pass * 16 + LANES, acc[m][1]);
-    }
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) store(c + m * stride + pass + v * LANES, acc[m][v]);
   }
 }
 
-template <int TILE, class Columns, int M = BLOCK_ROWS>
-void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride,
-                  float* c, int64_t stride, Ahead ahead = {}) {
+// Find the product for so many rows, M or fewer.
+template <int M, int TILE, int HALVES, class Columns>
+void product_of(int num_rows, const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride, float* c,
+                int64_t stride, Ahead ahead) {
   if constexpr (M > 1) {
     if (num_rows < M)
-      return tile_product<TILE, Columns, M - 1>(num_rows, a, num_chunks, num_pairs, columns, pair_stride, c, stride,
-                                                ahead);
+      return product_of<M - 1, TILE, HALVES>(num_rows, a, num_chunks, num_pairs, columns, pair_stride, c, stride, ahead);
   }
-  const auto run = ahead.next == nullptr ? product<M, TILE, NOTHING, Columns>
-                   : ahead.is_near       ? product<M, TILE, NEAR, Columns>
-                                         : product<M, TILE, FAR, Columns>;
+  const auto run = ahead.next == nullptr ? product<M, TILE, HALVES, NOTHING, Columns>
+                   : ahead.is_near       ? product<M, TILE, HALVES, NEAR, Columns>
+                                         : product<M, TILE, HALVES, FAR, Columns>;
   run(a, num_chunks, num_pairs, columns, pair_stride, c, stride, ahead);
+}
+
+template <int TILE, int HALVES, class Columns>
+void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride,
+                  float* c, int64_t stride, Ahead ahead = {}) {
+  constexpr int max_rows = BLOCK_ROWS * 2 / HALVES;  // the registers hold so many sums
+  if constexpr (HALVES == 4) {
+    if (num_rows > max_rows) {
+      const auto right = [&](int chunk, int half) { return columns(chunk, half + 2); };
+      tile_product<TILE, 2>(num_rows, a, num_chunks, num_pairs, columns, pair_stride, c, stride, ahead);
+      return tile_product<TILE, 2>(num_rows, a, num_chunks, num_pairs, right, pair_stride, c + 32, stride);
+    }
+  }
+  product_of<max_rows, TILE, HALVES>(num_rows, a, num_chunks, num_pairs, columns, pair_stride, c, stride, ahead);
 }
 
 #endif
