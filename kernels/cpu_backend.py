@@ -212,6 +212,8 @@ class CpuBackend:
 
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
         assert self.close.alive, "the backend is closed"
+        assert logits.shape == (len(batch.seed), self._vocab_size), "logits of another shape"
+        assert logits.is_contiguous(), "logits with gaps"
         rows = np.zeros(len(logits), _ROW)
         for name in ("temperature", "top_p", "min_p", "top_k", "seed", "choice", "position"):
             rows[name] = getattr(batch, name)
@@ -254,7 +256,8 @@ class CpuBackend:
         # The kernel trusts these, and writes where they lead.
         assert len(token_ids) == query_lens.sum() <= len(self._logits), "more tokens than the step has room for"
         assert len(logit_rows) <= len(self._logits), "more rows of logits than there is room for"
-        assert 1 <= query_lens.min() and (query_lens <= context_lens).all(), "a row without tokens"
+        assert ((logit_rows >= 0) & (logit_rows < len(token_ids))).all(), "logits of a row that does not exist"
+        assert ((query_lens >= 1) & (query_lens <= context_lens)).all(), "a row without tokens"
         assert (context_lens <= table_lens * self._block_size).all(), "a block table is too short"
         assert 0 <= blocks.min() <= blocks.max() < self._num_blocks, "a block that does not exist"
         argmax = np.empty(len(batch.logit_rows), np.int64)

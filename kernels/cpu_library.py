@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 _SOURCES = Path(__file__).parent / "cpu"
 _PREBUILT = _SOURCES / "prebuilt"
 _FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Wno-uninitialized")
-_SANITIZER_FLAGS = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1")
 # linux/arch_prctl and asm/prctl.h: AMX's registers are large, and a process has to ask for them.
 _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
@@ -74,40 +74,40 @@ def choose_instruction_set(name: str = "auto") -> InstructionSet:
     raise KernelUnavailableError("this CPU has neither AVX-512 nor AVX2")
 
 
-def load_library(instruction_set: InstructionSet, cache_folder: Path, is_sanitized: bool = False) -> ctypes.CDLL:
+def load_library(instruction_set: InstructionSet, cache_folder: Path) -> ctypes.CDLL:
     """Load the kernel, building it first where it was not yet.
 
     Raises: KernelUnavailableError where it cannot be built or loaded.
     """
-    name = _library_name(instruction_set, is_sanitized)
+    name = _library_name(instruction_set)
     path = _PREBUILT / name
     if not path.exists():
         path = cache_folder / "kernels" / name
     if not path.exists():
-        build(path, instruction_set, is_sanitized)
+        build(path, instruction_set)
     try:
         return _declare(ctypes.CDLL(str(path)))
     except (OSError, AttributeError) as error:
         raise KernelUnavailableError(f"{path} cannot be loaded: {error}") from error
 
 
-def build(path: Path, instruction_set: InstructionSet, is_sanitized: bool = False) -> None:
+def build(path: Path, instruction_set: InstructionSet) -> None:
     """Compile the kernel to `path`. Raises: KernelUnavailableError."""
     logger.info("compiling the CPU kernel for %s, once", instruction_set.name)
-    compile_library(path, sorted(_SOURCES.glob("*.cpp")), _compiler_flags(instruction_set, is_sanitized))
+    compile_library(path, sorted(_SOURCES.glob("*.cpp")), instruction_set.compiler_flags)
 
 
 def compile_library(path: Path, sources: Sequence[Path], flags: Sequence[str]) -> None:
     """Compile C++ that may include the kernel's headers. Raises: KernelUnavailableError, with the first complaint."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise KernelUnavailableError("there is no C++ compiler (g++) to build the CPU kernel with")
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(compiler[0]) is None:
+        raise KernelUnavailableError(f"there is no C++ compiler ({compiler[0]}) to build the CPU kernel with")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             # Built aside and moved: another server that starts meanwhile finds a whole library or none.
             unfinished = Path(folder) / path.name
-            command: list[str | Path] = [compiler, *_FLAGS, *flags, f"-I{_SOURCES}", "-o", unfinished, *sources]
+            command: list[str | Path] = [*compiler, *_FLAGS, *flags, f"-I{_SOURCES}", "-o", unfinished, *sources]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode != 0:
                 complaint = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr)
@@ -117,15 +117,11 @@ def compile_library(path: Path, sources: Sequence[Path], flags: Sequence[str]) -
         raise KernelUnavailableError(f"the CPU kernel cannot be built: {error}") from error
 
 
-def _compiler_flags(instruction_set: InstructionSet, is_sanitized: bool) -> tuple[str, ...]:
-    return (*instruction_set.compiler_flags, *(_SANITIZER_FLAGS if is_sanitized else ()))
-
-
-def _library_name(instruction_set: InstructionSet, is_sanitized: bool) -> str:
-    flags = (*_FLAGS, *_compiler_flags(instruction_set, is_sanitized))
+def _library_name(instruction_set: InstructionSet) -> str:
+    flags = (*_FLAGS, *instruction_set.compiler_flags)
     digest = hashlib.sha256(" ".join(flags).encode())
     for source in sorted([*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")]):
-        digest.update(source.read_bytes())
+        digest.update(source.name.encode() + source.read_bytes())
     return f"headrace-{instruction_set.name}-{digest.hexdigest()[:16]}.so"
 
 
@@ -161,4 +157,4 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for each in INSTRUCTION_SETS:
-        build(_PREBUILT / _library_name(each, is_sanitized=False), each)
+        build(_PREBUILT / _library_name(each), each)

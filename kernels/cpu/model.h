@@ -81,7 +81,6 @@ class Model {
   const std::vector<Layer> layers;
   const int padded_head;  // Dp
   const KVCache cache;
-  Team team;
   std::vector<Workspace> spaces;  // one per member
 
   // Buffers of a step, for up to max_tokens rows.
@@ -95,6 +94,8 @@ class Model {
   Operand normed, attended, post_normed, activated, last_normed;
 
   std::vector<double> phase_seconds;  // time of member 0 in each kind of phase, since the model was made
+
+  Team team;  // the last: its threads end before what they use
 };
 
 }  // namespace headrace

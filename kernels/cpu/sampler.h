@@ -150,7 +150,9 @@ inline int64_t draw_filtered(const RowSampling& row, const float* logits, int64_
     double mass = 0;
     for (const Candidate& candidate : space.candidates) mass += candidate.weight;
     const bool has_top_k = row.top_k > 0, has_enough = has_top_k ? count >= row.top_k : mass >= row.top_p * total;
-    if (!has_enough && row.min_p < floor && floor > 0) continue;
+    // What min-p cuts need not be looked at, unless it counts in the mass of which top-p is a share.
+    const bool has_all_that_stay = row.min_p >= floor && !(has_top_k && row.top_p < 1);
+    if (!has_enough && !has_all_that_stay && floor > 0) continue;
     if (has_top_k && count > row.top_k) {
       std::nth_element(candidates, candidates + row.top_k - 1, candidates + count);
       count = row.top_k;

@@ -23,9 +23,9 @@ Model::Model(const ModelConfig& model_config)
       layers(config.layers, config.layers + config.num_layers),
       padded_head(padded(config.head_size)),
       cache(make_cache(config)),
-      team(int(config.num_threads)),
       spaces(size_t(config.num_threads), Workspace(padded_head)),
-      phase_seconds(NUM_PHASE_KINDS) {
+      phase_seconds(NUM_PHASE_KINDS),
+      team(int(config.num_threads)) {
   const int max_tokens = int(config.max_tokens), hidden_size = int(config.hidden_size);
   const int attended_size = int(config.num_heads * config.head_size);
   const int largest = std::max({hidden_size, attended_size, int(config.intermediate_size)});
@@ -71,8 +71,9 @@ struct Step::Walk {
   void share(Phase kind, int num_units, int num_rows, Operand& shared, const std::vector<const Linear*>& weights,
              const std::vector<const Linear*>& upcoming, Make make, Unit unit) {
     if (num_rows > PRIVATE_ROWS) {
-      // A block of rows is one member's: its rows lie mixed in the same cache lines.
-      share(NORM, shared.num_blocks(), weights, [&](int block) {
+      // A block of rows is one member's: its rows lie close together. How many there are is the step's to say, not the
+      // operand's, which may be the next step's already when a member comes late.
+      share(NORM, (num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS, weights, [&](int block) {
         for (int row = 0; row < shared.rows_in_block(block); ++row) make(shared, block * BLOCK_ROWS + row);
       });
       share(kind, num_units, upcoming, [&](int i) { unit(i, shared); });

@@ -71,17 +71,15 @@ class Job {
 class Team {
  public:
   explicit Team(int num_members) {
-    for (int member = 1; member < num_members; ++member) threads_.emplace_back([this, member] { work(member); });
+    try {
+      for (int member = 1; member < num_members; ++member) threads_.emplace_back([this, member] { work(member); });
+    } catch (...) {
+      close();
+      throw;
+    }
   }
 
-  ~Team() {
-    {
-      const std::lock_guard lock(mutex_);
-      is_closing_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-  }
+  ~Team() { close(); }
 
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
@@ -115,6 +113,15 @@ class Team {
       }
       if (job) job->run(member);
     }
+  }
+
+  void close() {
+    {
+      const std::lock_guard lock(mutex_);
+      is_closing_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
   }
 
   std::mutex mutex_;

@@ -1,0 +1,62 @@
+"""The C++ kernel, compiled once per session for every instruction set that this machine has."""
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cpu_models import EMULATED_AMX
+from headrace.kernels.cpu_library import (
+    INSTRUCTION_SETS,
+    InstructionSet,
+    KernelUnavailableError,
+    choose_instruction_set,
+    load_library,
+)
+from requirements import lack
+
+SETS = {each.name: each for each in (*INSTRUCTION_SETS, EMULATED_AMX)}
+
+
+def why_not(instruction_set: InstructionSet) -> str | None:
+    """Why this machine cannot run it, None where it can."""
+    try:
+        choose_instruction_set("avx512_bf16" if instruction_set is EMULATED_AMX else instruction_set.name)
+    except KernelUnavailableError as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(scope="session")
+def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(scope="session")
+def libraries(kernel_folder: Path) -> dict[str, ctypes.CDLL]:
+    runnable = [each for each in SETS.values() if why_not(each) is None]
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            loaded = list(pool.map(lambda each: load_library(each, kernel_folder), runnable))
+        except KernelUnavailableError as error:
+            if "no C++ compiler" not in str(error):
+                raise
+            lack(str(error))
+    return {each.name: library for each, library in zip(runnable, loaded, strict=True)}
+
+
+@pytest.fixture(params=SETS)
+def library(request: pytest.FixtureRequest, libraries: dict[str, ctypes.CDLL]) -> ctypes.CDLL:
+    name: str = request.param
+    if name not in libraries:
+        pytest.skip(f"{name}: {why_not(SETS[name])}")
+    return libraries[name]
+
+
+@pytest.fixture
+def any_library(libraries: dict[str, ctypes.CDLL]) -> ctypes.CDLL:
+    """One for what does not depend on the instruction set."""
+    if not libraries:
+        pytest.skip(str(why_not(INSTRUCTION_SETS[-1])))
+    return next(iter(libraries.values()))
