@@ -159,7 +159,7 @@ class Bench:
             list(range(width)),
         )
         phases: dict[str, float] = {}
-        kernel_s, torch_s, bandwidth, rate = self._measure(subject, batch, 5, phases)
+        kernel_s, torch_s, bandwidth, rate = self._measure(subject, batch, 10, phases)
         num_bytes = subject.kernel.weight_bytes + width * context * subject.kv_bytes_per_token
         return Decode(
             subject.weights,
@@ -177,7 +177,7 @@ class Bench:
     def prompt(self, subject: Subject) -> Prompt:
         num = _PROMPT_TOKENS
         batch = StepBatch([7] * num, [num], [num], [self._blocks(0)], [num - 1])
-        kernel_s, torch_s, _, rate = self._measure(subject, batch, 1, {})
+        kernel_s, torch_s, _, rate = self._measure(subject, batch, 2, {})
         # Scores and weighted values of a causal half; a head for one row.
         attention = 2 * 2 * self.config.num_heads * self.config.head_dim * len(self.config.windows) * num * num / 2
         share = (2 * self._num_weights(has_head=False) * num + attention) / rate / kernel_s

@@ -89,7 +89,9 @@ class Fetcher {
   // A whole record, for a product of so many pairs to fetch.
   Ahead run(int num_pairs) {
     if (tile_ >= num_tiles_) return {};
-    return {tiles_->records[tile_++], (num_lines_ * 64 + num_pairs - 1) / num_pairs, false};
+    const uint8_t* record = tiles_->records[tile_++];
+    const int64_t half = num_lines_ / 2 * 64, bytes_per_pair = (half + num_pairs - 1) / num_pairs;
+    return {{record, bytes_per_pair}, {record + half, bytes_per_pair}};
   }
 
   void lines(int count) {

@@ -26,10 +26,17 @@ struct KVCache {
   int scales_offset() const { return 2 * values_offset(); }
   int record_bytes() const { return scales_offset() + (is_int8 ? 2 * TILE_TOKENS * 4 : 0); }
 
-  // The record of a head in tile `tile` of a sequence with these blocks.
-  uint8_t* record(uint8_t* layer, const int32_t* blocks, int64_t tile, int head) const {
+  int tile_bytes() const { return num_heads * record_bytes(); }
+
+  // Where in a layer's memory tile `tile` of a sequence with these blocks begins.
+  int64_t tile_offset(const int32_t* blocks, int64_t tile) const {
     const int64_t index = int64_t(blocks[tile / tiles_per_block]) * tiles_per_block + tile % tiles_per_block;
-    return layer + (index * num_heads + head) * record_bytes();
+    return index * tile_bytes();
+  }
+
+  // The record of a head in a tile.
+  uint8_t* record(uint8_t* layer, const int32_t* blocks, int64_t tile, int head) const {
+    return layer + tile_offset(blocks, tile) + head * record_bytes();
   }
 
   // Fetch the lines that `write` will touch: the whole of the keys, and a row of the values.

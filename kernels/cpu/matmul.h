@@ -286,8 +286,23 @@ struct Panel {
 };
 constexpr int MAX_PANELS = 16;  // in one unit: a key and a value head of 256
 
+// Pieces of memory that a member will read after its products, which leave the memory idle when rows are many.
+struct FetchList {
+  const uint8_t* base = nullptr;
+  const int64_t* offsets = nullptr;  // of the pieces
+  int64_t num_pieces = 0;
+  int64_t piece_bytes = 0;
+
+  const uint8_t* take() {
+    if (num_pieces == 0) return nullptr;
+    --num_pieces;
+    return base + *offsets++;
+  }
+};
+
 // What a member needs for its own use while it multiplies.
 struct ProductSpace {
+  FetchList soon;
   std::vector<bf16> dequantised;                         // [MAX_PANELS][K][32]
   alignas(64) float columns[BLOCK_ROWS * MAX_PANELS * PANEL];
 };
@@ -301,14 +316,19 @@ struct PanelColumns {
 constexpr int FETCH_DISTANCE = 2048;  // bytes per row, as more rows take longer over a pair of inputs
 
 // What to fetch during the product of a block of rows. A single block reads its panel from memory, and fetches a little
-// ahead of itself; with several, or where the panel was dequantised, each fetches its share of the next unit's.
-inline Ahead fetch_ahead(const Panel& panel, const Operand& x, int block) {
+// ahead of itself; with several, or where the panel was dequantised, each fetches its share of the next unit's, and
+// something of `soon`.
+inline Ahead fetch_ahead(const Panel& panel, const Operand& x, int block, FetchList& soon) {
   const int64_t num_bytes = panel_bytes(*panel.weight), num_pairs = x.num_inputs() / 2;
   const uint8_t* data = panel.weight->data + panel.index * num_bytes;
-  if (x.num_blocks() == 1 && !is_quantised(*panel.weight))
-    return {data + FETCH_DISTANCE * std::min(x.num_rows(), 4), num_bytes / num_pairs, true};
+  if (x.num_blocks() == 1 && !is_quantised(*panel.weight)) {
+    const uint8_t* next = data + FETCH_DISTANCE * std::min(x.num_rows(), 4);
+    return {{next, num_bytes / num_pairs}, {next + 64, num_bytes / num_pairs}, true};
+  }
   const int64_t share = num_bytes / x.num_blocks();
-  return {data + panel.step * num_bytes + block * share, (share + num_pairs - 1) / num_pairs, false};
+  const Run weights = {data + panel.step * num_bytes + block * share, (share + num_pairs - 1) / num_pairs};
+  const uint8_t* piece = soon.take();
+  return {weights, piece == nullptr ? weights : Run{piece, (soon.piece_bytes + num_pairs - 1) / num_pairs}};
 }
 
 // Multiply all rows of x with some panels; `epilogue(row, columns)` gets each row's 32 * num_panels results, its own to
@@ -336,7 +356,7 @@ void multiply(const Panel* panels, int num_panels, const Operand& x, ProductSpac
         multiply_quants(num_rows, weight, panels[p].index, x, block * BLOCK_ROWS, c, stride);
       else
         tile_product<PAIRS_PER_TILE, 2>(num_rows, x.block(block), 1, num_inputs / 2, PanelColumns{weights[p]}, 2 * PANEL, c,
-                                     stride, fetch_ahead(panels[p], x, block));
+                                     stride, fetch_ahead(panels[p], x, block, space.soon));
     }
     for (int m = 0; m < num_rows; ++m) {
       float* columns = space.columns + m * stride;

@@ -14,6 +14,9 @@ KVCache make_cache(const ModelConfig& config) {
           config.is_kv_int8 != 0};
 }
 
+// As much of the cache as may wait in the third-level cache, all members together.
+constexpr int64_t SOON_BYTES = 12 << 20;
+
 Vec silu(Vec x) { return x / (1.0f + exp2(x * -LOG2_E)); }
 
 }  // namespace
@@ -108,6 +111,10 @@ Step::Step(Model& model, const Batch& batch)
       row_blocks_.push_back({b, first, std::min(BLOCK_ROWS, query_len * group_ - first)});
     most_segments = std::max(most_segments, (context_len + SEGMENT - 1) / SEGMENT);
   }
+  if (num_tokens_ > BLOCK_ROWS)
+    for (int b = 0; b < batch.num_sequences; ++b)
+      for (int tile = 0; tile * TILE_TOKENS < batch.context_lens[b]; ++tile)
+        tile_offsets_.push_back(model.cache.tile_offset(batch.blocks + batch.block_starts[b], tile));
   // With few rows a context is shared among the members, segment by segment.
   if (int64_t(row_blocks_.size()) * config_.num_kv_heads < 4 * model.team.size()) num_parts_ = most_segments;
   const size_t num_results = size_t(num_tokens_) * config_.num_heads * num_parts_;
@@ -151,6 +158,7 @@ void Step::run(int member) noexcept {
   const int num_heads = int(config_.num_heads), num_kv_heads = int(config_.num_kv_heads);
 
   walk.share(EMBED, num_tokens_, {}, [&](int row) { embed(row); });
+  fetch_soon(&model_.layers.front(), member);
   for (const Layer& layer : model_.layers) {
     const bool is_last = &layer == &model_.layers.back();
     const Layer& next = *(&layer + !is_last);
@@ -159,6 +167,7 @@ void Step::run(int member) noexcept {
         [&](Operand& to, int row) { normalise(layer.input_norm, row, to, row, space); },
         [&](int unit, const Operand& x) { project_head(layer, unit, x, space); });
     walk.share(ATTENTION, num_attention_units(), {&layer.out}, [&](int unit) { attend(layer, unit, space); });
+    fetch_soon(is_last ? nullptr : &next, member);
     walk.share(
         OUT, int(layer.out.num_panels), num_tokens_, model_.attended, {&layer.out}, {&layer.gate, &layer.up},
         [&](Operand& to, int row) { merge_heads(to, row, space); },
@@ -175,6 +184,17 @@ void Step::run(int member) noexcept {
       [&](Operand& to, int row) { normalise(config_.final_norm, int(batch_.logit_rows[row]), to, row, space); },
       [&](int panel, const Operand& x) { pick(panel, x, space); });
   end_products();
+}
+
+void Step::fetch_soon(const Layer* layer, int member) {
+  FetchList& soon = model_.spaces[member].product.soon;
+  soon = {};
+  if (layer == nullptr || layer->window > 0) return;
+  // The tiles in order are about the units in order, of which each member begins with its own range.
+  const int64_t num_members = model_.team.size(), num_tiles = int64_t(tile_offsets_.size());
+  const int64_t begin = num_tiles * member / num_members, end = num_tiles * (member + 1) / num_members;
+  const int64_t most = SOON_BYTES / num_members / model_.cache.tile_bytes();
+  soon = {layer->cache, tile_offsets_.data() + begin, std::min(end - begin, most), model_.cache.tile_bytes()};
 }
 
 // hidden[row] = embedding of its token; the row's angles for RoPE.

@@ -31,6 +31,9 @@ class Step final : public Job {
   };
   struct Walk;  // a member's way through the phases
 
+  // Have a member fetch what it will attend to in this layer, or nothing, during the products to come.
+  void fetch_soon(const Layer* layer, int member);
+
   void embed(int row);
   void project_head(const Layer& layer, int unit, const Operand& x, Workspace& space);
   void attend(const Layer& layer, int unit, Workspace& space);
@@ -55,6 +58,7 @@ class Step final : public Job {
   std::vector<Place> places_;                      // [T]
   std::vector<int> first_rows_;                    // [B], each sequence's first row in the batch
   std::vector<RowBlock> row_blocks_;
+  std::vector<int64_t> tile_offsets_;              // where in a layer's cache the tiles are that the rows attend to
   int num_parts_ = 1;  // pieces that each row's attention is computed in
   Phases phases_;
 };

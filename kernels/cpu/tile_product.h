@@ -32,10 +32,13 @@ inline int64_t pair_offset(int row, int64_t pair, int num_rows) {
   return ((pair / TILE * num_rows + row) * TILE + pair % TILE) * 2;
 }
 
-// What a product fetches from memory while it computes: two lines at every pair of inputs, from `next` on.
-struct Ahead {
+// What a product fetches from memory while it computes: at every pair of inputs a line of two runs.
+struct Run {
   const uint8_t* next = nullptr;
   int64_t bytes_per_pair = 0;
+};
+struct Ahead {
+  Run first, second;
   bool is_near = false;  // soon to be read, or only to be in the second-level cache
 };
 
@@ -70,9 +73,11 @@ void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, Co
     const bf16* left = columns(chunk, 0);
     const bf16* right = columns(chunk, 1);
     for (int pair = 0; pair < num_pairs; pair += TILE, a += 2 * TILE * BLOCK_ROWS) {
-      if (ahead.next != nullptr)
-        for (int i = 0; i < TILE; ++i, ahead.next += ahead.bytes_per_pair)
-          prefetch(ahead.next), prefetch(ahead.next + 64);
+      if (ahead.first.next != nullptr)
+        for (int i = 0; i < TILE; ++i) {
+          prefetch(ahead.first.next), prefetch(ahead.second.next);
+          ahead.first.next += ahead.first.bytes_per_pair, ahead.second.next += ahead.second.bytes_per_pair;
+        }
       amx::multiply<TILE>(a, has_lower, left + pair * pair_stride, right + pair * pair_stride, pair_stride);
     }
   }
@@ -109,9 +114,9 @@ void product(const bf16* a, int num_chunks, int num_pairs, Columns columns, int6
             columns_of_pair[v] = load_as<Ints>(from[v]);
             from[v] += pair_stride;
           }
-          if constexpr (FETCH == NEAR) prefetch(ahead.next), prefetch(ahead.next + 64);
-          if constexpr (FETCH == FAR) prefetch_far(ahead.next), prefetch_far(ahead.next + 64);
-          ahead.next += ahead.bytes_per_pair;
+          if constexpr (FETCH == NEAR) prefetch(ahead.first.next), prefetch(ahead.second.next);
+          if constexpr (FETCH == FAR) prefetch_far(ahead.first.next), prefetch_far(ahead.second.next);
+          ahead.first.next += ahead.first.bytes_per_pair, ahead.second.next += ahead.second.bytes_per_pair;
 #pragma GCC unroll 16
           for (int m = 0; m < M; ++m) {
             const Ints x = splat_pair(rows + 2 * (TILE * m + pair));
@@ -135,7 +140,7 @@ void product_of(int num_rows, const bf16* a, int num_chunks, int num_pairs, Colu
     if (num_rows < M)
       return product_of<M - 1, TILE, HALVES>(num_rows, a, num_chunks, num_pairs, columns, pair_stride, c, stride, ahead);
   }
-  const auto run = ahead.next == nullptr ? product<M, TILE, HALVES, NOTHING, Columns>
+  const auto run = ahead.first.next == nullptr ? product<M, TILE, HALVES, NOTHING, Columns>
                    : ahead.is_near       ? product<M, TILE, HALVES, NEAR, Columns>
                                          : product<M, TILE, HALVES, FAR, Columns>;
   run(a, num_chunks, num_pairs, columns, pair_stride, c, stride, ahead);
