@@ -77,6 +77,7 @@ check: lint test
 lint: setup-test .typecheck
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
+	@$(BIN)/clang-format --dry-run --Werror kernels/cpu/*.h kernels/cpu/*.cpp benchmarks/*.cpp
 	@$(BIN)/mypy -p headrace
 	@$(BIN)/mypy tests
 

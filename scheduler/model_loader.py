@@ -176,14 +176,21 @@ def _choose_kernel(config: EngineConfig, device: torch.device, plan: ModelPlan) 
 
     Raises: CapacityError where the settings ask for it and it cannot.
     """
-    is_wanted = config.cpu_kernel not in ("auto", "torch") or config.kv_cache_dtype == "int8"
-    why_not = ""
+    needed_by = [
+        name
+        for name, needs_it in (
+            (f"cpu_kernel {config.cpu_kernel}", config.cpu_kernel not in ("auto", "torch")),
+            ("kv_cache_dtype int8", config.kv_cache_dtype == "int8"),
+            ("batch_invariant", config.batch_invariant),
+        )
+        if needs_it
+    ]
     if config.cpu_kernel == "torch":
         why_not = "cpu_kernel is torch"
     elif device.type != "cpu":
         why_not = f"the device is {device}"
     elif plan.decoder_config is None:
-        why_not = "it is for the families of the packed decoder"
+        why_not = f"it is for {', '.join(sorted(_COMPACT_FAMILIES))}"
     elif config.dtype not in ("auto", "bfloat16"):
         why_not = f"it computes in bfloat16, not {config.dtype}"
     else:
@@ -195,9 +202,8 @@ def _choose_kernel(config: EngineConfig, device: torch.device, plan: ModelPlan) 
                 return _Kernel(library, instruction_set, plan.decoder_config), ""
             except KernelUnavailableError as error:
                 why_not = str(error)
-    if is_wanted:
-        name = "kv_cache_dtype int8" if config.kv_cache_dtype == "int8" else f"cpu_kernel {config.cpu_kernel}"
-        raise CapacityError(f"{name} needs the C++ kernel: {why_not}")
+    if needed_by:
+        raise CapacityError(f"{needed_by[0]} needs the C++ kernel for CPUs: {why_not}")
     # On another device or for another family nobody expects it.
     return None, why_not if device.type == "cpu" and plan.decoder_config is not None else ""
 

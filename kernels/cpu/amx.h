@@ -1,8 +1,8 @@
 // AMX tiles for `tile_product`: up to 32 rows times 32 columns in four accumulators, as many as its latency wants.
 //
-// Tiles 0 .. 3 accumulate (rows 0 .. 15 left and right, rows 16 .. 31 left and right), 4 and 5 hold rows, 6 and 7 columns.
-// With HEADRACE_EMULATE_AMX the same is computed by AVX-512, for tests on CPUs without AMX.
-// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18.
+// Tiles 0 .. 3 accumulate (rows 0 .. 15 left and right, rows 16 .. 31 left and right), 4 and 5 hold rows, 6 and 7
+// columns. With HEADRACE_EMULATE_AMX the same is computed by AVX-512, for tests on CPUs without AMX. Source: Intel 64
+// and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18.
 #pragma once
 
 #include "simd.h"

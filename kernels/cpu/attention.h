@@ -107,8 +107,9 @@ class Fetcher {
   int num_tiles_, tile_ = 0, line_ = 0;
 };
 
-// Attend to the tokens of some tiles. space.queries holds the rows, scaled by log2(e) / sqrt(D); `results` gets a Partial
-// per row, whose outputs lie in space.outputs. `next`, where there are any, are the tiles that will be attended to next.
+// Attend to the tokens of some tiles. space.queries holds the rows, scaled by log2(e) / sqrt(D); `results` gets a
+// Partial per row, whose outputs lie in space.outputs. `next`, where there are any, are the tiles that will be attended
+// to next.
 inline void attend_segment(const KVCache& cache, const SegmentTiles& tiles, const SegmentTiles* next,
                            const Query& query, AttentionSpace& space, Partial* results) {
   const int num_rows = query.num_rows, padded_head = cache.padded_head;
@@ -146,7 +147,8 @@ inline void attend_segment(const KVCache& cache, const SegmentTiles& tiles, cons
     for (int t = 0; t < num_tokens; t += LANES) {
       Vec score = load(scores + t);
       if (cache.is_int8)
-        score *= load(reinterpret_cast<const float*>(records[t / TILE_TOKENS] + cache.scales_offset()) + t % TILE_TOKENS);
+        score *=
+            load(reinterpret_cast<const float*>(records[t / TILE_TOKENS] + cache.scales_offset()) + t % TILE_TOKENS);
       const Ints token = lane + t;
       score = ((token >= begin) & (token < end)) ? score : splat(MINUS_INFINITY);
       store(scores + t, score);
@@ -170,8 +172,8 @@ inline void attend_segment(const KVCache& cache, const SegmentTiles& tiles, cons
   // Weights x values, 64 of the head's dimensions at a time, and the last 32.
   if (cache.is_int8)
     for (int i = 0; i < num_tiles; ++i)
-      widen(reinterpret_cast<const int8_t*>(records[i] + half_bytes), space.values.data() + i * TILE_TOKENS * padded_head,
-            TILE_TOKENS * padded_head);
+      widen(reinterpret_cast<const int8_t*>(records[i] + half_bytes),
+            space.values.data() + i * TILE_TOKENS * padded_head, TILE_TOKENS * padded_head);
   const auto multiply_values = [&]<int HALVES>(int d) {
     const auto values = [&](int i, int half) {
       if (half == 0) fetcher.lines(24);

@@ -18,9 +18,12 @@ class Sampling final : public Job {
 
   void run(int member) noexcept override {
     const int64_t vocab_size = model_.config.vocab_size;
-    phases_.share(0, member, num_rows_, [&](int i) {
-      token_ids_[i] = draw(rows_[i], logits_ + i * vocab_size, vocab_size, model_.spaces[member].sampler);
-    }, [] {});
+    phases_.share(
+        0, member, num_rows_,
+        [&](int i) {
+          token_ids_[i] = draw(rows_[i], logits_ + i * vocab_size, vocab_size, model_.spaces[member].sampler);
+        },
+        [] {});
   }
 
  private:

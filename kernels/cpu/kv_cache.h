@@ -68,8 +68,7 @@ struct KVCache {
     alignas(64) bf16 narrow[LANES];
     for (int d = 0; d < padded_head; d += LANES) {
       store_bf16(narrow, load(key + d));
-      for (int i = 0; i < LANES; i += 2)
-        std::memcpy(keys + ((d + i) / 2 * TILE_TOKENS + slot) * 2, narrow + i, 4);
+      for (int i = 0; i < LANES; i += 2) std::memcpy(keys + ((d + i) / 2 * TILE_TOKENS + slot) * 2, narrow + i, 4);
       store_bf16(narrow, load(value + d));
       for (int i = 0; i < LANES; ++i) values[(d + i) * 2] = narrow[i];
     }

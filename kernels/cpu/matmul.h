@@ -123,10 +123,10 @@ class Operand {
 
   int num_rows_ = 0, num_inputs_ = 0;
   bool has_tiles_ = false, has_quants_ = false;
-  std::vector<bf16> tiles_;          // [T / BLOCK_ROWS] blocks, each in the order of `pair_offset`
-  std::vector<int8_t> high_, low_;     // [rows, K]
-  std::vector<float> scales_;          // [rows, K / 32]
-  std::vector<int32_t> sums_;          // [rows, K / 32], of the 16-bit integers
+  std::vector<bf16> tiles_;         // [T / BLOCK_ROWS] blocks, each in the order of `pair_offset`
+  std::vector<int8_t> high_, low_;  // [rows, K]
+  std::vector<float> scales_;       // [rows, K / 32]
+  std::vector<int32_t> sums_;       // [rows, K / 32], of the 16-bit integers
 };
 
 inline int64_t panel_bytes(const Linear& weight) {
@@ -209,8 +209,8 @@ inline Ints dot_quads(Ints acc, Ints unsigned_quads, Ints signed_quads) {
                                                     reinterpret_cast<__m512i>(signed_quads)));
 }
 
-// Rows first .. first + M times 16 columns (half a panel) of a quantised weight: c[m * stride .. + 16]. Integers inside a
-// group.
+// Rows first .. first + M times 16 columns (half a panel) of a quantised weight: c[m * stride .. + 16]. Integers inside
+// a group.
 template <int M, int64_t FORMAT>
 void narrow_product(const Linear& weight, int64_t half, const Operand& x, int first, float* c, int stride) {
   const int num_groups = int(weight.num_inputs / GROUP);
@@ -303,7 +303,7 @@ struct FetchList {
 // What a member needs for its own use while it multiplies.
 struct ProductSpace {
   FetchList soon;
-  std::vector<bf16> dequantised;                         // [MAX_PANELS][K][32]
+  std::vector<bf16> dequantised;  // [MAX_PANELS][K][32]
   alignas(64) float columns[BLOCK_ROWS * MAX_PANELS * PANEL];
 };
 
@@ -355,8 +355,8 @@ void multiply(const Panel* panels, int num_panels, const Operand& x, ProductSpac
       if (is_quantised(weight) && x.has_quants())
         multiply_quants(num_rows, weight, panels[p].index, x, block * BLOCK_ROWS, c, stride);
       else
-        tile_product<PAIRS_PER_TILE, 2>(num_rows, x.block(block), 1, num_inputs / 2, PanelColumns{weights[p]}, 2 * PANEL, c,
-                                     stride, fetch_ahead(panels[p], x, block, space.soon));
+        tile_product<PAIRS_PER_TILE, 2>(num_rows, x.block(block), 1, num_inputs / 2, PanelColumns{weights[p]},
+                                        2 * PANEL, c, stride, fetch_ahead(panels[p], x, block, space.soon));
     }
     for (int m = 0; m < num_rows; ++m) {
       float* columns = space.columns + m * stride;

@@ -39,7 +39,7 @@ struct ModelConfig {
   int64_t is_batch_invariant;
   float rms_norm_eps;
   float rope_scale;
-  const float* inv_freq;  // [D / 2]
+  const float* inv_freq;    // [D / 2]
   const float* final_norm;  // [E]
   Linear embedding, head;
   const Layer* layers;
@@ -84,13 +84,13 @@ class Model {
   std::vector<Workspace> spaces;  // one per member
 
   // Buffers of a step, for up to max_tokens rows.
-  std::vector<float> hidden;    // [T, E]
-  std::vector<float> cosines;   // [T, D / 2]
-  std::vector<float> sines;     // [T, D / 2]
-  std::vector<bf16> queries;    // [T, H, Dp]
-  std::vector<float> outputs;   // [T * H, parts, Dp]: attention's results before they are merged
-  std::vector<float> maxima;    // [T * H, parts]
-  std::vector<float> sums;      // [T * H, parts]
+  std::vector<float> hidden;   // [T, E]
+  std::vector<float> cosines;  // [T, D / 2]
+  std::vector<float> sines;    // [T, D / 2]
+  std::vector<bf16> queries;   // [T, H, Dp]
+  std::vector<float> outputs;  // [T * H, parts, Dp]: attention's results before they are merged
+  std::vector<float> maxima;   // [T * H, parts]
+  std::vector<float> sums;     // [T * H, parts]
   Operand normed, attended, post_normed, activated, last_normed;
 
   std::vector<double> phase_seconds;  // time of member 0 in each kind of phase, since the model was made

@@ -72,9 +72,7 @@ inline Vec load_fp16(const uint16_t* p) { return _mm256_cvtph_ps(load_as<__m128i
 inline Vec load_int8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
-inline uint32_t at_least(Vec x, Vec least) {
-  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x, least, _CMP_GE_OQ)));
-}
+inline uint32_t at_least(Vec x, Vec least) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x, least, _CMP_GE_OQ))); }
 inline Vec round(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #endif
 

@@ -179,10 +179,11 @@ void Step::run(int member) noexcept {
     walk.share(DOWN, int(layer.down.num_panels), {is_last ? &config_.head : &next.query},
                [&](int panel) { add_panel(layer.down, panel, model_.activated, space); });
   }
-  if (num_logit_rows_ > 0) walk.share(
-      HEAD, int(config_.head.num_panels), num_logit_rows_, model_.last_normed, {&config_.head}, {},
-      [&](Operand& to, int row) { normalise(config_.final_norm, int(batch_.logit_rows[row]), to, row, space); },
-      [&](int panel, const Operand& x) { pick(panel, x, space); });
+  if (num_logit_rows_ > 0)
+    walk.share(
+        HEAD, int(config_.head.num_panels), num_logit_rows_, model_.last_normed, {&config_.head}, {},
+        [&](Operand& to, int row) { normalise(config_.final_norm, int(batch_.logit_rows[row]), to, row, space); },
+        [&](int panel, const Operand& x) { pick(panel, x, space); });
   end_products();
 }
 
@@ -298,9 +299,7 @@ std::pair<int, int> Step::segments_of(const Query& query, int unit) const {
   return {std::max(begin, part), std::min(end, part + 1)};
 }
 
-int Step::num_attention_units() const {
-  return int(row_blocks_.size()) * int(config_.num_kv_heads) * num_parts_;
-}
+int Step::num_attention_units() const { return int(row_blocks_.size()) * int(config_.num_kv_heads) * num_parts_; }
 
 // A block of rows and a key/value head: all segments, or with several parts one of them.
 void Step::attend(const Layer& layer, int unit, Workspace& space) {
@@ -372,8 +371,7 @@ void Step::add_panel(const Linear& weight, int panel, const Operand& x, Workspac
 void Step::activate(const Layer& layer, int unit, const Operand& x, Workspace& space) {
   const Panel panels[2] = {{&layer.gate, unit, 1}, {&layer.up, unit, 1}};
   multiply(panels, 2, x, space.product, [&](int row, float* columns) {
-    for (int i = 0; i < PANEL; i += LANES)
-      store(columns + i, silu(load(columns + i)) * load(columns + PANEL + i));
+    for (int i = 0; i < PANEL; i += LANES) store(columns + i, silu(load(columns + i)) * load(columns + PANEL + i));
     model_.activated.set(row, unit * PANEL, columns);
   });
 }
@@ -384,8 +382,7 @@ void Step::pick(int panel, const Operand& x, Workspace& space) {
   const Panel panels[1] = {{&config_.head, panel, 1}};
   multiply(panels, 1, x, space.product, [&](int row, float* columns) {
     std::fill(columns + count, columns + PANEL, MINUS_INFINITY);
-    if (batch_.logits != nullptr)
-      std::copy_n(columns, count, batch_.logits + row * config_.vocab_size + first);
+    if (batch_.logits != nullptr) std::copy_n(columns, count, batch_.logits + row * config_.vocab_size + first);
     Vec largest = load(columns);
     for (int i = LANES; i < PANEL; i += LANES) largest = max(largest, load(columns + i));
     const float top = maximum(largest);

@@ -58,8 +58,8 @@ class Step final : public Job {
   std::vector<Place> places_;                      // [T]
   std::vector<int> first_rows_;                    // [B], each sequence's first row in the batch
   std::vector<RowBlock> row_blocks_;
-  std::vector<int64_t> tile_offsets_;              // where in a layer's cache the tiles are that the rows attend to
-  int num_parts_ = 1;  // pieces that each row's attention is computed in
+  std::vector<int64_t> tile_offsets_;  // where in a layer's cache the tiles are that the rows attend to
+  int num_parts_ = 1;                  // pieces that each row's attention is computed in
   Phases phases_;
 };
 

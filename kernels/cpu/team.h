@@ -1,9 +1,9 @@
 // The kernel's threads: all of them walk through the same phases, and share each phase's units of work.
 //
-// The calling thread is member 0; the others sleep between steps. In a phase each member takes the units of its own range
-// and then those the others have not come to, so a member that the system has put aside delays nobody but by the unit
-// it holds. A member that comes late finds the units gone and follows; whatever it still looks at belongs to its own
-// step, which lives as long as somebody holds it.
+// The calling thread is member 0; the others sleep between steps. In a phase each member takes the units of its own
+// range and then those the others have not come to, so a member that the system has put aside delays nobody but by the
+// unit it holds. A member that comes late finds the units gone and follows; whatever it still looks at belongs to its
+// own step, which lives as long as somebody holds it.
 #pragma once
 
 #include <sched.h>

@@ -1,7 +1,8 @@
 // The innermost product: a block of up to BLOCK_ROWS rows times 32 columns, bfloat16 in, float32 out.
 //
-// Weights, keys and values all lie as pairs of consecutive inputs for 16 columns side by side, which is what AVX-512's and
-// AMX's bfloat16 dot products read. `pair_offset` says where the rows' pairs lie; whoever makes rows writes them there.
+// Weights, keys and values all lie as pairs of consecutive inputs for 16 columns side by side, which is what AVX-512's
+// and AMX's bfloat16 dot products read. `pair_offset` says where the rows' pairs lie; whoever makes rows writes them
+// there.
 #pragma once
 
 #include "simd.h"
@@ -22,8 +23,8 @@ constexpr int BLOCK_ROWS = 4;  // 4 x 2 of 16
 // Pairs of the inputs that an AMX tile holds: all 16 of a weight's or key's, or 8, one KV tile of 16 tokens.
 constexpr int PAIRS_PER_TILE = 16;
 
-// Where pair `pair` of row `row` lies in a block of `num_rows` rows: [pairs / TILE][rows][TILE][2], where AMX, whose tiles
-// are loaded whole, always has BLOCK_ROWS rows.
+// Where pair `pair` of row `row` lies in a block of `num_rows` rows: [pairs / TILE][rows][TILE][2], where AMX, whose
+// tiles are loaded whole, always has BLOCK_ROWS rows.
 template <int TILE>
 inline int64_t pair_offset(int row, int64_t pair, int num_rows) {
 #if defined(HEADRACE_HAS_AMX)
@@ -44,8 +45,9 @@ struct Ahead {
 
 // c [num_rows, 16 * HALVES] (rows `stride` apart) = a times columns, over `num_chunks` chunks of `num_pairs` pairs.
 //
-// HALVES is 2, or 4 for few rows to have enough sums under way at once. `columns(chunk, half)` is where 16 columns' pairs of a chunk begin, [num_pairs][16][2], with `pair_stride` elements from
-// one pair to the next. TILE is the tile size that a was laid out with. What `ahead` shows is fetched on the side.
+// `columns(chunk, half)` is where 16 columns' pairs of a chunk begin, [num_pairs][16][2], `pair_stride` elements from
+// one pair to the next. HALVES is 2, or 4, which gives few rows enough sums to work on at once. TILE is the tile size
+// that a was laid out with. What `ahead` shows is fetched on the side.
 #if defined(HEADRACE_HAS_AMX)
 
 inline thread_local int configured_tile = 0;
@@ -134,15 +136,16 @@ void product(const bf16* a, int num_chunks, int num_pairs, Columns columns, int6
 
 // Find the product for so many rows, M or fewer.
 template <int M, int TILE, int HALVES, class Columns>
-void product_of(int num_rows, const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride, float* c,
-                int64_t stride, Ahead ahead) {
+void product_of(int num_rows, const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride,
+                float* c, int64_t stride, Ahead ahead) {
   if constexpr (M > 1) {
     if (num_rows < M)
-      return product_of<M - 1, TILE, HALVES>(num_rows, a, num_chunks, num_pairs, columns, pair_stride, c, stride, ahead);
+      return product_of<M - 1, TILE, HALVES>(num_rows, a, num_chunks, num_pairs, columns, pair_stride, c, stride,
+                                             ahead);
   }
   const auto run = ahead.first.next == nullptr ? product<M, TILE, HALVES, NOTHING, Columns>
-                   : ahead.is_near       ? product<M, TILE, HALVES, NEAR, Columns>
-                                         : product<M, TILE, HALVES, FAR, Columns>;
+                   : ahead.is_near             ? product<M, TILE, HALVES, NEAR, Columns>
+                                               : product<M, TILE, HALVES, FAR, Columns>;
   run(a, num_chunks, num_pairs, columns, pair_stride, c, stride, ahead);
 }
 
