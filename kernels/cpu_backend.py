@@ -4,6 +4,7 @@ Here are the kernel's structures as ctypes sees them, and the packing of weights
 explains both. All memory but scratch is owned here: the library holds pointers to it until it is closed.
 """
 
+import contextlib
 import ctypes
 import itertools
 import mmap
@@ -24,6 +25,8 @@ _Allocate = Callable[[int], npt.NDArray[np.uint8]]
 
 # Weights are put side by side in pieces of memory of this size, at multiples of a cache line.
 _CHUNK_BYTES, _ALIGNMENT = 2**26, 64
+# Rows of logits whose memory is kept from step to step; more are asked for by scored prompts only.
+_MAX_KEPT_ROWS = 256
 _PANEL = 32
 _TILE_TOKENS = 16
 _FORMATS = {"bfloat16": 0, "Q4_0": 1, "Q4_1": 2, "Q8_0": 3}
@@ -143,6 +146,7 @@ def _round_up(size: int) -> int:
 class CpuBackend:
     """A packed model in the kernel, with its KV cache. `close` frees its threads and scratch; so does collection.
 
+    Raises: OSError, MemoryError where memory or threads do not suffice.
     `weights` maps Hugging Face's names to tensors [out, in] or quantised weights, and is emptied as they are packed.
     """
 
@@ -167,11 +171,10 @@ class CpuBackend:
         embedding = packer.linear(weights.pop("model.embed_tokens.weight"))
         head = weights.pop("lm_head.weight", None)
         layers = (_Layer * len(config.windows))()
-        cache = packer.keep(_allocate(len(layers) * cache_bytes))
         for i, window in enumerate(config.windows):
             _pack_layer(packer, layers[i], weights, f"model.layers.{i}", config)
             layers[i].window = window or 0
-            layers[i].cache = cache + i * cache_bytes
+            layers[i].cache = packer.keep(_allocate(cache_bytes))
         model = _ModelConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -199,13 +202,17 @@ class CpuBackend:
         if handle is None:
             raise MemoryError("the CPU kernel's buffers or threads do not fit this machine")
         self._handle = handle
+        self._max_tokens = max_num_batched_tokens
         # numpy's pages come on first touch: rows of logits that nobody asks for cost nothing.
-        self._logits = np.zeros((max_num_batched_tokens, config.vocab_size), np.float32)
+        self._logits = np.zeros((min(max_num_batched_tokens, _MAX_KEPT_ROWS), config.vocab_size), np.float32)
         self.close = weakref.finalize(self, library.headrace_destroy, handle)
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
-        self._step(batch, self._logits)
-        return torch.from_numpy(self._logits[: len(batch.logit_rows)])
+        num_rows = len(batch.logit_rows)
+        is_kept = num_rows <= len(self._logits)
+        logits = self._logits[:num_rows] if is_kept else np.empty((num_rows, self._vocab_size), np.float32)
+        self._step(batch, logits)
+        return torch.from_numpy(logits)
 
     def argmax(self, batch: StepBatch) -> list[int]:
         return list(self._step(batch, None).tolist())
@@ -220,13 +227,16 @@ class CpuBackend:
         rows["repetition"] = 1
         for penalties in batch.penalties:
             row = rows[penalties.row]
+            self._check(penalties.token_ids)
             row["repetition"], row["presence"] = penalties.repetition, penalties.presence
             row["frequency"], row["num_prompt_tokens"] = penalties.frequency, penalties.num_prompt_tokens
             row["token_ids"], row["num_token_ids"] = penalties.token_ids.ctypes.data, len(penalties.token_ids)
         for index, token_ids, biases in batch.biased:
             row = rows[index]
+            self._check(token_ids)
             row["biased"], row["biases"], row["num_biased"] = token_ids.ctypes.data, biases.ctypes.data, len(biases)
         for index, token_ids in batch.masked:
+            self._check(token_ids)
             rows[index]["masked"], rows[index]["num_masked"] = token_ids.ctypes.data, len(token_ids)
         token_ids = np.empty(len(rows), np.int64)
         status = self._library.headrace_sample(
@@ -235,6 +245,10 @@ class CpuBackend:
         if status:
             raise MemoryError("sampling ran out of memory")
         return list(token_ids.tolist())
+
+    def _check(self, token_ids: npt.NDArray[np.int64]) -> None:
+        if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < self._vocab_size:
+            raise IndexError(f"a token id is not within 0 .. {self._vocab_size - 1}")
 
     def profile(self) -> dict[str, float]:
         """Seconds that the calling thread has spent in each kind of phase since the model was packed."""
@@ -251,11 +265,10 @@ class CpuBackend:
         logit_rows, table_lens = array(batch.logit_rows), array([*map(len, batch.block_tables)])
         blocks = np.fromiter(itertools.chain.from_iterable(batch.block_tables), np.int32)
         block_starts = np.cumsum(table_lens) - table_lens
-        if not 0 <= token_ids.min() <= token_ids.max() < self._vocab_size:
-            raise IndexError(f"a token id is not within 0 .. {self._vocab_size - 1}")
+        self._check(token_ids)
         # The kernel trusts these, and writes where they lead.
-        assert len(token_ids) == query_lens.sum() <= len(self._logits), "more tokens than the step has room for"
-        assert len(logit_rows) <= len(self._logits), "more rows of logits than there is room for"
+        assert len(token_ids) == query_lens.sum() <= self._max_tokens, "more tokens than the step has room for"
+        assert len(logit_rows) <= self._max_tokens, "more rows of logits than there is room for"
         assert ((logit_rows >= 0) & (logit_rows < len(token_ids))).all(), "logits of a row that does not exist"
         assert ((query_lens >= 1) & (query_lens <= context_lens)).all(), "a row without tokens"
         assert (context_lens <= table_lens * self._block_size).all(), "a block table is too short"
@@ -385,5 +398,6 @@ def _in_order(groups: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]
 def _allocate(num_bytes: int) -> npt.NDArray[np.uint8]:
     """Zeros that cost memory on first touch, in huge pages where the system has them: fewer misses on the way."""
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a system without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)

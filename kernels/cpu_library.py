@@ -8,7 +8,6 @@ may carry them, are used as they are.
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import platform
 import shlex
@@ -16,14 +15,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-logger = logging.getLogger(__name__)
-
 _SOURCES = Path(__file__).parent / "cpu"
 _PREBUILT = _SOURCES / "prebuilt"
+# GCC's own headers of intrinsics use values they never set.
 _FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Wno-uninitialized")
 # linux/arch_prctl and asm/prctl.h: AMX's registers are large, and a process has to ask for them.
 _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
@@ -42,7 +40,9 @@ class InstructionSet:
     compiler_flags: tuple[str, ...]
 
 
-_AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
+# What the compiler may use of x86-64-v3 and v4, under Linux's names.
+_AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _AVX512_BF16 = _AVX512 | {"avx512_bf16", "avx512_vnni"}
 # The best first.
 INSTRUCTION_SETS = (
@@ -52,8 +52,9 @@ INSTRUCTION_SETS = (
         ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
     ),
     InstructionSet("avx512_bf16", _AVX512_BF16, ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")),
+    InstructionSet("avx512_vnni", _AVX512 | {"avx512_vnni"}, ("-march=x86-64-v4", "-mavx512vnni")),
     InstructionSet("avx512", _AVX512, ("-march=x86-64-v4",)),
-    InstructionSet("avx2", frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2"}), ("-march=x86-64-v3",)),
+    InstructionSet("avx2", _AVX2, ("-march=x86-64-v3",)),
 )
 
 
@@ -74,34 +75,43 @@ def choose_instruction_set(name: str = "auto") -> InstructionSet:
     raise KernelUnavailableError("this CPU has neither AVX-512 nor AVX2")
 
 
-def load_library(instruction_set: InstructionSet, cache_folder: Path) -> ctypes.CDLL:
-    """Load the kernel, building it first where it was not yet.
+def load_library(
+    instruction_set: InstructionSet, cache_folder: Path, say: Callable[[str], None] = print
+) -> ctypes.CDLL:
+    """Load the kernel, building it first where it was not yet, or not whole.
 
     Raises: KernelUnavailableError where it cannot be built or loaded.
     """
     name = _library_name(instruction_set)
-    path = _PREBUILT / name
-    if not path.exists():
-        path = cache_folder / "kernels" / name
-    if not path.exists():
-        build(path, instruction_set)
+    if (prebuilt := _PREBUILT / name).exists():
+        return _load(prebuilt)
+    path = cache_folder / "kernels" / name
+    if path.exists():
+        try:
+            return _load(path)
+        except KernelUnavailableError as error:
+            say(str(error))
+    build(path, instruction_set, say)
+    return _load(path)
+
+
+def _load(path: Path) -> ctypes.CDLL:
     try:
         return _declare(ctypes.CDLL(str(path)))
     except (OSError, AttributeError) as error:
-        raise KernelUnavailableError(f"{path} cannot be loaded: {error}") from error
+        raise KernelUnavailableError(f"the CPU kernel cannot be loaded: {error}") from error
 
 
-def build(path: Path, instruction_set: InstructionSet) -> None:
+def build(path: Path, instruction_set: InstructionSet, say: Callable[[str], None] = print) -> None:
     """Compile the kernel to `path`. Raises: KernelUnavailableError."""
-    logger.info("compiling the CPU kernel for %s, once", instruction_set.name)
+    _find_compiler()
+    say(f"compiling the CPU kernel for {instruction_set.name}, once; it takes some seconds")
     compile_library(path, sorted(_SOURCES.glob("*.cpp")), instruction_set.compiler_flags)
 
 
 def compile_library(path: Path, sources: Sequence[Path], flags: Sequence[str]) -> None:
     """Compile C++ that may include the kernel's headers. Raises: KernelUnavailableError, with the first complaint."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    if shutil.which(compiler[0]) is None:
-        raise KernelUnavailableError(f"there is no C++ compiler ({compiler[0]}) to build the CPU kernel with")
+    compiler = _find_compiler()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -111,10 +121,24 @@ def compile_library(path: Path, sources: Sequence[Path], flags: Sequence[str]) -
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode != 0:
                 complaint = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr)
+                complaint = complaint or f"{compiler[0]} ended with {result.returncode}"
                 raise KernelUnavailableError(f"the CPU kernel does not compile: {complaint}")
+            with unfinished.open("rb") as file:
+                os.fsync(file)  # half a library, after a crash, would end every start
             unfinished.replace(path)
     except OSError as error:
         raise KernelUnavailableError(f"the CPU kernel cannot be built: {error}") from error
+
+
+def _find_compiler() -> list[str]:
+    """The compiler's command, of $CXX or g++. Raises: KernelUnavailableError where there is none."""
+    try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    except ValueError as error:
+        raise KernelUnavailableError(f"CXX names no compiler: {error}") from error
+    if shutil.which(compiler[0]) is None:
+        raise KernelUnavailableError(f"there is no C++ compiler ({compiler[0]}) to build the CPU kernel with")
+    return compiler
 
 
 def _library_name(instruction_set: InstructionSet) -> str:
@@ -155,6 +179,5 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     for each in INSTRUCTION_SETS:
         build(_PREBUILT / _library_name(each), each)

@@ -13,7 +13,7 @@ class EngineConfig:
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_cache_dtype: Literal["auto", "int8"] = "auto"
-    cpu_kernel: Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "torch"] = "auto"
+    cpu_kernel: Literal["auto", "amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "torch"] = "auto"
     batch_invariant: bool = False
     max_model_len: int | None = None
     block_size: int = 16

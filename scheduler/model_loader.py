@@ -89,8 +89,8 @@ class _Kernel:
     config: DecoderConfig
 
 
-def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
-    """Load the model and size the KV cache.
+def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tuple[Scheduler, ModelRunner]:
+    """Load the model and size the KV cache; `say` is told what takes long.
 
     Raises: UnsupportedModelError, ModelSourceError for the model; CapacityError where memory does not suffice, or the
     settings ask for what this machine has not got.
@@ -100,7 +100,7 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
     file = open_gguf(path) if path.is_file() else None
     hf_config = _read_config(path) if file is None else gguf_config(file)
     plan = plan_model(path, hf_config, None if file is None else _gguf_rope_factors(file))
-    kernel, why_not = _choose_kernel(config, device, plan)
+    kernel, why_not = _choose_kernel(config, device, plan, say)
     dtype = torch.bfloat16 if kernel is not None else _choose_dtype(config, device)
     max_model_len = config.max_model_len or plan.shape.max_position
     if max_model_len > plan.shape.max_position:
@@ -121,17 +121,23 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
     num_layers = len(plan.shape.kv_shapes)
     backend: Backend
     if kernel is not None:
-        backend = CpuBackend(
-            kernel.library,
-            kernel.config,
-            weights,
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            num_threads=torch.get_num_threads(),
-            is_kv_int8=is_kv_int8,
-            is_batch_invariant=config.batch_invariant,
-        )
+        try:
+            backend = CpuBackend(
+                kernel.library,
+                kernel.config,
+                weights,
+                num_blocks=num_blocks,
+                block_size=config.block_size,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                num_threads=torch.get_num_threads(),
+                is_kv_int8=is_kv_int8,
+                is_batch_invariant=config.batch_invariant,
+            )
+        except (OSError, MemoryError) as error:
+            raise CapacityError(
+                f"memory does not suffice for kv_cache_bytes {cache_bytes} and max_num_batched_tokens "
+                f"{config.max_num_batched_tokens}: {error}"
+            ) from error
         how = (
             f"packed {hf_config.model_type}, {num_layers} layers in {', '.join(backend.weight_types)} on cpu, "
             f"C++ kernel for {kernel.instruction_set.name}, {torch.get_num_threads()} threads"
@@ -171,7 +177,9 @@ def load_engine(config: EngineConfig) -> tuple[Scheduler, ModelRunner]:
     return scheduler, runner
 
 
-def _choose_kernel(config: EngineConfig, device: torch.device, plan: ModelPlan) -> tuple[_Kernel | None, str]:
+def _choose_kernel(
+    config: EngineConfig, device: torch.device, plan: ModelPlan, say: Callable[[str], None]
+) -> tuple[_Kernel | None, str]:
     """The C++ kernel where it can run this, else why not.
 
     Raises: CapacityError where the settings ask for it and it cannot.
@@ -198,7 +206,7 @@ def _choose_kernel(config: EngineConfig, device: torch.device, plan: ModelPlan) 
         if not why_not:
             try:
                 instruction_set = choose_instruction_set(config.cpu_kernel)
-                library = load_library(instruction_set, cache_dir())
+                library = load_library(instruction_set, cache_dir(), say)
                 return _Kernel(library, instruction_set, plan.decoder_config), ""
             except KernelUnavailableError as error:
                 why_not = str(error)

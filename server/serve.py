@@ -212,7 +212,7 @@ def _load_engine(settings: Settings, source: ModelSource) -> tuple[Scheduler, Ru
         # Imported on the engine thread: torch takes a second or two, and the server listens meanwhile.
         from headrace.scheduler.model_loader import load_engine
 
-        return load_engine(config)
+        return load_engine(config, say)
 
 
 def _load_tokenizer(source: ModelSource) -> Tokenizer:

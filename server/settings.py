@@ -86,11 +86,11 @@ class Settings(BaseSettings):
     kv_cache_dtype: Literal["auto", "int8"] = Field(
         "auto", description="KV cache; auto is as the weights, int8 takes half of it (CPU kernel only)"
     )
-    cpu_kernel: Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "torch"] = Field(
+    cpu_kernel: Literal["auto", "amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "torch"] = Field(
         "auto", description="what computes on a CPU; auto is the best of this machine, torch does without our kernel"
     )
     batch_invariant: bool = Field(
-        False, description="compute each row alike however many there are; 4-bit weights are slower then"
+        False, description="compute each row alike however many there are; quantised weights are slower then"
     )
     max_model_len: int | None = Field(
         None, ge=2, description="longest prompt + output in tokens; the model's own limit"

@@ -91,7 +91,7 @@ class Fetcher {
     if (tile_ >= num_tiles_) return {};
     const uint8_t* record = tiles_->records[tile_++];
     const int64_t half = num_lines_ / 2 * 64, bytes_per_pair = (half + num_pairs - 1) / num_pairs;
-    return {{record, bytes_per_pair}, {record + half, bytes_per_pair}};
+    return {{record, bytes_per_pair}, {record + half, bytes_per_pair}, FAR};
   }
 
   void lines(int count) {
@@ -129,9 +129,9 @@ inline void attend_segment(const KVCache& cache, const SegmentTiles& tiles, cons
       widen(reinterpret_cast<const int8_t*>(record), wide, TILE_TOKENS * padded_head);
       tiles_of_keys[j] = wide;
     }
-    const auto keys = [&](int, int tile) { return tiles_of_keys[tile]; };
-    tile_product<PAIRS_PER_TILE, 4>(num_rows, space.queries.data(), 1, padded_head / 2, keys, 2 * TILE_TOKENS,
-                                    space.scores.data() + i * TILE_TOKENS, SEGMENT, fetcher.run(padded_head / 2));
+    tile_product<PAIRS_PER_TILE, 4>(num_rows, space.queries.data(), 1, padded_head / 2,
+                                    {tiles_of_keys, 4, 2 * TILE_TOKENS}, space.scores.data() + i * TILE_TOKENS, SEGMENT,
+                                    fetcher.run(padded_head / 2));
   }
 
   // Softmax of each row; the weights become the rows of the product with the values.
@@ -157,7 +157,7 @@ inline void attend_segment(const KVCache& cache, const SegmentTiles& tiles, cons
     const float top = maximum(highest);
     Vec total{};
     for (int t = 0; t < num_tokens; t += LANES) {
-      fetcher.lines(8);
+      fetcher.lines(16);
       Vec weight{};
       if (top > MINUS_INFINITY) weight = exp2(load(scores + t) - top);
       total += weight;
@@ -174,19 +174,18 @@ inline void attend_segment(const KVCache& cache, const SegmentTiles& tiles, cons
     for (int i = 0; i < num_tiles; ++i)
       widen(reinterpret_cast<const int8_t*>(records[i] + half_bytes),
             space.values.data() + i * TILE_TOKENS * padded_head, TILE_TOKENS * padded_head);
-  const auto multiply_values = [&]<int HALVES>(int d) {
-    const auto values = [&](int i, int half) {
-      if (half == 0) fetcher.lines(24);
+  for (int d = 0; d < padded_head; d += 64) {
+    const bool is_whole = d + 64 <= padded_head;
+    const bf16* values[SEGMENT_TILES * 4];
+    for (int i = 0; i < num_tiles; ++i) {
       const bf16* tile = cache.is_int8 ? space.values.data() + i * TILE_TOKENS * padded_head
                                        : reinterpret_cast<const bf16*>(records[i] + half_bytes);
-      return tile + (d + half * 16) * 2;
-    };
-    tile_product<TILE_TOKENS / 2, HALVES>(num_rows, space.weights.data(), num_tiles, TILE_TOKENS / 2, values,
-                                          2 * padded_head, space.outputs.data() + d, padded_head);
-  };
-  int d = 0;
-  for (; d + 64 <= padded_head; d += 64) multiply_values.template operator()<4>(d);
-  if (d < padded_head) multiply_values.template operator()<2>(d);
+      for (int half = 0; half < (is_whole ? 4 : 2); ++half) values[i * 4 + half] = tile + (d + half * 16) * 2;
+    }
+    const auto product = is_whole ? tile_product<TILE_TOKENS / 2, 4> : tile_product<TILE_TOKENS / 2, 2>;
+    product(num_rows, space.weights.data(), num_tiles, TILE_TOKENS / 2, {values, 4, 2 * padded_head},
+            space.outputs.data() + d, padded_head, {});
+  }
 }
 
 }  // namespace headrace

@@ -81,7 +81,7 @@ struct KVCache {
     for (int d = 0; d < padded_head; d += LANES) largest = max(largest, max(load(x + d), -load(x + d)));
     const float limit = maximum(largest);
     *scale = limit / 127.0f;
-    return limit > 0 ? 127.0f / limit : 0.0f;
+    return limit > SMALLEST ? 127.0f / limit : 0.0f;
   }
 };
 

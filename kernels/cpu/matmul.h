@@ -101,7 +101,7 @@ class Operand {
     for (int i = 0; i < GROUP; i += LANES) largest = max(largest, max(load(x + i), -load(x + i)));
     // 32512 = 127 * 256: the largest whose high part is a signed byte however it is rounded.
     const float limit = maximum(largest), scale = limit / 32512.0f;
-    const Vec inverse = splat(limit > 0 ? 32512.0f / limit : 0.0f);
+    const Vec inverse = splat(limit > SMALLEST ? 32512.0f / limit : 0.0f);
     Ints total{};
     alignas(64) int32_t whole[GROUP];
     for (int i = 0; i < GROUP; i += LANES) {
@@ -303,14 +303,8 @@ struct FetchList {
 // What a member needs for its own use while it multiplies.
 struct ProductSpace {
   FetchList soon;
-  std::vector<bf16> dequantised;  // [MAX_PANELS][K][32]
+  std::vector<bf16> dequantised;  // [panels][K][32]
   alignas(64) float columns[BLOCK_ROWS * MAX_PANELS * PANEL];
-};
-
-// Where a panel's two halves begin.
-struct PanelColumns {
-  const bf16* panel;
-  const bf16* operator()(int, int half) const { return panel + half * PANEL; }
 };
 
 constexpr int FETCH_DISTANCE = 2048;  // bytes per row, as more rows take longer over a pair of inputs
@@ -323,12 +317,13 @@ inline Ahead fetch_ahead(const Panel& panel, const Operand& x, int block, FetchL
   const uint8_t* data = panel.weight->data + panel.index * num_bytes;
   if (x.num_blocks() == 1 && !is_quantised(*panel.weight)) {
     const uint8_t* next = data + FETCH_DISTANCE * std::min(x.num_rows(), 4);
-    return {{next, num_bytes / num_pairs}, {next + 64, num_bytes / num_pairs}, true};
+    return {{next, num_bytes / num_pairs}, {next + 64, num_bytes / num_pairs}, NEAR};
   }
   const int64_t share = num_bytes / x.num_blocks();
   const Run weights = {data + panel.step * num_bytes + block * share, (share + num_pairs - 1) / num_pairs};
   const uint8_t* piece = soon.take();
-  return {weights, piece == nullptr ? weights : Run{piece, (soon.piece_bytes + num_pairs - 1) / num_pairs}};
+  const Run other = piece == nullptr ? weights : Run{piece, (soon.piece_bytes + num_pairs - 1) / num_pairs};
+  return {weights, other, FAR};
 }
 
 // Multiply all rows of x with some panels; `epilogue(row, columns)` gets each row's 32 * num_panels results, its own to
@@ -342,7 +337,7 @@ void multiply(const Panel* panels, int num_panels, const Operand& x, ProductSpac
     weights[p] = reinterpret_cast<const bf16*>(weight.data) + panels[p].index * PANEL * num_inputs;
     if (is_quantised(weight) && !x.has_quants()) {
       const size_t size = size_t(PANEL) * num_inputs;
-      if (space.dequantised.size() < size * MAX_PANELS) space.dequantised.resize(size * MAX_PANELS);
+      if (space.dequantised.size() < size * num_panels) space.dequantised.resize(size * num_panels);
       dequantise(weight, panels[p].index, space.dequantised.data() + p * size);
       weights[p] = space.dequantised.data() + p * size;
     }
@@ -352,11 +347,12 @@ void multiply(const Panel* panels, int num_panels, const Operand& x, ProductSpac
     for (int p = 0; p < num_panels; ++p) {
       const Linear& weight = *panels[p].weight;
       float* c = space.columns + p * PANEL;
+      const bf16* halves[2] = {weights[p], weights[p] + PANEL};
       if (is_quantised(weight) && x.has_quants())
         multiply_quants(num_rows, weight, panels[p].index, x, block * BLOCK_ROWS, c, stride);
       else
-        tile_product<PAIRS_PER_TILE, 2>(num_rows, x.block(block), 1, num_inputs / 2, PanelColumns{weights[p]},
-                                        2 * PANEL, c, stride, fetch_ahead(panels[p], x, block, space.soon));
+        tile_product<PAIRS_PER_TILE, 2>(num_rows, x.block(block), 1, num_inputs / 2, {halves, 2, 2 * PANEL}, c, stride,
+                                        fetch_ahead(panels[p], x, block, space.soon));
     }
     for (int m = 0; m < num_rows; ++m) {
       float* columns = space.columns + m * stride;

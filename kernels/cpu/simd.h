@@ -137,6 +137,7 @@ inline Vec exp2(Vec x) {
 }
 
 constexpr float LOG2_E = 1.44269504f;
+constexpr float SMALLEST = 1e-30f;  // what is scaled to integers and is smaller becomes 0: its inverse overflows
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }

@@ -111,7 +111,9 @@ Step::Step(Model& model, const Batch& batch)
       row_blocks_.push_back({b, first, std::min(BLOCK_ROWS, query_len * group_ - first)});
     most_segments = std::max(most_segments, (context_len + SEGMENT - 1) / SEGMENT);
   }
-  if (num_tokens_ > BLOCK_ROWS)
+  const bool is_windowed =
+      std::all_of(model.layers.begin(), model.layers.end(), [](const Layer& l) { return l.window > 0; });
+  if (num_tokens_ > BLOCK_ROWS && !is_windowed)
     for (int b = 0; b < batch.num_sequences; ++b)
       for (int tile = 0; tile * TILE_TOKENS < batch.context_lens[b]; ++tile)
         tile_offsets_.push_back(model.cache.tile_offset(batch.blocks + batch.block_starts[b], tile));

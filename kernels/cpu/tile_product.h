@@ -38,16 +38,36 @@ struct Run {
   const uint8_t* next = nullptr;
   int64_t bytes_per_pair = 0;
 };
+enum Reach { NOWHERE, NEAR, FAR };  // NEAR is soon to be read, FAR only to be in the second-level cache
 struct Ahead {
   Run first, second;
-  bool is_near = false;  // soon to be read, or only to be in the second-level cache
+  Reach reach = NOWHERE;
+
+  void fetch() {
+    if (reach == NOWHERE) return;
+    if (reach == NEAR)
+      prefetch(first.next), prefetch(second.next);
+    else
+      prefetch_far(first.next), prefetch_far(second.next);
+    first.next += first.bytes_per_pair, second.next += second.bytes_per_pair;
+  }
+};
+
+// Where the columns of a product lie: `starts[chunk * per_chunk + half]` is where 16 columns' pairs of a chunk begin,
+// [pairs][16][2], with `pair_stride` elements from one pair to the next.
+struct Columns {
+  const bf16* const* starts;
+  int per_chunk;
+  int64_t pair_stride;
+
+  const bf16* start(int chunk, int half) const { return starts[chunk * per_chunk + half]; }
+  Columns right() const { return {starts + 2, per_chunk, pair_stride}; }
 };
 
 // c [num_rows, 16 * HALVES] (rows `stride` apart) = a times columns, over `num_chunks` chunks of `num_pairs` pairs.
 //
-// `columns(chunk, half)` is where 16 columns' pairs of a chunk begin, [num_pairs][16][2], `pair_stride` elements from
-// one pair to the next. HALVES is 2, or 4, which gives few rows enough sums to work on at once. TILE is the tile size
-// that a was laid out with. What `ahead` shows is fetched on the side.
+// HALVES is 2, or 4, which gives few rows enough sums to work on at once. TILE is the tile size that a was laid out
+// with. What `ahead` shows is fetched on the side.
 #if defined(HEADRACE_HAS_AMX)
 
 inline thread_local int configured_tile = 0;
@@ -58,13 +78,13 @@ inline void end_products() {
   configured_tile = 0;
 }
 
-template <int TILE, int HALVES, class Columns>
-void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride,
-                  float* c, int64_t stride, Ahead ahead = {}) {
+template <int TILE, int HALVES>
+void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, const Columns& columns, float* c,
+                  int64_t stride, Ahead ahead = {}) {
   if constexpr (HALVES == 4) {
-    const auto right = [&](int chunk, int half) { return columns(chunk, half + 2); };
-    tile_product<TILE, 2>(num_rows, a, num_chunks, num_pairs, columns, pair_stride, c, stride, ahead);
-    return tile_product<TILE, 2>(num_rows, a, num_chunks, num_pairs, right, pair_stride, c + 32, stride);
+    tile_product<TILE, 2>(num_rows, a, num_chunks, num_pairs, columns, c, stride, ahead);
+    tile_product<TILE, 2>(num_rows, a, num_chunks, num_pairs, columns.right(), c + 32, stride);
+    return;
   }
   // Tiles are loaded and stored whole: rows beyond num_rows are computed for nothing.
   const bool has_lower = num_rows > amx::TILE_ROWS;
@@ -72,15 +92,12 @@ void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, Co
   amx::configure<TILE>(&configured_tile);
   amx::zero();
   for (int chunk = 0; chunk < num_chunks; ++chunk) {
-    const bf16* left = columns(chunk, 0);
-    const bf16* right = columns(chunk, 1);
+    const bf16* left = columns.start(chunk, 0);
+    const bf16* right = columns.start(chunk, 1);
     for (int pair = 0; pair < num_pairs; pair += TILE, a += 2 * TILE * BLOCK_ROWS) {
-      if (ahead.first.next != nullptr)
-        for (int i = 0; i < TILE; ++i) {
-          prefetch(ahead.first.next), prefetch(ahead.second.next);
-          ahead.first.next += ahead.first.bytes_per_pair, ahead.second.next += ahead.second.bytes_per_pair;
-        }
-      amx::multiply<TILE>(a, has_lower, left + pair * pair_stride, right + pair * pair_stride, pair_stride);
+      for (int i = 0; i < TILE; ++i) ahead.fetch();
+      const int64_t offset = pair * columns.pair_stride;
+      amx::multiply<TILE>(a, has_lower, left + offset, right + offset, columns.pair_stride);
     }
   }
   amx::store(out[0], has_lower);
@@ -93,12 +110,11 @@ void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, Co
 
 inline void end_products() {}
 
-enum Fetch { NOTHING, NEAR, FAR };
-
-template <int M, int TILE, int HALVES, Fetch FETCH, class Columns>
-void product(const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride, float* c,
-             int64_t stride, Ahead ahead) {
+template <int M, int TILE, int HALVES>
+void product(const bf16* a, int num_chunks, int num_pairs, const Columns& columns, float* c, int64_t stride,
+             Ahead ahead) {
   constexpr int VECTORS = LANES == 16 ? HALVES : 2;  // in a pass: 16 columns are one vector, or two
+  const int64_t pair_stride = columns.pair_stride;
   for (int pass = 0; pass < 16 * HALVES; pass += VECTORS * LANES) {
     Vec acc[M][VECTORS] = {};
     const bf16* rows = a;
@@ -106,7 +122,7 @@ void product(const bf16* a, int num_chunks, int num_pairs, Columns columns, int6
       const bf16* from[VECTORS];
       for (int v = 0; v < VECTORS; ++v) {
         const int column = pass + v * LANES;
-        from[v] = columns(chunk, column / 16) + column % 16 * 2;
+        from[v] = columns.start(chunk, column / 16) + column % 16 * 2;
       }
       for (int tile = 0; tile < num_pairs; tile += TILE, rows += 2 * TILE * M)
         for (int pair = 0; pair < TILE; ++pair) {
@@ -116,9 +132,7 @@ void product(const bf16* a, int num_chunks, int num_pairs, Columns columns, int6
             columns_of_pair[v] = load_as<Ints>(from[v]);
             from[v] += pair_stride;
           }
-          if constexpr (FETCH == NEAR) prefetch(ahead.first.next), prefetch(ahead.second.next);
-          if constexpr (FETCH == FAR) prefetch_far(ahead.first.next), prefetch_far(ahead.second.next);
-          ahead.first.next += ahead.first.bytes_per_pair, ahead.second.next += ahead.second.bytes_per_pair;
+          ahead.fetch();
 #pragma GCC unroll 16
           for (int m = 0; m < M; ++m) {
             const Ints x = splat_pair(rows + 2 * (TILE * m + pair));
@@ -135,32 +149,27 @@ void product(const bf16* a, int num_chunks, int num_pairs, Columns columns, int6
 }
 
 // Find the product for so many rows, M or fewer.
-template <int M, int TILE, int HALVES, class Columns>
-void product_of(int num_rows, const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride,
-                float* c, int64_t stride, Ahead ahead) {
+template <int M, int TILE, int HALVES>
+void product_of(int num_rows, const bf16* a, int num_chunks, int num_pairs, const Columns& columns, float* c,
+                int64_t stride, Ahead ahead) {
   if constexpr (M > 1) {
     if (num_rows < M)
-      return product_of<M - 1, TILE, HALVES>(num_rows, a, num_chunks, num_pairs, columns, pair_stride, c, stride,
-                                             ahead);
+      return product_of<M - 1, TILE, HALVES>(num_rows, a, num_chunks, num_pairs, columns, c, stride, ahead);
   }
-  const auto run = ahead.first.next == nullptr ? product<M, TILE, HALVES, NOTHING, Columns>
-                   : ahead.is_near             ? product<M, TILE, HALVES, NEAR, Columns>
-                                               : product<M, TILE, HALVES, FAR, Columns>;
-  run(a, num_chunks, num_pairs, columns, pair_stride, c, stride, ahead);
+  product<M, TILE, HALVES>(a, num_chunks, num_pairs, columns, c, stride, ahead);
 }
 
-template <int TILE, int HALVES, class Columns>
-void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, Columns columns, int64_t pair_stride,
-                  float* c, int64_t stride, Ahead ahead = {}) {
+template <int TILE, int HALVES>
+void tile_product(int num_rows, const bf16* a, int num_chunks, int num_pairs, const Columns& columns, float* c,
+                  int64_t stride, Ahead ahead = {}) {
   constexpr int max_rows = BLOCK_ROWS * 2 / HALVES;  // the registers hold so many sums
   if constexpr (HALVES == 4) {
     if (num_rows > max_rows) {
-      const auto right = [&](int chunk, int half) { return columns(chunk, half + 2); };
-      tile_product<TILE, 2>(num_rows, a, num_chunks, num_pairs, columns, pair_stride, c, stride, ahead);
-      return tile_product<TILE, 2>(num_rows, a, num_chunks, num_pairs, right, pair_stride, c + 32, stride);
+      tile_product<TILE, 2>(num_rows, a, num_chunks, num_pairs, columns, c, stride, ahead);
+      return tile_product<TILE, 2>(num_rows, a, num_chunks, num_pairs, columns.right(), c + 32, stride);
     }
   }
-  product_of<max_rows, TILE, HALVES>(num_rows, a, num_chunks, num_pairs, columns, pair_stride, c, stride, ahead);
+  product_of<max_rows, TILE, HALVES>(num_rows, a, num_chunks, num_pairs, columns, c, stride, ahead);
 }
 
 #endif

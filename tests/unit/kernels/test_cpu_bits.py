@@ -57,14 +57,14 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     }
 
 
-def cache_of(backend: CpuBackend, num_bytes: int) -> np.ndarray:
-    [cache] = [memory for memory in backend._packer._kept if memory.nbytes == num_bytes]
-    return cache.view(np.uint8)
-
-
 def poison(backend: CpuBackend, model: TinyModel, num_tokens: int, is_kv_int8: bool, byte: int) -> None:
     """Fill the cache with what is no number in any format (0xff), or infinite or huge (0x7f)."""
-    cache_of(backend, num_tokens * kv_bytes_per_token(model.config, is_kv_int8))[:] = byte
+    num_layers = len(model.config.windows)
+    num_bytes = num_tokens * kv_bytes_per_token(model.config, is_kv_int8) // num_layers
+    caches = [memory for memory in backend._packer._kept if memory.nbytes == num_bytes]
+    assert len(caches) == num_layers
+    for cache in caches:
+        cache.view(np.uint8)[:] = byte
 
 
 def assert_equal(first: torch.Tensor, second: torch.Tensor, what: object) -> None:

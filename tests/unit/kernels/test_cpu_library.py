@@ -166,12 +166,29 @@ def test_a_folder_that_cannot_be_written_is_named(sources: Path, cache: Path) ->
 
 
 @pytest.mark.parametrize("content", ["", "no library"])
-def test_a_damaged_library_is_named(sources: Path, cache: Path, content: str) -> None:
+def test_a_damaged_library_is_built_anew_aloud(sources: Path, cache: Path, content: str) -> None:
     (cache / "kernels").mkdir(parents=True)
     name = cpu_library._library_name(ANY)
     (cache / "kernels" / name).write_text(content)
-    with pytest.raises(KernelUnavailableError, match=f"{name} cannot be loaded"):
-        load_library(ANY, cache)
+    said: list[str] = []
+    load_library(ANY, cache, said.append)
+    assert "cannot be loaded" in said[0]
+    assert name in said[0]
+    assert said[1].startswith("compiling the CPU kernel for")
+
+
+def test_without_a_compiler_nothing_is_said_to_be_compiled(
+    sources: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    for compiler in ("no-such-compiler", "g++ 'half"):
+        monkeypatch.setenv("CXX", compiler)
+        with pytest.raises(KernelUnavailableError, match="compiler"):
+            load_library(ANY, cache, said.append)
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(KernelUnavailableError, match="false ended with 1"):
+        load_library(ANY, cache, said.append)
+    assert len(said) == 1
 
 
 def test_a_library_without_the_functions_is_named(sources: Path, cache: Path) -> None:
