@@ -282,3 +282,15 @@ def test_nothing_to_sample_is_no_error(library: ctypes.CDLL) -> None:
     floats, ints, seeds = np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.uint64)
     batch = SamplingBatch(floats, ints, floats, floats, seeds, ints, ints)
     assert sampler(library, 10).sample(torch.empty(0, 10), batch) == []
+
+
+@pytest.mark.parametrize("token_id", [-1, 96])
+def test_tokens_that_do_not_exist_are_refused(any_library: ctypes.CDLL, token_id: int) -> None:
+    backend, ids = sampler(any_library, 96), np.array([3, token_id], np.int64)
+    for lists in (
+        {"penalties": [Penalties(0, ids, 1, 1.5, 0.0, 0.0)]},
+        {"biased": [(0, ids, np.ones(2, np.float32))]},
+        {"masked": [(0, ids)]},
+    ):
+        with pytest.raises(IndexError, match="not within 0"):
+            backend.sample(random_logits(1, 96, seed=1), make_batch([(1.0, 0, 1.0, 0.0)], **lists))

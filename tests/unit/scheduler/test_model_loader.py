@@ -15,6 +15,7 @@ from headrace.scheduler import model_loader
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import CapacityError, HeadraceError, ModelSourceError, UnsupportedModelError
 from headrace.scheduler.model_loader import load_engine
+from requirements import need_program
 from tiny_models import SHAPE, generate, generate_with_hugging_face, greedy, tiny_llama, tiny_model
 
 # 1 layer, keys and values, 2 heads of 16 floats.
@@ -342,3 +343,21 @@ def test_a_model_that_computes_no_numbers_is_refused_while_warming_up(folder: Pa
     _, runner = load(folder)
     with pytest.raises(ModelSourceError, match="no numbers"):
         runner.warm_up()
+
+
+def test_memory_that_does_not_suffice_for_the_kernel_is_named(folder: Path) -> None:
+    need_program("g++")
+    with pytest.raises(CapacityError, match="does not suffice for kv_cache_bytes"):
+        load(folder, dtype="bfloat16", kv_cache_bytes=1 << 60, max_num_seqs=4096, block_size=1 << 30)
+
+
+def test_a_setting_that_needs_the_kernel_says_why_there_is_none(folder: Path) -> None:
+    for fields, complaint in (
+        ({"kv_cache_dtype": "int8"}, r"kv_cache_dtype int8 needs the C\+\+ kernel.*float32"),
+        ({"batch_invariant": True}, r"batch_invariant needs the C\+\+ kernel.*float32"),
+        ({"cpu_kernel": "avx2"}, r"cpu_kernel avx2 needs the C\+\+ kernel.*float32"),
+        ({"dtype": "auto", "cpu_kernel": "avx2", "block_size": 24}, "block_size 24 is no multiple of 16"),
+        ({"dtype": "auto", "cpu_kernel": "torch", "kv_cache_dtype": "int8"}, "cpu_kernel is torch"),
+    ):
+        with pytest.raises(CapacityError, match=complaint):
+            load(folder, **fields)
