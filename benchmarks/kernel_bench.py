@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,13 @@ import torch
 from headrace.kernels import torch_ops
 from headrace.kernels.backend import Backend, StepBatch
 from headrace.kernels.cpu_backend import CpuBackend, kv_bytes_per_token
-from headrace.kernels.cpu_library import InstructionSet, choose_instruction_set, compile_library, load_library
+from headrace.kernels.cpu_library import (
+    INSTRUCTION_SETS,
+    InstructionSet,
+    choose_instruction_set,
+    compile_library,
+    load_library,
+)
 from headrace.kernels.decoder import DecoderConfig, KVCache
 from headrace.kernels.torch_backend import TorchBackend
 from headrace.scheduler.config import EngineConfig
@@ -118,11 +125,10 @@ class Subject:
 
 class Bench:
     def __init__(self, path: Path, num_rounds: int, contexts: list[int], widths: list[int], kernel: str) -> None:
-        file = open_gguf(path)
-        plan = plan_model(path, gguf_config(file), None)
-        if plan.decoder_config is None:
+        self._plan = plan_model(path, gguf_config(open_gguf(path)), None)
+        if self._plan.decoder_config is None:
             raise SystemExit(f"{path} is of a family that the kernel does not run")
-        self.config: DecoderConfig = plan.decoder_config
+        self.config: DecoderConfig = self._plan.decoder_config
         self.path = path
         self.contexts, self.widths, self.num_rounds = contexts, widths, num_rounds
         self.num_threads = torch.get_num_threads()
@@ -189,7 +195,7 @@ class Bench:
     def step(self) -> Step:
         """Two engines in turn, one greedy and one sampling, each with 64 sequences."""
         greedy, sampled = SamplingParams(temperature=0), SamplingParams(temperature=0.8, top_p=0.95)
-        engines = [_Engine(self.path, sampling) for sampling in (greedy, sampled)]
+        engines = [_Engine(self.path, self.instruction_set, sampling) for sampling in (greedy, sampled)]
         seconds: list[list[float]] = [[], []]
         kernel_s = []
         for _ in range(10 * self.num_rounds):
@@ -221,9 +227,8 @@ class Bench:
         return statistics.median(kernel_s), torch_median, statistics.median(bandwidth), statistics.median(rate)
 
     def _in_torch(self) -> TorchBackend:
-        plan = plan_model(self.path, gguf_config(open_gguf(self.path)), None)
         weights = read_gguf(open_gguf(self.path), torch.bfloat16, keeps_quants=False)
-        decoder = plan.build(weights, torch.bfloat16, torch.device("cpu"))
+        decoder = self._plan.build(weights, torch.bfloat16, torch.device("cpu"))
         size = (self._num_blocks, _BLOCK_SIZE, self.config.num_kv_heads, self.config.head_dim)
         keys, values = ([torch.zeros(size, dtype=torch.bfloat16) for _ in self.config.windows] for _ in "kv")
         return TorchBackend(decoder, KVCache(keys, values), torch_ops)
@@ -251,8 +256,9 @@ class Bench:
 class _Engine:
     """An engine with 64 sequences past their prompts."""
 
-    def __init__(self, path: Path, sampling: SamplingParams) -> None:
-        config = EngineConfig(path, device="cpu", kv_cache_bytes=2**30)
+    def __init__(self, path: Path, instruction_set: InstructionSet, sampling: SamplingParams) -> None:
+        chosen: dict[str, Any] = {"cpu_kernel": instruction_set.name}
+        config = EngineConfig(path, device="cpu", kv_cache_bytes=2**30, **chosen)
         self._scheduler, self._runner = load_engine(config)
         self._has_prompts = True
         params = SamplingParams(temperature=sampling.temperature, top_p=sampling.top_p, seed=1, max_tokens=10_000)
@@ -291,7 +297,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="rounds per figure, at least 3 for a median")
     parser.add_argument("--contexts", default="220", help="context lengths, the first of them with goals")
     parser.add_argument("--widths", default="1,8,32,64", help="rows per step")
-    parser.add_argument("--kernel", default="auto", help="instruction set: amx, avx512_bf16, avx512, avx2")
+    names = ["auto", *(each.name for each in INSTRUCTION_SETS)]
+    parser.add_argument("--kernel", default="auto", choices=names, help="instruction set")
     args = parser.parse_args(argv)
     path = resolve_model(args.model).path
     contexts, widths = ([int(part) for part in text.split(",")] for text in (args.contexts, args.widths))

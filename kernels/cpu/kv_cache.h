@@ -77,9 +77,7 @@ struct KVCache {
  private:
   // The scale that maps x [Dp] to +-127; returns its inverse.
   float set_scale(const float* x, float* scale) const {
-    Vec largest{};
-    for (int d = 0; d < padded_head; d += LANES) largest = max(largest, max(load(x + d), -load(x + d)));
-    const float limit = maximum(largest);
+    const float limit = magnitude(x, padded_head);
     *scale = limit / 127.0f;
     return limit > SMALLEST ? 127.0f / limit : 0.0f;
   }

@@ -97,10 +97,8 @@ class Operand {
   }
 
   void set_quants(int row, int k, const float* x) {
-    Vec largest{};
-    for (int i = 0; i < GROUP; i += LANES) largest = max(largest, max(load(x + i), -load(x + i)));
     // 32512 = 127 * 256: the largest whose high part is a signed byte however it is rounded.
-    const float limit = maximum(largest), scale = limit / 32512.0f;
+    const float limit = magnitude(x, GROUP), scale = limit / 32512.0f;
     const Vec inverse = splat(limit > SMALLEST ? 32512.0f / limit : 0.0f);
     Ints total{};
     alignas(64) int32_t whole[GROUP];

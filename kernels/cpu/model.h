@@ -83,6 +83,9 @@ class Model {
   const KVCache cache;
   std::vector<Workspace> spaces;  // one per member
 
+  // All layers' weights that one buffer's rows are made for: it has to serve whatever formats they have.
+  std::vector<const Linear*> qkv_weights, out_weights, gate_up_weights, down_weights;
+
   // Buffers of a step, for up to max_tokens rows.
   std::vector<float> hidden;   // [T, E]
   std::vector<float> cosines;  // [T, D / 2]

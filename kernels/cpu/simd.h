@@ -136,6 +136,13 @@ inline Vec exp2(Vec x) {
   return x < splat(-126.0f) ? splat(0.0f) : y;
 }
 
+// The largest magnitude among count values, a multiple of LANES.
+inline float magnitude(const float* x, int count) {
+  Vec largest{};
+  for (int i = 0; i < count; i += LANES) largest = max(largest, max(load(x + i), -load(x + i)));
+  return maximum(largest);
+}
+
 constexpr float LOG2_E = 1.44269504f;
 constexpr float SMALLEST = 1e-30f;  // what is scaled to integers and is smaller becomes 0: its inverse overflows
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();

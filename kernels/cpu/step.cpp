@@ -17,6 +17,14 @@ KVCache make_cache(const ModelConfig& config) {
 // As much of the cache as may wait in the third-level cache, all members together.
 constexpr int64_t SOON_BYTES = 12 << 20;
 
+// out [size] = x / root mean square of x * weight; out may be x.
+void rms_norm(const float* x, const float* weight, int size, float eps, float* out) {
+  Vec squares{};
+  for (int i = 0; i < size; i += LANES) squares = fma(load(x + i), load(x + i), squares);
+  const float inverse = 1.0f / std::sqrt(sum(squares) / float(size) + eps);
+  for (int i = 0; i < size; i += LANES) store(out + i, load(x + i) * inverse * load(weight + i));
+}
+
 Vec silu(Vec x) { return x / (1.0f + exp2(x * -LOG2_E)); }
 
 }  // namespace
@@ -41,10 +49,29 @@ Model::Model(const ModelConfig& model_config)
   post_normed.reserve(max_tokens, hidden_size);
   activated.reserve(max_tokens, int(config.intermediate_size));
   last_normed.reserve(max_tokens, hidden_size);
+  for (const Layer& layer : layers) {
+    qkv_weights.insert(qkv_weights.end(), {&layer.query, &layer.key, &layer.value});
+    out_weights.push_back(&layer.out);
+    gate_up_weights.insert(gate_up_weights.end(), {&layer.gate, &layer.up});
+    down_weights.push_back(&layer.down);
+  }
   for (Workspace& space : spaces) {
     space.rows.reserve(PRIVATE_ROWS, largest);
     space.row.resize(largest);
   }
+}
+
+using Weights = std::initializer_list<const Linear*>;
+
+template <class List>
+void Step::begin(Operand& operand, int num_rows, const List& weights) const {
+  bool has_tiles = false, has_quants = false;
+  for (const Linear* weight : weights) {
+    const bool is_narrow =
+        HAS_NARROW_PATH && !config_.is_batch_invariant && num_rows <= NARROW_ROWS && is_quantised(*weight);
+    (is_narrow ? has_quants : has_tiles) = true;
+  }
+  operand.begin(num_rows, int((*weights.begin())->num_inputs), has_tiles, has_quants);
 }
 
 // A member's way through the phases. Each phase's inputs are made first: by each member for itself where rows are few,
@@ -58,7 +85,7 @@ struct Step::Walk {
 
   // Share units; whoever has none left fetches the weights that the next phase begins with.
   template <class Unit>
-  void share(Phase kind, int num_units, const std::vector<const Linear*>& upcoming, Unit unit) {
+  void share(Phase kind, int num_units, Weights upcoming, Unit unit) {
     const int num_members = step.model_.team.size();
     step.phases_.share(phase++, member, num_units, unit, [&] {
       for (const Linear* weight : upcoming) fetch_start(*weight, member, num_members);
@@ -71,8 +98,8 @@ struct Step::Walk {
 
   // Share units that read `num_rows` rows of an operand for `weights`, which `make(operand, row)` makes.
   template <class Make, class Unit>
-  void share(Phase kind, int num_units, int num_rows, Operand& shared, const std::vector<const Linear*>& weights,
-             const std::vector<const Linear*>& upcoming, Make make, Unit unit) {
+  void share(Phase kind, int num_units, int num_rows, Operand& shared, Weights weights, Weights upcoming, Make make,
+             Unit unit) {
     if (num_rows > PRIVATE_ROWS) {
       // A block of rows is one member's: its rows lie close together. How many there are is the step's to say, not the
       // operand's, which may be the next step's already when a member comes late.
@@ -125,33 +152,15 @@ Step::Step(Model& model, const Batch& batch)
     model.maxima.resize(num_results);
     model.sums.resize(num_results);
   }
-  // What all members share serves every layer, though their formats may differ.
-  std::vector<const Linear*> inner, outer, up, down;
-  for (const Layer& layer : model.layers) {
-    inner.insert(inner.end(), {&layer.query, &layer.key, &layer.value});
-    outer.push_back(&layer.out);
-    up.insert(up.end(), {&layer.gate, &layer.up});
-    down.push_back(&layer.down);
-  }
-  begin(model.normed, num_tokens_, inner);
-  begin(model.attended, num_tokens_, outer);
-  begin(model.post_normed, num_tokens_, up);
-  begin(model.activated, num_tokens_, down);
-  begin(model.last_normed, num_logit_rows_, {&config_.head});
+  begin(model.normed, num_tokens_, model.qkv_weights);
+  begin(model.attended, num_tokens_, model.out_weights);
+  begin(model.post_normed, num_tokens_, model.gate_up_weights);
+  begin(model.activated, num_tokens_, model.down_weights);
+  begin(model.last_normed, num_logit_rows_, Weights{&config_.head});
   for (Workspace& space : model.spaces) {
     space.best.assign(num_logit_rows_, MINUS_INFINITY);
     space.best_token.assign(num_logit_rows_, 0);
   }
-}
-
-void Step::begin(Operand& operand, int num_rows, const std::vector<const Linear*>& weights) const {
-  bool has_tiles = false, has_quants = false;
-  for (const Linear* weight : weights) {
-    const bool is_narrow =
-        HAS_NARROW_PATH && !config_.is_batch_invariant && num_rows <= NARROW_ROWS && is_quantised(*weight);
-    (is_narrow ? has_quants : has_tiles) = true;
-  }
-  operand.begin(num_rows, int(weights.front()->num_inputs), has_tiles, has_quants);
 }
 
 void Step::run(int member) noexcept {
@@ -162,14 +171,13 @@ void Step::run(int member) noexcept {
   walk.share(EMBED, num_tokens_, {}, [&](int row) { embed(row); });
   fetch_soon(&model_.layers.front(), member);
   for (const Layer& layer : model_.layers) {
-    const bool is_last = &layer == &model_.layers.back();
-    const Layer& next = *(&layer + !is_last);
+    const Layer* next = &layer == &model_.layers.back() ? nullptr : &layer + 1;
     walk.share(
         QKV, num_kv_heads + num_heads, num_tokens_, model_.normed, {&layer.query, &layer.key, &layer.value}, {},
         [&](Operand& to, int row) { normalise(layer.input_norm, row, to, row, space); },
         [&](int unit, const Operand& x) { project_head(layer, unit, x, space); });
     walk.share(ATTENTION, num_attention_units(), {&layer.out}, [&](int unit) { attend(layer, unit, space); });
-    fetch_soon(is_last ? nullptr : &next, member);
+    fetch_soon(next, member);
     walk.share(
         OUT, int(layer.out.num_panels), num_tokens_, model_.attended, {&layer.out}, {&layer.gate, &layer.up},
         [&](Operand& to, int row) { merge_heads(to, row, space); },
@@ -178,7 +186,7 @@ void Step::run(int member) noexcept {
         GATE_UP, int(layer.gate.num_panels), num_tokens_, model_.post_normed, {&layer.gate, &layer.up}, {&layer.down},
         [&](Operand& to, int row) { normalise(layer.post_norm, row, to, row, space); },
         [&](int panel, const Operand& x) { activate(layer, panel, x, space); });
-    walk.share(DOWN, int(layer.down.num_panels), {is_last ? &config_.head : &next.query},
+    walk.share(DOWN, int(layer.down.num_panels), {next == nullptr ? &config_.head : &next->query},
                [&](int panel) { add_panel(layer.down, panel, model_.activated, space); });
   }
   if (num_logit_rows_ > 0)
@@ -215,18 +223,14 @@ void Step::embed(int row) {
 // Row `row` of an operand = RMS norm of hidden[from].
 void Step::normalise(const float* weight, int from, Operand& to, int row, Workspace& space) {
   const int size = int(config_.hidden_size);
-  const float* x = model_.hidden.data() + int64_t(from) * size;
-  Vec squares{};
-  for (int i = 0; i < size; i += LANES) squares = fma(load(x + i), load(x + i), squares);
-  const float inverse = 1.0f / std::sqrt(sum(squares) / float(size) + config_.rms_norm_eps);
-  for (int i = 0; i < size; i += LANES) store(space.row.data() + i, load(x + i) * inverse * load(weight + i));
+  rms_norm(model_.hidden.data() + int64_t(from) * size, weight, size, config_.rms_norm_eps, space.row.data());
   for (int k = 0; k < size; k += GROUP) to.set(row, k, space.row.data() + k);
 }
 
 // Units 0 .. G: a key/value head of all rows, into the cache; then H query heads, scaled for attention.
 void Step::project_head(const Layer& layer, int unit, const Operand& x, Workspace& space) {
   const int num_kv_heads = int(config_.num_kv_heads), padded_head = model_.padded_head;
-  const int num_panels = padded_head / PANEL;
+  const int num_panels = padded_head / PANEL, head_size = int(config_.head_size);
   Panel panels[MAX_PANELS];
   if (unit < num_kv_heads) {
     for (int p = 0; p < num_panels; ++p) {
@@ -243,29 +247,21 @@ void Step::project_head(const Layer& layer, int unit, const Operand& x, Workspac
       if (row == 0 || record_of(row) != record_of(row - 1))
         model_.cache.fetch(record_of(row), places_[row].position % TILE_TOKENS);
     multiply(panels, 2 * num_panels, x, space.product, [&](int row, float* key_value) {
-      if (layer.key_norm != nullptr) normalise_head(key_value, layer.key_norm);
+      if (layer.key_norm != nullptr) rms_norm(key_value, layer.key_norm, head_size, config_.rms_norm_eps, key_value);
       rotate(key_value, row);
       model_.cache.write(record_of(row), places_[row].position % TILE_TOKENS, key_value, key_value + padded_head);
     });
     return;
   }
   const int head = unit - num_kv_heads;
-  const float scale = LOG2_E / std::sqrt(float(config_.head_size));
+  const float scale = LOG2_E / std::sqrt(float(head_size));
   for (int p = 0; p < num_panels; ++p) panels[p] = {&layer.query, head * num_panels + p, num_panels};
   multiply(panels, num_panels, x, space.product, [&](int row, float* query) {
-    if (layer.query_norm != nullptr) normalise_head(query, layer.query_norm);
+    if (layer.query_norm != nullptr) rms_norm(query, layer.query_norm, head_size, config_.rms_norm_eps, query);
     rotate(query, row);
     bf16* to = model_.queries.data() + (int64_t(row) * config_.num_heads + head) * padded_head;
     for (int d = 0; d < padded_head; d += LANES) store_bf16(to + d, load(query + d) * scale);
   });
-}
-
-void Step::normalise_head(float* head, const float* weight) const {
-  const int size = int(config_.head_size);
-  Vec squares{};
-  for (int d = 0; d < size; d += LANES) squares = fma(load(head + d), load(head + d), squares);
-  const float inverse = 1.0f / std::sqrt(sum(squares) / float(size) + config_.rms_norm_eps);
-  for (int d = 0; d < size; d += LANES) store(head + d, load(head + d) * inverse * load(weight + d));
 }
 
 // RoPE: dimension i pairs with i + D / 2.

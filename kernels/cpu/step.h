@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <initializer_list>
 #include <utility>
 
 #include "model.h"
@@ -44,12 +45,12 @@ class Step final : public Job {
   void pick(int panel, const Operand& x, Workspace& space);
 
   void rotate(float* head, int row) const;
-  void normalise_head(float* head, const float* weight) const;
   int num_attention_units() const;
   Query query_of(const Layer& layer, int unit) const;
   std::pair<int, int> segments_of(const Query& query, int unit) const;
   // Let an operand take `num_rows` rows for these weights.
-  void begin(Operand& operand, int num_rows, const std::vector<const Linear*>& weights) const;
+  template <class List>
+  void begin(Operand& operand, int num_rows, const List& weights) const;
 
   Model& model_;
   const ModelConfig& config_;

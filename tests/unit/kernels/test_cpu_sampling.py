@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+import sampling_batches
 from cpu_models import TinyModel, cpu_backend
 from headrace.kernels.cpu_backend import CpuBackend
 from headrace.kernels.sampling import Penalties, SamplingBatch, sample, uniforms
+from sampling_batches import Setting, random_logits
 
-# (temperature, top_k, top_p, min_p)
-Setting = tuple[float, int, float, float]
 PLAIN: Setting = (1.0, 0, 1.0, 0.0)
 
 
@@ -22,21 +22,9 @@ def sampler(library: ctypes.CDLL, vocab_size: int, num_threads: int = 2) -> CpuB
 
 
 def make_batch(rows: list[Setting], positions: list[int] | None = None, seed: int = 7, **lists: Any) -> SamplingBatch:
-    temperature, top_k, top_p, min_p = zip(*rows, strict=True)
-    return SamplingBatch(
-        np.array(temperature, np.float32),
-        np.array(top_k, np.int64),
-        np.array(top_p, np.float32),
-        np.array(min_p, np.float32),
-        np.full(len(rows), seed, np.uint64),
-        np.arange(len(rows)) % 3,
-        np.array(positions if positions is not None else range(len(rows)), np.int64),
-        **lists,
-    )
-
-
-def random_logits(num_rows: int, vocab_size: int, seed: int, spread: float = 3.0) -> torch.Tensor:
-    return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * spread
+    num_rows = len(rows)
+    choices = [row % 3 for row in range(num_rows)]
+    return sampling_batches.make_batch(rows, [seed] * num_rows, positions or range(num_rows), choices, **lists)
 
 
 def random_modifiers(num_rows: int, vocab_size: int, generator: np.random.Generator) -> dict[str, Any]:

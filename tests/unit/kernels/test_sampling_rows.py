@@ -6,32 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+import sampling_batches
 from headrace.kernels import sampling
 from headrace.kernels.sampling import SamplingBatch, sample, uniforms
+from sampling_batches import Setting, random_logits
 
 FloatArray = npt.NDArray[np.float64]
-# (temperature, top_k, top_p, min_p)
-Setting = tuple[float, int, float, float]
 
 
 def make_batch(
     rows: list[Setting], seeds: list[int], positions: list[int], masked: list[tuple[int, int]] | None = None
 ) -> SamplingBatch:
-    temperature, top_k, top_p, min_p = zip(*rows, strict=True)
-    return SamplingBatch(
-        np.array(temperature, np.float32),
-        np.array(top_k, np.int64),
-        np.array(top_p, np.float32),
-        np.array(min_p, np.float32),
-        np.array(seeds, np.uint64),
-        np.zeros(len(rows), np.int64),
-        np.array(positions, np.int64),
-        masked=[(row, np.array([token])) for row, token in masked or []],
-    )
-
-
-def random_logits(num_rows: int, vocab: int, seed: int, spread: float = 3.0) -> torch.Tensor:
-    return torch.randn(num_rows, vocab, generator=torch.Generator().manual_seed(seed)) * spread
+    lists = [(row, np.array([token])) for row, token in masked or []]
+    return sampling_batches.make_batch(rows, seeds, positions, [0] * len(rows), masked=lists)
 
 
 def splitmix64(x: int) -> int:
