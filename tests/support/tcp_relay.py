@@ -65,17 +65,26 @@ class TcpRelay:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
+                self._sockets.append(client)
                 if self._is_cut:
                     _close(client)
-                    continue
-                server = socket.create_connection(self._upstream)
-                self._sockets += [client, server]
-                request = client.recv(65536)
-                is_stream = request.startswith(b"GET /v1/stream")
-                limit = self._cuts.pop(0) if is_stream and self._cuts else None
-                server.sendall(request)
-                self._start(self._pump, client, server, None)
-                self._start(self._pump, server, client, limit)
+                else:
+                    # Not here: a browser also opens connections ahead of need, and sends nothing over them for long.
+                    self._start(self._relay, client)
+
+    def _relay(self, client: socket.socket) -> None:
+        try:
+            request = client.recv(65536)
+            server = socket.create_connection(self._upstream)
+            self._sockets.append(server)
+            server.sendall(request)
+        except OSError:  # cut meanwhile
+            _close(client)
+            return
+        is_stream = request.startswith(b"GET /v1/stream")
+        limit = self._cuts.pop(0) if is_stream and self._cuts else None
+        self._start(self._pump, client, server, None)
+        self._pump(server, client, limit)
 
     def _pump(self, source: socket.socket, target: socket.socket, limit: int | None) -> None:
         num_passed = 0
