@@ -2,11 +2,13 @@
 
 All of them are frozen: the thread that made one hands it over and never touches it again. The loop sends
 GenerationRequest and request ids to cancel; the engine answers with one StepOutput per step.
-Times are seconds on the process's monotonic clock.
+Times are seconds on the process's monotonic clock. What there is one of per row and step is a named tuple, which takes
+a third of the time to make.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class FinishReason(StrEnum):
@@ -72,8 +74,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RowResult:
+class RowResult(NamedTuple):
     """What a step computed for one row. `token_id` is None where the row stops short of its sequence's last token."""
 
     token_id: int | None = None
@@ -81,8 +82,7 @@ class RowResult:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceOutput:
+class SequenceOutput(NamedTuple):
     """What one step did for one sequence.
 
     `scheduled_s` is set once, on the step that first ran the sequence, and so is `num_cached_tokens`. `token_ids` can

@@ -5,7 +5,6 @@ Owned by the engine thread. It reads sequences and never changes them: the sched
 
 import itertools
 import math
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -64,7 +63,7 @@ class ModelRunner:
             result = next(drawn) if row.is_sampled else RowResult()
             if row.scored_positions:
                 scored = tuple(itertools.islice(prompts, len(row.scored_positions)))
-                result = replace(result, prompt_logprobs=scored)
+                result = result._replace(prompt_logprobs=scored)
             results.append(result)
         return results
 

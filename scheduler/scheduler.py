@@ -13,6 +13,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.messages import FinishReason, GenerationRequest, LoadSnapshot, RowResult, SequenceOutput
@@ -22,8 +23,7 @@ from headrace.scheduler.sequence import Sequence, SequenceStatus
 _MIN_DEADLINES = 64
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRow:
+class ScheduledRow(NamedTuple):
     """`num_tokens` tokens of `sequence` to compute in this step, from `sequence.num_computed_tokens` on."""
 
     sequence: Sequence
@@ -269,7 +269,8 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
-        sequence.block_ids += self._pool.allocate(num_blocks)
+        if num_blocks:
+            sequence.block_ids += self._pool.allocate(num_blocks)
         return True
 
     def _num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:

@@ -10,6 +10,7 @@ import itertools
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -23,7 +24,6 @@ from headrace.scheduler.messages import (
     FinishReason,
     GenerationRequest,
     LoadSnapshot,
-    SequenceOutput,
     StepOutput,
 )
 from headrace.scheduler.scheduler import Scheduler
@@ -193,15 +193,21 @@ class EngineClient:
     def _receive_step(self, step: StepOutput) -> None:
         now = self.clock()
         self.load = step.load
-        num_started = 0
+        num_started = num_tokens = 0
+        last_tokens_s: list[float] = []  # of each stream that has one more
         for output in step.outputs:
             generation = self._generations.get(output.request_id)
             if generation is None:
                 continue  # cancelled or stopped on this side, and the engine had not heard yet
             if output.scheduled_s is not None:
                 num_started += 1
-                self._queued.pop(output.request_id, None)
-            self._observe(generation, output, now)
+                self._observe_start(generation, output.scheduled_s)
+            if output.token_ids:
+                num_tokens += len(output.token_ids)
+                if (last_token_s := generation.stages.last_token_s) is not None:
+                    last_tokens_s.append(last_token_s)
+                else:
+                    self.metrics.ttft.observe(now - generation.stages.received_s)
             try:
                 generation.receive(output, now)
             except Exception:  # of this one's text: it must not cost the others theirs
@@ -209,18 +215,15 @@ class EngineClient:
                 generation.end(FinishReason.ERROR, now, EngineFailedError("the text could not be decoded"))
             if generation.is_over and output.finish_reason is None:
                 self._engine.cancel(output.request_id)  # a stop string, which the engine cannot see
+        self.metrics.generation_tokens.inc(num_tokens)
+        for last_token_s, count in Counter(last_tokens_s).items():
+            self.metrics.itl.observe(now - last_token_s, count)
         self._pace.observe(now, num_started, is_backlogged=bool(self._queued))
 
-    def _observe(self, generation: Generation, output: SequenceOutput, now: float) -> None:
-        stages, metrics = generation.stages, self.metrics
-        if output.scheduled_s is not None and stages.submitted_s is not None:
-            metrics.queue_time.observe(output.scheduled_s - stages.submitted_s)
-        if output.token_ids:
-            metrics.generation_tokens.inc(len(output.token_ids))
-            if stages.last_token_s is None:
-                metrics.ttft.observe(now - stages.received_s)
-            else:
-                metrics.itl.observe(now - stages.last_token_s)
+    def _observe_start(self, generation: Generation, scheduled_s: float) -> None:
+        self._queued.pop(generation.request_id, None)
+        if generation.stages.submitted_s is not None:
+            self.metrics.queue_time.observe(scheduled_s - generation.stages.submitted_s)
 
     def _forget(self, generation: Generation) -> None:
         del self._generations[generation.request_id]

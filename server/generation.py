@@ -126,10 +126,12 @@ class Generation:
 
     def _write(self, text: str, *, is_last: bool = False) -> None:
         self._num_chars += len(text)
-        # A token's log probability goes out when its text begins to, and with a stop string's text it never does.
-        num_due = sum(is_last or begin < self._num_chars for begin, _ in self._silent_logprobs)
-        logprobs = tuple(item for _, item in self._silent_logprobs[:num_due])
-        del self._silent_logprobs[:num_due]
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if self._silent_logprobs:
+            # A token's log probability goes out when its text begins to, and with a stop string's text it never does.
+            num_due = sum(is_last or begin < self._num_chars for begin, _ in self._silent_logprobs)
+            logprobs = tuple(item for _, item in self._silent_logprobs[:num_due])
+            del self._silent_logprobs[:num_due]
         self.log.append(text, self._num_silent_tokens, logprobs)
         self._num_silent_tokens = 0
 

@@ -20,6 +20,9 @@ from headrace.server.errors import envelope
 from headrace.server.request_log import OnRejected
 from headrace.server.settings import Settings
 
+# The name under which the application finds `HttpProtocol._write_chunk` in a scope's extensions.
+WRITE_CHUNK = "headrace.write_chunk"
+
 _MAX_HEADERS = 100
 _LINGER_S = 1.0
 # Of TCP's keep-alive: so many probes without an answer, each after an equal part of half the time.
@@ -36,6 +39,19 @@ class HttpProtocol(H11Protocol):
         self.conn = _BoundedConnection(settings.max_header_bytes)
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._app = self.app
+        self.app = self._run_app
+
+    def _run_app(self, scope: Any, receive: Any, send: Any) -> Any:
+        scope["extensions"] = {WRITE_CHUNK: self._write_chunk}
+        return self._app(scope, receive, send)
+
+    def _write_chunk(self, chunk: bytes) -> bool:
+        """Write a piece of a streamed body now; False where it takes `send`, which can wait, and knows what is over."""
+        if self.flow.write_paused or self.transport.is_closing() or not self.conn.is_sending_chunks:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+        return True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -114,11 +130,23 @@ class HttpProtocol(H11Protocol):
 
 
 class _BoundedConnection(h11.Connection):
-    """h11 bounds a head that is not whole yet; one that comes in a single piece may be larger."""
+    """h11 bounds a head that is not whole yet; one that comes in a single piece may be larger.
+
+    `is_sending_chunks` tells that the head of a response with a chunked body is written, and its end is not.
+    """
 
     def __init__(self, max_header_bytes: int) -> None:
         super().__init__(h11.SERVER, max_header_bytes)
         self._max_header_bytes = max_header_bytes
+        self.is_sending_chunks = False
+
+    def send(self, event: Any) -> bytes | None:
+        output = super().send(event)
+        if type(event) is h11.Response:
+            self.is_sending_chunks = b"transfer-encoding: chunked" in (output or b"").lower()
+        elif type(event) is not h11.Data:
+            self.is_sending_chunks = False
+        return output
 
     def next_event(self) -> Any:
         event = super().next_event()

@@ -9,7 +9,6 @@ Source: OpenAI's API reference.
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -118,8 +117,11 @@ async def _frames(
             write = b""
             if piece.text or piece.logprobs:
                 counts = usage(generations, sum(num_tokens)) if is_continuous else None
-                write = opening + await make_off_loop(partial(format.text_frame, piece, counts), len(piece.logprobs))
-                opening = b""
+                if piece.logprobs:
+                    frame = await make_off_loop(partial(format.text_frame, piece, counts), len(piece.logprobs))
+                else:
+                    frame = format.text_frame(piece, counts)
+                write, opening = opening + frame, b""
                 if stages.first_byte_s is None:
                     stages.first_byte_s = time.monotonic()
             if piece.terminal is not None:
@@ -176,7 +178,7 @@ class _Format(ABC):
         """The log probabilities of a piece, None where none were asked for."""
 
     def whole(self, pieces: list[LogSlice], usage: dict[str, Any]) -> dict[str, Any]:
-        choices = [self.choice(replace(piece, index=index)) for index, piece in enumerate(pieces)]
+        choices = [self.choice(piece._replace(index=index)) for index, piece in enumerate(pieces)]
         return {**self._head, "object": self.object, "choices": choices, "usage": usage}
 
     def prepare_frames(self, *, has_usage: bool) -> None:

@@ -1,6 +1,7 @@
 """`headrace serve`: settings to a listening server, and signals to an orderly end."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -9,7 +10,7 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -35,13 +36,18 @@ _BACKLOG = 2048
 # transformers imports its parts when they are first named, and fails where two threads do so at once.
 _LOADING = threading.Lock()
 
+LoadEngine = Callable[[], tuple[Scheduler, Runner]]
+
 
 class ListenError(HeadraceError):
     """The address cannot be listened on."""
 
 
-def serve(settings: Settings) -> int:
-    """Serve until a signal ends it; returns the process's exit code."""
+def serve(settings: Settings, load_engine: LoadEngine | None = None) -> int:
+    """Serve until a signal ends it; returns the process's exit code.
+
+    `load_engine` makes an engine other than the settings' own: one for measuring the server without a model's time.
+    """
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -52,7 +58,9 @@ def serve(settings: Settings) -> int:
         tls = load_tls(settings)
         listener = _listen(settings.host, settings.port)
         watch_peers(listener, settings.peer_timeout_s)
-        server = _Server(settings, resolve_model(settings.model, say), listener, tls, started_s)
+        source = resolve_model(settings.model, say)
+        load_engine = load_engine or partial(_load_engine, settings, source)
+        server = _Server(settings, source, load_engine, listener, tls, started_s)
     except HeadraceError as error:
         print(f"headrace: {error}", file=sys.stderr)
         return 1
@@ -78,6 +86,7 @@ class _Server(uvicorn.Server):
         self,
         settings: Settings,
         source: ModelSource,
+        load_engine: LoadEngine,
         listener: socket.socket,
         tls: ssl.SSLContext | None,
         started_s: float,
@@ -96,7 +105,7 @@ class _Server(uvicorn.Server):
         self._app = App(
             settings,
             name,
-            load_engine=lambda: _load_engine(settings, source),
+            load_engine=load_engine,
             load_tokenizer=lambda: _load_tokenizer(source),
             on_engine_change=self._report,
             tracing=self._tracing,
@@ -182,6 +191,7 @@ class _Server(uvicorn.Server):
             self.should_exit = True
             return
         open_gguf.cache_clear()  # the engine and the tokenizer have both read it
+        _settle_garbage_collector()
         assert self._app.client.ready is not None
         name = self._app.generator.model_name
         url = self._url
@@ -191,6 +201,17 @@ class _Server(uvicorn.Server):
         body = '{"messages": [{"role": "user", "content": "Tell me a joke."}], "stream": true}'
         key = "" if self._app.keys is None else " -H 'authorization: Bearer YOUR_KEY'"
         say(f"try: curl -N {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'")
+
+
+def _settle_garbage_collector() -> None:
+    """Keep what loading made out of every later collection, and collect seldom.
+
+    A full one walks the libraries' half a million objects, and all streams stand meanwhile. With the default thresholds
+    every step of a few hundred streams sets off a small one, which finds nothing: reference counts have freed it all.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def _load_engine(settings: Settings, source: ModelSource) -> tuple[Scheduler, Runner]:

@@ -5,11 +5,14 @@ reads. Format: WHATWG HTML, "Server-sent events".
 """
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import anyio
 from sse_starlette.sse import AppStatus, EventSourceResponse
 from starlette.types import Receive, Scope, Send
+
+from headrace.server.http_protocol import WRITE_CHUNK
 
 # Draining is the server's own: the library would cut every stream half a second after SIGTERM.
 AppStatus.disable_automatic_graceful_drain()
@@ -17,10 +20,13 @@ AppStatus.disable_automatic_graceful_drain()
 # A comment, which every parser skips.
 HEARTBEAT = b":\n\n"
 
+# Made once: `json.dumps` would make one for every text.
+_encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
 
 def to_json(value: Any) -> str:
     """One line of ASCII JSON: text with line separators of any alphabet cannot break a frame."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return _encoder.encode(value)
 
 
 def data_frame(value: Any) -> bytes:
@@ -55,11 +61,21 @@ class EventStream(EventSourceResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        # In a task of its own: waking a task walks all its frames, and here a dozen of middleware are below.
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._write, scope.get("extensions", {}).get(WRITE_CHUNK, _is_not_written), send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _write(self, write_chunk: Callable[[bytes], bool], send: Send) -> None:
         frames: Any = self.body_iterator
         try:
             async for frame in frames:
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
+                if not write_chunk(frame):
+                    await send({"type": "http.response.body", "body": frame, "more_body": True})
         finally:
             # A generator that is dropped half-way runs its clean-up only when it is collected; this runs it now.
             await frames.aclose()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _is_not_written(frame: bytes) -> bool:
+    return False

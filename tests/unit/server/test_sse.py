@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from starlette.types import Message
 
+from headrace.server.http_protocol import WRITE_CHUNK
 from headrace.server.sse import HEARTBEAT, EventStream, data_frame, event_frame, retry_frame, to_json
 
 JSON = st.recursive(
@@ -138,9 +139,29 @@ async def test_the_frames_clean_up_runs_at_once_when_sending_fails() -> None:
             raise OSError("gone")
 
     frames = Frames(data_frame("a"), data_frame("b"))
-    with pytest.raises(OSError, match="gone"):
+    with pytest.RaisesGroup(pytest.RaisesExc(OSError, match="gone")):
         await EventStream(frames())({"type": "http"}, no_message, send)
     assert frames.is_closed
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("is_taken", [True, False])
+async def test_frames_go_straight_to_the_connection_where_it_takes_them(is_taken: bool) -> None:
+    written: list[bytes] = []
+    sent: list[bytes] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message.get("body", b""))
+
+    def write_chunk(chunk: bytes) -> bool:
+        written.append(chunk)
+        return is_taken
+
+    frames = [data_frame("a"), data_frame("b")]
+    scope = {"type": "http", "extensions": {WRITE_CHUNK: write_chunk}}
+    await EventStream(Frames(*frames)())(scope, no_message, send)
+    assert written == frames
+    assert sent == [b"", *([] if is_taken else frames), b""]  # head, what was not taken, end
 
 
 @pytest.mark.anyio
