@@ -32,6 +32,8 @@ _NUM_PROBES = 3
 class HttpProtocol(H11Protocol):
     """One connection; `settings` has the limits, `on_rejected` is told of every refusal."""
 
+    conn: "_BoundedConnection"
+
     def __init__(self, settings: Settings, on_rejected: OnRejected, **uvicorn_arguments: Any) -> None:
         super().__init__(**uvicorn_arguments)
         self._on_rejected = on_rejected
@@ -140,8 +142,8 @@ class _BoundedConnection(h11.Connection):
         self._max_header_bytes = max_header_bytes
         self.is_sending_chunks = False
 
-    def send(self, event: Any) -> bytes | None:
-        output = super().send(event)
+    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]  # h11 has an overload for each event
+        output: bytes | None = super().send(event)
         if type(event) is h11.Response:
             self.is_sending_chunks = b"transfer-encoding: chunked" in (output or b"").lower()
         elif type(event) is not h11.Data:

@@ -113,7 +113,7 @@ async def _frames(
             if piece is None:
                 yield HEARTBEAT
                 continue
-            num_tokens[piece.index] += piece.num_tokens
+            num_tokens[piece.log_index] += piece.num_tokens
             write = b""
             if piece.text or piece.logprobs:
                 counts = usage(generations, sum(num_tokens)) if is_continuous else None
@@ -130,9 +130,9 @@ async def _frames(
                     return
                 num_open -= 1
                 # More than its text was made of, by such as the token that ended it.
-                num_tokens[piece.index] = generations[piece.index].num_output_tokens
+                num_tokens[piece.log_index] = generations[piece.log_index].num_output_tokens
                 counts = usage(generations, sum(num_tokens)) if is_continuous else None
-                write += opening + format.finish_frame(piece.index, piece.terminal.finish_reason, counts)
+                write += opening + format.finish_frame(piece.log_index, piece.terminal.finish_reason, counts)
                 opening = b""
             if num_open == 0:
                 if options.include_usage:
@@ -178,7 +178,7 @@ class _Format(ABC):
         """The log probabilities of a piece, None where none were asked for."""
 
     def whole(self, pieces: list[LogSlice], usage: dict[str, Any]) -> dict[str, Any]:
-        choices = [self.choice(piece._replace(index=index)) for index, piece in enumerate(pieces)]
+        choices = [self.choice(piece._replace(log_index=index)) for index, piece in enumerate(pieces)]
         return {**self._head, "object": self.object, "choices": choices, "usage": usage}
 
     def prepare_frames(self, *, has_usage: bool) -> None:
@@ -197,8 +197,8 @@ class _Format(ABC):
 
     def text_frame(self, piece: LogSlice, usage: dict[str, Any] | None) -> bytes:
         if usage is not None or self._has_logprobs:
-            return self._frame([self.chunk_choice(piece.index, piece.text, None, self.logprobs(piece))], usage)
-        before, after = self._around_text[piece.index]
+            return self._frame([self.chunk_choice(piece.log_index, piece.text, None, self.logprobs(piece))], usage)
+        before, after = self._around_text[piece.log_index]
         return before + to_json(piece.text).encode() + after
 
     def finish_frame(self, index: int, finish_reason: FinishReason, usage: dict[str, Any] | None) -> bytes:
@@ -222,7 +222,7 @@ class _ChatFormat(_Format):
     def choice(self, piece: LogSlice) -> dict[str, Any]:
         assert piece.terminal is not None
         return {
-            "index": piece.index,
+            "index": piece.log_index,
             "message": {"role": "assistant", "content": piece.text, "refusal": None},
             "logprobs": self.logprobs(piece),
             "finish_reason": piece.terminal.finish_reason.value,
@@ -254,7 +254,7 @@ class _CompletionFormat(_Format):
 
     def choice(self, piece: LogSlice) -> dict[str, Any]:
         assert piece.terminal is not None
-        return self.chunk_choice(piece.index, piece.text, piece.terminal.finish_reason.value, self.logprobs(piece))
+        return self.chunk_choice(piece.log_index, piece.text, piece.terminal.finish_reason.value, self.logprobs(piece))
 
     def opening_choice(self, index: int) -> dict[str, Any] | None:
         return None
@@ -267,10 +267,10 @@ class _CompletionFormat(_Format):
     def logprobs(self, piece: LogSlice) -> dict[str, Any] | None:
         if not self._has_logprobs:
             return None
-        logprobs, self._offsets[piece.index] = completion_logprobs(
+        logprobs, self._offsets[piece.log_index] = completion_logprobs(
             self._tokenizer,
             piece.logprobs,
-            self._offsets[piece.index],
+            self._offsets[piece.log_index],
             skip_special_tokens=self._skip_special_tokens,
         )
         return logprobs

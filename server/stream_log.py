@@ -40,7 +40,7 @@ class Terminal:
 class LogSlice(NamedTuple):
     """All a log holds from one cursor to another: `cursor` is the one after it, `terminal` set if the log ended.
 
-    `index` tells which of a subscriber's logs it is of.
+    `log_index` tells which of a subscriber's logs it is of.
     """
 
     text: str
@@ -48,7 +48,7 @@ class LogSlice(NamedTuple):
     cursor: int
     terminal: Terminal | None
     logprobs: tuple[TokenLogprobs, ...] = ()
-    index: int = 0
+    log_index: int = 0
 
 
 class StreamLog:
@@ -88,15 +88,15 @@ class StreamLog:
         self.terminal = terminal
         self._wake()
 
-    def read(self, cursor: int = 0, index: int = 0) -> LogSlice:
-        """Everything from `cursor`, at most `end`, on, labelled with `index`."""
+    def read(self, cursor: int = 0, log_index: int = 0) -> LogSlice:
+        """Everything from `cursor`, at most `end`, on, labelled with `log_index`."""
         end = len(self._texts)
         first = min(cursor, end)
         logprobs: tuple[TokenLogprobs, ...] = ()
         if self._logprobs:
             logprobs = tuple(item for entry in range(first, end) for item in self._logprobs.get(entry, ()))
         num_tokens = self._num_tokens[-1] - self._num_tokens[first]
-        return LogSlice("".join(self._texts[first:]), num_tokens, self.end, self.terminal, logprobs, index)
+        return LogSlice("".join(self._texts[first:]), num_tokens, self.end, self.terminal, logprobs, log_index)
 
     def subscribe(self, cursor: int = 0) -> "Subscriber":
         """A reader from `cursor` on, as a context manager; leaving it unsubscribes."""
@@ -116,7 +116,6 @@ class Subscriber:
         self._cursors = [cursor] * len(logs)
         self._turn = 0
         self._send, self._receive = anyio.create_memory_object_stream[None](1)
-        self._loop = asyncio.get_running_loop()
         self._bell: asyncio.Future[None] | None = None  # while the reader waits
         self._expires_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -150,9 +149,10 @@ class Subscriber:
 
         After a slice with a terminal there is nothing more to wait for from that log.
         """
-        expires_s = math.inf if timeout_s is None else self._loop.time() + timeout_s
+        loop = asyncio.get_running_loop()
+        expires_s = math.inf if timeout_s is None else loop.time() + timeout_s
         while (piece := self._take()) is None:
-            self._bell = self._loop.create_future()
+            self._bell = loop.create_future()
             self._expire_at(expires_s)
             try:
                 await self._bell
@@ -171,11 +171,11 @@ class Subscriber:
             if self._timer is not None:
                 self._timer.cancel()
             self._timer_due_s = expires_s
-            self._timer = self._loop.call_at(expires_s, self._expire)
+            self._timer = asyncio.get_running_loop().call_at(expires_s, self._expire)
 
     def _expire(self) -> None:
         self._timer = None
-        if self._loop.time() < self._expires_s:
+        if asyncio.get_running_loop().time() < self._expires_s:
             self._expire_at(self._expires_s)
         else:
             self._ring()

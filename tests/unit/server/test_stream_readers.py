@@ -163,12 +163,12 @@ async def test_one_reader_of_several_logs_takes_turns_and_misses_nothing() -> No
             log.append(f"a{i}", 1)
             log.append(f"b{i}", 1)
         pieces = [await subscriber.next(0) for _ in logs]
-        assert [(piece.index, piece.text) for piece in pieces if piece] == [(i, f"a{i}b{i}") for i in range(3)]
+        assert [(piece.log_index, piece.text) for piece in pieces if piece] == [(i, f"a{i}b{i}") for i in range(3)]
         assert await subscriber.next(0) is None
         logs[1].append("x", 1)
         logs[0].close(END)
         again = [await subscriber.next(0) for _ in "12"]
-        assert [(piece.index, piece.text, piece.terminal) for piece in again if piece] == [(0, "", END), (1, "x", None)]
+        assert [(piece.log_index, piece.text, piece.terminal) for piece in again if piece] == [(0, "", END), (1, "x", None)]
         assert [log.num_subscribers for log in logs] == [1, 1, 1]
     assert [log.num_subscribers for log in logs] == [0, 0, 0]
 
@@ -183,7 +183,7 @@ async def test_a_log_that_talks_all_the_time_does_not_drown_another() -> None:
             logs[0].append("loud ", 1)
             piece = await subscriber.next()
             assert piece is not None
-            seen.append(piece.index)
+            seen.append(piece.log_index)
     assert seen == [0, 1]
 
 
