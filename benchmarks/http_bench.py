@@ -1,9 +1,11 @@
-"""What a token costs on its way out: `python -m headrace.benchmarks.http_bench`.
+"""What a token costs on its way out, and what streams cost the engine: `python -m headrace.benchmarks.http_bench`.
 
 The whole server but for the model: a fake engine gives every stream a token per step, at a fixed rate of steps, and
 the real event loop detokenizes, encodes and writes them to real sockets. The measured figure is the CPU time of the
-server's process (both its threads) per token. Clients are one process that only reads and counts. Prints a table, and
-as the last line of stdout one JSON object.
+server's process (both its threads) per token. With `--engine model` the demo model computes as fast as it can. Of both
+are shown how late the event loop is, how long the engine computes nothing between two steps, and how long it waits for
+the interpreter's lock. Clients are one process that only reads and counts. Prints a table, and as the last line of
+stdout one JSON object.
 """
 
 import argparse
@@ -21,14 +23,23 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from headrace.kernels.step_times import StepTimes
+from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.messages import RowResult
+from headrace.scheduler.model_source import resolve_model
 from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
+from headrace.server.serve import serve
+from headrace.server.settings import load_settings
+from headrace.server.tokenizer import load_tokenizer
 
 _GOAL_US = 20.0
+_TOKENS = "headrace_generation_tokens_total"
+_WAITS = ("event_loop_lag", "engine_step_gap", "engine_lock_wait")
 _SETTLING_S = 1.0
 _READ_INTERVAL_S = 0.004
 _BLOCK_SIZE = 16
 _CONTEXT_TOKENS = 1 << 20
+_MODEL_TOKENS = 8000  # what fits the demo model's context behind the prompt
 
 
 class PacedRunner:
@@ -36,6 +47,7 @@ class PacedRunner:
 
     description = "no model, a token per stream and beat"
     max_context_tokens = _CONTEXT_TOKENS
+    times: StepTimes | None = None
 
     def __init__(self, token_ids: Sequence[int], vocab_size: int, step_s: float) -> None:
         self.vocab_size = vocab_size
@@ -49,18 +61,23 @@ class PacedRunner:
         now = time.monotonic()
         self._due_s = max(self._due_s + self._step_s, now)  # a late step delays those behind it
         time.sleep(self._due_s - now)
+        self.times = StepTimes(now, self._due_s, time.monotonic())
         return [next(self._results) if row.is_sampled else RowResult() for row in output.rows]
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One stretch of steady streaming. CPU in seconds, by thread; `num_tokens` by the server's own counter."""
+    """One stretch of steady streaming. CPU in seconds, by thread; `num_tokens` by the server's own counter.
+
+    `p99_s` by what was waited for: the upper end of the bucket in the server's own histogram that it falls into.
+    """
 
     wall_s: float
     num_tokens: int
     num_events: int
     num_bytes: int
     cpu_s: dict[str, float]
+    p99_s: dict[str, float]
 
     @property
     def us_per_token(self) -> float:
@@ -156,66 +173,76 @@ def _serving(*flags: str) -> Iterator[Server]:
 
 
 def _measure(server: Server, readers: Readers, seconds: float) -> Reading:
-    def state() -> tuple[float, dict[str, float], int, int, int]:
-        num_tokens = int(server.metrics()["headrace_generation_tokens_total"])
-        return time.monotonic(), server.cpu_s(), num_tokens, readers.num_events, readers.num_bytes
-
-    before = state()
+    began_s, before, cpu_before_s = time.monotonic(), server.metrics(), server.cpu_s()
+    num_events, num_bytes = readers.num_events, readers.num_bytes
     readers.read_for(seconds)
-    after = state()
+    cpu_after_s, after, ended_s = server.cpu_s(), server.metrics(), time.monotonic()
     return Reading(
-        wall_s=after[0] - before[0],
-        num_tokens=after[2] - before[2],
-        num_events=after[3] - before[3],
-        num_bytes=after[4] - before[4],
-        cpu_s={part: after[1][part] - before[1][part] for part in after[1]},
+        wall_s=ended_s - began_s,
+        num_tokens=int(after[_TOKENS] - before[_TOKENS]),
+        num_events=readers.num_events - num_events,
+        num_bytes=readers.num_bytes - num_bytes,
+        cpu_s={part: cpu_after_s[part] - cpu_before_s[part] for part in cpu_after_s},
+        p99_s={name: _percentile(before, after, f"headrace_{name}_seconds", 0.99) for name in _WAITS},
     )
+
+
+def _percentile(before: dict[str, float], after: dict[str, float], name: str, share: float) -> float:
+    """The upper end of the bucket that it falls into, of what was observed in between."""
+    prefix = f'{name}_bucket{{le="'
+    buckets = {key: after[key] - before[key] for key in after if key.startswith(prefix)}
+    num_observed = after[f"{name}_count"] - before[f"{name}_count"]
+    return min(float(key[len(prefix) : -2]) for key, count in buckets.items() if count >= share * num_observed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="http_bench", description=__doc__.partition("\n")[0])
+    parser.add_argument("--engine", choices=["fake", "model"], default="fake")
     parser.add_argument("--streams", type=int, default=256)
-    parser.add_argument("--rate", type=float, default=25_000, help="token events per second over all streams")
+    parser.add_argument(
+        "--rate", type=float, default=25_000, help="the fake engine's tokens per second, of all streams"
+    )
     parser.add_argument("--seconds", type=float, default=5, help="of each reading")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--route", choices=["completions", "chat/completions"], default="completions")
     if argv[:1] == ["serve"]:
         return _serve(parser.parse_args(argv[1:]))
     options = parser.parse_args(argv)
-    body: dict[str, object] = {"max_tokens": _CONTEXT_TOKENS // 2, "ignore_eos": True, "stream": True}
+    max_tokens = _CONTEXT_TOKENS // 2 if options.engine == "fake" else _MODEL_TOKENS
+    body: dict[str, object] = {"max_tokens": max_tokens, "ignore_eos": True, "stream": True}
     if options.route == "completions":
         body["prompt"] = "Once upon a time"
     else:
         body["messages"] = [{"role": "user", "content": "Tell me a story."}]
     with ExitStack() as stack:
-        server = stack.enter_context(_serving("--streams", str(options.streams), "--rate", str(options.rate)))
+        flags = ("--engine", options.engine, "--streams", str(options.streams), "--rate", str(options.rate))
+        server = stack.enter_context(_serving(*flags))
         readers = Readers(server.port, options.streams)
         stack.callback(readers.close)
         readers.open(f"/v1/{options.route}", body)
         readers.read_for(_SETTLING_S)
         readings = [_measure(server, readers, options.seconds) for _ in range(options.rounds)]
-    print(" tokens/s  tokens/event  bytes/event  us/token    loop  engine")
+    print(" tokens/s  tokens/event  bytes/event  us/token    loop  engine | p99 ms:  loop lag  step gap  lock wait")
     for reading in readings:
         parts = [f"{1e6 * cpu_s / reading.num_tokens:7.2f}" for cpu_s in reading.cpu_s.values()]
         print(
             f"{reading.num_tokens / reading.wall_s:9.0f} {reading.num_tokens / reading.num_events:13.2f} "
-            f"{reading.num_bytes / reading.num_events:12.0f} {reading.us_per_token:9.2f} {' '.join(parts)}"
+            f"{reading.num_bytes / reading.num_events:12.0f} {reading.us_per_token:9.2f} {' '.join(parts)} |"
+            + "".join(f"{1e3 * p99_s:10.2f}" for p99_s in reading.p99_s.values())
         )
     median_us = statistics.median(reading.us_per_token for reading in readings)
-    print(f"median {median_us:.2f} us of CPU per token event (goal {_GOAL_US:g})")
+    if options.engine == "fake":
+        print(f"median {median_us:.2f} us of CPU per token event (goal {_GOAL_US:g})")
     result = {"settings": vars(options), "readings": [asdict(r) for r in readings], "us_per_token": median_us}
     print(json.dumps(result))
     return 0
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from headrace.scheduler.block_pool import BlockPool
-    from headrace.scheduler.model_source import resolve_model
-    from headrace.server.serve import serve
-    from headrace.server.settings import load_settings
-    from headrace.server.tokenizer import load_tokenizer
-
+    settings = load_settings(["--port", "0", "--log-level", "warning"], {})
+    if options.engine == "model":
+        return serve(settings)
     text = " The mill stands by the river, and its wheel has not stopped once since the day it was built."
 
     token_ids = load_tokenizer(resolve_model(None)).encode(text, add_special_tokens=False)
@@ -229,7 +256,7 @@ def _serve(options: argparse.Namespace) -> int:
         )
         return scheduler, PacedRunner(token_ids, 49152, options.streams / options.rate)
 
-    return serve(load_settings(["--port", "0", "--log-level", "warning"], {}), load)
+    return serve(settings, load)
 
 
 if __name__ == "__main__":

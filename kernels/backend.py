@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from headrace.kernels.sampling import SamplingBatch
+from headrace.kernels.step_times import StepTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,10 @@ class StepBatch:
 
 
 class Backend(Protocol):
-    """A model with its KV cache, ready to run; used by one thread."""
+    """A model with its KV cache, ready to run; used by one thread. `times` are the last step's, None where only the
+    caller could tell."""
+
+    times: StepTimes | None
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Compute the batch, write its keys and values to the cache, return float32 logits [R, V].

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import itertools
 import mmap
+import time
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -19,6 +20,7 @@ from headrace.kernels.backend import StepBatch
 from headrace.kernels.decoder import DecoderConfig
 from headrace.kernels.quantised import GROUP_BYTES, GROUP_SIZE, QuantisedWeight
 from headrace.kernels.sampling import SamplingBatch
+from headrace.kernels.step_times import StepTimes
 
 Weight = torch.Tensor | QuantisedWeight
 _Allocate = Callable[[int], npt.NDArray[np.uint8]]
@@ -205,6 +207,8 @@ class CpuBackend:
         self._max_tokens = max_num_batched_tokens
         # numpy's pages come on first touch: rows of logits that nobody asks for cost nothing.
         self._logits = np.zeros((min(max_num_batched_tokens, _MAX_KEPT_ROWS), config.vocab_size), np.float32)
+        self.times: StepTimes | None = None
+        self._times = np.zeros(2)  # began, ended: the kernel writes them
         self.close = weakref.finalize(self, library.headrace_destroy, handle)
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
@@ -240,8 +244,14 @@ class CpuBackend:
             rows[index]["masked"], rows[index]["num_masked"] = token_ids.ctypes.data, len(token_ids)
         token_ids = np.empty(len(rows), np.int64)
         status = self._library.headrace_sample(
-            self._handle, rows.ctypes.data, len(rows), logits.data_ptr(), token_ids.ctypes.data
+            self._handle,
+            rows.ctypes.data,
+            len(rows),
+            logits.data_ptr(),
+            token_ids.ctypes.data,
+            self._times.ctypes.data,
         )
+        self._note_times()
         if status:
             raise MemoryError("sampling ran out of memory")
         return list(token_ids.tolist())
@@ -287,9 +297,15 @@ class CpuBackend:
             None if logits is None else logits.ctypes.data,
             argmax.ctypes.data,
         )
-        if self._library.headrace_step(self._handle, ctypes.byref(step)):
+        status = self._library.headrace_step(self._handle, ctypes.byref(step), self._times.ctypes.data)
+        self._note_times()
+        if status:
             raise MemoryError("a step ran out of memory")
         return argmax
+
+    def _note_times(self) -> None:
+        began_s, ended_s = self._times.tolist()
+        self.times = StepTimes(began_s, ended_s, time.monotonic())
 
 
 class _Packer:

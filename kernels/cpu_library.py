@@ -169,8 +169,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, result, arguments in (
         ("create", pointer, (pointer,)),
         ("destroy", None, (pointer,)),
-        ("step", ctypes.c_int, (pointer, pointer)),
-        ("sample", ctypes.c_int, (pointer, pointer, ctypes.c_int64, pointer, pointer)),
+        ("step", ctypes.c_int, (pointer, pointer, pointer)),
+        ("sample", ctypes.c_int, (pointer, pointer, ctypes.c_int64, pointer, pointer, pointer)),
         ("profile", None, (pointer, pointer)),
     ):
         function = getattr(library, f"headrace_{name}")

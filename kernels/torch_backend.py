@@ -9,10 +9,13 @@ from headrace.kernels.decoder import Decoder, KVCache, PackedBatch
 from headrace.kernels.hf_decoder import HuggingFaceDecoder
 from headrace.kernels.ops import AttentionMetadata, Ops
 from headrace.kernels.sampling import SamplingBatch, sample
+from headrace.kernels.step_times import StepTimes
 
 
 class TorchBackend:
     """A decoder and the cache it fills."""
+
+    times: StepTimes | None = None
 
     def __init__(self, decoder: Decoder | HuggingFaceDecoder, cache: KVCache, ops: Ops) -> None:
         self._decoder = decoder

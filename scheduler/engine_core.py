@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence as Seq
 from typing import Protocol
 
+from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.messages import (
     EngineReady,
@@ -20,6 +21,7 @@ from headrace.scheduler.messages import (
     RowResult,
     SequenceOutput,
     StepOutput,
+    StepPauses,
 )
 from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
 
@@ -29,11 +31,15 @@ Publication = EngineReady | StepOutput | EngineStopped
 
 
 class Runner(Protocol):
-    """What computes a step: the model runner, or a fake in the tests."""
+    """What computes a step: the model runner, or a fake. `times` are the last step's, None where only its caller can
+    tell."""
 
     description: str
     max_context_tokens: int
     vocab_size: int
+
+    @property
+    def times(self) -> StepTimes | None: ...
 
     def warm_up(self) -> None: ...
 
@@ -61,6 +67,8 @@ class EngineCore:
         self._wake = threading.Event()
         self._is_stopping = False
         self._busy_s = 0.0
+        self._computed_s: float | None = None  # when the last step was, unless there has been nothing to do since
+        self._pauses: StepPauses | None = None  # around the last step
         self._thread = threading.Thread(target=self._main, name="headrace-engine", daemon=True)
 
     def start(self) -> None:
@@ -115,13 +123,14 @@ class EngineCore:
                 break
             if not scheduler.has_work:
                 scheduler.check_books()
+                self._computed_s = None
                 self._wake.wait()
                 continue
             started_s = self._clock()
             output = scheduler.schedule(started_s)
             outputs = output.dropped + self._step(scheduler, runner, output)
             self._busy_s += self._clock() - started_s
-            self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s)))
+            self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s), self._pauses))
         outputs = scheduler.fail_all("the server is shutting down")
         self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s)))
 
@@ -139,8 +148,10 @@ class EngineCore:
 
     def _step(self, scheduler: Scheduler, runner: Runner, output: SchedulerOutput) -> list[SequenceOutput]:
         """Run and record one step. A step that raises ends its own sequences; the engine goes on."""
+        self._pauses = None
         if not output.rows:
             return []
+        began_s = self._clock()
         try:
             results = runner.run(output)
         except Exception:
@@ -148,4 +159,9 @@ class EngineCore:
             return scheduler.fail(
                 [row.sequence for row in output.rows], "the model failed while computing this request"
             )
+        ended_s = self._clock()
+        times = runner.times or StepTimes(began_s, ended_s, ended_s)
+        gap_s = None if self._computed_s is None else times.began_s - self._computed_s
+        self._pauses = StepPauses(gap_s, times.resumed_s - times.ended_s)
+        self._computed_s = times.ended_s
         return scheduler.update(output, results)

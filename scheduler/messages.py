@@ -122,11 +122,22 @@ class LoadSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class StepPauses:
+    """When the engine did not compute although there was work: `gap_s` between the step before and this one, None where
+    this is the first of a busy time; `lock_wait_s` after this one, for the interpreter's lock."""
+
+    gap_s: float | None
+    lock_wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
-    """One step's publication: every sequence it advanced or ended, and the load it left."""
+    """One step's publication: every sequence it advanced or ended, and the load it left. Without `pauses` where it
+    computed nothing."""
 
     outputs: tuple[SequenceOutput, ...]
     load: LoadSnapshot
+    pauses: StepPauses | None = None
 
 
 @dataclass(frozen=True, slots=True)

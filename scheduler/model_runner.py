@@ -11,6 +11,7 @@ import torch
 
 from headrace.kernels.backend import Backend, StepBatch
 from headrace.kernels.sampling import Penalties, SamplingBatch, log_probabilities
+from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.errors import ModelSourceError
 from headrace.scheduler.messages import GenerationRequest, RowResult, SamplingParams, TokenLogprobs
 from headrace.scheduler.scheduler import ScheduledRow, SchedulerOutput
@@ -46,6 +47,11 @@ class ModelRunner:
         self.max_context_tokens = max_context_tokens
         self.vocab_size = vocab_size
         self.description = description
+
+    @property
+    def times(self) -> StepTimes | None:
+        """The last step's, None where the backend cannot tell."""
+        return self.backend.times
 
     def run(self, output: SchedulerOutput) -> list[RowResult]:
         """Compute the rows of a step."""

@@ -193,6 +193,8 @@ class EngineClient:
     def _receive_step(self, step: StepOutput) -> None:
         now = self.clock()
         self.load = step.load
+        if step.pauses is not None:
+            self.metrics.observe_pauses(step.pauses)
         num_started = num_tokens = 0
         last_tokens_s: list[float] = []  # of each stream that has one more
         for output in step.outputs:

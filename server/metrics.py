@@ -14,13 +14,14 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
-from headrace.scheduler.messages import FinishReason, LoadSnapshot
+from headrace.scheduler.messages import FinishReason, LoadSnapshot, StepPauses
 from headrace.server.generation import Generation
 
 # A creation time beside every series would double what is scraped.
 disable_created_metrics()
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10)
+_PAUSES = (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01, 0.025, 0.1, 0.5)
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 PHASES = ("body", "tokenizing", "queued", "prefill", "decode")
@@ -59,7 +60,11 @@ class Metrics:
         self.itl = self._histogram("inter_token_latency_seconds", "Between a request's tokens", _SHORT)
         self.queue_time = self._histogram("request_queue_time_seconds", "Submitted to first scheduled", _LONG)
         self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to the last token", _LONG)
-        self.loop_lag = self._histogram("event_loop_lag_seconds", "How late the event loop wakes a timer", _SHORT)
+        self.loop_lag = self._histogram("event_loop_lag_seconds", "How late the event loop wakes a timer", _PAUSES)
+        self.step_gap = self._histogram("engine_step_gap_seconds", "From one step's computing to the next's", _PAUSES)
+        self.lock_wait = self._histogram(
+            "engine_lock_wait_seconds", "From a step's end until the engine has the interpreter's lock", _PAUSES
+        )
         for reason in FinishReason:
             self._finished.labels(reason.value)
         for phase in PHASES:
@@ -79,6 +84,11 @@ class Metrics:
 
     def count_cancelled(self, phase: str) -> None:
         self._cancelled.labels(phase).inc()
+
+    def observe_pauses(self, pauses: StepPauses) -> None:
+        self.lock_wait.observe(pauses.lock_wait_s)
+        if pauses.gap_s is not None:
+            self.step_gap.observe(pauses.gap_s)
 
     def observe_end(self, generation: Generation) -> None:
         """Count a generation that is over."""

@@ -1,9 +1,16 @@
 // What Python calls, through ctypes: plain C, no exceptions, no Python objects.
+#include <chrono>
+
 #include "step.h"
 
 using namespace headrace;
 
 namespace {
+
+// Seconds on the clock of Python's time.monotonic().
+double monotonic_s() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 // Draws every row's token, rows shared among the members.
 class Sampling final : public Job {
@@ -50,22 +57,27 @@ Model* headrace_create(const ModelConfig* config) {
 
 void headrace_destroy(Model* model) { delete model; }
 
-// Run one step. Returns 0, or 1 where memory does not suffice.
-int headrace_step(Model* model, const Batch* batch) {
+// Run one step. Returns 0, or 1 where memory does not suffice. times[0] and times[1] are set to when it began and ended.
+int headrace_step(Model* model, const Batch* batch, double* times) {
   try {
+    times[0] = monotonic_s();
     const auto step = std::make_shared<Step>(*model, *batch);
     model->team.run(step);
     step->finish();
+    times[1] = monotonic_s();
     return 0;
   } catch (const std::exception&) {
     return 1;
   }
 }
 
-// Draw the tokens of num_rows rows of logits [num_rows, vocabulary], which are written to. Returns as above.
-int headrace_sample(Model* model, const RowSampling* rows, int64_t num_rows, float* logits, int64_t* token_ids) {
+// Draw the tokens of num_rows rows of logits [num_rows, vocabulary], which are written to. Returns as above, and moves
+// the step's end, times[1].
+int headrace_sample(Model* model, const RowSampling* rows, int64_t num_rows, float* logits, int64_t* token_ids,
+                    double* times) {
   try {
     model->team.run(std::make_shared<Sampling>(*model, rows, int(num_rows), logits, token_ids));
+    times[1] = monotonic_s();
     return 0;
   } catch (const std::exception&) {
     return 1;

@@ -52,6 +52,7 @@ class FakeRunner:
 
     description = "fake model"
     vocab_size = VOCAB_SIZE
+    times = None
 
     def __init__(self, max_context_tokens: int = 512) -> None:
         self.max_context_tokens = max_context_tokens

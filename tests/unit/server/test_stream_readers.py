@@ -168,7 +168,10 @@ async def test_one_reader_of_several_logs_takes_turns_and_misses_nothing() -> No
         logs[1].append("x", 1)
         logs[0].close(END)
         again = [await subscriber.next(0) for _ in "12"]
-        assert [(piece.log_index, piece.text, piece.terminal) for piece in again if piece] == [(0, "", END), (1, "x", None)]
+        assert [(piece.log_index, piece.text, piece.terminal) for piece in again if piece] == [
+            (0, "", END),
+            (1, "x", None),
+        ]
         assert [log.num_subscribers for log in logs] == [1, 1, 1]
     assert [log.num_subscribers for log in logs] == [0, 0, 0]
 
