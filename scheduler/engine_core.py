@@ -156,6 +156,7 @@ class EngineCore:
             results = runner.run(output)
         except Exception:
             logger.exception("a step of %d sequences raised", len(output.rows))
+            self._computed_s = None
             return scheduler.fail(
                 [row.sequence for row in output.rows], "the model failed while computing this request"
             )

@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import anyio.abc
+import h11
 import pytest
 import uvicorn
 
@@ -235,6 +236,45 @@ async def test_a_client_that_reads_nothing_is_cut_off_and_its_generation_with_it
                 app.runner.allow(1)
         assert generation.log.terminal is not None
         assert generation.log.terminal.finish_reason.value == "cancelled"
+
+
+async def test_a_streamed_body_is_framed_as_http_says_on_a_connection_that_goes_on_and_for_a_client_of_1_0() -> None:
+    """Read by h11, whose client side refuses what is no HTTP."""
+    stream = OK | {"stream": True, "max_tokens": 40}
+    bodies = []
+    async with listening() as server:
+        async with await server.connect() as connection:
+            reader = h11.Connection(h11.CLIENT)
+            for _ in range(2):
+                bodies.append(await streamed_body(connection, reader, stream))
+                reader.start_next_cycle()
+        old = post(stream).replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+        head, _, body = (await server.answer(old)).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    texts = [
+        "".join(json.loads(frame[6:])["choices"][0]["text"] for frame in each.split(b"\n\n")[:-2])
+        for each in (*bodies, body)
+    ]
+    assert texts == [expected_text("hi", 40)] * 3
+    assert all(each.endswith(b"data: [DONE]\n\n") for each in (*bodies, body))
+
+
+async def streamed_body(connection: anyio.abc.SocketStream, reader: h11.Connection, body: Any) -> bytes:
+    headers = [("host", "localhost"), ("content-type", "application/json"), ("transfer-encoding", "chunked")]
+    for event in (
+        h11.Request(method="POST", target="/v1/completions", headers=headers),
+        h11.Data(data=json.dumps(body).encode()),
+        h11.EndOfMessage(),
+    ):
+        await connection.send(reader.send(event) or b"")
+    received = b""
+    with anyio.fail_after(20):
+        while not isinstance(read := reader.next_event(), h11.EndOfMessage):
+            if read is h11.NEED_DATA:
+                reader.receive_data(await connection.receive())
+            elif isinstance(read, h11.Data):
+                received += bytes(read.data)
+    return received
 
 
 @pytest.mark.parametrize(("timeout_s", "idle_s", "interval_s"), [(60, 30, 10), (4, 1, 1), (3600, 1800, 600)])

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from tokenizers import AddedToken, Tokenizer as BackendTokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.messages import RowResult, TokenLogprobs
 from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
@@ -52,7 +53,7 @@ class FakeRunner:
 
     description = "fake model"
     vocab_size = VOCAB_SIZE
-    times = None
+    times: StepTimes | None = None
 
     def __init__(self, max_context_tokens: int = 512) -> None:
         self.max_context_tokens = max_context_tokens

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from fake_engine import FakeRunner, make_scheduler, next_token
+from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.engine_core import EngineCore, Publication
 from headrace.scheduler.errors import CapacityError
 from headrace.scheduler.messages import (
@@ -16,6 +17,7 @@ from headrace.scheduler.messages import (
     GenerationRequest,
     SamplingParams,
     StepOutput,
+    StepPauses,
 )
 from headrace.scheduler.scheduler import Scheduler
 
@@ -70,8 +72,39 @@ def test_it_says_ready_then_each_step_then_stopped() -> None:
     assert script.tokens(7) == alone(7)
     assert script.ends(7) == [FinishReason.LENGTH]
     assert [step.load.num_steps for step in script.steps] == [1, 2, 3, 4, 5, 5]
-    # The clock ticks once per look: a second for each step.
-    assert script.steps[-1].load.busy_s == 5.0
+    # The clock ticks once per look: when a step begins, before and after it is computed, and at its end.
+    assert script.steps[-1].load.busy_s == 5 * 3.0
+    assert [step.pauses for step in script.steps] == [StepPauses(None, 0.0), *[StepPauses(3.0, 0.0)] * 4, None]
+
+
+def test_pauses_are_those_a_runner_knows_of_and_none_is_told_across_idleness_or_a_failed_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    began_s = map(float, itertools.count(10))
+
+    def compute(script: Script) -> None:
+        began = next(began_s)
+        script.runner.times = StepTimes(began, began + 0.5, began + 0.625)
+
+    def fail(script: Script) -> None:
+        compute(script)
+        script.runner.fail_next = True
+        script.submit(3, max_tokens=2)
+
+    script = Script({1: compute, 2: compute, 3: fail, 4: compute, 5: lambda s: s.core.stop()})
+    # 1 takes two steps. Then the engine looks over its books, idle, and 2 comes, whose second step fails with 3 in it.
+    monkeypatch.setattr(script.scheduler, "check_books", lambda: script.submit(2, max_tokens=4))
+    compute(script)
+    script.submit(1, max_tokens=2)
+    script.run()
+    assert [step.pauses for step in script.steps] == [
+        StepPauses(None, 0.125),
+        StepPauses(0.5, 0.125),
+        StepPauses(None, 0.125),
+        None,
+        StepPauses(None, 0.125),
+        None,
+    ]
 
 
 def test_what_arrives_during_a_step_joins_the_next_one() -> None:

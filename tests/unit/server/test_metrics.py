@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 
 import pytest
+from hypothesis import given, settings, strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -10,7 +12,7 @@ from fake_engine import byte_tokenizer
 from headrace.scheduler.messages import FinishReason, LoadSnapshot, SequenceOutput
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.generation import Generation, Stages
-from headrace.server.metrics import PHASES, Metrics
+from headrace.server.metrics import PHASES, LatencyHistogram, Metrics
 
 LOAD = LoadSnapshot(
     num_waiting=1,
@@ -170,3 +172,22 @@ def test_two_servers_in_one_process_do_not_share_their_counts() -> None:
     first, second = make("a"), make("b")
     first.prompt_tokens.inc(5)
     assert value(second, "headrace_prompt_tokens_total") == 0
+
+
+@settings(max_examples=50, derandomize=True, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.05, 0.1, 0.15, 1.0, 2.5, 3.0, 1e9]), st.integers(1, 5)), max_size=9))
+def test_a_latency_histogram_is_exposed_as_the_library_s_own(observed: list[tuple[float, int]]) -> None:
+    bounds = (0.1, 1.0, 2.5)
+    theirs, ours = CollectorRegistry(), CollectorRegistry()
+    reference = Histogram("x_seconds", "How long", registry=theirs, buckets=bounds)
+    histogram = LatencyHistogram("x_seconds", "How long", bounds)
+    ours.register(histogram)
+    for seconds, count in observed:
+        histogram.observe(seconds, count)
+        for _ in range(count):
+            reference.observe(seconds)
+    expected, exposed = (list(text_string_to_metric_families(generate_latest(r).decode())) for r in (theirs, ours))
+    assert samples(exposed) == pytest.approx(samples(expected))
+    assert [(family.name, family.type, family.documentation) for family in exposed] == [
+        (family.name, family.type, family.documentation) for family in expected
+    ]
