@@ -69,7 +69,7 @@ class PacedRunner:
 class Reading:
     """One stretch of steady streaming. CPU in seconds, by thread; `num_tokens` by the server's own counter.
 
-    `p99_s` by what was waited for: the upper end of the bucket in the server's own histogram that it falls into.
+    Of each wait, by the server's own histograms, the mean and the upper end of the bucket that the p99 falls into.
     """
 
     wall_s: float
@@ -77,6 +77,7 @@ class Reading:
     num_events: int
     num_bytes: int
     cpu_s: dict[str, float]
+    mean_s: dict[str, float]
     p99_s: dict[str, float]
 
     @property
@@ -183,8 +184,13 @@ def _measure(server: Server, readers: Readers, seconds: float) -> Reading:
         num_events=readers.num_events - num_events,
         num_bytes=readers.num_bytes - num_bytes,
         cpu_s={part: cpu_after_s[part] - cpu_before_s[part] for part in cpu_after_s},
+        mean_s={name: _mean(before, after, f"headrace_{name}_seconds") for name in _WAITS},
         p99_s={name: _percentile(before, after, f"headrace_{name}_seconds", 0.99) for name in _WAITS},
     )
+
+
+def _mean(before: dict[str, float], after: dict[str, float], name: str) -> float:
+    return (after[f"{name}_sum"] - before[f"{name}_sum"]) / (after[f"{name}_count"] - before[f"{name}_count"])
 
 
 def _percentile(before: dict[str, float], after: dict[str, float], name: str, share: float) -> float:
@@ -223,13 +229,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         readers.open(f"/v1/{options.route}", body)
         readers.read_for(_SETTLING_S)
         readings = [_measure(server, readers, options.seconds) for _ in range(options.rounds)]
-    print(" tokens/s  tokens/event  bytes/event  us/token    loop  engine | p99 ms:  loop lag  step gap  lock wait")
+    print(
+        " tokens/s  tokens/event  bytes/event  us/token    loop  engine | mean, p99 ms: loop lag    step gap   lock wait"
+    )
     for reading in readings:
         parts = [f"{1e6 * cpu_s / reading.num_tokens:7.2f}" for cpu_s in reading.cpu_s.values()]
         print(
             f"{reading.num_tokens / reading.wall_s:9.0f} {reading.num_tokens / reading.num_events:13.2f} "
             f"{reading.num_bytes / reading.num_events:12.0f} {reading.us_per_token:9.2f} {' '.join(parts)} |"
-            + "".join(f"{1e3 * p99_s:10.2f}" for p99_s in reading.p99_s.values())
+            + "".join(f"{1e3 * reading.mean_s[name]:7.2f}{1e3 * reading.p99_s[name]:6.2f}" for name in _WAITS)
         )
     median_us = statistics.median(reading.us_per_token for reading in readings)
     if options.engine == "fake":

@@ -69,21 +69,25 @@ class Generation:
         if output.scheduled_s is not None:
             self.stages.scheduled_s = output.scheduled_s
             self.num_cached_tokens = output.num_cached_tokens
-        self.prompt_logprobs += output.prompt_logprobs
-        is_prompt_done = bool(output.token_ids) or output.finish_reason is FinishReason.LENGTH
-        if self.echo and is_prompt_done and self.num_output_tokens == 0:
-            self.log.append(self.echo, 0, tuple(self.prompt_logprobs))
+        if output.prompt_logprobs:
+            self.prompt_logprobs += output.prompt_logprobs
+        if self.echo and self.num_output_tokens == 0:
+            is_prompt_done = output.token_ids or output.finish_reason is FinishReason.LENGTH
+            if is_prompt_done:
+                self.log.append(self.echo, 0, tuple(self.prompt_logprobs))
+        if output.token_ids:
+            self.stages.last_token_s = now
+            if self.stages.first_token_s is None:
+                self.stages.first_token_s = now
         for i, token_id in enumerate(output.token_ids, start=1):
             self.num_output_tokens += 1
             self._num_silent_tokens += 1
-            if self.stages.first_token_s is None:
-                self.stages.first_token_s = now
-            self.stages.last_token_s = now
             if output.finish_reason is FinishReason.STOP and i == len(output.token_ids):
                 break  # the token that ends a sequence is no part of its text
             if output.logprobs:
                 self._silent_logprobs.append((self.detokenizer.num_chars, output.logprobs[i - 1]))
-            self._append(self.detokenizer.push(token_id))
+            if text := self.detokenizer.push(token_id):
+                self._append(text)
             if self.detokenizer.is_stopped:
                 self.end(FinishReason.STOP, now)
                 return
@@ -100,11 +104,12 @@ class Generation:
         if self.is_over:
             return
         if reason is not FinishReason.ERROR:
-            self._append(self.detokenizer.flush())
+            if text := self.detokenizer.flush():
+                self._append(text)
             if self.detokenizer.is_stopped:
                 reason, error = FinishReason.STOP, None
             elif self._silent_logprobs:  # of tokens without text, at the very end
-                self._write("", is_last=True)
+                self._append("", is_last=True)
         self.stages.end_s = now
         self.log.close(Terminal(reason, error))
         for callback in self.on_end:
@@ -120,11 +125,7 @@ class Generation:
             "total_s": _difference(stages.end_s, stages.received_s),
         }
 
-    def _append(self, text: str) -> None:
-        if text:
-            self._write(text)
-
-    def _write(self, text: str, *, is_last: bool = False) -> None:
+    def _append(self, text: str, *, is_last: bool = False) -> None:
         self._num_chars += len(text)
         logprobs: tuple[TokenLogprobs, ...] = ()
         if self._silent_logprobs:

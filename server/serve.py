@@ -33,6 +33,9 @@ from headrace.server.version import VERSION
 # How long a client that reads nothing may hold up the end, once its last event is written.
 _CLOSE_TIMEOUT_S = 5
 _BACKLOG = 2048
+# How long the event loop may keep the interpreter's lock when the engine wants it. The default of 5 ms is as long as a
+# step; far below 1 ms both slow each other down.
+_SWITCH_INTERVAL_S = 0.001
 # transformers imports its parts when they are first named, and fails where two threads do so at once.
 _LOADING = threading.Lock()
 
@@ -132,6 +135,7 @@ class _Server(uvicorn.Server):
         if self._app.keys is None and not self._settings.is_loopback:
             say("anyone who reaches this address may use it: there are no keys (see api_keys_file)")
         say(f"version {VERSION}, loading {self._app.generator.model_name}, listening on {self._url}")
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self.run([self._listener])
         if self._tracing is not None:
             self._tracing.close()

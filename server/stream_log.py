@@ -80,13 +80,15 @@ class StreamLog:
         self._texts.append(text)
         self._num_tokens.append(self._num_tokens[-1] + num_tokens)
         self.num_bytes += sys.getsizeof(text) + _ENTRY_OVERHEAD_BYTES
-        self._wake()
+        for subscriber in self._subscribers:
+            subscriber.wake()
 
     def close(self, terminal: Terminal) -> None:
         """Add the one terminal entry and wake the readers."""
         assert self.terminal is None, "a second terminal event"
         self.terminal = terminal
-        self._wake()
+        for subscriber in self._subscribers:
+            subscriber.wake()
 
     def read(self, cursor: int = 0, log_index: int = 0) -> LogSlice:
         """Everything from `cursor`, at most `end`, on, labelled with `log_index`."""
@@ -102,10 +104,6 @@ class StreamLog:
         """A reader from `cursor` on, as a context manager; leaving it unsubscribes."""
         assert 0 <= cursor <= self.end, "a cursor beyond the log"
         return Subscriber([self], cursor)
-
-    def _wake(self) -> None:
-        for subscriber in self._subscribers:
-            subscriber.wake()
 
 
 class Subscriber:
@@ -142,7 +140,8 @@ class Subscriber:
             self._send.send_nowait(None)
         except anyio.WouldBlock:
             pass
-        self._ring()
+        if self._bell is not None and not self._bell.done():
+            self._bell.set_result(None)
 
     async def next(self, timeout_s: float | None = None) -> LogSlice | None:
         """Wait for something behind a cursor and move past it, by turns; None where `timeout_s` passed first.
@@ -177,11 +176,7 @@ class Subscriber:
         self._timer = None
         if asyncio.get_running_loop().time() < self._expires_s:
             self._expire_at(self._expires_s)
-        else:
-            self._ring()
-
-    def _ring(self) -> None:
-        if self._bell is not None and not self._bell.done():
+        elif self._bell is not None and not self._bell.done():
             self._bell.set_result(None)
 
     def _take(self) -> LogSlice | None:
