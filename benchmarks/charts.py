@@ -32,7 +32,7 @@ def draw(path: Path, title: str, runs: Sequence[Run], summaries: Sequence[Summar
             for summary in summaries
             if summary.itl_ms is not None and summary.output_tokens_per_s is not None and summary.width is not None
         ]
-        _draw_pareto(pareto, points)
+        _draw_pareto(pareto, {"": points})
         _draw_ttft_by_width(ttft, summaries)
     else:
         ttft, itl, launches = figure.subplots(1, 3)
@@ -52,16 +52,16 @@ def draw_comparison(path: Path, title: str, curves: Mapping[str, Sequence[Pareto
     figure = Figure(figsize=(8, 5), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots()
-    for name, points in curves.items():
-        _draw_pareto(axes, points, name)
+    _draw_pareto(axes, curves)
     axes.legend()
     figure.savefig(path)
 
 
-def _draw_pareto(axes: Axes, points: Sequence[ParetoPoint], label: str | None = None) -> None:
-    axes.plot([point[0] for point in points], [point[1] for point in points], marker="o", label=label)
-    for itl_p50_ms, tokens_per_s, width in points:
-        axes.annotate(f"{width}", (itl_p50_ms, tokens_per_s), textcoords="offset points", xytext=(6, -10))
+def _draw_pareto(axes: Axes, curves: Mapping[str, Sequence[ParetoPoint]]) -> None:
+    for label, points in curves.items():
+        axes.plot([point[0] for point in points], [point[1] for point in points], marker="o", label=label)
+        for itl_p50_ms, tokens_per_s, width in points:
+            axes.annotate(f"{width}", (itl_p50_ms, tokens_per_s), textcoords="offset points", xytext=(6, -10))
     axes.set(xlabel="ITL p50 (ms)", ylabel="output tokens/s", title="Throughput against latency, by streams")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)

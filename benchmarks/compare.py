@@ -1,8 +1,8 @@
 """Headrace beside its peers on one machine: `python -m headrace.benchmarks.compare`.
 
 Starts every target, leaves all of them up, and measures one after the other, width by width, round by round: A B C,
-then B C A. All targets of a round get the same prompts, no two rounds or widths do. Whoever does not rest while another is
-measured is stopped meanwhile. Prints tables and ratios, and as the last line of stdout one JSON object
+then B C A. All targets of a round get the same prompts, no two rounds or widths do. Whoever does not rest while another
+is measured is stopped meanwhile. Prints tables and ratios, and as the last line of stdout one JSON object
 (`compare_report.json_line`); --out keeps every measurement. Exit codes: 0; 1 nothing was measured; 2 wrong use; 130
 Ctrl-C, after printing what had finished. Progress and errors go to stderr.
 """
@@ -27,6 +27,7 @@ from headrace.benchmarks.compared_target import ComparedTarget, HttpTarget, Targ
 from headrace.benchmarks.comparison import Comparison, Figure, Measurement, StartUp, merge, spread, streams
 from headrace.benchmarks.measurement import Targets, summarize
 from headrace.benchmarks.peers import TARGETS, Installation, InstallError
+from headrace.benchmarks.process_session import ProcessSession
 from headrace.benchmarks.prompts import PromptMaker, TokenFit
 from headrace.benchmarks.settings import (
     ClosedLoop,
@@ -42,7 +43,8 @@ from headrace.benchmarks.settings import (
 _SLOW: Final = frozenset({"llama.cpp", "transformers"})  # as fast at 8 streams as they get here
 _START_LIMIT_S: Final = 300.0
 _MEASUREMENT_LIMIT_S: Final = 600.0
-_REST_S: Final = 1.0
+_LOOK_S: Final = 1.0
+_LOOKS: Final = 3  # vLLM's worker spins for a second after its last step
 _RESTING_SHARE: Final = 0.02  # of a core
 _SPARE_CONTEXT_TOKENS: Final = 64  # over prompt and output
 _GOODPUT: Final = Targets(ttft_ms=2000.0, itl_ms=100.0)  # as `headrace bench` has them
@@ -79,14 +81,15 @@ def main(argv: list[str] | None = None) -> int:
         if settings.plot is not None:
             check_plot(settings.plot)
         if settings.report:
-            return _print(merge([Comparison.decode(path.read_text()) for path in settings.report]), settings)
+            return _print(_read(settings.report), settings)
         installation = Installation.of(settings.peers, settings.model, _say)
         if settings.install:
             installation.install(settings.targets, _say)
             return 0
+        _check_out(settings.out)
         comparison = Comparison(_reported(settings, installation), _environment(settings, installation))
         _run(settings, installation, comparison)
-    except (UsageError, InstallError, OSError, ValueError) as error:
+    except (UsageError, InstallError) as error:
         _say(str(error))
         return 2
     code = _print(comparison, settings)
@@ -142,14 +145,12 @@ class _Comparing:
         self._started = started  # whoever may have a process
         self._up: dict[str, ComparedTarget] = {}  # by name, in the order of the flag
         self._fit = TokenFit()
-        self._logs = installation.folder / "logs"
 
     async def run(self) -> None:
         """Start, measure, end."""
         task = asyncio.current_task()
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        self._logs.mkdir(parents=True, exist_ok=True)
         try:
             async with asyncio.timeout(self._settings.time_limit_s), AsyncExitStack() as ends:
                 for name in self._settings.targets:
@@ -170,11 +171,11 @@ class _Comparing:
         context_tokens = settings.load.prompt_tokens + settings.load.output_tokens + _SPARE_CONTEXT_TOKENS
         try:
             recipe = self._installation.recipe(name, num_slots, context_tokens)
+            target = ComparedTarget.of(recipe, self._installation.log(name))
         except InstallError as error:
             self._leave_out(name, str(error))
             return
         self._comparison.environment["commands"][name] = [*recipe.command]
-        target = ComparedTarget.of(recipe, self._logs / f"{name}.log")
         self._started.append(target)
         ends.push_async_callback(target.end)
         prompts = PromptMaker(settings.seed)
@@ -229,14 +230,14 @@ class _Comparing:
 
     @asynccontextmanager
     async def _rest_of(self, name: str) -> AsyncIterator[dict[str, float]]:
-        """Look at all other targets for a second, and stop until the end of the block whoever does not rest."""
+        """Wait for all other targets to rest, and stop until the end of the block whoever does not."""
         others = {other: target.session for other, target in self._up.items() if other != name and target.session}
-        begin_s, before = time.monotonic(), {other: session.cpu_s() for other, session in others.items()}
-        if others:
-            await asyncio.sleep(_REST_S)
-        wall_s = time.monotonic() - begin_s
-        shares = {other: (session.cpu_s() - before[other]) / wall_s for other, session in others.items()}
-        paused = {other: round(share, 3) for other, share in shares.items() if share > _RESTING_SHARE}
+        paused: dict[str, float] = {}
+        for _ in range(_LOOKS if others else 0):
+            shares = await _idle_shares(others)
+            paused = {other: round(share, 3) for other, share in shares.items() if share > _RESTING_SHARE}
+            if not paused:
+                break
         for other in paused:
             others[other].signal(signal.SIGSTOP)
         try:
@@ -256,9 +257,29 @@ class _Comparing:
             unfinished.replace(self._settings.out)
 
 
+async def _idle_shares(sessions: dict[str, ProcessSession]) -> dict[str, float]:
+    """Look for a second at what share of a core each one uses."""
+    begin_s, before = time.monotonic(), {name: session.cpu_s() for name, session in sessions.items()}
+    await asyncio.sleep(_LOOK_S)
+    wall_s = time.monotonic() - begin_s
+    return {name: (session.cpu_s() - before[name]) / wall_s for name, session in sessions.items()}
+
+
 def prompts_seed(seed: int, round_number: int, width: int) -> int:
     """Make one number of three, so that no round or width has another's prompts."""
     return (seed << 40) | (round_number << 20) | width
+
+
+def _check_out(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise UsageError(f"--out {path}: cannot be written")
+
+
+def _read(paths: Sequence[Path]) -> Comparison:
+    try:
+        return merge([Comparison.decode(path.read_text()) for path in paths])
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--report: {error}") from error
 
 
 def _print(comparison: Comparison, settings: Settings) -> int:
@@ -268,7 +289,10 @@ def _print(comparison: Comparison, settings: Settings) -> int:
     if settings.plot is not None and comparison.measurements:
         from headrace.benchmarks.charts import draw_comparison
 
-        draw_comparison(settings.plot, comparison.settings["model"], _curves(comparison))
+        try:
+            draw_comparison(settings.plot, comparison.settings["model"], _curves(comparison))
+        except OSError as error:
+            _say(f"cannot write the plot: {error}")
     print(json_line(comparison), flush=True)
     return 0 if comparison.measurements else 1
 
@@ -364,7 +388,7 @@ def _parser() -> OneLineParser:
 
 
 def _targets(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
+    names = tuple(dict.fromkeys(text.split(",")))
     for name in names:
         if name not in TARGETS:
             raise UsageError(f"--targets {name}: expected some of {', '.join(TARGETS)}")

@@ -40,8 +40,10 @@ def markdown(comparison: Comparison) -> str:
 
 def remarks(comparison: Comparison) -> list[str]:
     """Say what a reader must know before believing the tables."""
-    settings = comparison.settings
+    settings, environment = comparison.settings, comparison.environment
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if name not in OURS)
     lines = [
+        f"{environment['cores']} cores of {environment['cpu']}; {versions}",
         f"{settings['model']}; prompts of {settings['prompt_tokens']} tokens, {settings['max_tokens']} output tokens, "
         f"greedy, {settings['requests_per_stream']} requests per stream",
         "the first wave (all prompts at once) is counted",

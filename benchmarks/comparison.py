@@ -126,7 +126,10 @@ class Spread:
     def of(cls, samples: Iterable[float | None]) -> "Spread | None":
         """Describe the rounds that have a value; None where none has."""
         known = [sample for sample in samples if sample is not None]
-        return cls(statistics.median(known), min(known), max(known), len(known)) if known else None
+        if not known:
+            return None
+        median, low, high = (round(figure, 4) for figure in (statistics.median(known), min(known), max(known)))
+        return cls(median, low, high, len(known))
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +244,10 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
         ValueError: their lengths or loads differ.
     """
     first, *others = comparisons
-    merged = Comparison(dict(first.settings), first.environment)
+    merged = Comparison(dict(first.settings), dict(first.environment))
+    for key in ("versions", "commands"):
+        every = (comparison.environment[key] for comparison in comparisons)
+        merged.environment[key] = {name: value for each in every for name, value in each.items()}
     targets = [name for comparison in comparisons for name in comparison.settings["targets"]]
     merged.settings["targets"] = list(dict.fromkeys(targets))
     for other in others:

@@ -88,6 +88,20 @@ class Installation:
         """The interpreter of a peer's environment."""
         return self.folder / name / "bin" / "python"
 
+    def log(self, name: str) -> Path:
+        """What a target prints; emptied here.
+
+        Raises:
+            InstallError: it cannot be written.
+        """
+        path = self.folder / "logs" / f"{name}.log"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
+        except OSError as error:
+            raise InstallError(f"{path} cannot be written: {error}") from error
+        return path
+
     def recipe(self, name: str, num_slots: int, context_tokens: int) -> Recipe:
         """Say how to start a target that is to run `num_slots` requests at once, each of at most `context_tokens`.
 
