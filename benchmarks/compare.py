@@ -40,7 +40,7 @@ from headrace.benchmarks.settings import (
     widths,
 )
 
-_SLOW: Final = frozenset({"llama.cpp", "transformers"})  # as fast at 8 streams as they get here
+_SLOW: Final = frozenset({"llama.cpp", "transformers"})  # they would take most of a wide round's time
 _START_LIMIT_S: Final = 300.0
 _MEASUREMENT_LIMIT_S: Final = 600.0
 _LOOK_S: Final = 1.0

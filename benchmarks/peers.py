@@ -181,7 +181,7 @@ class Installation:
         venv.create(self.folder / name, with_pip=True, clear=True)
         self._pip(name, "install", *_REQUIREMENTS[name])
         if name == "vllm":
-            # Their compiled parts are for another torch; nothing here needs them.
+            # They are imported where they are found, need not fit this torch, and nothing here needs them.
             self._pip(name, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec")
             # It asks for its version under the name it has on a GPU, and takes a "cpu" in it for the platform.
             [packages] = (self.folder / name / "lib").glob("python*/site-packages")
