@@ -7,7 +7,6 @@ had finished. Progress and errors go to stderr.
 """
 
 import asyncio
-import importlib.util
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -20,13 +19,21 @@ from headrace.benchmarks.arrivals import Arrival, TraceError, poisson_arrivals, 
 from headrace.benchmarks.completion_client import CompletionClient
 from headrace.benchmarks.http_client import HttpClient
 from headrace.benchmarks.load import CalibrationError, LoadGenerator
-from headrace.benchmarks.measurement import Run, Summary, Targets, summarize
+from headrace.benchmarks.measurement import Run, Targets, summarize
 from headrace.benchmarks.prompts import PromptMaker, TokenFit
 from headrace.benchmarks.report import Report, json_line, remarks, table
-from headrace.benchmarks.settings import ClosedLoop, Load, PoissonLoad, Settings, TraceReplay, UsageError, parse
+from headrace.benchmarks.settings import (
+    ClosedLoop,
+    Load,
+    PoissonLoad,
+    Settings,
+    TraceReplay,
+    UsageError,
+    check_plot,
+    parse,
+)
 
 _MODES: Final = {ClosedLoop: "closed", PoissonLoad: "poisson", TraceReplay: "trace"}
-Draw = Callable[[Path, str, Sequence[Run], Sequence[Summary]], None]
 
 
 class UnmeasurableError(Exception):
@@ -50,9 +57,10 @@ def main(argv: list[str] | None = None) -> int:
     session = Session()
     try:
         settings = parse(argv)
-        draw = _load_charts(settings.plot)
+        if settings.plot is not None:
+            check_plot(settings.plot)
         arrivals = _arrivals(settings.load, settings.max_requests, settings.seed)
-        loop_name, loop_factory = _event_loop()
+        loop_name, loop_factory = event_loop()
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(_measure(settings, arrivals, session))
     except (UsageError, UnmeasurableError) as error:
@@ -79,7 +87,9 @@ def main(argv: list[str] | None = None) -> int:
     print(table(report.summaries))
     for remark in remarks(report):
         print(remark)
-    if settings.plot is not None and draw is not None and session.runs:
+    if settings.plot is not None and session.runs:
+        from headrace.benchmarks.charts import draw
+
         title = f"{session.model or settings.url.authority}, {_MODES[type(settings.load)]} load"
         try:
             draw(settings.plot, title, session.runs, report.summaries)
@@ -191,22 +201,8 @@ def _arrivals(load: Load, max_requests: int, seed: int) -> list[Arrival]:
     return [arrival for arrival in arrivals if arrival.at_s < load.duration_s]
 
 
-def _load_charts(path: Path | None) -> Draw | None:
-    """Import the charts before anything is measured, so that a run is never lost for want of them."""
-    if path is None:
-        return None
-    if path.suffix not in (".png", ".svg"):
-        raise UsageError(f"--plot {path}: expected a name that ends in .png or .svg")
-    if not path.parent.is_dir():
-        raise UsageError(f"--plot {path}: no such folder")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib: pip install 'headrace[bench]'")
-    from headrace.benchmarks.charts import draw
-
-    return draw
-
-
-def _event_loop() -> tuple[str, Callable[[], asyncio.AbstractEventLoop]]:
+def event_loop() -> tuple[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Choose the fastest event loop there is: its name and what makes one."""
     try:
         import uvloop
     except ImportError:

@@ -4,13 +4,16 @@ Closed loop: throughput against latency per width (the Pareto curve), and TTFT b
 and every request at the second it was launched.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from headrace.benchmarks.measurement import Outcome, Run, Summary
+
+ParetoPoint = tuple[float, float, int]
+"""(ITL p50 in ms, output tokens per second, streams)"""
 
 
 def draw(path: Path, title: str, runs: Sequence[Run], summaries: Sequence[Summary]) -> None:
@@ -24,7 +27,12 @@ def draw(path: Path, title: str, runs: Sequence[Run], summaries: Sequence[Summar
     figure.suptitle(title)
     if is_closed:
         pareto, ttft = figure.subplots(1, 2)
-        _draw_pareto(pareto, summaries)
+        points = [
+            (summary.itl_ms.p50, summary.output_tokens_per_s, summary.width)
+            for summary in summaries
+            if summary.itl_ms is not None and summary.output_tokens_per_s is not None and summary.width is not None
+        ]
+        _draw_pareto(pareto, {"": points})
         _draw_ttft_by_width(ttft, summaries)
     else:
         ttft, itl, launches = figure.subplots(1, 3)
@@ -35,15 +43,25 @@ def draw(path: Path, title: str, runs: Sequence[Run], summaries: Sequence[Summar
     figure.savefig(path)
 
 
-def _draw_pareto(axes: Axes, summaries: Sequence[Summary]) -> None:
-    points = [
-        (summary.itl_ms.p50, summary.output_tokens_per_s, summary.width)
-        for summary in summaries
-        if summary.itl_ms is not None and summary.output_tokens_per_s is not None
-    ]
-    axes.plot([point[0] for point in points], [point[1] for point in points], marker="o")
-    for itl_p50_ms, tokens_per_s, width in points:
-        axes.annotate(f"{width}", (itl_p50_ms, tokens_per_s), textcoords="offset points", xytext=(6, -10))
+def draw_comparison(path: Path, title: str, curves: Mapping[str, Sequence[ParetoPoint]]) -> None:
+    """Write the Pareto curves of several targets, by name, in the format of the file's suffix.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots()
+    _draw_pareto(axes, curves)
+    axes.legend()
+    figure.savefig(path)
+
+
+def _draw_pareto(axes: Axes, curves: Mapping[str, Sequence[ParetoPoint]]) -> None:
+    for label, points in curves.items():
+        axes.plot([point[0] for point in points], [point[1] for point in points], marker="o", label=label)
+        for itl_p50_ms, tokens_per_s, width in points:
+            axes.annotate(f"{width}", (itl_p50_ms, tokens_per_s), textcoords="offset points", xytext=(6, -10))
     axes.set(xlabel="ITL p50 (ms)", ylabel="output tokens/s", title="Throughput against latency, by streams")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)

@@ -5,6 +5,7 @@ that had no effect. Wrong use is one line, without argparse's usage text.
 """
 
 import argparse
+import importlib.util
 import math
 import secrets
 from collections.abc import Sequence
@@ -104,13 +105,15 @@ def _check_closed_loop(load: ClosedLoop, max_requests: int) -> None:
         raise UsageError(f"{num_requests} requests are over --max-requests {max_requests}")
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """Raises UsageError for wrong use."""
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog="headrace bench",
         description="Measure a streaming OpenAI-compatible server. The last line of stdout is one JSON object.",
         allow_abbrev=False,
@@ -136,12 +139,12 @@ def _parser() -> argparse.ArgumentParser:
 
     load = parser.add_argument_group("load: one of --concurrency, --rate, --trace (default --concurrency 1,8,32)")
     loop = load.add_mutually_exclusive_group()
-    loop.add_argument("--concurrency", type=_widths, metavar="N,...", help="closed loop: one run per number of streams")
-    loop.add_argument("--rate", type=_positive, metavar="PER_S", help="open loop: Poisson arrivals")
+    loop.add_argument("--concurrency", type=widths, metavar="N,...", help="closed loop: one run per number of streams")
+    loop.add_argument("--rate", type=positive, metavar="PER_S", help="open loop: Poisson arrivals")
     loop.add_argument(
         "--trace", type=Path, metavar="CSV", help="open loop: TIMESTAMP, ContextTokens, GeneratedTokens (Azure 2023)"
     )
-    load.add_argument("--requests-per-stream", type=_count, help="closed loop (default 5)")
+    load.add_argument("--requests-per-stream", type=count, help="closed loop (default 5)")
     load.add_argument(
         "--exclude-first-wave",
         action="store_true",
@@ -149,37 +152,37 @@ def _parser() -> argparse.ArgumentParser:
         help="closed loop: leave each stream's first request, all at once, out of the figures",
     )
     load.add_argument(
-        "--duration-s", type=_positive, help="open loop: no arrivals after it (default 60; a trace: its end)"
+        "--duration-s", type=positive, help="open loop: no arrivals after it (default 60; a trace: its end)"
     )
-    load.add_argument("--trace-rate", type=_positive, metavar="PER_S", help="stretch the trace to this mean rate")
-    load.add_argument("--trace-scale", type=_positive, help="multiply all the trace's lengths by one factor")
-    load.add_argument("--prompt-tokens", type=_count, help="default 154; a trace has its own")
-    load.add_argument("--output-tokens", type=_count, help="default 128; a trace has its own")
+    load.add_argument("--trace-rate", type=positive, metavar="PER_S", help="stretch the trace to this mean rate")
+    load.add_argument("--trace-scale", type=positive, help="multiply all the trace's lengths by one factor")
+    load.add_argument("--prompt-tokens", type=count, help="default 154; a trace has its own")
+    load.add_argument("--output-tokens", type=count, help="default 128; a trace has its own")
     load.add_argument(
         "--no-ignore-eos", dest="ignore_eos", action="store_false", help="let the model end before its output length"
     )
-    load.add_argument("--num-warmup", type=_natural, default=1, help="uncounted requests before each run (default 1)")
+    load.add_argument("--num-warmup", type=natural, default=1, help="uncounted requests before each run (default 1)")
     load.add_argument(
         "--seed",
-        type=_natural,
+        type=natural,
         help="of prompts and arrivals (default: a new one, reported). The same seed sends the same prompts again: "
         "take a new one for every repetition against one server process",
     )
     load.add_argument(
         "--max-requests",
-        type=_count,
+        type=count,
         default=10_000,
         help="bound on the requests of all runs, warm-up aside (default %(default)s)",
     )
     load.add_argument(
-        "--time-limit-s", type=_positive, default=600.0, help="bound on the whole invocation (default %(default)g)"
+        "--time-limit-s", type=positive, default=600.0, help="bound on the whole invocation (default %(default)g)"
     )
 
     report = parser.add_argument_group("report")
-    report.add_argument("--slo-ttft-ms", type=_positive, default=2000.0, help="goodput's bound (default %(default)g)")
+    report.add_argument("--slo-ttft-ms", type=positive, default=2000.0, help="goodput's bound (default %(default)g)")
     report.add_argument(
         "--slo-itl-ms",
-        type=_positive,
+        type=positive,
         default=100.0,
         help="bound on the p99 of a request's own gaps (default %(default)g)",
     )
@@ -200,24 +203,42 @@ def _api_key(text: str) -> str:
     return text
 
 
-def _widths(text: str) -> tuple[int, ...]:
-    return tuple(_count(part) for part in text.split(","))
+def check_plot(path: Path) -> None:
+    """Refuse a plot before anything is measured, so that a run is never lost for want of it.
+
+    Raises:
+        UsageError: the name, its folder or matplotlib's absence forbids it.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise UsageError(f"--plot {path}: expected a name that ends in .png or .svg")
+    if not path.parent.is_dir():
+        raise UsageError(f"--plot {path}: no such folder")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: pip install 'headrace[bench]'")
 
 
-def _count(text: str) -> int:
-    number = _natural(text)
+def widths(text: str) -> tuple[int, ...]:
+    """Read numbers of streams, separated by commas."""
+    return tuple(count(part) for part in text.split(","))
+
+
+def count(text: str) -> int:
+    """Read a whole number over 0."""
+    number = natural(text)
     if number == 0:
         raise argparse.ArgumentTypeError("expected 1 or more, not 0")
     return number
 
 
-def _natural(text: str) -> int:
+def natural(text: str) -> int:
+    """Read a whole number."""
     if not (text.strip().isascii() and text.strip().isdigit()):
         raise argparse.ArgumentTypeError(f"expected a whole number, not {text!r}")
     return int(text)
 
 
-def _positive(text: str) -> float:
+def positive(text: str) -> float:
+    """Read a finite number over 0."""
     try:
         number = float(text)
     except ValueError:

@@ -1,0 +1,42 @@
+"""ProcessSession: what of /proc is read, and that a session's processes are all reached."""
+
+import os
+import signal
+import subprocess
+import sys
+
+from headrace.benchmarks.process_session import ProcessSession, ProcessStat
+
+STAT = "41 (a (b) c) S 40 39 38 0 -1 4194560 1 2 3 4 150 50 25 75 20 0 3 0 100 1000 10"
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "print('up', flush=True); import signal; signal.pause()"])
+child.wait()
+"""
+
+
+def test_a_stat_is_read_whatever_the_command_is_called() -> None:
+    stat = ProcessStat.parse(STAT)
+    assert (stat.pid, stat.state, stat.session) == (41, "S", 38)
+
+
+def test_cpu_time_is_that_of_the_process_and_of_the_children_it_waited_for() -> None:
+    assert ProcessStat.parse(STAT).cpu_s == 300 / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_signal_reaches_the_children_too() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, start_new_session=True, text=True
+    ) as process:
+        assert process.stdout is not None
+        session = ProcessSession(process.pid)
+        try:
+            assert process.stdout.readline() == "up\n"
+            assert len(session.members()) == 2
+            assert session.cpu_s() > 0
+        finally:
+            session.signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert process.stdout.read() == ""  # the child has let go of it
+    assert session.members() == []
+    session.signal(signal.SIGKILL)  # of nobody
