@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         readers.read_for(_SETTLING_S)
         readings = [_measure(server, readers, options.seconds) for _ in range(options.rounds)]
     print(
-        " tokens/s  tokens/event  bytes/event  us/token    loop  engine | mean, p99 ms: loop lag    step gap   lock wait"
+        " tokens/s  tokens/event  bytes/event  us/token    loop  engine | mean, p99 ms: loop lag, step gap, lock wait"
     )
     for reading in readings:
         parts = [f"{1e6 * cpu_s / reading.num_tokens:7.2f}" for cpu_s in reading.cpu_s.values()]
