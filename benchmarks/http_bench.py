@@ -57,6 +57,9 @@ class PacedRunner:
 
     def warm_up(self) -> None: ...
 
+    def use_idle_time(self) -> bool:
+        return False
+
     def run(self, output: SchedulerOutput) -> list[RowResult]:
         now = time.monotonic()
         self._due_s = max(self._due_s + self._step_s, now)  # a late step delays those behind it

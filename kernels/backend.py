@@ -48,3 +48,6 @@ class Backend(Protocol):
 
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
         """Draw a token per row of logits, as `sampling.sample` does."""
+
+    def use_idle_time(self) -> bool:
+        """Do a few milliseconds of what later steps are quicker for; returns whether there was something to do."""

@@ -32,6 +32,9 @@ class TorchBackend:
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
         return sample(logits, batch)
 
+    def use_idle_time(self) -> bool:
+        return False
+
     def _pack(self, batch: StepBatch) -> PackedBatch:
         positions: list[int] = []
         slots: list[int] = []

@@ -43,6 +43,9 @@ class Runner(Protocol):
 
     def warm_up(self) -> None: ...
 
+    def use_idle_time(self) -> bool:
+        """Do a few milliseconds of what later steps are quicker for; returns whether there was something to do."""
+
     def run(self, output: SchedulerOutput) -> Seq[RowResult]:
         """Compute all rows."""
 
@@ -124,6 +127,8 @@ class EngineCore:
             if not scheduler.has_work:
                 scheduler.check_books()
                 self._computed_s = None
+                while not self._wake.is_set() and runner.use_idle_time():
+                    pass
                 self._wake.wait()
                 continue
             started_s = self._clock()

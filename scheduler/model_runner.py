@@ -73,6 +73,9 @@ class ModelRunner:
             results.append(result)
         return results
 
+    def use_idle_time(self) -> bool:
+        return self.backend.use_idle_time()
+
     def warm_up(self) -> None:
         """Run a full prompt chunk, then a decode step, so that the first request pays for no first use.
 

@@ -67,6 +67,9 @@ class FakeRunner:
 
     def warm_up(self) -> None: ...
 
+    def use_idle_time(self) -> bool:
+        return False
+
     def run(self, output: SchedulerOutput) -> list[RowResult]:
         with self._changed:
             assert self._changed.wait_for(lambda: not self._is_held or self._num_allowed > 0, timeout=30)
