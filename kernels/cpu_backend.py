@@ -29,6 +29,8 @@ _Allocate = Callable[[int], npt.NDArray[np.uint8]]
 _CHUNK_BYTES, _ALIGNMENT = 2**26, 64
 # How far ahead of what is used the KV cache is touched in idle time.
 _TOUCHED_AHEAD_BYTES, _HUGE_PAGE_BYTES = 2**29, 2**21
+# How many of a weight's panels are dequantised in one piece of idle time.
+_PANELS_AT_ONCE = 8
 # Rows of logits whose memory is kept from step to step; more are asked for by scored prompts only.
 _MAX_KEPT_ROWS = 256
 _PANEL = 32
@@ -48,9 +50,12 @@ class _Linear(ctypes.Structure):
     )
 
 
+_LINEARS = ("query", "key", "value", "out", "gate", "up", "down")
+
+
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, _Linear) for name in ("query", "key", "value", "out", "gate", "up", "down")),
+        *((name, _Linear) for name in _LINEARS),
         *((name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "query_norm", "key_norm")),
         ("window", ctypes.c_int64),
         ("cache", ctypes.c_void_p),
@@ -166,6 +171,7 @@ class CpuBackend:
         num_threads: int,
         is_kv_int8: bool = False,
         is_batch_invariant: bool = False,
+        has_wide_copy: bool = False,
     ) -> None:
         self._library = library
         self._vocab_size = config.vocab_size
@@ -212,7 +218,8 @@ class CpuBackend:
         # numpy's pages come on first touch: rows of logits that nobody asks for cost nothing.
         self._logits = np.zeros((min(max_num_batched_tokens, _MAX_KEPT_ROWS), config.vocab_size), np.float32)
         self._num_used_blocks = 0  # of the cache, from its beginning on
-        self._touching = self._touch_ahead(caches)
+        wide = self._widen(layers, model.head) if has_wide_copy else iter(())
+        self._idle_work = itertools.chain(wide, self._touch_ahead(caches))
         self.times: StepTimes | None = None
         self._times = np.zeros(2)  # began, ended: the kernel writes them
         self.close = weakref.finalize(self, library.headrace_destroy, handle)
@@ -263,12 +270,41 @@ class CpuBackend:
         return list(token_ids.tolist())
 
     def use_idle_time(self) -> bool:
-        """Touch a piece of the KV cache that will be needed next: a page's first touch, which the system answers with
-        a cleared one, can cost a virtual machine more than all that is computed into it. Falls short of 10 ms."""
-        return next(self._touching, False)
+        """A piece of the wide copy, then of the KV cache that will be needed next."""
+        return next(self._idle_work, False)
+
+    def _widen(self, layers: "ctypes.Array[_Layer]", head: _Linear) -> Iterator[bool]:
+        """Make the copy of quantised weights that steps of many rows use once it is whole: the same values as they
+        would make of each panel each time."""
+        wide_layers, wide_head = type(layers).from_buffer_copy(layers), _Linear.from_buffer_copy(head)
+        linears = [getattr(layer, name) for layer in wide_layers for name in _LINEARS] + [wide_head]
+        quantised = [linear for linear in linears if linear.format != _FORMATS["bfloat16"]]
+        # Promised now, so that what does not fit is told at the start; it takes memory when it is written.
+        sizes = [linear.num_inputs * _PANEL * 2 for linear in quantised]
+        copies = [
+            self._packer.keep(self._packer.allocate(linear.num_panels * size))
+            for linear, size in zip(quantised, sizes, strict=True)
+        ]
+
+        def work() -> Iterator[bool]:
+            for linear, size, copy in zip(quantised, sizes, copies, strict=True):
+                for first in range(0, linear.num_panels, _PANELS_AT_ONCE):
+                    count = min(_PANELS_AT_ONCE, linear.num_panels - first)
+                    self._library.headrace_dequantise(ctypes.byref(linear), first, count, copy + first * size)
+                    yield True
+            for linear, copy in zip(quantised, copies, strict=True):
+                linear.data, linear.format = copy, _FORMATS["bfloat16"]
+            if self._library.headrace_use_wide(self._handle, wide_layers, ctypes.byref(wide_head)):
+                raise MemoryError("the wide copy of the weights ran out of memory")
+
+        return work()
 
     def _touch_ahead(self, caches: list[npt.NDArray[np.uint8]]) -> Iterator[bool]:
-        """Touch each layer's next huge page, as long as little enough of the cache is ahead of what is used."""
+        """Touch each layer's next huge page, as long as little enough of the cache is ahead of what is used.
+
+        A page's first touch, which the system answers with a cleared one, can cost a virtual machine more than all that
+        is computed into it.
+        """
         block_bytes = len(caches[0]) // self._num_blocks
         num_ahead = _TOUCHED_AHEAD_BYTES // (block_bytes * len(caches))
         step = max(1, _HUGE_PAGE_BYTES // block_bytes)

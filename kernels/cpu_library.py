@@ -171,6 +171,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         ("destroy", None, (pointer,)),
         ("step", ctypes.c_int, (pointer, pointer, pointer)),
         ("sample", ctypes.c_int, (pointer, pointer, ctypes.c_int64, pointer, pointer, pointer)),
+        ("dequantise", None, (pointer, ctypes.c_int64, ctypes.c_int64, pointer)),
+        ("use_wide", ctypes.c_int, (pointer, pointer, pointer)),
         ("profile", None, (pointer, pointer)),
     ):
         function = getattr(library, f"headrace_{name}")

@@ -54,6 +54,8 @@ from headrace.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
+# How much of the memory that is free when the model has been read a bfloat16 copy of quantised weights may take.
+_WIDE_COPY_SHARE = 0.1
 _COMPACT_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 # RoPE variants whose angles depend on each sequence's own length are not the same for all rows of a batch.
 _ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
@@ -121,6 +123,7 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
     num_layers = len(plan.shape.kv_shapes)
     backend: Backend
     if kernel is not None:
+        has_wide_copy = _fits_wide_copy(weights)
         try:
             backend = CpuBackend(
                 kernel.library,
@@ -132,6 +135,7 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
                 num_threads=torch.get_num_threads(),
                 is_kv_int8=is_kv_int8,
                 is_batch_invariant=config.batch_invariant,
+                has_wide_copy=has_wide_copy,
             )
         except (OSError, MemoryError) as error:
             raise CapacityError(
@@ -139,7 +143,8 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
                 f"{config.max_num_batched_tokens}: {error}"
             ) from error
         how = (
-            f"packed {hf_config.model_type}, {num_layers} layers in {', '.join(backend.weight_types)} on cpu, "
+            f"packed {hf_config.model_type}, {num_layers} layers in {', '.join(backend.weight_types)}"
+            f"{' (a copy in bfloat16 for wide batches)' if has_wide_copy else ''} on cpu, "
             f"C++ kernel for {kernel.instruction_set.name}, {torch.get_num_threads()} threads"
         )
     else:
@@ -430,6 +435,13 @@ def _check_weights(path: Path, expected: Mapping[str, torch.Size], weights: dict
         if not name.endswith("rotary_emb.inv_freq"):
             raise ModelSourceError(f"{path} has a weight that the config has not: {name}")
         del weights[name]
+
+
+def _fits_wide_copy(weights: dict[str, Weight]) -> bool:
+    """Whether there are quantised weights, and memory for a bfloat16 copy of them is no matter."""
+    num_bytes = sum(2 * math.prod(w.shape) for w in weights.values() if isinstance(w, QuantisedWeight))
+    available = available_bytes()
+    return num_bytes > 0 and available is not None and num_bytes <= _WIDE_COPY_SHARE * available
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -57,7 +57,8 @@ Model* headrace_create(const ModelConfig* config) {
 
 void headrace_destroy(Model* model) { delete model; }
 
-// Run one step. Returns 0, or 1 where memory does not suffice. times[0] and times[1] are set to when it began and ended.
+// Run one step. Returns 0, or 1 where memory does not suffice. times[0] and times[1] are set to when it began and
+// ended.
 int headrace_step(Model* model, const Batch* batch, double* times) {
   try {
     times[0] = monotonic_s();
@@ -78,6 +79,22 @@ int headrace_sample(Model* model, const RowSampling* rows, int64_t num_rows, flo
   try {
     model->team.run(std::make_shared<Sampling>(*model, rows, int(num_rows), logits, token_ids));
     times[1] = monotonic_s();
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
+  }
+}
+
+// Dequantise num_panels panels of a weight from `first` on into the bfloat16 layout.
+void headrace_dequantise(const Linear* weight, int64_t first, int64_t num_panels, uint16_t* out) {
+  for (int64_t i = 0; i < num_panels; ++i)
+    dequantise(*weight, first + i, reinterpret_cast<bf16*>(out) + i * PANEL * weight->num_inputs);
+}
+
+// Use a copy of all weights, in bfloat16, for steps of many rows. Returns as headrace_step.
+int headrace_use_wide(Model* model, const Layer* layers, const Linear* head) {
+  try {
+    model->wide = std::make_unique<const WeightSet>(layers, model->config.num_layers, *head);
     return 0;
   } catch (const std::exception&) {
     return 1;

@@ -45,6 +45,26 @@ struct ModelConfig {
   const Layer* layers;
 };
 
+// All weights in one form: as they were loaded, or as the wide copy of them. Neither copied nor moved: there are
+// pointers into it.
+struct WeightSet {
+  WeightSet(const Layer* layers_begin, int64_t num_layers, const Linear& head_weight)
+      : layers(layers_begin, layers_begin + num_layers), head(head_weight) {
+    for (const Layer& layer : layers) {
+      qkv.insert(qkv.end(), {&layer.query, &layer.key, &layer.value});
+      out.push_back(&layer.out);
+      gate_up.insert(gate_up.end(), {&layer.gate, &layer.up});
+      down.push_back(&layer.down);
+    }
+  }
+  WeightSet(const WeightSet&) = delete;
+
+  const std::vector<Layer> layers;
+  const Linear head;
+  // All layers' weights that one buffer's rows are made for: it has to serve whatever formats they have.
+  std::vector<const Linear*> qkv, out, gate_up, down;
+};
+
 // One step's input, for T tokens of B sequences, and its output for R rows.
 struct Batch {
   int64_t num_tokens, num_sequences, num_logit_rows;
@@ -77,14 +97,19 @@ class Model {
  public:
   explicit Model(const ModelConfig& model_config);
 
+  // The weights to multiply so many rows with. What is quantised stays so for few rows, which it is read for; for many
+  // it is better dequantised once and for all.
+  const WeightSet& weights_for(int num_rows) const { return wide == nullptr || is_narrow(num_rows) ? weights : *wide; }
+  bool is_narrow(int num_rows) const {
+    return HAS_NARROW_PATH && !config.is_batch_invariant && num_rows <= NARROW_ROWS;
+  }
+
   const ModelConfig config;
-  const std::vector<Layer> layers;
-  const int padded_head;  // Dp
+  const WeightSet weights;
+  std::unique_ptr<const WeightSet> wide;  // null where there is no copy, or not yet
+  const int padded_head;                  // Dp
   const KVCache cache;
   std::vector<Workspace> spaces;  // one per member
-
-  // All layers' weights that one buffer's rows are made for: it has to serve whatever formats they have.
-  std::vector<const Linear*> qkv_weights, out_weights, gate_up_weights, down_weights;
 
   // Buffers of a step, for up to max_tokens rows.
   std::vector<float> hidden;   // [T, E]

@@ -31,7 +31,7 @@ Vec silu(Vec x) { return x / (1.0f + exp2(x * -LOG2_E)); }
 
 Model::Model(const ModelConfig& model_config)
     : config(model_config),
-      layers(config.layers, config.layers + config.num_layers),
+      weights(config.layers, config.num_layers, config.head),
       padded_head(padded(config.head_size)),
       cache(make_cache(config)),
       spaces(size_t(config.num_threads), Workspace(padded_head)),
@@ -49,12 +49,6 @@ Model::Model(const ModelConfig& model_config)
   post_normed.reserve(max_tokens, hidden_size);
   activated.reserve(max_tokens, int(config.intermediate_size));
   last_normed.reserve(max_tokens, hidden_size);
-  for (const Layer& layer : layers) {
-    qkv_weights.insert(qkv_weights.end(), {&layer.query, &layer.key, &layer.value});
-    out_weights.push_back(&layer.out);
-    gate_up_weights.insert(gate_up_weights.end(), {&layer.gate, &layer.up});
-    down_weights.push_back(&layer.down);
-  }
   for (Workspace& space : spaces) {
     space.rows.reserve(PRIVATE_ROWS, largest);
     space.row.resize(largest);
@@ -67,9 +61,7 @@ template <class List>
 void Step::begin(Operand& operand, int num_rows, const List& weights) const {
   bool has_tiles = false, has_quants = false;
   for (const Linear* weight : weights) {
-    const bool is_narrow =
-        HAS_NARROW_PATH && !config_.is_batch_invariant && num_rows <= NARROW_ROWS && is_quantised(*weight);
-    (is_narrow ? has_quants : has_tiles) = true;
+    (model_.is_narrow(num_rows) && is_quantised(*weight) ? has_quants : has_tiles) = true;
   }
   operand.begin(num_rows, int((*weights.begin())->num_inputs), has_tiles, has_quants);
 }
@@ -127,6 +119,8 @@ Step::Step(Model& model, const Batch& batch)
       batch_(batch),
       num_tokens_(int(batch.num_tokens)),
       num_logit_rows_(int(batch.num_logit_rows)),
+      weights_(model.weights_for(num_tokens_)),
+      head_(model.weights_for(num_logit_rows_).head),
       group_(int(config_.num_heads / config_.num_kv_heads)),
       phases_(int(8 * config_.num_layers + 3), model.team.size()) {
   int most_segments = 1;
@@ -139,7 +133,7 @@ Step::Step(Model& model, const Batch& batch)
     most_segments = std::max(most_segments, (context_len + SEGMENT - 1) / SEGMENT);
   }
   const bool is_windowed =
-      std::all_of(model.layers.begin(), model.layers.end(), [](const Layer& l) { return l.window > 0; });
+      std::all_of(weights_.layers.begin(), weights_.layers.end(), [](const Layer& l) { return l.window > 0; });
   if (num_tokens_ > BLOCK_ROWS && !is_windowed)
     for (int b = 0; b < batch.num_sequences; ++b)
       for (int tile = 0; tile * TILE_TOKENS < batch.context_lens[b]; ++tile)
@@ -152,11 +146,11 @@ Step::Step(Model& model, const Batch& batch)
     model.maxima.resize(num_results);
     model.sums.resize(num_results);
   }
-  begin(model.normed, num_tokens_, model.qkv_weights);
-  begin(model.attended, num_tokens_, model.out_weights);
-  begin(model.post_normed, num_tokens_, model.gate_up_weights);
-  begin(model.activated, num_tokens_, model.down_weights);
-  begin(model.last_normed, num_logit_rows_, Weights{&config_.head});
+  begin(model.normed, num_tokens_, weights_.qkv);
+  begin(model.attended, num_tokens_, weights_.out);
+  begin(model.post_normed, num_tokens_, weights_.gate_up);
+  begin(model.activated, num_tokens_, weights_.down);
+  begin(model.last_normed, num_logit_rows_, Weights{&head_});
   for (Workspace& space : model.spaces) {
     space.best.assign(num_logit_rows_, MINUS_INFINITY);
     space.best_token.assign(num_logit_rows_, 0);
@@ -169,9 +163,9 @@ void Step::run(int member) noexcept {
   const int num_heads = int(config_.num_heads), num_kv_heads = int(config_.num_kv_heads);
 
   walk.share(EMBED, num_tokens_, {}, [&](int row) { embed(row); });
-  fetch_soon(&model_.layers.front(), member);
-  for (const Layer& layer : model_.layers) {
-    const Layer* next = &layer == &model_.layers.back() ? nullptr : &layer + 1;
+  fetch_soon(&weights_.layers.front(), member);
+  for (const Layer& layer : weights_.layers) {
+    const Layer* next = &layer == &weights_.layers.back() ? nullptr : &layer + 1;
     walk.share(
         QKV, num_kv_heads + num_heads, num_tokens_, model_.normed, {&layer.query, &layer.key, &layer.value}, {},
         [&](Operand& to, int row) { normalise(layer.input_norm, row, to, row, space); },
@@ -186,12 +180,12 @@ void Step::run(int member) noexcept {
         GATE_UP, int(layer.gate.num_panels), num_tokens_, model_.post_normed, {&layer.gate, &layer.up}, {&layer.down},
         [&](Operand& to, int row) { normalise(layer.post_norm, row, to, row, space); },
         [&](int panel, const Operand& x) { activate(layer, panel, x, space); });
-    walk.share(DOWN, int(layer.down.num_panels), {next == nullptr ? &config_.head : &next->query},
+    walk.share(DOWN, int(layer.down.num_panels), {next == nullptr ? &head_ : &next->query},
                [&](int panel) { add_panel(layer.down, panel, model_.activated, space); });
   }
   if (num_logit_rows_ > 0)
     walk.share(
-        HEAD, int(config_.head.num_panels), num_logit_rows_, model_.last_normed, {&config_.head}, {},
+        HEAD, int(head_.num_panels), num_logit_rows_, model_.last_normed, {&head_}, {},
         [&](Operand& to, int row) { normalise(config_.final_norm, int(batch_.logit_rows[row]), to, row, space); },
         [&](int panel, const Operand& x) { pick(panel, x, space); });
   end_products();
@@ -377,7 +371,7 @@ void Step::activate(const Layer& layer, int unit, const Operand& x, Workspace& s
 // 32 logits of every sampled row: the largest so far, and all of them where they are wanted.
 void Step::pick(int panel, const Operand& x, Workspace& space) {
   const int first = panel * PANEL, count = std::min(PANEL, int(config_.vocab_size) - first);
-  const Panel panels[1] = {{&config_.head, panel, 1}};
+  const Panel panels[1] = {{&head_, panel, 1}};
   multiply(panels, 1, x, space.product, [&](int row, float* columns) {
     std::fill(columns + count, columns + PANEL, MINUS_INFINITY);
     if (batch_.logits != nullptr) std::copy_n(columns, count, batch_.logits + row * config_.vocab_size + first);

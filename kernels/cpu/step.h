@@ -56,6 +56,8 @@ class Step final : public Job {
   const ModelConfig& config_;
   const Batch batch_;
   const int num_tokens_, num_logit_rows_, group_;  // T, R, H / G
+  const WeightSet& weights_;                       // for T rows
+  const Linear& head_;                             // for R rows
   std::vector<Place> places_;                      // [T]
   std::vector<int> first_rows_;                    // [B], each sequence's first row in the batch
   std::vector<RowBlock> row_blocks_;
