@@ -41,12 +41,16 @@ def run_model(library: ctypes.CDLL, model: TinyModel, num_threads: int, is_kv_in
         num_threads=num_threads,
         is_kv_int8=is_kv_int8,
         is_batch_invariant=is_invariant,
+        has_wide_copy=True,
     )
     sequences = [random_tokens(length, model.vocab_size, seed=length) for length in LENGTHS]
     run = PagedRun(backend, sequences)
-    for logits in run.all_logits(SCHEDULE):
-        assert logits.isfinite().all()
-    run.num_computed = [0] * len(LENGTHS)
+    for _ in ("before the wide copy is made", "with it"):
+        for logits in run.all_logits(SCHEDULE):
+            assert logits.isfinite().all()
+        run.num_computed = [0] * len(LENGTHS)
+        while backend.use_idle_time():
+            pass
     assert len(backend.argmax(run.batch({0: 20, 2: 9}))) == 29
     for num_rows in (1, 24):
         logits = torch.randn(num_rows, model.vocab_size)

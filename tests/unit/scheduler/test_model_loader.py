@@ -15,6 +15,7 @@ from headrace.scheduler import model_loader
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import CapacityError, HeadraceError, ModelSourceError, UnsupportedModelError
 from headrace.scheduler.model_loader import load_engine
+from headrace.scheduler.model_source import resolve_model
 from requirements import need_program
 from tiny_models import SHAPE, generate, generate_with_hugging_face, greedy, tiny_llama, tiny_model
 
@@ -361,3 +362,16 @@ def test_a_setting_that_needs_the_kernel_says_why_there_is_none(folder: Path) ->
     ):
         with pytest.raises(CapacityError, match=complaint):
             load(folder, **fields)
+
+
+@pytest.mark.parametrize(
+    ("available", "has_copy"), [(None, False), (6 * 2**30, True), (2 * 2**30 + 2**29, False)], ids=str
+)
+def test_quantised_weights_have_a_wide_copy_where_memory_is_plenty(
+    available: int | None, has_copy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_program("g++", "the C++ kernel")
+    path = resolve_model(None).path  # 269 MB in bfloat16
+    monkeypatch.setattr(model_loader, "available_bytes", lambda: available)
+    _, runner = load_engine(EngineConfig(model_path=path, kv_cache_bytes=2**26), lambda line: None)
+    assert ("a copy in bfloat16 for wide batches" in runner.description) is has_copy
