@@ -27,8 +27,7 @@ _Allocate = Callable[[int], npt.NDArray[np.uint8]]
 
 # Weights are put side by side in pieces of memory of this size, at multiples of a cache line.
 _CHUNK_BYTES, _ALIGNMENT = 2**26, 64
-# How far ahead of what is used the KV cache is touched in idle time.
-_TOUCHED_AHEAD_BYTES, _HUGE_PAGE_BYTES = 2**29, 2**21
+_HUGE_PAGE_BYTES = 2**21
 # How many of a weight's panels are dequantised in one piece of idle time.
 _PANELS_AT_ONCE = 8
 # Rows of logits whose memory is kept from step to step; more are asked for by scored prompts only.
@@ -172,6 +171,7 @@ class CpuBackend:
         is_kv_int8: bool = False,
         is_batch_invariant: bool = False,
         has_wide_copy: bool = False,
+        touched_ahead_bytes: int = 0,
     ) -> None:
         self._library = library
         self._vocab_size = config.vocab_size
@@ -219,7 +219,7 @@ class CpuBackend:
         self._logits = np.zeros((min(max_num_batched_tokens, _MAX_KEPT_ROWS), config.vocab_size), np.float32)
         self._num_used_blocks = 0  # of the cache, from its beginning on
         wide = self._widen(layers, model.head) if has_wide_copy else iter(())
-        self._idle_work = itertools.chain(wide, self._touch_ahead(caches))
+        self._idle_work = itertools.chain(wide, self._touch_ahead(caches, touched_ahead_bytes))
         self.times: StepTimes | None = None
         self._times = np.zeros(2)  # began, ended: the kernel writes them
         self.close = weakref.finalize(self, library.headrace_destroy, handle)
@@ -299,14 +299,14 @@ class CpuBackend:
 
         return work()
 
-    def _touch_ahead(self, caches: list[npt.NDArray[np.uint8]]) -> Iterator[bool]:
-        """Touch each layer's next huge page, as long as little enough of the cache is ahead of what is used.
+    def _touch_ahead(self, caches: list[npt.NDArray[np.uint8]], num_bytes: int) -> Iterator[bool]:
+        """Touch each layer's next huge page, until so many bytes are ahead of what is used.
 
         A page's first touch, which the system answers with a cleared one, can cost a virtual machine more than all that
         is computed into it.
         """
         block_bytes = len(caches[0]) // self._num_blocks
-        num_ahead = _TOUCHED_AHEAD_BYTES // (block_bytes * len(caches))
+        num_ahead = num_bytes // (block_bytes * len(caches))
         step = max(1, _HUGE_PAGE_BYTES // block_bytes)
         for first in range(0, self._num_blocks, step):
             for cache in caches:

@@ -54,6 +54,8 @@ from headrace.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
+# How far ahead of what is used the KV cache is touched in idle time, where nobody has said how large it shall be.
+_TOUCHED_AHEAD_BYTES = 2**29
 # How much of the memory that is free when the model has been read a bfloat16 copy of quantised weights may take.
 _WIDE_COPY_SHARE = 0.1
 _COMPACT_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -136,6 +138,7 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
                 is_kv_int8=is_kv_int8,
                 is_batch_invariant=config.batch_invariant,
                 has_wide_copy=has_wide_copy,
+                touched_ahead_bytes=_TOUCHED_AHEAD_BYTES if config.kv_cache_bytes is None else cache_bytes,
             )
         except (OSError, MemoryError) as error:
             raise CapacityError(
