@@ -42,6 +42,7 @@ def run_model(library: ctypes.CDLL, model: TinyModel, num_threads: int, is_kv_in
         is_kv_int8=is_kv_int8,
         is_batch_invariant=is_invariant,
         has_wide_copy=True,
+        touched_ahead_bytes=2**20,
     )
     sequences = [random_tokens(length, model.vocab_size, seed=length) for length in LENGTHS]
     run = PagedRun(backend, sequences)
