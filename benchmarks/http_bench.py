@@ -38,7 +38,7 @@ _WAITS = ("event_loop_lag", "engine_step_gap", "engine_lock_wait")
 _SETTLING_S = 1.0
 _READ_INTERVAL_S = 0.004
 _BLOCK_SIZE = 16
-_CONTEXT_TOKENS = 1 << 20
+_PROMPT_TOKENS = 64  # more than there are
 _MODEL_TOKENS = 8000  # what fits the demo model's context behind the prompt
 
 
@@ -46,11 +46,11 @@ class PacedRunner:
     """A fake model: each step ends on the beat, and every row's next token is one of a fixed round of words."""
 
     description = "no model, a token per stream and beat"
-    max_context_tokens = _CONTEXT_TOKENS
     times: StepTimes | None = None
 
-    def __init__(self, token_ids: Sequence[int], vocab_size: int, step_s: float) -> None:
+    def __init__(self, token_ids: Sequence[int], vocab_size: int, max_context_tokens: int, step_s: float) -> None:
         self.vocab_size = vocab_size
+        self.max_context_tokens = max_context_tokens
         self._results = itertools.cycle([RowResult(token_id) for token_id in token_ids])
         self._step_s = step_s
         self._due_s = 0.0
@@ -64,7 +64,7 @@ class PacedRunner:
         now = time.monotonic()
         self._due_s = max(self._due_s + self._step_s, now)  # a late step delays those behind it
         time.sleep(self._due_s - now)
-        self.times = StepTimes(now, self._due_s, time.monotonic())
+        self.times = StepTimes(now, self._due_s, time.monotonic() - self._due_s)  # with what the sleep was too long
         return [next(self._results) if row.is_sampled else RowResult() for row in output.rows]
 
 
@@ -107,10 +107,10 @@ class Readers:
             connection.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
             connection.setblocking(False)
             self._sockets.append(connection)
-            self._selector.register(connection, selectors.EVENT_READ)
+            self._selector.register(connection, selectors.EVENT_READ, "nothing was read yet")
 
     def read_for(self, seconds: float) -> None:
-        """Read and count. Raises: ConnectionError where the server ends a stream.
+        """Read and count. Raises: ConnectionError where the server refuses a stream or ends it.
 
         By the clock: a reader that sleeps until something comes would be woken at the server's expense, as no client
         on another machine is.
@@ -121,7 +121,11 @@ class Readers:
             for key, _ in self._selector.select(0):
                 assert isinstance(key.fileobj, socket.socket)
                 received = key.fileobj.recv(1 << 16)
-                if not received:
+                if key.data and not received.startswith(b"HTTP/1.1 200"):
+                    raise ConnectionError(f"the server refused a stream: {received[:200]!r}")
+                if key.data:
+                    self._selector.modify(key.fileobj, selectors.EVENT_READ, None)
+                if not received or received.endswith(b"\r\n0\r\n\r\n"):
                     raise ConnectionError("the server ended a stream")
                 self.num_bytes += len(received)
                 self.num_events += received.count(b"\n\n")
@@ -218,15 +222,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["serve"]:
         return _serve(parser.parse_args(argv[1:]))
     options = parser.parse_args(argv)
-    max_tokens = _CONTEXT_TOKENS // 2 if options.engine == "fake" else _MODEL_TOKENS
+    max_tokens = _num_tokens(options) if options.engine == "fake" else _MODEL_TOKENS
     body: dict[str, object] = {"max_tokens": max_tokens, "ignore_eos": True, "stream": True}
     if options.route == "completions":
         body["prompt"] = "Once upon a time"
     else:
         body["messages"] = [{"role": "user", "content": "Tell me a story."}]
     with ExitStack() as stack:
-        flags = ("--engine", options.engine, "--streams", str(options.streams), "--rate", str(options.rate))
-        server = stack.enter_context(_serving(*flags))
+        server = stack.enter_context(_serving(*argv))
         readers = Readers(server.port, options.streams)
         stack.callback(readers.close)
         readers.open(f"/v1/{options.route}", body)
@@ -250,22 +253,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _num_tokens(options: argparse.Namespace) -> int:
+    """More than a stream of the fake engine gets while it is measured."""
+    return int(options.rate / options.streams * (_SETTLING_S + options.rounds * options.seconds + 30))
+
+
 def _serve(options: argparse.Namespace) -> int:
     settings = load_settings(["--port", "0", "--log-level", "warning"], {})
     if options.engine == "model":
         return serve(settings)
     text = " The mill stands by the river, and its wheel has not stopped once since the day it was built."
-
+    num_tokens = _PROMPT_TOKENS + _num_tokens(options)
     token_ids = load_tokenizer(resolve_model(None)).encode(text, add_special_tokens=False)
 
     def load() -> tuple[Scheduler, PacedRunner]:
         scheduler = Scheduler(
-            BlockPool(options.streams * 4096),
+            BlockPool(options.streams * -(-num_tokens // _BLOCK_SIZE)),
             block_size=_BLOCK_SIZE,
             max_num_batched_tokens=max(1024, 4 * options.streams),
             max_num_seqs=options.streams,
         )
-        return scheduler, PacedRunner(token_ids, 49152, options.streams / options.rate)
+        return scheduler, PacedRunner(token_ids, 49152, num_tokens, options.streams / options.rate)
 
     return serve(settings, load)
 

@@ -217,11 +217,13 @@ class CpuBackend:
         self._max_tokens = max_num_batched_tokens
         # numpy's pages come on first touch: rows of logits that nobody asks for cost nothing.
         self._logits = np.zeros((min(max_num_batched_tokens, _MAX_KEPT_ROWS), config.vocab_size), np.float32)
-        self._num_used_blocks = 0  # of the cache, from its beginning on
-        wide = self._widen(layers, model.head) if has_wide_copy else iter(())
-        self._idle_work = itertools.chain(wide, self._touch_ahead(caches, touched_ahead_bytes))
+        self._cache_use = _CacheUse()
+        wide = _widen(library, handle, packer, layers, model.head) if has_wide_copy else iter(())
+        ahead = _touch_ahead(caches, num_blocks, self._cache_use, touched_ahead_bytes)
+        self._idle_work = itertools.chain(wide, ahead)  # which knows nothing of this object, for it to be freed at once
         self.times: StepTimes | None = None
         self._times = np.zeros(2)  # began, ended: the kernel writes them
+        self._lock_wait_s = 0.0  # after the calls of this step
         self.close = weakref.finalize(self, library.headrace_destroy, handle)
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
@@ -271,50 +273,8 @@ class CpuBackend:
 
     def use_idle_time(self) -> bool:
         """A piece of the wide copy, then of the KV cache that will be needed next."""
+        assert self.close.alive, "the backend is closed"
         return next(self._idle_work, False)
-
-    def _widen(self, layers: "ctypes.Array[_Layer]", head: _Linear) -> Iterator[bool]:
-        """Make the copy of quantised weights that steps of many rows use once it is whole: the same values as they
-        would make of each panel each time."""
-        wide_layers, wide_head = type(layers).from_buffer_copy(layers), _Linear.from_buffer_copy(head)
-        linears = [getattr(layer, name) for layer in wide_layers for name in _LINEARS] + [wide_head]
-        quantised = [linear for linear in linears if linear.format != _FORMATS["bfloat16"]]
-        # Promised now, so that what does not fit is told at the start; it takes memory when it is written.
-        sizes = [linear.num_inputs * _PANEL * 2 for linear in quantised]
-        copies = [
-            self._packer.keep(self._packer.allocate(linear.num_panels * size))
-            for linear, size in zip(quantised, sizes, strict=True)
-        ]
-
-        def work() -> Iterator[bool]:
-            for linear, size, copy in zip(quantised, sizes, copies, strict=True):
-                for first in range(0, linear.num_panels, _PANELS_AT_ONCE):
-                    count = min(_PANELS_AT_ONCE, linear.num_panels - first)
-                    self._library.headrace_dequantise(ctypes.byref(linear), first, count, copy + first * size)
-                    yield True
-            for linear, copy in zip(quantised, copies, strict=True):
-                linear.data, linear.format = copy, _FORMATS["bfloat16"]
-            if self._library.headrace_use_wide(self._handle, wide_layers, ctypes.byref(wide_head)):
-                raise MemoryError("the wide copy of the weights ran out of memory")
-
-        return work()
-
-    def _touch_ahead(self, caches: list[npt.NDArray[np.uint8]], num_bytes: int) -> Iterator[bool]:
-        """Touch each layer's next huge page, until so many bytes are ahead of what is used.
-
-        A page's first touch, which the system answers with a cleared one, can cost a virtual machine more than all that
-        is computed into it.
-        """
-        block_bytes = len(caches[0]) // self._num_blocks
-        num_ahead = num_bytes // (block_bytes * len(caches))
-        step = max(1, _HUGE_PAGE_BYTES // block_bytes)
-        for first in range(0, self._num_blocks, step):
-            for cache in caches:
-                while first >= self._num_used_blocks + num_ahead:
-                    yield False
-                if first >= self._num_used_blocks:  # nothing of it holds anything yet
-                    cache[first * block_bytes : (first + step) * block_bytes] = 0
-                    yield True
 
     def _check(self, token_ids: npt.NDArray[np.int64]) -> None:
         if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < self._vocab_size:
@@ -344,7 +304,7 @@ class CpuBackend:
         assert (context_lens <= table_lens * self._block_size).all(), "a block table is too short"
         last_block = int(blocks.max())
         assert 0 <= blocks.min() <= last_block < self._num_blocks, "a block that does not exist"
-        self._num_used_blocks = max(self._num_used_blocks, last_block + 1)
+        self._cache_use.num_blocks = max(self._cache_use.num_blocks, last_block + 1)
         argmax = np.empty(len(batch.logit_rows), np.int64)
         step = _Batch(
             len(token_ids),
@@ -359,6 +319,7 @@ class CpuBackend:
             None if logits is None else logits.ctypes.data,
             argmax.ctypes.data,
         )
+        self._lock_wait_s = 0.0
         status = self._library.headrace_step(self._handle, ctypes.byref(step), self._times.ctypes.data)
         self._note_times()
         if status:
@@ -366,8 +327,64 @@ class CpuBackend:
         return argmax
 
     def _note_times(self) -> None:
+        now = time.monotonic()
         began_s, ended_s = self._times.tolist()
-        self.times = StepTimes(began_s, ended_s, time.monotonic())
+        self._lock_wait_s += now - ended_s
+        self.times = StepTimes(began_s, ended_s, self._lock_wait_s)
+
+
+class _CacheUse:
+    """How many blocks of the cache, from its beginning on, have held something."""
+
+    num_blocks = 0
+
+
+def _touch_ahead(
+    caches: list[npt.NDArray[np.uint8]], num_blocks: int, use: _CacheUse, num_bytes: int
+) -> Iterator[bool]:
+    """Touch each layer's next huge page, until so many bytes are ahead of what is used.
+
+    A page's first touch, which the system answers with a cleared one, can cost a virtual machine more than all that is
+    computed into it.
+    """
+    block_bytes = len(caches[0]) // num_blocks
+    num_ahead = num_bytes // (block_bytes * len(caches))
+    step = max(1, _HUGE_PAGE_BYTES // block_bytes)
+    for first in range(0, num_blocks, step):
+        for cache in caches:
+            while first >= use.num_blocks + num_ahead:
+                yield False
+            if first >= use.num_blocks:  # nothing of it holds anything yet
+                cache[first * block_bytes : (first + step) * block_bytes] = 0
+                yield True
+
+
+def _widen(
+    library: ctypes.CDLL, handle: int, packer: "_Packer", layers: "ctypes.Array[_Layer]", head: _Linear
+) -> Iterator[bool]:
+    """Make the copy of quantised weights that steps of many rows use once it is whole: the same values as they would
+    make of each panel each time."""
+    wide_layers, wide_head = type(layers).from_buffer_copy(layers), _Linear.from_buffer_copy(head)
+    linears = [getattr(layer, name) for layer in wide_layers for name in _LINEARS] + [wide_head]
+    quantised = [linear for linear in linears if linear.format != _FORMATS["bfloat16"]]
+    # Promised now, so that what does not fit is told at the start; it takes memory when it is written.
+    sizes = [linear.num_inputs * _PANEL * 2 for linear in quantised]
+    copies = [
+        packer.keep(packer.allocate(linear.num_panels * size)) for linear, size in zip(quantised, sizes, strict=True)
+    ]
+
+    def work() -> Iterator[bool]:
+        for linear, size, copy in zip(quantised, sizes, copies, strict=True):
+            for first in range(0, linear.num_panels, _PANELS_AT_ONCE):
+                count = min(_PANELS_AT_ONCE, linear.num_panels - first)
+                library.headrace_dequantise(ctypes.byref(linear), first, count, copy + first * size)
+                yield True
+        for linear, copy in zip(quantised, copies, strict=True):
+            linear.data, linear.format = copy, _FORMATS["bfloat16"]
+        if library.headrace_use_wide(handle, wide_layers, ctypes.byref(wide_head)):
+            raise MemoryError("the wide copy of the weights ran out of memory")
+
+    return work()
 
 
 class _Packer:

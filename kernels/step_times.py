@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 
 class StepTimes(NamedTuple):
-    """When computing began and ended, and when its caller had the interpreter's lock again: in seconds of
-    time.monotonic()."""
+    """When computing began and ended, in seconds of time.monotonic(), and how long after each of its parts the caller
+    waited for the interpreter's lock, None where that cannot be told."""
 
     began_s: float
     ended_s: float
-    resumed_s: float
+    lock_wait_s: float | None

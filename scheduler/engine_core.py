@@ -127,8 +127,7 @@ class EngineCore:
             if not scheduler.has_work:
                 scheduler.check_books()
                 self._computed_s = None
-                while not self._wake.is_set() and runner.use_idle_time():
-                    pass
+                self._use_idle_time(runner)
                 self._wake.wait()
                 continue
             started_s = self._clock()
@@ -138,6 +137,13 @@ class EngineCore:
             self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s), self._pauses))
         outputs = scheduler.fail_all("the server is shutting down")
         self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s)))
+
+    def _use_idle_time(self, runner: Runner) -> None:
+        try:
+            while not self._wake.is_set() and runner.use_idle_time():
+                pass
+        except Exception:  # of work that nobody has asked for
+            logger.exception("what the engine does in idle time failed")
 
     def _drain_inbox(self, scheduler: Scheduler) -> None:
         # Cleared before draining: what arrives after the last pop sets it again, so no wake-up is lost.
@@ -166,8 +172,8 @@ class EngineCore:
                 [row.sequence for row in output.rows], "the model failed while computing this request"
             )
         ended_s = self._clock()
-        times = runner.times or StepTimes(began_s, ended_s, ended_s)
+        times = runner.times or StepTimes(began_s, ended_s, None)
         gap_s = None if self._computed_s is None else times.began_s - self._computed_s
-        self._pauses = StepPauses(gap_s, times.resumed_s - times.ended_s)
+        self._pauses = StepPauses(gap_s, times.lock_wait_s)
         self._computed_s = times.ended_s
         return scheduler.update(output, results)

@@ -124,10 +124,11 @@ class LoadSnapshot:
 @dataclass(frozen=True, slots=True)
 class StepPauses:
     """When the engine did not compute although there was work: `gap_s` between the step before and this one, None where
-    this is the first of a busy time; `lock_wait_s` after this one, for the interpreter's lock."""
+    this is the first of a busy time; `lock_wait_s` for the interpreter's lock whenever this one's computing paused or
+    ended, None where nobody can tell."""
 
     gap_s: float | None
-    lock_wait_s: float
+    lock_wait_s: float | None
 
 
 @dataclass(frozen=True, slots=True)

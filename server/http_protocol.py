@@ -14,14 +14,13 @@ import time
 from typing import Any
 
 import h11
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from headrace.server.errors import envelope
 from headrace.server.request_log import OnRejected
 from headrace.server.settings import Settings
-
-# The name under which the application finds `HttpProtocol._write_chunk` in a scope's extensions.
-WRITE_CHUNK = "headrace.write_chunk"
+from headrace.server.sse import WRITE_CHUNK
 
 _MAX_HEADERS = 100
 _LINGER_S = 1.0
@@ -41,22 +40,10 @@ class HttpProtocol(H11Protocol):
         self.conn = _BoundedConnection(settings.max_header_bytes)
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
-        self._app = self.app
-        self.app = self._run_app
-
-    def _run_app(self, scope: Any, receive: Any, send: Any) -> Any:
-        scope["extensions"] = {WRITE_CHUNK: self._write_chunk}
-        return self._app(scope, receive, send)
-
-    def _write_chunk(self, chunk: bytes) -> bool:
-        """Write a piece of a streamed body now; False where it takes `send`, which can wait, and knows what is over."""
-        if self.flow.write_paused or self.transport.is_closing() or not self.conn.is_sending_chunks:
-            return False
-        self.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
-        return True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.app = _with_chunks(self.app, transport, self.flow, self.conn)
         self._time_head()
 
     def data_received(self, data: bytes) -> None:
@@ -131,21 +118,43 @@ class HttpProtocol(H11Protocol):
             self._write_timer = self.loop.call_later(self._settings.peer_timeout_s, self._time_write, num_bytes)
 
 
+def _with_chunks(app: Any, transport: asyncio.Transport, flow: FlowControl, conn: "_BoundedConnection") -> Any:
+    """`app`, which finds in its scope's extensions how to write a chunk past `send`. Knows nothing of the protocol
+    object: a reference back to it would keep each connection until the garbage collector comes."""
+
+    def write_chunk(chunk: bytes) -> bool:
+        """Write a piece of a streamed body now; False where it takes `send`, which can wait, and knows what is over."""
+        # An empty chunk would end the body.
+        if not chunk or flow.write_paused or transport.is_closing() or not conn.is_sending_chunks:
+            return False
+        transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+        return True
+
+    def run(scope: Any, receive: Any, send: Any) -> Any:
+        scope.setdefault("extensions", {})[WRITE_CHUNK] = write_chunk
+        return app(scope, receive, send)
+
+    return run
+
+
 class _BoundedConnection(h11.Connection):
     """h11 bounds a head that is not whole yet; one that comes in a single piece may be larger.
 
-    `is_sending_chunks` tells that the head of a response with a chunked body is written, and its end is not.
+    `is_sending_chunks` tells that the head of a response with a chunked body is written, and its end is not; an answer
+    to HEAD has no body, whatever its head says.
     """
 
     def __init__(self, max_header_bytes: int) -> None:
         super().__init__(h11.SERVER, max_header_bytes)
         self._max_header_bytes = max_header_bytes
         self.is_sending_chunks = False
+        self._is_head = False
 
     def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]  # h11 has an overload for each event
         output: bytes | None = super().send(event)
         if type(event) is h11.Response:
-            self.is_sending_chunks = b"transfer-encoding: chunked" in (output or b"").lower()
+            is_chunked = b"\r\ntransfer-encoding: chunked\r\n" in (output or b"").lower()
+            self.is_sending_chunks = is_chunked and not self._is_head
         elif type(event) is not h11.Data:
             self.is_sending_chunks = False
         return output
@@ -153,6 +162,7 @@ class _BoundedConnection(h11.Connection):
     def next_event(self) -> Any:
         event = super().next_event()
         if isinstance(event, h11.Request):
+            self._is_head = event.method == b"HEAD"
             if {b"content-length", b"transfer-encoding"} <= {name for name, _ in event.headers}:
                 # What a proxy took for the body's end may not be what this server takes for it (RFC 9112, 6.3).
                 raise h11.RemoteProtocolError("both content-length and transfer-encoding", error_status_hint=400)

@@ -21,7 +21,7 @@ from headrace.server.generation import Generation
 disable_created_metrics()
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10)
-_PAUSES = (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01, 0.025, 0.1, 0.5)
+_PAUSES = (5e-5, 1e-4, 2e-4, 5e-4, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01, 0.025, 0.1, 0.5, 1, 5)
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 PHASES = ("body", "tokenizing", "queued", "prefill", "decode")
@@ -86,9 +86,10 @@ class Metrics:
         self._cancelled.labels(phase).inc()
 
     def observe_pauses(self, pauses: StepPauses) -> None:
-        self.lock_wait.observe(pauses.lock_wait_s)
         if pauses.gap_s is not None:
             self.step_gap.observe(pauses.gap_s)
+        if pauses.lock_wait_s is not None:
+            self.lock_wait.observe(pauses.lock_wait_s)
 
     def observe_end(self, generation: Generation) -> None:
         """Count a generation that is over."""
@@ -124,6 +125,10 @@ class LatencyHistogram(Collector):
     def observe(self, seconds: float, count: int = 1) -> None:
         self._counts[bisect_left(self._bounds, seconds)] += count
         self._sum_s += seconds * count
+
+    def describe(self) -> Iterable[Metric]:
+        """What the registry knows its name by."""
+        return self.collect()
 
     def collect(self) -> Iterable[Metric]:
         bounds = [*map(floatToGoString, self._bounds), "+Inf"]

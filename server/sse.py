@@ -12,10 +12,11 @@ import anyio
 from sse_starlette.sse import AppStatus, EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
-from headrace.server.http_protocol import WRITE_CHUNK
-
 # Draining is the server's own: the library would cut every stream half a second after SIGTERM.
 AppStatus.disable_automatic_graceful_drain()
+
+# The name of what `EventStream` looks for in a scope's extensions: `(chunk) -> is_written`, past `send`.
+WRITE_CHUNK = "headrace.write_chunk"
 
 # A comment, which every parser skips.
 HEARTBEAT = b":\n\n"
@@ -47,7 +48,7 @@ class EventStream(EventSourceResponse):
     """Streams ready-made frames.
 
     The endpoint watches for the disconnect and the server drains by itself, so the library's tasks for these and for
-    its ping are not started: one stream is one task.
+    its ping are not started.
     """
 
     def __init__(self, frames: AsyncIterator[bytes]) -> None:

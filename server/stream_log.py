@@ -1,8 +1,8 @@
 """What a request has produced, as an append-only log that any number of readers follow.
 
-Lives on the event loop. A subscriber is a cursor into the log plus an anyio memory channel of one slot that wakes it.
-Waiting is for a bare future, and the channel's slot then tells who rang, the log or the timer: the channel's own
-`receive` costs a checkpoint, an event and a record of the task each time, ten times as much as all this.
+Lives on the event loop. A subscriber is a cursor into the log plus an anyio memory channel of one slot, in which the
+log leaves a wake-up. The reader waits for a bare future and then looks into the slot, which is empty where the timer
+rang: the channel's own `receive` costs a checkpoint, an event and a record of the task each time, ten times as much.
 Reading at a cursor takes all up to the tail at once: a slow reader gets fewer, larger pieces, nothing is dropped, and
 the writer never waits. A subscriber can follow several logs. A log is bounded by the request's max_tokens. It carries
 log probabilities without looking into them, and knows nothing of HTTP.
@@ -131,6 +131,7 @@ class Subscriber:
             log._subscribers.discard(self)
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
         self._send.close()
         self._receive.close()
 
@@ -148,6 +149,7 @@ class Subscriber:
 
         After a slice with a terminal there is nothing more to wait for from that log.
         """
+        assert self._bell is None, "two readers on one subscription"
         loop = asyncio.get_running_loop()
         expires_s = math.inf if timeout_s is None else loop.time() + timeout_s
         while (piece := self._take()) is None:

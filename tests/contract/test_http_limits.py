@@ -1,7 +1,9 @@
 """What a connection may cost, over real sockets: a head's size, the time it takes, a client that reads nothing."""
 
+import gc
 import json
 import socket
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -236,6 +238,51 @@ async def test_a_client_that_reads_nothing_is_cut_off_and_its_generation_with_it
                 app.runner.allow(1)
         assert generation.log.terminal is not None
         assert generation.log.terminal.finish_reason.value == "cancelled"
+
+
+async def test_a_connection_and_its_stream_are_freed_when_they_end_without_a_garbage_collector() -> None:
+    alive: list[weakref.ref[Any]] = []
+    async with listening() as server:
+        gc.collect()
+        gc.disable()
+        try:
+            for request in (post(OK | {"stream": True}, head=b"connection: close\r\n"), post(OK)):
+                async with await server.connect() as connection:
+                    with server.app.runner.held():
+                        await connection.send(request)
+                        await server.app.until(lambda: server.app.client.num_unfinished == 1)
+                        alive += [weakref.ref(protocol) for protocol in server.server.server_state.connections]
+                        alive += [weakref.ref(each.log) for each in server.app.client._generations.values()]
+                    while not (await connection.receive()).endswith((b"0\r\n\r\n", b"}}")):
+                        pass
+            await server.app.until(lambda: not server.server.server_state.connections)
+            await anyio.wait_all_tasks_blocked()
+            assert len(alive) == 4
+            assert [reference() for reference in alive] == [None] * 4
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize("method", [b"HEAD", b"POST"])
+async def test_chunks_are_taken_only_by_a_response_that_has_them(method: bytes) -> None:
+    taken: dict[str, bool] = {}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        write_chunk = scope["extensions"]["headrace.write_chunk"]
+        taken["before the head"] = write_chunk(b"x")
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x", b"transfer-encoding: chunked")]})
+        taken["an empty one"] = write_chunk(b"")
+        taken["one of a body"] = write_chunk(b"abc")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        taken["after the end"] = write_chunk(b"x")
+
+    async with listening() as server:
+        server.server.config.loaded_app = app
+        answer = await server.answer(HEALTH.replace(b"GET", method) + b"connection: close\r\n\r\n")
+    is_body = method == b"POST"
+    expected = {"before the head": False, "an empty one": False, "one of a body": is_body, "after the end": False}
+    assert taken == expected
+    assert answer.partition(b"\r\n\r\n")[2] == (b"3\r\nabc\r\n0\r\n\r\n" if is_body else b"")
 
 
 async def test_a_streamed_body_is_framed_as_http_says_on_a_connection_that_goes_on_and_for_a_client_of_1_0() -> None:

@@ -1,7 +1,10 @@
 """What the kernel's backend does in idle time: it comes to an end, and no result changes by a bit, whenever it was."""
 
 import ctypes
+import gc
 import random
+import time
+import weakref
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from cpu_models import PagedRun, TinyModel, cpu_backend, random_tokens
 from headrace.kernels import cpu_backend as module
 from headrace.kernels.cpu_backend import CpuBackend
+from sanitized_kernel import sampling
 
 MIXED = ("Q4_0", "Q8_0", "bfloat16", "Q4_1", "Q8_0")
 NUM_BLOCKS = 60
@@ -99,3 +103,42 @@ def test_a_small_cache_is_touched_whole(library: ctypes.CDLL) -> None:
 
 def test_weights_that_are_not_quantised_are_not_copied(library: ctypes.CDLL) -> None:
     assert use_all(cpu_backend(library, TinyModel(), 3, has_wide_copy=True)) == 0
+
+
+def test_a_backend_is_freed_at_once_and_a_closed_one_does_no_idle_work(library: ctypes.CDLL) -> None:
+    backend = cpu_backend(library, TinyModel(types=MIXED), 3, has_wide_copy=True, touched_ahead_bytes=2**20)
+    backend.use_idle_time()
+    gc.disable()
+    try:
+        reference = weakref.ref(backend)
+        close = backend.close
+        del backend
+        assert reference() is None
+        assert not close.alive
+    finally:
+        gc.enable()
+    closed = cpu_backend(library, TinyModel(), 3)
+    closed.close()
+    with pytest.raises(AssertionError, match="closed"):
+        closed.use_idle_time()
+
+
+def test_the_wait_for_the_interpreters_lock_is_that_of_all_calls_of_a_step(library: ctypes.CDLL) -> None:
+    backend = cpu_backend(library, TinyModel(), 8)
+    paged = PagedRun(backend, [random_tokens(20)])
+    before_s = time.monotonic()
+    logits = paged.step({0: 20})[0]
+    computed = backend.times
+    backend.sample(logits.clone(), sampling(20, TinyModel()))
+    sampled = backend.times
+    assert computed is not None
+    assert sampled is not None
+    assert before_s <= computed.began_s == sampled.began_s
+    assert computed.began_s < computed.ended_s < sampled.ended_s <= time.monotonic()
+    assert computed.lock_wait_s is not None
+    assert sampled.lock_wait_s is not None
+    assert 0 < computed.lock_wait_s < sampled.lock_wait_s
+    paged.num_computed[0] = 0
+    paged.step({0: 1})
+    assert backend.times is not None
+    assert backend.times.began_s > sampled.ended_s

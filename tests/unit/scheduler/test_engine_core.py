@@ -74,7 +74,7 @@ def test_it_says_ready_then_each_step_then_stopped() -> None:
     assert [step.load.num_steps for step in script.steps] == [1, 2, 3, 4, 5, 5]
     # The clock ticks once per look: when a step begins, before and after it is computed, and at its end.
     assert script.steps[-1].load.busy_s == 5 * 3.0
-    assert [step.pauses for step in script.steps] == [StepPauses(None, 0.0), *[StepPauses(3.0, 0.0)] * 4, None]
+    assert [step.pauses for step in script.steps] == [StepPauses(None, None), *[StepPauses(3.0, None)] * 4, None]
 
 
 def test_pauses_are_those_a_runner_knows_of_and_none_is_told_across_idleness_or_a_failed_step(
@@ -84,7 +84,7 @@ def test_pauses_are_those_a_runner_knows_of_and_none_is_told_across_idleness_or_
 
     def compute(script: Script) -> None:
         began = next(began_s)
-        script.runner.times = StepTimes(began, began + 0.5, began + 0.625)
+        script.runner.times = StepTimes(began, began + 0.5, 0.125)
 
     def fail(script: Script) -> None:
         compute(script)
@@ -105,6 +105,32 @@ def test_pauses_are_those_a_runner_knows_of_and_none_is_told_across_idleness_or_
         StepPauses(None, 0.125),
         None,
     ]
+
+
+def test_idle_time_is_used_until_there_is_nothing_to_do_or_somebody_comes(caplog: pytest.LogCaptureFixture) -> None:
+    done: list[str] = []
+    script = Script({4: lambda s: s.core.stop()})
+
+    def work() -> bool:
+        """Two pieces, then none; somebody comes during the fourth, and the fifth fails."""
+        done.append("piece")
+        if len(done) == 4:
+            script.submit(2, max_tokens=1)
+        if len(done) == 5:
+            script.submit(3, max_tokens=1)
+            raise MemoryError("of idle work")
+        if len(done) == 3:
+            script.submit(1, max_tokens=2)
+        return len(done) != 3
+
+    script.runner.use_idle_time = work  # type: ignore[method-assign]
+    script.run()
+    assert script.tokens(1) == alone(1, 2)
+    assert script.tokens(2) == alone(2, 1)
+    assert script.tokens(3) == alone(3, 1)
+    assert len(done) == 5
+    assert script.publications[-1] == EngineStopped(None)
+    assert "idle time failed" in caplog.text
 
 
 def test_what_arrives_during_a_step_joins_the_next_one() -> None:

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from starlette.types import Message
 
-from headrace.server.http_protocol import WRITE_CHUNK
-from headrace.server.sse import HEARTBEAT, EventStream, data_frame, event_frame, retry_frame, to_json
+from headrace.server.sse import HEARTBEAT, WRITE_CHUNK, EventStream, data_frame, event_frame, retry_frame, to_json
 
 JSON = st.recursive(
     st.none()
