@@ -98,7 +98,9 @@ class StreamLog:
         if self._logprobs:
             logprobs = tuple(item for entry in range(first, end) for item in self._logprobs.get(entry, ()))
         num_tokens = self._num_tokens[-1] - self._num_tokens[first]
-        return LogSlice("".join(self._texts[first:]), num_tokens, self.end, self.terminal, logprobs, log_index)
+        text = self._texts[first] if end - first == 1 else "".join(self._texts[first:])
+        after = end + (self.terminal is not None)
+        return LogSlice(text, num_tokens, after, self.terminal, logprobs, log_index)
 
     def subscribe(self, cursor: int = 0) -> "Subscriber":
         """A reader from `cursor` on, as a context manager; leaving it unsubscribes."""
@@ -182,12 +184,11 @@ class Subscriber:
             self._bell.set_result(None)
 
     def _take(self) -> LogSlice | None:
-        num_logs = len(self._logs)
-        for index in range(self._turn, self._turn + num_logs):
-            index %= num_logs
-            if self._cursors[index] < self._logs[index].end:
-                piece = self._logs[index].read(self._cursors[index], index)
+        for _ in self._logs:
+            index = self._turn
+            self._turn = (index + 1) % len(self._logs)
+            piece = self._logs[index].read(self._cursors[index], index)
+            if piece.cursor > self._cursors[index]:
                 self._cursors[index] = piece.cursor
-                self._turn = index + 1
                 return piece
         return None
