@@ -18,10 +18,11 @@ FORBIDDEN = {
     "benchmarks": {"torch", "headrace.server", "headrace.scheduler", "headrace.kernels"},
 }
 MAY_IMPORT_TORCH = {"gguf_config.py", "model_loader.py", "model_runner.py"}
+# Plain values, for whoever must not wait for torch.
+TORCH_FREE = "headrace.kernels.step_times"
 
-
-# It measures what the others reach over HTTP from inside; and the peers are given the model that is served by default.
-FREE = {"kernel_bench.py", "peers.py"}
+# Two measure from inside what the others reach over HTTP; and the peers are given the model that is served by default.
+FREE = {"http_bench.py", "kernel_bench.py", "peers.py"}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -43,8 +44,12 @@ def test_each_folder_imports_only_what_lies_below_it(folder: str) -> None:
                 assert not f"{name}.".startswith(f"{forbidden}."), f"{path} imports {name}"
             if folder == "scheduler" and name.split(".")[0] in ("torch", "transformers", "safetensors"):
                 assert path.name in MAY_IMPORT_TORCH, f"{path} imports {name}"
-            if name.startswith("headrace.kernels") and folder == "scheduler":
+            if name.startswith("headrace.kernels") and name != TORCH_FREE and folder == "scheduler":
                 assert path.name in MAY_IMPORT_TORCH, f"{path} imports {name}"
+
+
+def test_what_is_free_of_torch_imports_nothing_of_ours() -> None:
+    assert list(imports(ROOT / "kernels" / "step_times.py")) == ["typing"]
 
 
 def test_the_servers_start_does_not_wait_for_torch() -> None:
