@@ -47,7 +47,7 @@ _LOOK_S: Final = 1.0
 _LOOKS: Final = 3  # vLLM's worker spins for a second after its last step
 _RESTING_SHARE: Final = 0.02  # of a core
 _SPARE_CONTEXT_TOKENS: Final = 64  # over prompt and output
-_GOODPUT: Final = Targets(ttft_ms=2000.0, itl_ms=100.0)  # as `headrace bench` has them
+_LOAD: Final = ClosedLoop(concurrency=(1, 8, 32, 64))  # unless flags say otherwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +221,7 @@ class _Comparing:
                 self._leave_out(name, str(error) or f"{streams(width)} took over {_MEASUREMENT_LIMIT_S:.0f} s")
                 await self._up.pop(name).end()
                 return
-        summary = asdict(summarize(run, _GOODPUT))
+        summary = asdict(summarize(run, Targets()))
         measurement = Measurement(name, round_number, width, summary, round(server_cores, 3), paused)
         self._comparison.measurements.append(measurement)
         self._save()
@@ -352,7 +352,7 @@ def _parser() -> OneLineParser:
     parser.add_argument(
         "--targets", type=_targets, default=TARGETS, metavar="NAME,...", help=f"default {','.join(TARGETS)}"
     )
-    parser.add_argument("--widths", type=widths, default=(1, 8, 32, 64), metavar="N,...", help="default 1,8,32,64")
+    parser.add_argument("--widths", type=widths, default=_LOAD.concurrency, metavar="N,...", help="default 1,8,32,64")
     parser.add_argument(
         "--slow-widths",
         type=widths,
@@ -364,9 +364,13 @@ def _parser() -> OneLineParser:
     parser.add_argument(
         "--starts", type=count, default=2, help="of each target; the first of several is not counted (default 2)"
     )
-    parser.add_argument("--requests-per-stream", type=count, default=5, help="default %(default)s")
-    parser.add_argument("--prompt-tokens", type=count, default=154, help="default %(default)s")
-    parser.add_argument("--max-tokens", type=count, default=128, help="output tokens (default %(default)s)")
+    parser.add_argument(
+        "--requests-per-stream", type=count, default=_LOAD.requests_per_stream, help="default %(default)s"
+    )
+    parser.add_argument("--prompt-tokens", type=count, default=_LOAD.prompt_tokens, help="default %(default)s")
+    parser.add_argument(
+        "--max-tokens", type=count, default=_LOAD.output_tokens, help="output tokens (default %(default)s)"
+    )
     parser.add_argument("--seed", type=natural, help="of the prompts (default: a new one, reported)")
     parser.add_argument(
         "--time-limit-s", type=positive, default=7200.0, help="bound on the whole invocation (default %(default)g)"

@@ -39,7 +39,7 @@ _SETTLING_S = 1.0
 _READ_INTERVAL_S = 0.004
 _BLOCK_SIZE = 16
 _PROMPT_TOKENS = 64  # more than there are
-_MODEL_TOKENS = 8000  # what fits the demo model's context behind the prompt
+_VOCAB_SIZE, _MODEL_TOKENS = 49_152, 8_000  # the demo model's; what fits its context behind the prompt
 
 
 class PacedRunner:
@@ -273,7 +273,7 @@ def _serve(options: argparse.Namespace) -> int:
             max_num_batched_tokens=max(1024, 4 * options.streams),
             max_num_seqs=options.streams,
         )
-        return scheduler, PacedRunner(token_ids, 49152, num_tokens, options.streams / options.rate)
+        return scheduler, PacedRunner(token_ids, _VOCAB_SIZE, num_tokens, options.streams / options.rate)
 
     return serve(settings, load)
 

@@ -121,8 +121,8 @@ class Run:
 class Targets:
     """What a request must keep to be good: its TTFT, and the p99 of its own gaps."""
 
-    ttft_ms: float
-    itl_ms: float
+    ttft_ms: float = 2000.0
+    itl_ms: float = 100.0
 
     def are_met_by(self, timeline: Timeline) -> bool:
         """Whether a request that ended well was in time; one content event has no gap to be late with."""

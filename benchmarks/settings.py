@@ -15,6 +15,7 @@ from typing import Final, NoReturn
 
 from headrace.benchmarks.completion_client import Endpoint
 from headrace.benchmarks.http_client import Target
+from headrace.benchmarks.measurement import Targets
 
 
 class UsageError(Exception):
@@ -179,11 +180,14 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     report = parser.add_argument_group("report")
-    report.add_argument("--slo-ttft-ms", type=positive, default=2000.0, help="goodput's bound (default %(default)g)")
+    goodput = Targets()
+    report.add_argument(
+        "--slo-ttft-ms", type=positive, default=goodput.ttft_ms, help="goodput's bound (default %(default)g)"
+    )
     report.add_argument(
         "--slo-itl-ms",
         type=positive,
-        default=100.0,
+        default=goodput.itl_ms,
         help="bound on the p99 of a request's own gaps (default %(default)g)",
     )
     report.add_argument("--plot", type=Path, metavar="FILE", help="write a chart, .png or .svg (needs matplotlib)")

@@ -117,7 +117,7 @@ async def _frames(
             write = b""
             if piece.text or piece.logprobs:
                 counts = usage(generations, sum(num_tokens)) if is_continuous else None
-                if piece.logprobs:
+                if piece.logprobs:  # most have none, and should not cost a coroutine each
                     frame = await make_off_loop(partial(format.text_frame, piece, counts), len(piece.logprobs))
                 else:
                     frame = format.text_frame(piece, counts)

@@ -80,15 +80,13 @@ class StreamLog:
         self._texts.append(text)
         self._num_tokens.append(self._num_tokens[-1] + num_tokens)
         self.num_bytes += sys.getsizeof(text) + _ENTRY_OVERHEAD_BYTES
-        for subscriber in self._subscribers:
-            subscriber.wake()
+        self._wake()
 
     def close(self, terminal: Terminal) -> None:
         """Add the one terminal entry and wake the readers."""
         assert self.terminal is None, "a second terminal event"
         self.terminal = terminal
-        for subscriber in self._subscribers:
-            subscriber.wake()
+        self._wake()
 
     def read(self, cursor: int = 0, log_index: int = 0) -> LogSlice:
         """Everything from `cursor`, at most `end`, on, labelled with `log_index`."""
@@ -98,14 +96,16 @@ class StreamLog:
         if self._logprobs:
             logprobs = tuple(item for entry in range(first, end) for item in self._logprobs.get(entry, ()))
         num_tokens = self._num_tokens[-1] - self._num_tokens[first]
-        text = self._texts[first] if end - first == 1 else "".join(self._texts[first:])
-        after = end + (self.terminal is not None)
-        return LogSlice(text, num_tokens, after, self.terminal, logprobs, log_index)
+        return LogSlice("".join(self._texts[first:]), num_tokens, self.end, self.terminal, logprobs, log_index)
 
     def subscribe(self, cursor: int = 0) -> "Subscriber":
         """A reader from `cursor` on, as a context manager; leaving it unsubscribes."""
         assert 0 <= cursor <= self.end, "a cursor beyond the log"
         return Subscriber([self], cursor)
+
+    def _wake(self) -> None:
+        for subscriber in self._subscribers:
+            subscriber.wake()
 
 
 class Subscriber:
@@ -119,7 +119,7 @@ class Subscriber:
         self._bell: asyncio.Future[None] | None = None  # while the reader waits
         self._expires_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._timer_due_s = 0.0
+        self._timer_due_s = math.inf
 
     def __enter__(self) -> Self:
         for log in self._logs:
@@ -133,7 +133,7 @@ class Subscriber:
             log._subscribers.discard(self)
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+            self._timer_due_s = math.inf
         self._send.close()
         self._receive.close()
 
@@ -143,8 +143,7 @@ class Subscriber:
             self._send.send_nowait(None)
         except anyio.WouldBlock:
             pass
-        if self._bell is not None and not self._bell.done():
-            self._bell.set_result(None)
+        self._ring()
 
     async def next(self, timeout_s: float | None = None) -> LogSlice | None:
         """Wait for something behind a cursor and move past it, by turns; None where `timeout_s` passed first.
@@ -170,17 +169,21 @@ class Subscriber:
     def _expire_at(self, expires_s: float) -> None:
         """Have the bell rung by then. A timer that is due earlier finds that out for itself: one serves many waits."""
         self._expires_s = expires_s
-        if expires_s < (math.inf if self._timer is None else self._timer_due_s):
+        if expires_s < self._timer_due_s:
             if self._timer is not None:
                 self._timer.cancel()
             self._timer_due_s = expires_s
             self._timer = asyncio.get_running_loop().call_at(expires_s, self._expire)
 
     def _expire(self) -> None:
-        self._timer = None
+        self._timer_due_s = math.inf
         if asyncio.get_running_loop().time() < self._expires_s:
             self._expire_at(self._expires_s)
-        elif self._bell is not None and not self._bell.done():
+        else:
+            self._ring()
+
+    def _ring(self) -> None:
+        if self._bell is not None and not self._bell.done():
             self._bell.set_result(None)
 
     def _take(self) -> LogSlice | None:

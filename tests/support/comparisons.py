@@ -38,5 +38,5 @@ def measurement(
     timeline = Timeline(154, OUTPUT_TOKENS, prompt_tokens=154, output_tokens=OUTPUT_TOKENS, outcome=Outcome.OK)
     timeline.content_s = [first_s + index * gap_s for index in range(OUTPUT_TOKENS)]
     run.timelines.append(timeline)
-    summary = asdict(summarize(run, Targets(2000.0, 100.0))) | {"output_tokens_per_s": tokens_per_s}
+    summary = asdict(summarize(run, Targets())) | {"output_tokens_per_s": tokens_per_s}
     return Measurement(target, round_number, width, summary, server_cores=1.5, paused=paused or {})
