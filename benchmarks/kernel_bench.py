@@ -229,9 +229,9 @@ class Bench:
     def _in_torch(self) -> TorchBackend:
         weights = read_gguf(open_gguf(self.path), torch.bfloat16, keeps_quants=False)
         decoder = self._plan.build(weights, torch.bfloat16, torch.device("cpu"))
-        size = (self._num_blocks, _BLOCK_SIZE, self.config.num_kv_heads, self.config.head_dim)
-        keys, values = ([torch.zeros(size, dtype=torch.bfloat16) for _ in self.config.windows] for _ in "kv")
-        return TorchBackend(decoder, KVCache(keys, values), torch_ops)
+        shape, device = self.config.shape, torch.device("cpu")
+        cache = KVCache.allocate(shape, self._num_blocks, _BLOCK_SIZE, torch.bfloat16, device)
+        return TorchBackend(decoder, cache, torch_ops)
 
     def _fill(self, backend: Backend) -> None:
         """Compute every sequence up to the longest context: what was never written is no memory to read."""

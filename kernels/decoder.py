@@ -6,15 +6,17 @@ Papers: Llama (Touvron et al., 2023), Mistral (Jiang et al., 2023), Qwen2 (2024)
 classes compute them; norms, rotation and attention accumulate in float32.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from headrace.kernels.linear import PackedLinear
-from headrace.kernels.ops import Ops
+from headrace.kernels.ops import HeadNorms, LayerCache, Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,8 @@ class ModelShape:
     kv_shapes: tuple[tuple[int, int], ...]
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
-        return sum(2 * num_heads * head_dim for num_heads, head_dim in self.kv_shapes) * dtype.itemsize
+        scale_bytes = torch.float32.itemsize if dtype is torch.int8 else 0
+        return sum(2 * num_heads * (head_dim * dtype.itemsize + scale_bytes) for num_heads, head_dim in self.kv_shapes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +78,28 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values of every layer: per layer two tensors [N, S, G, D]."""
+    """Keys and values of every layer."""
 
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
+    layers: list[LayerCache]
+
+    @classmethod
+    def allocate(
+        cls, shape: ModelShape, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> "KVCache":
+        """A cache of zeros; in int8 with scales."""
+
+        def layer(num_heads: int, head_dim: int) -> LayerCache:
+            size = (num_blocks, block_size, num_heads, head_dim)
+            keys, values = (_zeros(size, dtype, device) for _ in range(2))
+            if dtype is not torch.int8:
+                return LayerCache(keys, values)
+            return LayerCache(keys, values, *(_zeros(size[:-1], torch.float32, device) for _ in range(2)))
+
+        return cls([layer(*kv_shape) for kv_shape in shape.kv_shapes])
+
+    @property
+    def block_size(self) -> int:
+        return self.layers[0].keys.shape[1]
 
     def clear(self, block_ids: torch.Tensor) -> None:
         """Zero blocks (int64 [n]) that change hands.
@@ -86,14 +107,23 @@ class KVCache:
         Attention reads a block's unused slots too and gives them no weight, but no weight times infinity is not zero.
         """
         if len(block_ids):
-            for cache in (*self.keys, *self.values):
-                cache.index_fill_(0, block_ids, 0)
+            for keys, values, *_ in self.layers:
+                keys.index_fill_(0, block_ids, 0)
+                values.index_fill_(0, block_ids, 0)
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    # numpy's zeros are pages the system hands out on first touch: an idle server stays small.
+    num_bytes = math.prod(size) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(size)
 
 
 class _Layer:
     """One layer's weights, laid out. Biases (Qwen2) and the norms of query and key heads (Qwen3) are optional."""
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], prefix: str) -> None:
+    def __init__(self, weights: Mapping[str, torch.Tensor], prefix: str, eps: float) -> None:
         def linear(*names: str) -> PackedLinear:
             biases = [weights[f"{prefix}.{name}.bias"] for name in names if f"{prefix}.{name}.bias" in weights]
             weight = torch.cat([weights[f"{prefix}.{name}.weight"] for name in names])
@@ -101,8 +131,8 @@ class _Layer:
 
         self.input_norm = weights[f"{prefix}.input_layernorm.weight"]
         self.post_norm = weights[f"{prefix}.post_attention_layernorm.weight"]
-        self.q_norm = weights.get(f"{prefix}.self_attn.q_norm.weight")
-        self.k_norm = weights.get(f"{prefix}.self_attn.k_norm.weight")
+        q_norm, k_norm = (weights.get(f"{prefix}.self_attn.{name}_norm.weight") for name in "qk")
+        self.head_norms = None if q_norm is None or k_norm is None else HeadNorms(q_norm, k_norm, eps)
         self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.out = linear("self_attn.o_proj")
         self.gate_up = linear("mlp.gate_proj", "mlp.up_proj")
@@ -128,7 +158,7 @@ class Decoder:
         self._layers = []
         for i in range(len(config.windows)):
             prefix = f"model.layers.{i}"
-            self._layers.append(_Layer(weights, prefix))
+            self._layers.append(_Layer(weights, prefix, config.rms_norm_eps))
             for name in [name for name in weights if name.startswith(f"{prefix}.")]:
                 del weights[name]
         self._inv_freq = config.inv_freq.float().to(self.device)
@@ -142,19 +172,14 @@ class Decoder:
         angles = batch.positions[:, None].float() * self._inv_freq
         cos, sin = angles.cos() * config.rope_scale, angles.sin() * config.rope_scale
         hidden = F.embedding(batch.token_ids, self._embedding)
-        layers = zip(self._layers, config.windows, cache.keys, cache.values, strict=True)
-        for layer, window, k_cache, v_cache in layers:
-            qkv = layer.qkv(ops.rms_norm(hidden, layer.input_norm, eps))
-            qk, v = qkv.view(-1, num_q + 2 * num_kv, config.head_dim).split((num_q + num_kv, num_kv), dim=1)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = qk.split((num_q, num_kv), dim=1)
-                qk = torch.cat((ops.rms_norm(q, layer.q_norm, eps), ops.rms_norm(k, layer.k_norm, eps)), dim=1)
-            q, k = ops.rope(qk, cos, sin).split((num_q, num_kv), dim=1)
-            ops.write_kv(k, v, k_cache, v_cache, batch.slot_mapping)
-            attended = ops.paged_attention(q, k_cache, v_cache, batch.attention_plan, scale, window)
-            hidden = hidden + layer.out(attended.flatten(1))
-            gate_up = layer.gate_up(ops.rms_norm(hidden, layer.post_norm, eps))
-            hidden = hidden + layer.down(ops.silu_mul(gate_up))
+        for layer, window, layer_cache in zip(self._layers, config.windows, cache.layers, strict=True):
+            qkv = ops.norm_linear(hidden, layer.input_norm, eps, layer.qkv).view(
+                -1, num_q + 2 * num_kv, config.head_dim
+            )
+            q = ops.rope_and_write_kv(qkv, layer.head_norms, cos, sin, layer_cache, batch.slot_mapping)
+            attended = ops.paged_attention(q, layer_cache, batch.attention_plan, scale, window)
+            hidden = ops.linear_add(attended.flatten(1), layer.out, hidden)
+            activated = ops.norm_gate_up(hidden, layer.post_norm, eps, layer.gate_up)
+            hidden = ops.linear_add(activated, layer.down, hidden)
         # Only the rows that are sampled pass the head, the largest product of all.
-        last = ops.rms_norm(hidden[batch.logit_rows], self._norm, eps)
-        return self._head(last).float()
+        return ops.norm_linear(hidden[batch.logit_rows], self._norm, eps, self._head).float()

@@ -190,12 +190,11 @@ def _attend(
         context.kv_shapes[layer] = (k.shape[1], k.shape[2])
         context.windows[layer] = sliding_window
         return torch.empty_like(q)[None], None
-    k_cache, v_cache = context.cache.keys[layer], context.cache.values[layer]
-    context.ops.write_kv(k, v, k_cache, v_cache, context.batch.slot_mapping)
+    cache = context.cache.layers[layer]
+    context.ops.write_kv(k, v, cache, context.batch.slot_mapping)
     attended = context.ops.paged_attention(
         q,
-        k_cache,
-        v_cache,
+        cache,
         context.batch.attention_plan,
         q.shape[-1] ** -0.5 if scaling is None else scaling,
         context.windows[layer],

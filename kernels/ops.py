@@ -1,14 +1,15 @@
-"""The kernel interface: every op the decoder is made of, besides matrix products.
+"""The kernel interface: every op the decoder is made of, with the products that an op can be fused into.
 
-Two modules have this shape: `reference`, plain torch that is each op's specification, and `torch_ops`, the torch path
-that serves. Whatever else implements it must agree with the reference within the tolerance of its dtype.
+Three modules have this shape: `reference`, plain torch that is each op's specification, `torch_ops`, the torch path
+that serves on any device, and `triton_ops` for NVIDIA GPUs. They agree with the reference within the tolerance of their
+dtype.
 
 Dimension letters, here and in the modules: T tokens in the packed batch, B sequences in it, H query heads, G key/value
 heads, D head size, E hidden size, F feed-forward size, N blocks in the cache, S tokens in a block.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -30,6 +31,30 @@ class AttentionMetadata:
     block_tables: list[list[int]]
 
 
+class LayerCache(NamedTuple):
+    """One layer's keys and values, each [N, S, G, D]: in the model's dtype, in float8_e4m3fn, or in int8 with a scale
+    per token and head (float32 [N, S, G])."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
+
+
+class HeadNorms(NamedTuple):
+    """The norms of query and key heads: weights [D]."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    eps: float
+
+
+class Linear(Protocol):
+    """x [T, in] -> [T, out]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
 class Ops(Protocol):
     """The ops, as a module or an object."""
 
@@ -42,6 +67,15 @@ class Ops(Protocol):
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up. gate_up [T, 2 F], the gate first -> [T, F]. SwiGLU (Shazeer, 2020)."""
 
+    def norm_linear(self, x: torch.Tensor, norm_weight: torch.Tensor, eps: float, linear: Linear) -> torch.Tensor:
+        """linear(rms_norm(x)). x [T, E] -> [T, out]."""
+
+    def norm_gate_up(self, x: torch.Tensor, norm_weight: torch.Tensor, eps: float, linear: Linear) -> torch.Tensor:
+        """silu_mul(linear(rms_norm(x))). x [T, E], out 2 F with the gate first -> [T, F]."""
+
+    def linear_add(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor) -> torch.Tensor:
+        """residual + linear(x). x [T, in], residual [T, out] -> like residual."""
+
     def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotate each head by its token's angles. x [T, heads, D], cos and sin float32 [T, D / 2] -> like x.
 
@@ -52,12 +86,25 @@ class Ops(Protocol):
         self,
         k: torch.Tensor,
         v: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        cache: LayerCache,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Store k and v [T, G, D] in caches [N, S, G, D]; token t goes to slot `slot_mapping[t]` (int64 [T]), that is
-        to block slot // S, offset slot % S."""
+        """Store k and v [T, G, D]; token t goes to slot `slot_mapping[t]` (int64 [T]), that is to block slot // S,
+        offset slot % S, and nowhere if that is negative."""
+
+    def rope_and_write_kv(
+        self,
+        qkv: torch.Tensor,
+        head_norms: HeadNorms | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cache: LayerCache,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        """Norm (Qwen3) and rotate the query and key heads, store keys and values: qkv [T, H + 2 G, D] -> q [T, H, D].
+
+        `qkv` may be overwritten.
+        """
 
     def plan_attention(self, metadata: AttentionMetadata, block_size: int, device: torch.device) -> Any:
         """Prepare what all layers of a step share; the result is for this implementation's `paged_attention`."""
@@ -65,16 +112,17 @@ class Ops(Protocol):
     def paged_attention(
         self,
         q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        cache: LayerCache,
         plan: Any,
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Causal attention of every query token over its own sequence's context in the cache.
 
-        q [T, H, D], caches [N, S, G, D], query head h reads key/value head h // (H / G) -> [T, H, D] in q's dtype.
-        `window` lets a token see that many tokens, the last of them itself (Mistral; Jiang et al., 2023); `softcap`
-        bounds the scaled scores to +-softcap by tanh (Gemma 2; 2024). PagedAttention (Kwon et al., SOSP 2023).
+        q [T, H, D], query head h reads key/value head h // (H / G) -> [T, H, D] in q's dtype. `window` lets a token see
+        that many tokens, the last of them itself (Mistral; Jiang et al., 2023); `softcap` bounds the scaled scores to
+        +-softcap by tanh (Gemma 2; 2024); `sinks` [H] are scores of each head that have a share and no value (gpt-oss;
+        2025). PagedAttention (Kwon et al., SOSP 2023).
         """

@@ -21,7 +21,7 @@ class TorchBackend:
         self._decoder = decoder
         self._cache = cache
         self._ops = ops
-        self._block_size = cache.keys[0].shape[1]
+        self._block_size = cache.block_size
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
         return self._decoder.forward(self._pack(batch), self._cache)

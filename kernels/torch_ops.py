@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from headrace.kernels.ops import AttentionMetadata
+from headrace.kernels.ops import AttentionMetadata, HeadNorms, LayerCache, Linear
 
 # Keys and values gathered for one call: enough rows to share its cost, little enough memory whatever the batch.
 _MAX_GATHERED_TOKENS = 16384
@@ -35,11 +35,43 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def write_kv(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
-    k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k)
-    v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
+def norm_linear(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, linear: Linear) -> torch.Tensor:
+    return linear(rms_norm(x, norm_weight, eps))
+
+
+def norm_gate_up(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, linear: Linear) -> torch.Tensor:
+    return silu_mul(linear(rms_norm(x, norm_weight, eps)))
+
+
+def linear_add(x: torch.Tensor, linear: Linear, residual: torch.Tensor) -> torch.Tensor:
+    return residual + linear(x)
+
+
+def write_kv(k: torch.Tensor, v: torch.Tensor, cache: LayerCache, slot_mapping: torch.Tensor) -> None:
+    assert cache.key_scales is None, "a quantised cache"
+    cache.keys.flatten(0, 1).index_copy_(0, slot_mapping, k)
+    cache.values.flatten(0, 1).index_copy_(0, slot_mapping, v)
+
+
+def rope_and_write_kv(
+    qkv: torch.Tensor,
+    head_norms: HeadNorms | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cache: LayerCache,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    num_kv_heads = cache.keys.shape[2]
+    num_heads = qkv.shape[1] - 2 * num_kv_heads
+    qk, v = qkv.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
+    if head_norms is not None:
+        q, k = qk.split((num_heads, num_kv_heads), dim=1)
+        qk = torch.cat(
+            (rms_norm(q, head_norms.query, head_norms.eps), rms_norm(k, head_norms.key, head_norms.eps)), dim=1
+        )
+    qk = rope(qk, cos, sin)
+    write_kv(qk[:, num_heads:], v, cache, slot_mapping)
+    return qk[:, :num_heads]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,20 +172,22 @@ def _make_group(
 
 def paged_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    cache: LayerCache,
     plan: _Plan,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    assert cache.key_scales is None, "a quantised cache"
+    assert sinks is None, "sinks"
     num_heads, head_dim = q.shape[1:]
-    num_kv_heads = k_cache.shape[2]
+    num_kv_heads = cache.keys.shape[2]
     out = torch.empty_like(q)
     for group in plan.groups(window):
         num_seqs, _, num_query, _ = group.mask.shape
-        k = k_cache.index_select(0, group.block_index).view(num_seqs, -1, num_kv_heads, head_dim).transpose(1, 2)
-        v = v_cache.index_select(0, group.block_index).view(num_seqs, -1, num_kv_heads, head_dim).transpose(1, 2)
+        k = cache.keys.index_select(0, group.block_index).view(num_seqs, -1, num_kv_heads, head_dim).transpose(1, 2)
+        v = cache.values.index_select(0, group.block_index).view(num_seqs, -1, num_kv_heads, head_dim).transpose(1, 2)
         # The query heads that share a key/value head become further query rows: nothing is repeated.
         heads_per_kv = num_heads // num_kv_heads
         rows = q.index_select(0, group.token_index).view(num_seqs, num_query, num_kv_heads, heads_per_kv, head_dim)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -152,7 +151,7 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
         )
     else:
         assert decoder is not None
-        cache = _allocate_cache(plan.shape, num_blocks, config.block_size, dtype, device)
+        cache = KVCache.allocate(plan.shape, num_blocks, config.block_size, dtype, device)
         backend = TorchBackend(decoder, cache, torch_ops)
         is_packed = isinstance(decoder, Decoder)
         maker = "packed" if is_packed else "transformers'"
@@ -469,17 +468,3 @@ def _num_blocks(config: EngineConfig, token_bytes: int, max_model_len: int, cach
             f"kv_cache_bytes: {cache_bytes} holds {num_slots} tokens, less than max_model_len ({config.max_model_len})"
         )
     return num_blocks
-
-
-def _allocate_cache(
-    shape: ModelShape, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-) -> KVCache:
-    def allocate(num_heads: int, head_dim: int) -> torch.Tensor:
-        size = (num_blocks, block_size, num_heads, head_dim)
-        if device.type != "cpu":
-            return torch.zeros(size, dtype=dtype, device=device)
-        # numpy's zeros are pages the kernel hands out on first touch: an idle server stays small.
-        num_bytes = math.prod(size) * dtype.itemsize
-        return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(size)
-
-    return KVCache([allocate(*layer) for layer in shape.kv_shapes], [allocate(*layer) for layer in shape.kv_shapes])

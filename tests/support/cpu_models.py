@@ -125,8 +125,8 @@ def reference_backend(model: TinyModel, num_blocks: int, block_size: int = 16) -
     """The same model in float32."""
     config = model.config
     decoder = Decoder(config, {name: dequantised(weight) for name, weight in model.weights().items()}, torch_ops)
-    shapes = [(num_blocks, block_size, *kv_shape) for kv_shape in config.shape.kv_shapes]
-    return TorchBackend(decoder, KVCache(*([torch.zeros(shape) for shape in shapes] for _ in "kv")), torch_ops)
+    cache = KVCache.allocate(config.shape, num_blocks, block_size, torch.float32, torch.device("cpu"))
+    return TorchBackend(decoder, cache, torch_ops)
 
 
 def cpu_backend(

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from headrace.kernels import reference, torch_ops
-from headrace.kernels.ops import AttentionMetadata, Ops
+from headrace.kernels.ops import AttentionMetadata, LayerCache, Ops
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -57,7 +57,7 @@ class Batch:
 
     def attend(self, ops: Ops, window: int | None = None, softcap: float | None = None) -> torch.Tensor:
         plan = ops.plan_attention(self.metadata, self.block_size, self.q.device)
-        return ops.paged_attention(self.q, self.keys, self.values, plan, self.scale, window, softcap)
+        return ops.paged_attention(self.q, LayerCache(self.keys, self.values), plan, self.scale, window, softcap)
 
 
 def by_definition(batch: Batch, window: int | None = None, softcap: float | None = None) -> torch.Tensor:
@@ -164,7 +164,7 @@ def test_layers_with_and_without_a_window_share_a_steps_plan() -> None:
     batch = Batch([(1, 40), (9, 20)], block_size=8, num_heads=4, num_kv_heads=2)
     plan = torch_ops.plan_attention(batch.metadata, 8, batch.q.device)
     for window in (5, None, 11, 5, 100, None):
-        attended = torch_ops.paged_attention(batch.q, batch.keys, batch.values, plan, batch.scale, window)
+        attended = torch_ops.paged_attention(batch.q, LayerCache(batch.keys, batch.values), plan, batch.scale, window)
         torch.testing.assert_close(attended.double(), by_definition(batch, window), rtol=2e-5, atol=2e-5)
 
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from headrace.kernels import reference, torch_ops
 from headrace.kernels.decoder import Decoder, DecoderConfig, KVCache, PackedBatch
-from headrace.kernels.ops import AttentionMetadata, Ops
+from headrace.kernels.ops import AttentionMetadata, LayerCache, Ops
 
 VOCAB = 80
 MAX_POSITION = 96
@@ -74,8 +74,7 @@ class Packed:
         num_blocks = sum(math.ceil(len(tokens) / block_size) for tokens in sequences)
         free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(2)).tolist()
         self.tables = [[free.pop() for _ in range(math.ceil(len(tokens) / block_size))] for tokens in sequences]
-        shapes = [(num_blocks, block_size, *layer) for layer in decoder.shape.kv_shapes]
-        self.cache = KVCache(*([torch.zeros(shape, dtype=decoder.dtype) for shape in shapes] for _ in "kv"))
+        self.cache = KVCache.allocate(decoder.shape, num_blocks, block_size, decoder.dtype, torch.device("cpu"))
         self.num_computed = [0] * len(sequences)
 
     def step(self, num_tokens: dict[int, int]) -> dict[int, torch.Tensor]:
@@ -203,8 +202,8 @@ def test_a_tokens_keys_and_values_weigh_what_the_config_says() -> None:
 
 
 def test_clearing_zeroes_the_blocks_named_in_every_layer_and_no_other() -> None:
-    cache = KVCache(*([torch.ones(5, 2, 3, 8) for _ in range(2)] for _ in "kv"))
+    cache = KVCache([LayerCache(torch.ones(5, 2, 3, 8), torch.ones(5, 2, 3, 8)) for _ in range(2)])
     cache.clear(torch.tensor([3, 0]))
     cache.clear(torch.empty(0, dtype=torch.int64))
-    for tensor in (*cache.keys, *cache.values):
+    for tensor in (tensor for layer in cache.layers for tensor in layer[:2]):
         assert [bool(block.any()) for block in tensor] == [False, True, True, False, True]

@@ -32,9 +32,7 @@ def logits_of(decoder: HuggingFaceDecoder, sequences: list[list[int]], rows: lis
         starts.append(starts[-1] + len(tokens))
     tables = [[2 * i, 2 * i + 1] for i in range(len(sequences))]
     metadata = AttentionMetadata(starts, [len(tokens) for tokens in sequences], tables)
-    cache = KVCache(
-        *([torch.zeros(99, 16, *layer, dtype=decoder.dtype) for layer in decoder.shape.kv_shapes] for _ in "kv")
-    )
+    cache = KVCache.allocate(decoder.shape, 99, 16, decoder.dtype, torch.device("cpu"))
     positions = [p for tokens in sequences for p in range(len(tokens))]
     batch = PackedBatch(
         token_ids=torch.tensor([token for tokens in sequences for token in tokens]),

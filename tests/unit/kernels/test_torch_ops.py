@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from headrace.kernels import linear, reference, torch_ops
 from headrace.kernels.linear import PackedLinear
-from headrace.kernels.ops import AttentionMetadata
+from headrace.kernels.ops import AttentionMetadata, LayerCache
 
 # Relative to outputs of order one: float32 sums differ in order only, bfloat16 keeps 8 bits.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -50,8 +50,8 @@ def test_write_kv_puts_each_token_into_its_slot_and_touches_no_other() -> None:
     slots = torch.tensor([13, 2, 31, 7])
     caches = [torch.full((8, 4, 2, 16), -1.0) for _ in range(4)]
     k, v = randn(4, 2, 16, seed=1), randn(4, 2, 16, seed=2)
-    torch_ops.write_kv(k, v, caches[0], caches[1], slots)
-    reference.write_kv(k, v, caches[2], caches[3], slots)
+    torch_ops.write_kv(k, v, LayerCache(*caches[:2]), slots)
+    reference.write_kv(k, v, LayerCache(*caches[2:]), slots)
     assert torch.equal(caches[0], caches[2])
     assert torch.equal(caches[1], caches[3])
     assert (caches[0] == -1).sum() == 28 * 2 * 16
@@ -93,7 +93,7 @@ def test_paged_attention(mix: str, block_size: int, heads: tuple[int, int], dtyp
     outputs = []
     for ops in (torch_ops, reference):
         plan = ops.plan_attention(metadata, block_size, q.device)
-        outputs.append(ops.paged_attention(q, k_cache, v_cache, plan, 32**-0.5))
+        outputs.append(ops.paged_attention(q, LayerCache(k_cache, v_cache), plan, 32**-0.5))
     assert_close(outputs[0], outputs[1], dtype)
 
 
@@ -102,11 +102,11 @@ def test_what_a_neighbour_contains_never_changes_a_row() -> None:
     metadata, k_cache, v_cache = make_batch(rows, 16, 3, 32, torch.float32, seed=5)
     q = randn(metadata.query_starts[-1], 9, 32, seed=6)
     plan = torch_ops.plan_attention(metadata, 16, q.device)
-    before = torch_ops.paged_attention(q, k_cache, v_cache, plan, 0.2)
+    before = torch_ops.paged_attention(q, LayerCache(k_cache, v_cache), plan, 0.2)
     for block in metadata.block_tables[0]:
         k_cache[block], v_cache[block] = 1e4, -1e4
     q[0] = 77.0
-    after = torch_ops.paged_attention(q, k_cache, v_cache, plan, 0.2)
+    after = torch_ops.paged_attention(q, LayerCache(k_cache, v_cache), plan, 0.2)
     assert torch.equal(before[1:], after[1:])
     assert not torch.equal(before[0], after[0])
 

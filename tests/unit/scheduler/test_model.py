@@ -195,7 +195,7 @@ def test_what_a_block_held_before_never_reaches_its_next_owner(tmp_path: Path) -
     model.save_pretrained(tmp_path)
     _, runner = load_engine(EngineConfig(tmp_path, device="cpu", dtype="float32", kv_cache_bytes=1 << 20))
     assert isinstance(runner.backend, TorchBackend)
-    for cache in (*runner.backend._cache.keys, *runner.backend._cache.values):
+    for cache in (tensor for layer in runner.backend._cache.layers for tensor in layer[:2]):
         cache.fill_(float("nan"))
     scheduler = Scheduler(BlockPool(16), block_size=16, max_num_batched_tokens=7, max_num_seqs=4)
     outputs = generate(scheduler, runner, prompts(), [greedy(NUM_TOKENS)] * len(prompts()))

@@ -53,9 +53,10 @@ class Engine:
             inv_freq=model.model.rotary_emb.inv_freq,
         )
         weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
-        self.cache = KVCache(*([torch.zeros(num_blocks, block_size, 2, 16, dtype=dtype) for _ in "12"] for _ in "kv"))
+        decoder = Decoder(config, weights, torch_ops)
+        self.cache = KVCache.allocate(decoder.shape, num_blocks, block_size, dtype, torch.device("cpu"))
         self.runner = ModelRunner(
-            TorchBackend(Decoder(config, weights, torch_ops), self.cache, torch_ops),
+            TorchBackend(decoder, self.cache, torch_ops),
             vocab_size=VOCAB_SIZE,
             block_size=block_size,
             max_context_tokens=128,
@@ -128,7 +129,7 @@ def test_warming_up_leaves_no_trace_in_an_answer(each_alone: list[list[int]]) ->
 def test_what_a_block_held_before_never_reaches_its_next_holder(dtype: torch.dtype) -> None:
     expected = Engine(num_blocks=12, dtype=dtype).generate(PROMPTS[2:4], SAMPLINGS[2:4])
     engine = Engine(num_blocks=12, dtype=dtype)
-    for tensor in (*engine.cache.keys, *engine.cache.values):
+    for tensor in (tensor for layer in engine.cache.layers for tensor in layer[:2]):
         tensor.fill_(float("nan"))
     assert engine.generate(PROMPTS[2:4], SAMPLINGS[2:4]) == expected
 
@@ -140,7 +141,7 @@ def test_a_chunk_of_one_token_does_not_look_behind_its_context(block_size: int) 
     fields: dict[str, Any] = {"num_blocks": 96 // block_size, "block_size": block_size, "budget": 2, "max_num_seqs": 2}
     expected = Engine(**fields).generate(prompts, SAMPLINGS[:2])
     engine = Engine(**fields)
-    for tensor in (*engine.cache.keys, *engine.cache.values):
+    for tensor in (tensor for layer in engine.cache.layers for tensor in layer[:2]):
         tensor.fill_(float("nan"))
     assert engine.generate(prompts, SAMPLINGS[:2]) == expected
 
