@@ -130,6 +130,7 @@ class HttpTarget(ComparedTarget):
     """A server, measured over a socket."""
 
     _client: CompletionClient
+    url: str
 
     async def calibrate(self, prompt_tokens: int, prompts: PromptMaker) -> TokenFit | None:
         """Fit the words of a prompt to this server's count.
@@ -147,6 +148,7 @@ class HttpTarget(ComparedTarget):
             port = listener.getsockname()[1]
         command = [part.replace("{port}", str(port)) for part in self._recipe.command]
         await self._spawn_process(command, asyncio.subprocess.DEVNULL, None)
+        self.url = f"http://127.0.0.1:{port}"
         http = HttpClient(Address("127.0.0.1", port, is_tls=False, prefix=""))
         self._client = CompletionClient(http, Endpoint.COMPLETIONS)
 

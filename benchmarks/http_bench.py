@@ -25,6 +25,7 @@ from pathlib import Path
 
 from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.block_pool import BlockPool
+from headrace.scheduler.engine_core import ComputedStep
 from headrace.scheduler.messages import RowResult
 from headrace.scheduler.model_source import resolve_model
 from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
@@ -46,7 +47,7 @@ class PacedRunner:
     """A fake model: each step ends on the beat, and every row's next token is one of a fixed round of words."""
 
     description = "no model, a token per stream and beat"
-    times: StepTimes | None = None
+    is_asynchronous = False
 
     def __init__(self, token_ids: Sequence[int], vocab_size: int, max_context_tokens: int, step_s: float) -> None:
         self.vocab_size = vocab_size
@@ -60,12 +61,12 @@ class PacedRunner:
     def use_idle_time(self) -> bool:
         return False
 
-    def run(self, output: SchedulerOutput) -> list[RowResult]:
+    def launch(self, output: SchedulerOutput) -> ComputedStep:
         now = time.monotonic()
         self._due_s = max(self._due_s + self._step_s, now)  # a late step delays those behind it
         time.sleep(self._due_s - now)
-        self.times = StepTimes(now, self._due_s, time.monotonic() - self._due_s)  # with what the sleep was too long
-        return [next(self._results) if row.is_sampled else RowResult() for row in output.rows]
+        times = StepTimes(now, self._due_s, time.monotonic() - self._due_s)  # with what the sleep was too long
+        return ComputedStep([next(self._results) if row.is_sampled else RowResult() for row in output.rows], times)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ the other. A JSON line on stdout answers: {"requests": [...]}, each {"wave", "la
 of Headrace: it is run where Headrace is not installed.
 """
 
+import dataclasses
+import glob
 import json
 import os
 import sys
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Protocol
 
 _BATCHED_TOKENS: Final = 256  # of a step; OpenVINO's and Headrace's default
+_GPU_BATCHED_TOKENS: Final = 2048
 
 
 class Engine(Protocol):
@@ -67,17 +70,37 @@ class OpenVino:
 
 
 class Transformers:
-    """transformers' continuous batching, with its thread; the model is a Hugging Face directory."""
+    """transformers' continuous batching, with its thread; the model is a Hugging Face directory, with random weights
+    where it holds none."""
 
     def __init__(self, model: str, kv_cache_bytes: int, num_threads: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
-        from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
+        import torch
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoTokenizer,
+            ContinuousBatchingConfig,
+            GenerationConfig,
+        )
 
-        decoder = AutoModelForCausalLM.from_pretrained(model, dtype="bfloat16", attn_implementation="sdpa")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+        is_older = "auto_switch_to_flash" not in known  # than 5.20 or so, which still had names of its own for this
+        attention = "paged|sdpa" if is_older else "sdpa"
+        how: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": attention}
+        if glob.glob(f"{model}/*.safetensors"):
+            decoder = AutoModelForCausalLM.from_pretrained(model, device_map=device, **how)
+        else:
+            with torch.device(device):
+                decoder = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), **how).eval()
         config = decoder.config
         bytes_per_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        batching = ContinuousBatchingConfig(max_batch_tokens=_BATCHED_TOKENS, auto_switch_to_flash=False)
-        batching.num_blocks = kv_cache_bytes // (bytes_per_token * batching.page_size)
+        max_batch_tokens = _GPU_BATCHED_TOKENS if device == "cuda" else _BATCHED_TOKENS
+        options: dict[str, Any] = {"max_batch_tokens": max_batch_tokens, "auto_switch_to_flash": False}
+        batching = ContinuousBatchingConfig(**{name: value for name, value in options.items() if name in known})
+        page_size = batching.page_size if "page_size" in known else batching.block_size
+        batching.num_blocks = kv_cache_bytes // (bytes_per_token * page_size)
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._manager = decoder.init_continuous_batching(
             # No token has the id -1: the end of sequence is ignored.

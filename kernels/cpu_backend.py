@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.kernels.backend import StepBatch
+from headrace.kernels.backend import HostRead, StepBatch
 from headrace.kernels.decoder import DecoderConfig
 from headrace.kernels.quantised import GROUP_BYTES, GROUP_SIZE, QuantisedWeight
 from headrace.kernels.sampling import SamplingBatch
@@ -156,7 +156,10 @@ class CpuBackend:
 
     Raises: OSError, MemoryError where memory or threads do not suffice.
     `weights` maps Hugging Face's names to tensors [out, in] or quantised weights, and is emptied as they are packed.
+    `times` are the last step's.
     """
+
+    is_asynchronous = False
 
     def __init__(
         self,
@@ -233,10 +236,10 @@ class CpuBackend:
         self._step(batch, logits)
         return torch.from_numpy(logits)
 
-    def argmax(self, batch: StepBatch) -> list[int]:
-        return list(self._step(batch, None).tolist())
+    def argmax(self, batch: StepBatch) -> torch.Tensor:
+        return torch.from_numpy(self._step(batch, None))
 
-    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         assert self.close.alive, "the backend is closed"
         assert logits.shape == (len(batch.seed), self._vocab_size), "logits of another shape"
         assert logits.is_contiguous(), "logits with gaps"
@@ -269,7 +272,10 @@ class CpuBackend:
         self._note_times()
         if status:
             raise MemoryError("sampling ran out of memory")
-        return list(token_ids.tolist())
+        return torch.from_numpy(token_ids)
+
+    def read(self, tensors: Sequence[torch.Tensor]) -> HostRead:
+        return HostRead([*tensors], self.times)
 
     def use_idle_time(self) -> bool:
         """A piece of the wide copy, then of the KV cache that will be needed next."""

@@ -7,7 +7,7 @@ classes compute them; norms, rotation and attention accumulate in float32.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from headrace.kernels.linear import PackedLinear
-from headrace.kernels.ops import HeadNorms, LayerCache, Ops
+from headrace.kernels.linear import pack_linear
+from headrace.kernels.ops import HeadNorms, Hidden, LayerCache, Linear, Ops
+from headrace.kernels.quantised import QuantisedWeight
+
+Weight = torch.Tensor | QuantisedWeight
+# Lays weights [out, in] out for the device, as one, with their bias; last the weight of the norm of their input.
+MakeLinear = Callable[[Sequence[Weight], torch.Tensor | None, torch.Tensor | None], Linear]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,42 +128,56 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 class _Layer:
     """One layer's weights, laid out. Biases (Qwen2) and the norms of query and key heads (Qwen3) are optional."""
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], prefix: str, eps: float) -> None:
-        def linear(*names: str) -> PackedLinear:
-            biases = [weights[f"{prefix}.{name}.bias"] for name in names if f"{prefix}.{name}.bias" in weights]
-            weight = torch.cat([weights[f"{prefix}.{name}.weight"] for name in names])
-            return PackedLinear(weight, torch.cat(biases) if biases else None)
+    def __init__(self, weights: Mapping[str, Weight], prefix: str, eps: float, make_linear: MakeLinear) -> None:
+        def linear(*names: str, norm: torch.Tensor | None = None) -> Linear:
+            biases = [vector(f"{prefix}.{name}.bias") for name in names if f"{prefix}.{name}.bias" in weights]
+            parts = [weights[f"{prefix}.{name}.weight"] for name in names]
+            return make_linear(parts, torch.cat(biases) if biases else None, norm)
 
-        self.input_norm = weights[f"{prefix}.input_layernorm.weight"]
-        self.post_norm = weights[f"{prefix}.post_attention_layernorm.weight"]
-        q_norm, k_norm = (weights.get(f"{prefix}.self_attn.{name}_norm.weight") for name in "qk")
-        self.head_norms = None if q_norm is None or k_norm is None else HeadNorms(q_norm, k_norm, eps)
-        self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        def vector(name: str) -> torch.Tensor:
+            weight = weights[name]
+            assert isinstance(weight, torch.Tensor), "a quantised vector"
+            return weight
+
+        self.input_norm = vector(f"{prefix}.input_layernorm.weight")
+        self.post_norm = vector(f"{prefix}.post_attention_layernorm.weight")
+        q_norm, k_norm = (f"{prefix}.self_attn.{name}_norm.weight" for name in "qk")
+        self.head_norms = HeadNorms(vector(q_norm), vector(k_norm), eps) if q_norm in weights else None
+        self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", norm=self.input_norm)
         self.out = linear("self_attn.o_proj")
-        self.gate_up = linear("mlp.gate_proj", "mlp.up_proj")
+        self.gate_up = linear("mlp.gate_proj", "mlp.up_proj", norm=self.post_norm)
         self.down = linear("mlp.down_proj")
 
 
 class Decoder:
     """The model, ready to run.
 
-    `weights` maps Hugging Face's parameter names to tensors of one dtype on one device, and is not kept: each is let
-    go once laid out. A missing `lm_head.weight` means that it is tied to the embedding.
+    `weights` maps Hugging Face's parameter names to tensors of one dtype on one device (matrices may be quantised where
+    `make_linear` takes them so), and is not kept: each is let go once laid out. A missing `lm_head.weight` means that it
+    is tied to the embedding.
     """
 
-    def __init__(self, config: DecoderConfig, weights: dict[str, torch.Tensor], ops: Ops) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: dict[str, Weight],
+        ops: Ops,
+        make_linear: MakeLinear = pack_linear,
+        make_head: MakeLinear = pack_linear,
+    ) -> None:
         self.shape = config.shape
         self._config = config
         self._ops = ops
-        self._embedding = weights["model.embed_tokens.weight"]
-        self.dtype = self._embedding.dtype
-        self.device = self._embedding.device
-        self._norm = weights["model.norm.weight"]
-        self._head = PackedLinear(weights.pop("lm_head.weight", self._embedding))
+        embedding, norm = weights["model.embed_tokens.weight"], weights["model.norm.weight"]
+        assert isinstance(embedding, torch.Tensor), "a quantised embedding"
+        assert isinstance(norm, torch.Tensor), "a quantised vector"
+        self._embedding, self._norm = embedding, norm
+        self.dtype, self.device = embedding.dtype, embedding.device
+        self._head = make_head([weights.pop("lm_head.weight", embedding)], None, norm)
         self._layers = []
         for i in range(len(config.windows)):
             prefix = f"model.layers.{i}"
-            self._layers.append(_Layer(weights, prefix, config.rms_norm_eps))
+            self._layers.append(_Layer(weights, prefix, config.rms_norm_eps, make_linear))
             for name in [name for name in weights if name.startswith(f"{prefix}.")]:
                 del weights[name]
         self._inv_freq = config.inv_freq.float().to(self.device)
@@ -171,7 +190,7 @@ class Decoder:
         scale = config.head_dim**-0.5
         angles = batch.positions[:, None].float() * self._inv_freq
         cos, sin = angles.cos() * config.rope_scale, angles.sin() * config.rope_scale
-        hidden = F.embedding(batch.token_ids, self._embedding)
+        hidden = Hidden(F.embedding(batch.token_ids, self._embedding))
         for layer, window, layer_cache in zip(self._layers, config.windows, cache.layers, strict=True):
             qkv = ops.norm_linear(hidden, layer.input_norm, eps, layer.qkv).view(
                 -1, num_q + 2 * num_kv, config.head_dim
@@ -182,4 +201,4 @@ class Decoder:
             activated = ops.norm_gate_up(hidden, layer.post_norm, eps, layer.gate_up)
             hidden = ops.linear_add(activated, layer.down, hidden)
         # Only the rows that are sampled pass the head, the largest product of all.
-        return ops.norm_linear(hidden[batch.logit_rows], self._norm, eps, self._head).float()
+        return ops.norm_linear(Hidden(hidden.values[batch.logit_rows]), self._norm, eps, self._head).float()

@@ -99,8 +99,7 @@ class HuggingFaceDecoder:
     dtype: torch.dtype
     device: torch.device
 
-    def __init__(self, config: Any, ops: Ops) -> None:
-        self._ops = ops
+    def __init__(self, config: Any) -> None:
         self._model = empty_model(config)
         probe = _Probe()
         token = torch.zeros(1, 1, dtype=torch.int64, device="meta")
@@ -118,7 +117,7 @@ class HuggingFaceDecoder:
             for i in layers
         ]
 
-    def load(self, weights: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    def load(self, weights: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device, ops: Ops) -> None:
         """Take the weights, by Hugging Face's names of any age. Raises: WeightsError."""
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()  # what it would report is raised below
@@ -141,7 +140,7 @@ class HuggingFaceDecoder:
                 if not name.endswith(_DERIVED):
                     raise WeightsError(f"the model {verb} the weight {name}")
         self._model.to(device)
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self._ops = dtype, device, ops
 
     def forward(self, batch: PackedBatch, cache: KVCache) -> torch.Tensor:
         """Compute the batch, write its keys and values to the cache, return float32 logits [R, vocabulary]."""

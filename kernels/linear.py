@@ -6,14 +6,27 @@ plain product serves.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+
+from headrace.kernels.quantised import QuantisedWeight
 
 
 def is_reordered(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether weights of this dtype are reordered on this device."""
     return device.type == "cpu" and _can_reorder(dtype)
+
+
+def pack_linear(
+    weights: Sequence[torch.Tensor | QuantisedWeight], bias: torch.Tensor | None, norm_weight: torch.Tensor | None
+) -> "PackedLinear":
+    """A product with these weights, [out, in] each, as one; norms of its input are applied before it."""
+    del norm_weight
+    tensors = [weight for weight in weights if isinstance(weight, torch.Tensor)]
+    assert len(tensors) == len(weights), "a quantised weight"
+    return PackedLinear(torch.cat(tensors) if len(tensors) > 1 else tensors[0], bias)
 
 
 class PackedLinear:

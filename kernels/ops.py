@@ -49,6 +49,14 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
+class Hidden(NamedTuple):
+    """The residual stream [T, E]; `squares` [P, T] float32 are parts of its rows' sums of squares, which their next norm
+    needs, where what made it knows them."""
+
+    values: torch.Tensor
+    squares: torch.Tensor | None = None
+
+
 class Linear(Protocol):
     """x [T, in] -> [T, out]."""
 
@@ -67,20 +75,14 @@ class Ops(Protocol):
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up. gate_up [T, 2 F], the gate first -> [T, F]. SwiGLU (Shazeer, 2020)."""
 
-    def norm_linear(self, x: torch.Tensor, norm_weight: torch.Tensor, eps: float, linear: Linear) -> torch.Tensor:
-        """linear(rms_norm(x)). x [T, E] -> [T, out]."""
+    def norm_linear(self, hidden: Hidden, norm_weight: torch.Tensor, eps: float, linear: Linear) -> torch.Tensor:
+        """linear(rms_norm(hidden)), of a linear that was made for this norm -> [T, out]."""
 
-    def norm_gate_up(self, x: torch.Tensor, norm_weight: torch.Tensor, eps: float, linear: Linear) -> torch.Tensor:
-        """silu_mul(linear(rms_norm(x))). x [T, E], out 2 F with the gate first -> [T, F]."""
+    def norm_gate_up(self, hidden: Hidden, norm_weight: torch.Tensor, eps: float, linear: Linear) -> torch.Tensor:
+        """silu_mul(linear(rms_norm(hidden))), whose outputs are 2 F, the gate first -> [T, F]."""
 
-    def linear_add(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor) -> torch.Tensor:
-        """residual + linear(x). x [T, in], residual [T, out] -> like residual."""
-
-    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotate each head by its token's angles. x [T, heads, D], cos and sin float32 [T, D / 2] -> like x.
-
-        RoFormer (Su et al., 2021) in Hugging Face's layout: dimension i pairs with i + D / 2.
-        """
+    def linear_add(self, x: torch.Tensor, linear: Linear, hidden: Hidden) -> Hidden:
+        """hidden + linear(x). x [T, in] -> like hidden."""
 
     def write_kv(
         self,
@@ -101,9 +103,10 @@ class Ops(Protocol):
         cache: LayerCache,
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
-        """Norm (Qwen3) and rotate the query and key heads, store keys and values: qkv [T, H + 2 G, D] -> q [T, H, D].
+        """Norm (Qwen3) and rotate the query and key heads by their token's angles, and store keys and values: qkv
+        [T, H + 2 G, D], which may be overwritten, cos and sin float32 [T, D / 2] -> q [T, H, D].
 
-        `qkv` may be overwritten.
+        RoFormer (Su et al., 2021) in Hugging Face's layout: dimension i pairs with i + D / 2.
         """
 
     def plan_attention(self, metadata: AttentionMetadata, block_size: int, device: torch.device) -> Any:

@@ -5,7 +5,7 @@ Tests compare every other implementation with this one. It knows nothing of spee
 
 import torch
 
-from headrace.kernels.ops import AttentionMetadata, HeadNorms, LayerCache, Linear
+from headrace.kernels.ops import AttentionMetadata, HeadNorms, Hidden, LayerCache, Linear
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -25,16 +25,16 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def norm_linear(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, linear: Linear) -> torch.Tensor:
-    return linear(rms_norm(x, norm_weight, eps))
+def norm_linear(hidden: Hidden, norm_weight: torch.Tensor, eps: float, linear: Linear) -> torch.Tensor:
+    return linear(rms_norm(hidden.values, norm_weight, eps))
 
 
-def norm_gate_up(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, linear: Linear) -> torch.Tensor:
-    return silu_mul(norm_linear(x, norm_weight, eps, linear))
+def norm_gate_up(hidden: Hidden, norm_weight: torch.Tensor, eps: float, linear: Linear) -> torch.Tensor:
+    return silu_mul(norm_linear(hidden, norm_weight, eps, linear))
 
 
-def linear_add(x: torch.Tensor, linear: Linear, residual: torch.Tensor) -> torch.Tensor:
-    return residual + linear(x)
+def linear_add(x: torch.Tensor, linear: Linear, hidden: Hidden) -> Hidden:
+    return Hidden(hidden.values + linear(x))
 
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, cache: LayerCache, slot_mapping: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ Frequency and presence penalty as OpenAI's API reference defines them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,24 +53,33 @@ class SamplingBatch:
     masked: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
 
+class LogProbabilities(NamedTuple):
+    """Of R rows the log probability of its token, float32 [R], and the K likeliest tokens, best first: their log
+    probabilities, float32 [R, K], and ids, int64 [R, K]."""
+
+    own: torch.Tensor
+    top: torch.Tensor
+    top_ids: torch.Tensor
+
+    def as_lists(self, num_top: list[int]) -> list[tuple[float, list[tuple[int, float]]]]:
+        """Per row its token's log probability and the `num_top` likeliest tokens as (token id, log probability)."""
+        top = zip(self.top.tolist(), self.top_ids.tolist(), num_top, strict=True)
+        pairs = [list(zip(ids[:num], logprobs[:num], strict=True)) for logprobs, ids, num in top]
+        return list(zip(self.own.tolist(), pairs, strict=True))
+
+
 @torch.inference_mode()
-def sample(logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
-    """Draw one token id per row of logits, float32 [R, V], which are written to where a setting changes them."""
-    for penalties in batch.penalties:
-        _penalise(logits[penalties.row], penalties)
-    if batch.biased:
-        rows, token_lists, biases = zip(*batch.biased, strict=True)
-        logits[_places(logits, rows, token_lists)] += torch.from_numpy(np.concatenate(biases)).to(logits)
-    if batch.masked:
-        rows, token_lists = zip(*batch.masked, strict=True)
-        logits[_places(logits, rows, token_lists)] = float("-inf")
+def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """Draw one token id per row of logits, float32 [R, V], which are written to where a setting changes them: int64
+    [R]."""
+    modify_logits(logits, batch)
     token_ids = logits.argmax(dim=-1)
     random_rows = np.flatnonzero(batch.temperature > 0)
     if len(random_rows):
-        index = torch.from_numpy(random_rows).to(logits.device)
+        index = upload(random_rows, logits.device)
 
         def pick(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values[random_rows]).to(logits.device)
+            return upload(values[random_rows], logits.device)
 
         token_ids[index] = _draw(
             logits[index],
@@ -79,7 +89,19 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
             pick(batch.min_p),
             pick(uniforms(batch.seed, batch.choice, batch.position)),
         )
-    return token_ids.tolist()
+    return token_ids
+
+
+def modify_logits(logits: torch.Tensor, batch: SamplingBatch) -> None:
+    """Apply penalties, biases and masks to logits, float32 [R, V], in place."""
+    for penalties in batch.penalties:
+        _penalise(logits[penalties.row], penalties)
+    if batch.biased:
+        rows, token_lists, biases = zip(*batch.biased, strict=True)
+        logits[_places(logits, rows, token_lists)] += upload(np.concatenate(biases), logits.device)
+    if batch.masked:
+        rows, token_lists = zip(*batch.masked, strict=True)
+        logits[_places(logits, rows, token_lists)] = float("-inf")
 
 
 def uniforms(seed: np.ndarray, choice: np.ndarray, position: np.ndarray) -> np.ndarray:
@@ -90,19 +112,21 @@ def uniforms(seed: np.ndarray, choice: np.ndarray, position: np.ndarray) -> np.n
 
 
 @torch.inference_mode()
-def log_probabilities(
-    logits: torch.Tensor, token_ids: list[int], num_top: list[int]
-) -> list[tuple[float, list[tuple[int, float]]]]:
-    """Per row of logits, float32 [R, V]: the log probability of its token, and its `num_top` likeliest tokens, at most
-    MAX_TOP_LOGPROBS, as (token id, log probability), best first."""
+def log_probabilities(logits: torch.Tensor, token_ids: torch.Tensor) -> LogProbabilities:
+    """Of each row of logits, float32 [R, V]: its token's, int64 [R], and the MAX_TOP_LOGPROBS likeliest ones'; all on
+    the logits' device."""
     total = logits.logsumexp(dim=-1, keepdim=True)
-    index = torch.tensor(token_ids, dtype=torch.int64, device=logits.device)
-    own = (logits.gather(1, index[:, None]) - total).flatten().tolist()
+    own = (logits.gather(1, token_ids[:, None]) - total).flatten()
     # The same number for all rows: `topk` orders ties differently for another one.
     values, top_ids = logits.topk(min(MAX_TOP_LOGPROBS, logits.shape[-1]), dim=-1)
-    top = zip((values - total).tolist(), top_ids.tolist(), num_top, strict=True)
-    pairs = [list(zip(ids[:num], logprobs[:num], strict=True)) for logprobs, ids, num in top]
-    return list(zip(own, pairs, strict=True))
+    return LogProbabilities(own, values - total, top_ids)
+
+
+def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The values on the device, where their copy may still be on its way; on a CPU, the same memory."""
+    tensor = torch.from_numpy(values)
+    # From memory that is not pinned a copy may wait for all that the device has still to do.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _places(
@@ -110,14 +134,14 @@ def _places(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The index of so many tokens in each of these rows."""
     row_of_each = np.repeat(np.array(rows, dtype=np.int64), [len(ids) for ids in token_ids])
-    pair = torch.from_numpy(np.stack((row_of_each, np.concatenate(token_ids)))).to(logits.device)
+    pair = upload(np.stack((row_of_each, np.concatenate(token_ids))), logits.device)
     return pair[0], pair[1]
 
 
 def _penalise(logits: torch.Tensor, penalties: Penalties) -> None:
     """Change one row, [V], in place."""
     # Writing the same value twice is harmless, so a token that occurs often needs no care but where occurrences count.
-    token_ids = torch.from_numpy(penalties.token_ids).to(logits.device)
+    token_ids = upload(penalties.token_ids, logits.device)
     output_ids = token_ids[penalties.num_prompt_tokens :]
     if penalties.repetition != 1:
         score = logits[token_ids]

@@ -1,21 +1,21 @@
 """Steps in torch: any decoder, on any device, with sampling in torch."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 
-from headrace.kernels.backend import StepBatch
+from headrace.kernels.backend import HostRead, PendingRead, StepBatch
 from headrace.kernels.decoder import Decoder, KVCache, PackedBatch
 from headrace.kernels.hf_decoder import HuggingFaceDecoder
 from headrace.kernels.ops import AttentionMetadata, Ops
 from headrace.kernels.sampling import SamplingBatch, sample
-from headrace.kernels.step_times import StepTimes
 
 
 class TorchBackend:
-    """A decoder and the cache it fills."""
+    """A decoder and the cache it fills. Its sampling waits for the device, so it gains nothing from running ahead."""
 
-    times: StepTimes | None = None
+    is_asynchronous = False
 
     def __init__(self, decoder: Decoder | HuggingFaceDecoder, cache: KVCache, ops: Ops) -> None:
         self._decoder = decoder
@@ -26,16 +26,20 @@ class TorchBackend:
     def forward(self, batch: StepBatch) -> torch.Tensor:
         return self._decoder.forward(self._pack(batch), self._cache)
 
-    def argmax(self, batch: StepBatch) -> list[int]:
-        return self.forward(batch).argmax(dim=-1).tolist()
+    def argmax(self, batch: StepBatch) -> torch.Tensor:
+        return self.forward(batch).argmax(dim=-1)
 
-    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         return sample(logits, batch)
+
+    def read(self, tensors: Sequence[torch.Tensor]) -> PendingRead:
+        return HostRead([tensor.cpu() for tensor in tensors])
 
     def use_idle_time(self) -> bool:
         return False
 
     def _pack(self, batch: StepBatch) -> PackedBatch:
+        assert min(batch.token_ids, default=0) >= 0, "a token that is not known"
         positions: list[int] = []
         slots: list[int] = []
         new_blocks: list[int] = []

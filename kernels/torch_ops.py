@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from headrace.kernels.ops import AttentionMetadata, HeadNorms, LayerCache, Linear
+from headrace.kernels.ops import AttentionMetadata, HeadNorms, Hidden, LayerCache, Linear
 
 # Keys and values gathered for one call: enough rows to share its cost, little enough memory whatever the batch.
 _MAX_GATHERED_TOKENS = 16384
@@ -35,16 +35,16 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def norm_linear(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, linear: Linear) -> torch.Tensor:
-    return linear(rms_norm(x, norm_weight, eps))
+def norm_linear(hidden: Hidden, norm_weight: torch.Tensor, eps: float, linear: Linear) -> torch.Tensor:
+    return linear(rms_norm(hidden.values, norm_weight, eps))
 
 
-def norm_gate_up(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, linear: Linear) -> torch.Tensor:
-    return silu_mul(linear(rms_norm(x, norm_weight, eps)))
+def norm_gate_up(hidden: Hidden, norm_weight: torch.Tensor, eps: float, linear: Linear) -> torch.Tensor:
+    return silu_mul(norm_linear(hidden, norm_weight, eps, linear))
 
 
-def linear_add(x: torch.Tensor, linear: Linear, residual: torch.Tensor) -> torch.Tensor:
-    return residual + linear(x)
+def linear_add(x: torch.Tensor, linear: Linear, hidden: Hidden) -> Hidden:
+    return Hidden(hidden.values + linear(x))
 
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, cache: LayerCache, slot_mapping: torch.Tensor) -> None:

@@ -12,7 +12,9 @@ class EngineConfig:
     model_path: Path
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    kv_cache_dtype: Literal["auto", "int8"] = "auto"
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
+    quantization: Literal["none", "fp8"] = "none"
+    load_format: Literal["auto", "dummy"] = "auto"
     cpu_kernel: Literal["auto", "amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "torch"] = "auto"
     batch_invariant: bool = False
     max_model_len: int | None = None

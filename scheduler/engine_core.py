@@ -1,5 +1,7 @@
-"""The engine thread: drain the inbox, schedule, run, update, publish, once per step.
+"""The engine thread: drain the inbox, schedule, launch, record, publish, once per step.
 
+A runner that computes while this thread goes on (a GPU's) is given the next step before what the one before sampled is
+read, so that it never waits for this thread; that step is recorded while the next one runs.
 Everything it owns (scheduler, blocks, model runner) is made, used and dropped on this one thread. Others reach it
 through an inbox and a wake event, and hear from it through one `publish` call per step. It knows neither asyncio nor
 who listens.
@@ -10,7 +12,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence as Seq
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.errors import HeadraceError
@@ -30,24 +33,65 @@ logger = logging.getLogger(__name__)
 Publication = EngineReady | StepOutput | EngineStopped
 
 
+class LaunchedStep(Protocol):
+    """A step that a runner computes, or has computed. `times` are known once it has been waited for, None where only
+    the caller can tell."""
+
+    @property
+    def times(self) -> StepTimes | None: ...
+
+    def wait(self) -> Seq[RowResult]:
+        """Block until every row is computed. Raises: what computing it raised."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedStep:
+    """A step of a runner that computes it in `launch`."""
+
+    results: Seq[RowResult]
+    times: StepTimes | None = None
+
+    def wait(self) -> Seq[RowResult]:
+        return self.results
+
+
+@dataclass(frozen=True, slots=True)
+class _RaisedStep:
+    """A step that could not be launched."""
+
+    error: Exception
+    times: StepTimes | None = None
+
+    def wait(self) -> Seq[RowResult]:
+        raise self.error
+
+
 class Runner(Protocol):
-    """What computes a step: the model runner, or a fake. `times` are the last step's, None where only its caller can
-    tell."""
+    """What computes steps: the model runner, or a fake. Where it `is_asynchronous`, `launch` returns before its step is
+    computed, and may be called once more before that step is waited for; steps are computed in their order."""
 
     description: str
     max_context_tokens: int
     vocab_size: int
 
     @property
-    def times(self) -> StepTimes | None: ...
+    def is_asynchronous(self) -> bool: ...
 
     def warm_up(self) -> None: ...
 
     def use_idle_time(self) -> bool:
         """Do a few milliseconds of what later steps are quicker for; returns whether there was something to do."""
 
-    def run(self, output: SchedulerOutput) -> Seq[RowResult]:
-        """Compute all rows."""
+    def launch(self, output: SchedulerOutput) -> LaunchedStep:
+        """Begin to compute all rows. What of the sequences it needs it reads before it returns."""
+
+
+class _Step(NamedTuple):
+    """A launched step that is not recorded yet."""
+
+    output: SchedulerOutput
+    launched: LaunchedStep
+    launched_s: float
 
 
 class EngineCore:
@@ -71,7 +115,7 @@ class EngineCore:
         self._is_stopping = False
         self._busy_s = 0.0
         self._computed_s: float | None = None  # when the last step was, unless there has been nothing to do since
-        self._pauses: StepPauses | None = None  # around the last step
+        self._pauses: StepPauses | None = None  # around the step recorded last
         self._thread = threading.Thread(target=self._main, name="headrace-engine", daemon=True)
 
     def start(self) -> None:
@@ -120,22 +164,36 @@ class EngineCore:
         self._publish(EngineStopped(error))
 
     def _loop(self, scheduler: Scheduler, runner: Runner) -> None:
+        before: _Step | None = None  # in flight
         while True:
             self._drain_inbox(scheduler)
             if self._is_stopping:
                 break
-            if not scheduler.has_work:
+            if not scheduler.has_work and before is None:
                 scheduler.check_books()
                 self._computed_s = None
                 self._use_idle_time(runner)
                 self._wake.wait()
                 continue
             started_s = self._clock()
+            outputs: list[SequenceOutput] = []
+            self._pauses = None
+            if before is not None and scheduler.may_preempt:
+                outputs += self._record(scheduler, before)
+                before = None
             output = scheduler.schedule(started_s)
-            outputs = output.dropped + self._step(scheduler, runner, output)
+            outputs += output.dropped
+            step = self._launch(runner, output) if output.rows else None
+            if before is not None:
+                outputs += self._record(scheduler, before)
+            if step is not None and (not runner.is_asynchronous or isinstance(step.launched, _RaisedStep)):
+                outputs += self._record(scheduler, step)
+                step = None
+            before = step
             self._busy_s += self._clock() - started_s
             self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s), self._pauses))
-        outputs = scheduler.fail_all("the server is shutting down")
+        outputs = self._record(scheduler, before) if before is not None else []
+        outputs += scheduler.fail_all("the server is shutting down")
         self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s)))
 
     def _use_idle_time(self, runner: Runner) -> None:
@@ -157,23 +215,26 @@ class EngineCore:
             else:
                 scheduler.cancel(item)
 
-    def _step(self, scheduler: Scheduler, runner: Runner, output: SchedulerOutput) -> list[SequenceOutput]:
-        """Run and record one step. A step that raises ends its own sequences; the engine goes on."""
-        self._pauses = None
-        if not output.rows:
-            return []
+    def _launch(self, runner: Runner, output: SchedulerOutput) -> _Step:
         began_s = self._clock()
         try:
-            results = runner.run(output)
+            return _Step(output, runner.launch(output), began_s)
+        except Exception as error:
+            return _Step(output, _RaisedStep(error), began_s)
+
+    def _record(self, scheduler: Scheduler, step: _Step) -> list[SequenceOutput]:
+        """Wait for a step and record it. One that raises ends its own sequences; the engine goes on."""
+        try:
+            results = step.launched.wait()
         except Exception:
-            logger.exception("a step of %d sequences raised", len(output.rows))
-            self._computed_s = None
-            return scheduler.fail(
-                [row.sequence for row in output.rows], "the model failed while computing this request"
-            )
+            sequences = [row.sequence for row in step.output.rows]
+            logger.exception("a step of %d sequences raised", len(sequences))
+            self._pauses = self._computed_s = None
+            return scheduler.fail(sequences, "the model failed while computing this request")
         ended_s = self._clock()
-        times = runner.times or StepTimes(began_s, ended_s, None)
-        gap_s = None if self._computed_s is None else times.began_s - self._computed_s
+        # The caller can tell no more than that a step begins when it is launched and the one before it has ended.
+        times = step.launched.times or StepTimes(max(step.launched_s, self._computed_s or 0.0), ended_s, None)
+        gap_s = None if self._computed_s is None else max(0.0, times.began_s - self._computed_s)
         self._pauses = StepPauses(gap_s, times.lock_wait_s)
         self._computed_s = times.ended_s
-        return scheduler.update(output, results)
+        return scheduler.update(step.output, results)

@@ -6,6 +6,7 @@ times as long; other families go the breadth path. Hugging Face's classes supply
 """
 
 import ctypes
+import functools
 import json
 import logging
 import math
@@ -39,6 +40,7 @@ from headrace.kernels.hf_decoder import (
     empty_model,
 )
 from headrace.kernels.linear import is_reordered
+from headrace.kernels.ops import Ops
 from headrace.kernels.quantised import GROUP_BYTES, QuantisedWeight
 from headrace.kernels.torch_backend import TorchBackend
 from headrace.scheduler.block_pool import BlockPool
@@ -63,24 +65,26 @@ _ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # Shares of free memory the KV cache may take: a CPU's is shared with the user's other programs.
 _KV_SHARE_CPU, _KV_SHARE_CUDA = 0.4, 0.85
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
 # Free memory where the system does not tell.
 _ASSUMED_BYTES = 4 * 2**30
 
-_Build = Callable[[dict[str, Weight], torch.dtype, torch.device], Decoder | HuggingFaceDecoder]
+_Build = Callable[[dict[str, Weight], torch.dtype, torch.device, str], Decoder | HuggingFaceDecoder]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
     """What is to be known before the weights are read, and what checks them and turns them into a decoder.
 
-    `decoder_config` is that of the compact decoder, None for other families.
+    `decoder_config` is that of the compact decoder and `expected` its weights' shapes by name, None for other families.
     """
 
     shape: ModelShape
     check: Callable[[dict[str, Weight]], None]
     build: _Build
     decoder_config: DecoderConfig | None = None
+    expected: Mapping[str, torch.Size] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,17 +112,21 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
     max_model_len = config.max_model_len or plan.shape.max_position
     if max_model_len > plan.shape.max_position:
         raise CapacityError(f"max_model_len: {max_model_len} is over the model's own {plan.shape.max_position}")
-    is_kv_int8 = config.kv_cache_dtype == "int8"
+    kv_dtype = _choose_kv_dtype(config, device, dtype)
     if kernel is not None:
-        token_bytes = cpu_backend.kv_bytes_per_token(kernel.config, is_kv_int8)
+        token_bytes = cpu_backend.kv_bytes_per_token(kernel.config, kv_dtype is torch.int8)
     else:
-        token_bytes = plan.shape.kv_bytes_per_token(dtype)
+        token_bytes = plan.shape.kv_bytes_per_token(kv_dtype)
     if config.kv_cache_bytes is not None:  # wrong sizes are told before the weights are read
         _num_blocks(config, token_bytes, max_model_len, config.kv_cache_bytes)
 
-    weights = _read_directory(path) if file is None else read_gguf(file, dtype, keeps_quants=kernel is not None)
+    if config.load_format == "dummy":
+        weights = _random_weights(plan, dtype, device)
+    else:
+        keeps_quants = kernel is not None or (device.type == "cuda" and plan.decoder_config is not None)
+        weights = _read_directory(path) if file is None else read_gguf(file, dtype, keeps_quants=keeps_quants)
     plan.check(weights)
-    decoder = plan.build(weights, dtype, device) if kernel is None else None
+    decoder = plan.build(weights, dtype, device, config.quantization) if kernel is None else None
     cache_bytes = _free_bytes(device) if config.kv_cache_bytes is None else config.kv_cache_bytes
     num_blocks = _num_blocks(config, token_bytes, max_model_len, cache_bytes)
     num_layers = len(plan.shape.kv_shapes)
@@ -134,7 +142,7 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
                 block_size=config.block_size,
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 num_threads=torch.get_num_threads(),
-                is_kv_int8=is_kv_int8,
+                is_kv_int8=kv_dtype is torch.int8,
                 is_batch_invariant=config.batch_invariant,
                 has_wide_copy=has_wide_copy,
                 touched_ahead_bytes=_TOUCHED_AHEAD_BYTES if config.kv_cache_bytes is None else cache_bytes,
@@ -151,19 +159,36 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
         )
     else:
         assert decoder is not None
-        cache = KVCache.allocate(plan.shape, num_blocks, config.block_size, dtype, device)
-        backend = TorchBackend(decoder, cache, torch_ops)
+        cache = KVCache.allocate(plan.shape, num_blocks, config.block_size, kv_dtype, device)
         is_packed = isinstance(decoder, Decoder)
+        if device.type == "cuda":
+            from headrace.kernels.gpu_backend import GpuBackend
+
+            backend = GpuBackend(
+                decoder,
+                cache,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_num_blocks=-(-max_model_len // config.block_size),
+            )
+            if is_packed:  # what else runs in a forward of transformers cannot be known
+                backend.capture()
+            kernels = "Triton kernels, CUDA graphs" if is_packed else "Triton attention"
+            quantised = f", weights in {config.quantization}" if config.quantization != "none" else ""
+        else:
+            backend = TorchBackend(decoder, cache, torch_ops)
+            linears = "prepacked linears" if is_packed and is_reordered(device, dtype) else "plain linears"
+            kernels, quantised = f"torch ops, {linears}", ""
         maker = "packed" if is_packed else "transformers'"
-        linears = "prepacked linears" if is_packed and is_reordered(device, dtype) else "plain linears"
         how = (
-            f"{maker} {hf_config.model_type}, {num_layers} layers in {str(dtype).removeprefix('torch.')} on {device}, "
-            f"torch ops, {linears}{f' (no C++ kernel: {why_not})' if why_not else ''}"
+            f"{maker} {hf_config.model_type}, {num_layers} layers in {str(dtype).removeprefix('torch.')}{quantised} "
+            f"on {device}, {kernels}{f' (no C++ kernel: {why_not})' if why_not else ''}"
         )
     max_context_tokens = min(max_model_len, num_blocks * config.block_size)
     cache_gib = num_blocks * config.block_size * token_bytes / 2**30
+    kv_name = "" if config.kv_cache_dtype == "auto" else f" in {config.kv_cache_dtype}"
     description = (
-        f"{how}; KV cache {cache_gib:.2f} GiB{' in int8' if is_kv_int8 else ''}, {num_blocks} blocks of "
+        f"{how}; KV cache {cache_gib:.2f} GiB{kv_name}, {num_blocks} blocks of "
         f"{config.block_size} tokens; context {max_context_tokens} tokens"
     )
     runner = ModelRunner(
@@ -195,7 +220,7 @@ def _choose_kernel(
         name
         for name, needs_it in (
             (f"cpu_kernel {config.cpu_kernel}", config.cpu_kernel not in ("auto", "torch")),
-            ("kv_cache_dtype int8", config.kv_cache_dtype == "int8"),
+            ("kv_cache_dtype int8", config.kv_cache_dtype == "int8" and device.type == "cpu"),
             ("batch_invariant", config.batch_invariant),
         )
         if needs_it
@@ -230,6 +255,14 @@ def _choose_device(device: str) -> torch.device:
     return torch.device(("cuda" if has_cuda else "cpu") if device == "auto" else device)
 
 
+def _choose_kv_dtype(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Raises: CapacityError where the device has no kernel for what the settings ask for."""
+    for name, value in (("kv_cache_dtype fp8", config.kv_cache_dtype), ("quantization fp8", config.quantization)):
+        if value == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+            raise CapacityError(f"{name} needs a GPU of compute capability 8.9 or later, and the device is {device}")
+    return {"auto": dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[config.kv_cache_dtype]
+
+
 def _choose_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
@@ -262,11 +295,28 @@ def _read_directory(folder: Path) -> dict[str, Weight]:
     return dict(weights)
 
 
+def _random_weights(plan: ModelPlan, dtype: torch.dtype, device: torch.device) -> dict[str, Weight]:
+    """Noise in the shape of the model's weights, made where it is used; norms are ones.
+
+    Raises: UnsupportedModelError where the names are not known.
+    """
+    if plan.expected is None:
+        raise UnsupportedModelError(f"load_format dummy is for {', '.join(sorted(_COMPACT_FAMILIES))}")
+    generator = torch.Generator(device).manual_seed(0)
+    weights: dict[str, Weight] = {}
+    for name, shape in plan.expected.items():
+        weight = torch.ones(shape, dtype=dtype, device=device)
+        if len(shape) > 1:
+            weight.normal_(std=shape[-1] ** -0.5, generator=generator)
+        weights[name] = weight
+    return weights
+
+
 def _is_tied(hf_config: Any, weights: Mapping[str, Weight]) -> bool:
     """Whether the output projection is the embedding. As in transformers, it is not where the two differ."""
     if not hf_config.tie_word_embeddings:
         return False
-    head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
+    head, embedding = weights.get(_HEAD), weights.get(_EMBEDDING)
     if isinstance(head, torch.Tensor) and isinstance(embedding, torch.Tensor):
         return torch.equal(head, embedding)
     return True
@@ -389,18 +439,42 @@ def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) ->
     def check(weights: dict[str, Weight]) -> None:
         _check_weights(path, expected, weights, _is_tied(config, weights))
 
-    def build(weights: dict[str, Weight], dtype: torch.dtype, device: torch.device) -> Decoder:
-        return Decoder(decoder_config, _take_tensors(weights, dtype, device), torch_ops)
+    def build(weights: dict[str, Weight], dtype: torch.dtype, device: torch.device, quantization: str) -> Decoder:
+        if device.type != "cuda":
+            return Decoder(decoder_config, {**_take_tensors(weights, dtype, device)}, torch_ops)
+        from headrace.kernels import triton_ops
+        from headrace.kernels.gpu_linear import dense, gpu_linear
 
-    return ModelPlan(decoder_config.shape, check, build, decoder_config)
+        quantised = {name: weights.pop(name) for name in [*weights] if isinstance(weights[name], QuantisedWeight)}
+        taken = quantised | _take_tensors(weights, dtype, device)
+        if (embedding := quantised.get(_EMBEDDING)) is not None:
+            taken.setdefault(_HEAD, embedding)  # which is read whole in every step
+            taken[_EMBEDDING] = dense(embedding, dtype, device)
+        make_head = functools.partial(gpu_linear, dtype=dtype, device=device)
+        make_linear = functools.partial(make_head, is_fp8=quantization == "fp8")
+        return Decoder(decoder_config, taken, triton_ops, make_linear, make_head)
+
+    return ModelPlan(decoder_config.shape, check, build, decoder_config, expected)
+
+
+def _ops(device: torch.device) -> Ops:
+    if device.type != "cuda":
+        return torch_ops
+    from headrace.kernels import triton_ops
+
+    return triton_ops
 
 
 def _plan_breadth(path: Path, config: Any) -> ModelPlan:
-    decoder = HuggingFaceDecoder(config, torch_ops)
+    decoder = HuggingFaceDecoder(config)
 
-    def build(weights: dict[str, Weight], dtype: torch.dtype, device: torch.device) -> HuggingFaceDecoder:
+    def build(
+        weights: dict[str, Weight], dtype: torch.dtype, device: torch.device, quantization: str
+    ) -> HuggingFaceDecoder:
+        if quantization != "none":
+            raise UnsupportedModelError(f"quantization is for {', '.join(sorted(_COMPACT_FAMILIES))}")
         try:
-            decoder.load(_take_tensors(weights), dtype, device)
+            decoder.load(_take_tensors(weights), dtype, device, _ops(device))
         except WeightsError as error:
             raise ModelSourceError(f"{path}: {error}") from error
         return decoder
@@ -423,9 +497,9 @@ def _take_tensors(
 def _check_weights(path: Path, expected: Mapping[str, torch.Size], weights: dict[str, Weight], is_tied: bool) -> None:
     """Compare names and shapes. Raises: ModelSourceError, naming the first that differs."""
     if is_tied:
-        weights.pop("lm_head.weight", None)
+        weights.pop(_HEAD, None)
     for name, shape in expected.items():
-        if is_tied and name == "lm_head.weight":
+        if is_tied and name == _HEAD:
             continue
         if name not in weights:
             raise ModelSourceError(f"{path} lacks the weight {name}")

@@ -5,12 +5,13 @@ Owned by the engine thread. It reads sequences and never changes them: the sched
 
 import itertools
 import math
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from headrace.kernels.backend import Backend, StepBatch
-from headrace.kernels.sampling import Penalties, SamplingBatch, log_probabilities
+from headrace.kernels.backend import Backend, PendingRead, StepBatch
+from headrace.kernels.sampling import LogProbabilities, Penalties, SamplingBatch, log_probabilities, upload
 from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.errors import ModelSourceError
 from headrace.scheduler.messages import GenerationRequest, RowResult, SamplingParams, TokenLogprobs
@@ -47,31 +48,29 @@ class ModelRunner:
         self.max_context_tokens = max_context_tokens
         self.vocab_size = vocab_size
         self.description = description
+        self._drawn_rows: dict[int, int] = {}  # of each request in the last launched step, if tokens can be pending
 
     @property
-    def times(self) -> StepTimes | None:
-        """The last step's, None where the backend cannot tell."""
-        return self.backend.times
+    def is_asynchronous(self) -> bool:
+        return self.backend.is_asynchronous
+
+    def launch(self, output: SchedulerOutput) -> "_LaunchedStep":
+        """Begin to compute the rows of a step; with a backend that is not asynchronous, compute them."""
+        rows = output.rows
+        sampled = [row for row in rows if row.is_sampled]
+        batch = self._pack(rows)
+        sampling = _sampling_records(sampled)
+        if _is_plainly_greedy(sampling) and len(batch.logit_rows) == len(sampled):
+            step = _LaunchedStep(rows, self.backend.read([self.backend.argmax(batch)]))
+        else:
+            step = self._sample(batch, rows, sampled, sampling)
+        if self.is_asynchronous:
+            self._drawn_rows = {row.sequence.request.request_id: i for i, row in enumerate(sampled)}
+        return step
 
     def run(self, output: SchedulerOutput) -> list[RowResult]:
         """Compute the rows of a step."""
-        batch = _pack(output.rows)
-        sampled = [row.sequence for row in output.rows if row.is_sampled]
-        sampling = _sampling_records(sampled)
-        if _is_plainly_greedy(sampling) and len(batch.logit_rows) == len(sampled):
-            token_ids = iter(self.backend.argmax(batch))
-            return [RowResult(next(token_ids)) if row.is_sampled else RowResult() for row in output.rows]
-        logits = self.backend.forward(batch)
-        prompts = iter(_prompt_logprobs(logits[len(sampled) :], output.rows))
-        drawn = iter(self._draw(logits[: len(sampled)], sampled, sampling))
-        results = []
-        for row in output.rows:
-            result = next(drawn) if row.is_sampled else RowResult()
-            if row.scored_positions:
-                scored = tuple(itertools.islice(prompts, len(row.scored_positions)))
-                result = result._replace(prompt_logprobs=scored)
-            results.append(result)
-        return results
+        return self.launch(output).wait()
 
     def use_idle_time(self) -> bool:
         return self.backend.use_idle_time()
@@ -87,64 +86,105 @@ class ModelRunner:
         sequence = Sequence(request)
         # The blocks are nobody's yet, and what is written there is overwritten before it can be seen.
         sequence.block_ids = list(range(-(-(num_tokens + 1) // self._block_size)))
-        [result] = self.run(SchedulerOutput([ScheduledRow(sequence, num_tokens)], []))
+        [result] = self.run(SchedulerOutput([ScheduledRow.next_of(sequence, num_tokens)], []))
         if result.logprobs is None or math.isnan(result.logprobs.logprob or 0.0):
             raise ModelSourceError("the model computes no numbers: its weights are damaged, or exceed this dtype")
-        sequence.num_computed_tokens = num_tokens
         sequence.token_ids.append(0)
-        self.run(SchedulerOutput([ScheduledRow(sequence, 1)], []))
+        self.run(SchedulerOutput([ScheduledRow.next_of(sequence, 1)], []))
 
-    def _draw(self, logits: torch.Tensor, sequences: list[Sequence], sampling: np.ndarray) -> list[RowResult]:
-        """The next token of each sequence, and its log probability where asked. logits float32 [R, V], written to."""
-        observed = np.flatnonzero(sampling["has_logprobs"]).tolist()
-        unmodified = logits[observed] if observed else None
-        token_ids = self.backend.sample(logits, _sampling_batch(sequences, sampling))
+    def _sample(
+        self, batch: StepBatch, rows: list[ScheduledRow], sampled: list[ScheduledRow], sampling: np.ndarray
+    ) -> "_LaunchedStep":
+        logits = self.backend.forward(batch)
+        observed = np.flatnonzero(sampling["has_logprobs"])
+        index = upload(observed, logits.device) if len(observed) else None
+        unmodified = None if index is None else logits[index]  # a copy: sampling writes to its logits
+        drawn = self.backend.sample(logits[: len(sampled)], _sampling_batch(sampled, sampling))
+        tensors = [drawn]
+        if index is not None and unmodified is not None:
+            tensors += log_probabilities(unmodified, drawn[index])
+        scored = [(row.sequence, i) for row in rows for i in row.scored_positions]
+        if scored:
+            token_ids = np.array([sequence.token_ids[i] for sequence, i in scored], np.int64)
+            tensors += log_probabilities(logits[len(sampled) :], upload(token_ids, logits.device))
+        return _LaunchedStep(rows, self.backend.read(tensors), observed.tolist())
+
+    def _pack(self, rows: list[ScheduledRow]) -> StepBatch:
+        is_asynchronous = self.is_asynchronous
+        token_ids: list[int] = []
+        query_lens: list[int] = []
+        context_lens: list[int] = []
+        sampled_rows: list[int] = []
+        scored_rows: list[int] = []
+        for sequence, start, num_tokens, is_sampled, scored_positions in rows:
+            end = start + num_tokens
+            if scored_positions:
+                # A token's log probability comes from the row of the one before it.
+                scored_rows += [len(token_ids) + i - 1 - start for i in scored_positions]
+            token_ids += sequence.token_ids[start:end]
+            if is_asynchronous and end > len(sequence.token_ids):
+                token_ids.append(-1 - self._drawn_rows[sequence.request.request_id])
+            query_lens.append(num_tokens)
+            context_lens.append(end)
+            if is_sampled:
+                sampled_rows.append(len(token_ids) - 1)
+        block_tables = [row.sequence.block_ids for row in rows]
+        return StepBatch(token_ids, query_lens, context_lens, block_tables, sampled_rows + scored_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _LaunchedStep:
+    """The rows of a step and the read of what it computes: the drawn tokens, then the log probabilities of the
+    `observed` ones among them, then those of the scored positions, the latter two where there are any."""
+
+    rows: list[ScheduledRow]
+    read: PendingRead
+    observed: list[int] = field(default_factory=list)
+
+    @property
+    def times(self) -> StepTimes | None:
+        return self.read.times
+
+    def wait(self) -> list[RowResult]:
+        drawn, *found = self.read.wait()
+        token_ids = drawn.tolist()
+        if not found:
+            following = iter(token_ids)
+            return [RowResult(next(following)) if row.is_sampled else RowResult() for row in self.rows]
         logprobs: dict[int, TokenLogprobs] = {}
-        if unmodified is not None:
-            num_top = [sequences[i].request.sampling.num_logprobs or 0 for i in observed]
-            found = _token_logprobs(unmodified, [token_ids[i] for i in observed], num_top)
-            logprobs = dict(zip(observed, found, strict=True))
-        return [RowResult(token_id, logprobs.get(i)) for i, token_id in enumerate(token_ids)]
+        if self.observed:
+            sampled = [row.sequence for row in self.rows if row.is_sampled]
+            num_top = [sampled[i].request.sampling.num_logprobs or 0 for i in self.observed]
+            observed_ids = [token_ids[i] for i in self.observed]
+            made = _token_logprobs(LogProbabilities(*found[:3]), observed_ids, num_top)
+            logprobs = dict(zip(self.observed, made, strict=True))
+        scored = iter(self._prompt_logprobs(found[3:] if self.observed else found))
+        rows_drawn = iter([RowResult(token_id, logprobs.get(i)) for i, token_id in enumerate(token_ids)])
+        results = []
+        for row in self.rows:
+            result = next(rows_drawn) if row.is_sampled else RowResult()
+            if row.scored_positions:
+                result = result._replace(prompt_logprobs=tuple(itertools.islice(scored, len(row.scored_positions))))
+            results.append(result)
+        return results
+
+    def _prompt_logprobs(self, found: list[torch.Tensor]) -> list[TokenLogprobs]:
+        """Those of all rows' scored tokens, in order."""
+        if not found:
+            return []
+        scored = [(row.sequence, i) for row in self.rows for i in row.scored_positions]
+        num_top = [sequence.request.sampling.num_prompt_logprobs or 0 for sequence, _ in scored]
+        return _token_logprobs(LogProbabilities(*found), [sequence.token_ids[i] for sequence, i in scored], num_top)
 
 
-def _pack(rows: list[ScheduledRow]) -> StepBatch:
-    token_ids: list[int] = []
-    query_lens: list[int] = []
-    context_lens: list[int] = []
-    sampled_rows: list[int] = []
-    scored_rows: list[int] = []
-    for row in rows:
-        sequence = row.sequence
-        start = sequence.num_computed_tokens
-        end = start + row.num_tokens
-        # A token's log probability comes from the row of the one before it.
-        scored_rows += [len(token_ids) + i - 1 - start for i in row.scored_positions]
-        token_ids += sequence.token_ids[start:end]
-        query_lens.append(row.num_tokens)
-        context_lens.append(end)
-        if row.is_sampled:
-            sampled_rows.append(len(token_ids) - 1)
-    block_tables = [row.sequence.block_ids for row in rows]
-    return StepBatch(token_ids, query_lens, context_lens, block_tables, sampled_rows + scored_rows)
+def _token_logprobs(found: LogProbabilities, token_ids: list[int], num_top: list[int]) -> list[TokenLogprobs]:
+    rows = zip(token_ids, found.as_lists(num_top), strict=True)
+    return [TokenLogprobs(token_id, own, tuple(top)) for token_id, (own, top) in rows]
 
 
-def _prompt_logprobs(logits: torch.Tensor, rows: list[ScheduledRow]) -> list[TokenLogprobs]:
-    """The log probabilities of the rows' scored tokens, in order. logits float32 [scored, V]."""
-    if not len(logits):
-        return []
-    scored = [(row.sequence, i) for row in rows for i in row.scored_positions]
-    num_top = [sequence.request.sampling.num_prompt_logprobs or 0 for sequence, _ in scored]
-    return _token_logprobs(logits, [sequence.token_ids[i] for sequence, i in scored], num_top)
-
-
-def _token_logprobs(logits: torch.Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprobs]:
-    found = log_probabilities(logits, token_ids, num_top)
-    return [TokenLogprobs(id, own, tuple(top)) for id, (own, top) in zip(token_ids, found, strict=True)]
-
-
-def _sampling_records(sequences: list[Sequence]) -> np.ndarray:
+def _sampling_records(sampled: list[ScheduledRow]) -> np.ndarray:
     """_SAMPLING [R]: made once per sequence, and put together here without looking into them."""
-    records = b"".join([sequence.sampling_record or _make_record(sequence) for sequence in sequences])
+    records = b"".join([row.sequence.sampling_record or _make_record(row.sequence) for row in sampled])
     return np.frombuffer(records, _SAMPLING)
 
 
@@ -154,7 +194,7 @@ def _make_record(sequence: Sequence) -> bytes:
     for name in ("temperature", "top_p", "min_p", "top_k", "choice", "min_tokens", "seed"):
         record[name] = getattr(params, name)
     record["num_prompt_tokens"] = sequence.num_prompt_tokens
-    record["has_penalties"] = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+    record["has_penalties"] = params.has_penalties
     record["has_bias"] = bool(params.logit_bias)
     record["has_logprobs"] = params.num_logprobs is not None
     sequence.sampling_record = record.tobytes()
@@ -167,8 +207,9 @@ def _is_plainly_greedy(sampling: np.ndarray) -> bool:
     return not (needs_logits | (sampling["temperature"] > 0) | (sampling["min_tokens"] > 0)).any()
 
 
-def _sampling_batch(sequences: list[Sequence], sampling: np.ndarray) -> SamplingBatch:
-    position = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
+def _sampling_batch(sampled: list[ScheduledRow], sampling: np.ndarray) -> SamplingBatch:
+    sequences = [row.sequence for row in sampled]
+    position = np.array([row.start + row.num_tokens for row in sampled], dtype=np.int64)
     is_early = position - sampling["num_prompt_tokens"] < sampling["min_tokens"]
     return SamplingBatch(
         temperature=sampling["temperature"],

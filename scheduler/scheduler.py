@@ -3,7 +3,8 @@
 A pure object: no clock, randomness, thread or tensor inside; the same calls give the same answers. Owned by the engine
 thread. Every step first gives each running sequence what it needs (one token to decode, or the next chunk of its
 prompt), then admits waiting ones while budget, batch limit and blocks last. A sequence that is admitted shares the
-blocks of its longest prefix that some sequence has computed before it.
+blocks of its longest prefix that some sequence has computed before it. A step can be scheduled while the one before it
+is in flight, but no more than one; they are recorded in their order.
 
 Papers: Orca (OSDI 2022) for iteration-level batching, PagedAttention (SOSP 2023) for preemption by recompute,
 Sarathi-Serve (OSDI 2024) for chunked prefill beside decode. Deviation: the budget is fixed, not chosen online.
@@ -21,28 +22,34 @@ from headrace.scheduler.sequence import Sequence, SequenceStatus
 
 # How many deadlines of finished requests are kept before the heap is rebuilt, beside as many as there are sequences.
 _MIN_DEADLINES = 64
+_NONE_SCORED = range(0)
 
 
 class ScheduledRow(NamedTuple):
-    """`num_tokens` tokens of `sequence` to compute in this step, from `sequence.num_computed_tokens` on."""
+    """`num_tokens` tokens of `sequence` to compute in this step, from index `start` on.
+
+    The last of them can be pending: it is what the step before samples for the sequence. `is_sampled` where the row
+    reaches the sequence's last token and the next one is wanted. `scored_positions` are the prompt's tokens whose log
+    probabilities the row makes; none twice, if it computes some once more.
+    """
 
     sequence: Sequence
+    start: int
     num_tokens: int
+    is_sampled: bool
+    scored_positions: range
 
-    @property
-    def is_sampled(self) -> bool:
-        """Whether the row reaches the sequence's last token, so that the next one can be sampled, if any is wanted."""
-        is_last = self.num_tokens == self.sequence.num_uncomputed_tokens
-        return is_last and self.sequence.request.sampling.max_tokens > 0
-
-    @property
-    def scored_positions(self) -> range:
-        """The prompt's tokens whose log probabilities the row makes; none twice, if it computes some once more."""
-        sequence = self.sequence
-        if sequence.request.sampling.num_prompt_logprobs is None:
-            return range(0)
-        first = max(sequence.num_computed_tokens, sequence.num_prompt_logprobs) + 1
-        return range(first, min(sequence.num_computed_tokens + self.num_tokens + 1, sequence.num_prompt_tokens))
+    @staticmethod
+    def next_of(sequence: Sequence, num_tokens: int) -> "ScheduledRow":
+        """The row of the next tokens of a sequence, which are scheduled with it."""
+        start = sequence.num_scheduled_tokens
+        end = sequence.num_scheduled_tokens = start + num_tokens
+        is_sampled = end >= len(sequence.token_ids) and sequence.request.sampling.max_tokens > 0
+        scored_positions = _NONE_SCORED
+        if sequence.request.sampling.num_prompt_logprobs is not None:
+            first = max(start, sequence.num_prompt_logprobs) + 1
+            scored_positions = range(first, min(end + 1, sequence.num_prompt_tokens))
+        return ScheduledRow(sequence, start, num_tokens, is_sampled, scored_positions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,15 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._sequences)
 
+    @property
+    def may_preempt(self) -> bool:
+        """Whether the next `schedule()` could run out of blocks. Then no step may be in flight: a sequence is preempted
+        when all its tokens are known."""
+        num_free = self._pool.num_free
+        if len(self._running) <= num_free:  # a prompt has all its blocks, and a token needs one at most
+            return False
+        return num_free < sum(self._num_missing_blocks(s, s.num_schedulable_tokens) for s in self._running.values())
+
     def add(self, request: GenerationRequest) -> None:
         """Queue a request behind those already waiting."""
         sequence = Sequence(request)
@@ -105,7 +121,11 @@ class Scheduler:
             self._cancelled.append(request_id)
 
     def schedule(self, now: float) -> SchedulerOutput:
-        """Choose the rows of the next step and give each the blocks it needs."""
+        """Choose the rows of the next step and give each the blocks it needs.
+
+        One step may be in flight, unless `may_preempt`. What is freed here that it still writes to can be given away at
+        once: what the next holder writes comes after it.
+        """
         dropped = self._drop_cancelled() + self._drop_expired(now)
         rows: list[ScheduledRow] = []
         budget = self._max_num_batched_tokens
@@ -114,26 +134,32 @@ class Scheduler:
         for sequence in list(self._running.values()):
             if budget == 0:
                 break
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
-            if sequence.status is SequenceStatus.RUNNING and self._make_room(sequence, num_tokens):
-                rows.append(ScheduledRow(sequence, num_tokens))
+            num_tokens = min(sequence.num_schedulable_tokens, budget)
+            is_running = sequence.status is SequenceStatus.RUNNING  # not preempted just now
+            if num_tokens and is_running and self._make_room(sequence, num_tokens):
+                rows.append(ScheduledRow.next_of(sequence, num_tokens))
                 budget -= num_tokens
 
         # A step that preempted admits nobody: a victim that shares a prefix could fit again at once, only to go again.
         has_room = self._num_preemptions == num_preemptions
         while has_room and budget > 0 and (head := self._admit_next(now)):
-            num_tokens = min(head.num_uncomputed_tokens, budget)
-            rows.append(ScheduledRow(head, num_tokens))
+            num_tokens = min(head.num_schedulable_tokens, budget)
+            rows.append(ScheduledRow.next_of(head, num_tokens))
             budget -= num_tokens
 
         self._num_steps += bool(rows)
         return SchedulerOutput(rows, dropped)
 
     def update(self, output: SchedulerOutput, results: Seq[RowResult]) -> list[SequenceOutput]:
-        """Record what a step computed: `results[i]` is row i's."""
+        """Record what a step computed: `results[i]` is row i's. Steps come here in the order they were scheduled in.
+
+        What was computed for a sequence that has ended since is nobody's.
+        """
         outputs = []
         for row, result in zip(output.rows, results, strict=True):
             sequence = row.sequence
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
             is_first_run = sequence.is_fresh
             self._advance(sequence, row.num_tokens)
             sequence.num_prompt_logprobs += len(result.prompt_logprobs)
@@ -160,7 +186,9 @@ class Scheduler:
         return outputs
 
     def fail(self, sequences: list[Sequence], error: str) -> list[SequenceOutput]:
-        """End sequences whose step raised; what it left in their blocks cannot be trusted."""
+        """End those of these sequences that have not ended; what a step that raised left in their blocks cannot be
+        trusted."""
+        sequences = [sequence for sequence in sequences if sequence.status is not SequenceStatus.FINISHED]
         for sequence in sequences:
             self._remove(sequence)
         return [
@@ -212,7 +240,7 @@ class Scheduler:
             return None
         self._pool.share(cached)
         sequence.block_ids = cached + self._pool.allocate(num_blocks)
-        sequence.num_computed_tokens = len(cached) * self._block_size
+        sequence.num_scheduled_tokens = sequence.num_computed_tokens = len(cached) * self._block_size
         sequence.status = SequenceStatus.RUNNING
         if sequence.scheduled_s is None:
             sequence.scheduled_s = now
@@ -270,17 +298,18 @@ class Scheduler:
             if victim is sequence:
                 return False
         if num_blocks:
-            sequence.block_ids += self._pool.allocate(num_blocks)
+            sequence.block_ids += self._pool.allocate(num_blocks)  # to the same list
         return True
 
     def _num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
-        num_blocks = -(-(sequence.num_computed_tokens + num_tokens) // self._block_size)
+        num_blocks = -(-(sequence.num_scheduled_tokens + num_tokens) // self._block_size)
         return max(0, num_blocks - len(sequence.block_ids))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's blocks; it keeps its tokens and its place, and computes them again later."""
+        assert sequence.num_scheduled_tokens == sequence.num_computed_tokens, "preempted in flight"
         self._free_blocks(sequence)
-        sequence.num_computed_tokens = 0
+        sequence.num_scheduled_tokens = sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         self._num_preemptions += 1
         sequence.status = SequenceStatus.WAITING
@@ -325,5 +354,7 @@ class Scheduler:
         self._running.pop(request_id, None)
 
     def _free_blocks(self, sequence: Sequence) -> None:
+        """A step in flight may still write to these. It never writes to one that others find, and the steps of whoever
+        is given one come after it."""
         self._pool.free(sequence.block_ids)
-        sequence.block_ids = []
+        sequence.block_ids = []  # another list: a step in flight has the old one

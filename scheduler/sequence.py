@@ -1,7 +1,8 @@
 """One request as the engine sees it: its tokens, how many of them are computed, and the blocks that hold them.
 
 Owned by the engine thread. There is no prefill state and no decode state: a sequence has tokens, and its computed
-tokens catch up with them (the idea of vLLM v1).
+tokens catch up with them (the idea of vLLM v1). A step that is launched before the one before it has been read counts
+tokens as scheduled that are not computed yet, among them one that is not even known.
 """
 
 import hashlib
@@ -25,17 +26,22 @@ class Sequence:
     `biases` (token ids, values) and `stop_token_ids` are the request's, as arrays that no step need make anew.
     `num_cached_tokens` is how many tokens its first run found in the prefix cache, `num_prompt_logprobs` how many log
     probabilities of its prompt it has been given, `sampling_record` its sampling settings as the runner packs them.
+    Of its tokens `num_scheduled_tokens` are in some step, and `num_computed_tokens` of them in one that is recorded.
+    `block_ids` is one list for as long as it keeps its blocks, and only ever appended to: backends keep copies. With
+    `needs_last_token` the runner has to know all its tokens to sample the next one.
     """
 
     __slots__ = (
         "_block_hashes",
         "biases",
         "block_ids",
+        "needs_last_token",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_preemptions",
         "num_prompt_logprobs",
         "num_prompt_tokens",
+        "num_scheduled_tokens",
         "request",
         "sampling_record",
         "scheduled_s",
@@ -48,6 +54,7 @@ class Sequence:
         self.request = request
         self.token_ids = array("q", request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        self.num_scheduled_tokens = 0
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_prompt_logprobs = 0
@@ -59,6 +66,7 @@ class Sequence:
         self.biases = np.array([i for i, _ in bias], np.int64), np.array([value for _, value in bias], np.float32)
         self.stop_token_ids = np.array(sorted(request.sampling.stop_token_ids), np.int64)
         self.sampling_record = b""
+        self.needs_last_token = request.sampling.has_penalties
         self._block_hashes: list[bytes] = []
 
     @property
@@ -69,6 +77,16 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_schedulable_tokens(self) -> int:
+        """How many tokens the next step could compute. A pending one, sampled by a step in flight and not yet known,
+        counts if another is wanted behind it and can be sampled without knowing it."""
+        num_unscheduled = len(self.token_ids) - self.num_scheduled_tokens
+        if num_unscheduled > 0:
+            return num_unscheduled
+        assert num_unscheduled == 0, "scheduled two steps ahead of what is known"
+        return int(self.num_output_tokens + 1 < self.request.sampling.max_tokens and not self.needs_last_token)
 
     @property
     def num_output_tokens(self) -> int:

@@ -225,6 +225,8 @@ def _load_engine(settings: Settings, source: ModelSource) -> tuple[Scheduler, Ru
         device=settings.device,
         dtype=settings.dtype,
         kv_cache_dtype=settings.kv_cache_dtype,
+        quantization=settings.quantization,
+        load_format=settings.load_format,
         cpu_kernel=settings.cpu_kernel,
         batch_invariant=settings.batch_invariant,
         max_model_len=settings.max_model_len,

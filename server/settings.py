@@ -83,8 +83,14 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights and KV cache; auto is bfloat16 where the hardware has it"
     )
-    kv_cache_dtype: Literal["auto", "int8"] = Field(
-        "auto", description="KV cache; auto is as the weights, int8 takes half of it (CPU kernel only)"
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = Field(
+        "auto", description="KV cache; auto is as the weights, int8 and (GPU only) fp8 take half of it"
+    )
+    quantization: Literal["none", "fp8"] = Field(
+        "none", description="fp8 rounds weights to 8 bits when they are loaded (GPU only)"
+    )
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="dummy serves random weights in the shape of the model's config, to measure speed"
     )
     cpu_kernel: Literal["auto", "amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "torch"] = Field(
         "auto", description="what computes on a CPU; auto is the best of this machine, torch does without our kernel"

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from asgi_client import Exchange, call, exchange
 from fake_engine import EOS, FakeRunner, expected_text, make_scheduler
+from headrace.scheduler.engine_core import ComputedStep
 from headrace.scheduler.messages import RowResult
 from headrace.server.protocol import UNSUPPORTED, CompletionRequest
 from live_app import live_app
@@ -275,9 +276,9 @@ async def test_what_outlasts_the_drain_ends_with_a_terminal_event() -> None:
 
 async def test_an_engine_that_dies_gives_every_stream_its_end_and_readiness_goes() -> None:
     class DyingRunner(FakeRunner):
-        def run(self, output: Any) -> list[RowResult]:
-            super().run(output)
-            return [RowResult(1)] * 7  # more than the rows: the scheduler's own books would be wrong
+        def launch(self, output: Any) -> ComputedStep:
+            super().launch(output)
+            return ComputedStep([RowResult(1)] * 7)  # more than the rows: the scheduler's own books would be wrong
 
     runner = DyingRunner()
     changes: list[Exception | None] = []

@@ -1,16 +1,18 @@
 """A fake model for tests without torch: bytes are tokens, and the next one is a fixed function of those before it."""
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 from tokenizers import AddedToken, Tokenizer as BackendTokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.block_pool import BlockPool
+from headrace.scheduler.engine_core import ComputedStep, LaunchedStep
 from headrace.scheduler.messages import RowResult, TokenLogprobs
-from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
+from headrace.scheduler.scheduler import ScheduledRow, Scheduler, SchedulerOutput
 from headrace.server.tokenizer import Tokenizer
 
 EOS = 256
@@ -26,17 +28,34 @@ def next_token(token_ids: Iterable[int]) -> int:
     return ord("a") + state % 26
 
 
-def run(output: SchedulerOutput) -> list[RowResult]:
-    """Compute a step's rows with `next_token`."""
+def computed_tokens(row: ScheduledRow, pending: Mapping[int, int]) -> list[int]:
+    """A row's tokens and all before them. The last can be one that the step before drew for its request."""
+    token_ids = list(row.sequence.token_ids[: row.start + row.num_tokens])
+    if len(token_ids) < row.start + row.num_tokens:
+        assert not row.sequence.request.sampling.has_penalties, "sampled from tokens that are not known"
+        token_ids.append(pending[row.sequence.request.request_id])
+    assert len(token_ids) == row.start + row.num_tokens, "two tokens are not known"
+    return token_ids
+
+
+def run(output: SchedulerOutput, pending: Mapping[int, int] = MappingProxyType({})) -> list[RowResult]:
+    """Compute a step's rows with `next_token`; `pending` is what the step before drew for each request."""
     results = []
     for row in output.rows:
-        sampling, token_ids = row.sequence.request.sampling, row.sequence.token_ids
+        sampling, token_ids = row.sequence.request.sampling, computed_tokens(row, pending)
         num_prompt_logprobs = sampling.num_prompt_logprobs or 0
-        prompt = tuple(fake_logprobs(token_ids[i], num_prompt_logprobs) for i in row.scored_positions)
+        prompt_ids = row.sequence.request.prompt_token_ids
+        prompt = tuple(fake_logprobs(prompt_ids[i], num_prompt_logprobs) for i in row.scored_positions)
         token_id = next_token([sampling.choice, *token_ids] if sampling.choice else token_ids)
         logprobs = None if sampling.num_logprobs is None else fake_logprobs(token_id, sampling.num_logprobs)
         results.append(RowResult(token_id, logprobs, prompt) if row.is_sampled else RowResult(prompt_logprobs=prompt))
     return results
+
+
+def drawn_tokens(output: SchedulerOutput, results: Iterable[RowResult]) -> dict[int, int]:
+    """The token that a step drew for each request."""
+    rows = zip(output.rows, results, strict=True)
+    return {row.sequence.request.request_id: result.token_id for row, result in rows if result.token_id is not None}
 
 
 def fake_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
@@ -48,10 +67,12 @@ def fake_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
 class FakeRunner:
     """Computes rows with `next_token`.
 
-    Inside `held()` steps wait, but for as many as `allow(n)` lets through; `fail_next` makes one raise.
+    Inside `held()` steps wait, but for as many as `allow(n)` lets through; `fail_next` makes one raise. `times` are
+    said to be those of the steps launched next.
     """
 
     description = "fake model"
+    is_asynchronous = False
     vocab_size = VOCAB_SIZE
     times: StepTimes | None = None
 
@@ -70,7 +91,10 @@ class FakeRunner:
     def use_idle_time(self) -> bool:
         return False
 
-    def run(self, output: SchedulerOutput) -> list[RowResult]:
+    def launch(self, output: SchedulerOutput) -> LaunchedStep:
+        return ComputedStep(self._compute(output), self.times)
+
+    def _compute(self, output: SchedulerOutput, pending: Mapping[int, int] = MappingProxyType({})) -> list[RowResult]:
         with self._changed:
             assert self._changed.wait_for(lambda: not self._is_held or self._num_allowed > 0, timeout=30)
             self._num_allowed -= self._is_held
@@ -80,7 +104,7 @@ class FakeRunner:
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("the fake model fails as told")
-        return run(output)
+        return run(output, pending)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -98,6 +122,51 @@ class FakeRunner:
         with self._changed:
             self._num_allowed += num_steps
             self._changed.notify_all()
+
+
+class AsynchronousFakeRunner(FakeRunner):
+    """Hands out what a step drew when it is waited for, and remembers it for the next one, as a device does.
+
+    `fail_next_wait` makes the step that is launched next raise when it is waited for.
+    """
+
+    is_asynchronous = True
+
+    def __init__(self, max_context_tokens: int = 512) -> None:
+        super().__init__(max_context_tokens)
+        self.fail_next_wait = False
+        self._drawn: dict[int, int] = {}
+        self._in_flight: list[_FakeStep] = []
+
+    def launch(self, output: SchedulerOutput) -> LaunchedStep:
+        assert len(self._in_flight) <= 1, "two steps ahead"
+        results = self._compute(output, self._drawn)
+        self._drawn = drawn_tokens(output, results)
+        step = _FakeStep(results, self.times, self._in_flight, is_raising=self.fail_next_wait)
+        self.fail_next_wait = False
+        self._in_flight.append(step)
+        return step
+
+
+class _FakeStep:
+    def __init__(
+        self,
+        results: list[RowResult],
+        times: StepTimes | None,
+        in_flight: "list[_FakeStep]",
+        *,
+        is_raising: bool,
+    ) -> None:
+        self.times: StepTimes | None = None
+        self._results, self._known_times, self._is_raising = results, times, is_raising
+        self._in_flight = in_flight
+
+    def wait(self) -> list[RowResult]:
+        assert self._in_flight.pop(0) is self, "waited for in another order"
+        if self._is_raising:
+            raise RuntimeError("the fake device fails as told")
+        self.times = self._known_times
+        return self._results
 
 
 def make_scheduler(

@@ -52,10 +52,12 @@ def run_model(library: ctypes.CDLL, model: TinyModel, num_threads: int, is_kv_in
         run.num_computed = [0] * len(LENGTHS)
         while backend.use_idle_time():
             pass
-    assert len(backend.argmax(run.batch({0: 20, 2: 9}))) == 29
+    assert len(backend.argmax(run.batch({0: 20, 2: 9})).tolist()) == 29
     for num_rows in (1, 24):
         logits = torch.randn(num_rows, model.vocab_size)
-        assert all(0 <= token < model.vocab_size for token in backend.sample(logits, sampling(num_rows, model)))
+        assert all(
+            0 <= token < model.vocab_size for token in backend.sample(logits, sampling(num_rows, model)).tolist()
+        )
     backend.close()
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from headrace.scheduler.engine_core import Runner
+from headrace.scheduler.engine_core import LaunchedStep, Runner
 from headrace.scheduler.messages import GenerationRequest, SamplingParams
-from headrace.scheduler.scheduler import Scheduler
+from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
 
 VOCAB_SIZE = 96
 
@@ -63,22 +63,36 @@ def generate(
 ) -> list[list[int]]:
     """The tokens of each prompt, submitted together or one per step, run to their ends.
 
-    With `leader_id` all others follow that one. The books are checked at every step.
+    With `leader_id` all others follow that one. The books are checked at every step. An asynchronous runner is a step
+    ahead.
     """
     requests = [
         GenerationRequest(i, tuple(prompt), sampling, 0.0, leader_id=None if i == leader_id else leader_id)
         for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
     ]
     answers: list[list[int]] = [[] for _ in prompts]
-    while requests or scheduler.has_work:
+    in_flight: list[tuple[SchedulerOutput, LaunchedStep]] = []
+
+    def record(num_ahead: int) -> None:
+        while len(in_flight) > num_ahead:
+            step, launched = in_flight.pop(0)
+            for output in scheduler.update(step, launched.wait()):
+                answers[output.request_id] += output.token_ids
+            scheduler.check_books()
+
+    while requests or scheduler.has_work or in_flight:
         num_new = 1 if is_staggered else len(requests)
         for request in requests[:num_new]:
             scheduler.add(request)
         del requests[:num_new]
+        if scheduler.may_preempt:
+            record(0)
         step = scheduler.schedule(0.0)
-        for output in scheduler.update(step, runner.run(step)):
-            answers[output.request_id] += output.token_ids
-        scheduler.check_books()
+        if step.rows:
+            in_flight.append((step, runner.launch(step)))
+            record(int(runner.is_asynchronous))
+        else:
+            record(0)
     return answers
 
 

@@ -64,8 +64,8 @@ def test_tokens_are_the_specifications_for_any_mixture_of_settings(library: ctyp
         batch = make_batch(rows, seed=vocab_size, **modifiers)
         logits = random_logits(num_rows, vocab_size, seed=vocab_size, spread=spread)
         expected_logits = logits.clone()
-        expected = sample(expected_logits, batch)
-        drawn = sampler(library, vocab_size).sample(logits, batch)
+        expected = sample(expected_logits, batch).tolist()
+        drawn = sampler(library, vocab_size).sample(logits, batch).tolist()
         torch.testing.assert_close(logits, expected_logits, rtol=1e-6, atol=1e-5)
         num_different += sum(a != b for a, b in zip(drawn, expected, strict=True))
         num_all += num_rows
@@ -93,8 +93,8 @@ def test_filters_that_reach_below_the_first_candidates(
     noise = random_logits(1, num_tail, seed=3, spread=0.05)[0]
     logits = torch.cat([noise[:1000] + tail, head, noise[1000:] + tail]).repeat(num_rows, 1)
     batch = make_batch([setting] * num_rows)
-    expected = sample(logits.clone(), batch)
-    drawn = sampler(library, logits.shape[1]).sample(logits, batch)
+    expected = sample(logits.clone(), batch).tolist()
+    drawn = sampler(library, logits.shape[1]).sample(logits, batch).tolist()
     assert sum(a != b for a, b in zip(drawn, expected, strict=True)) <= num_rows / 100
 
 
@@ -111,7 +111,7 @@ def test_frequencies_equal_the_distribution(library: ctypes.CDLL, setting: Setti
     order = np.argsort(-probs, kind="stable")[: top_k or None]
     before = probs[order].cumsum() - probs[order]
     kept = order[(before < top_p * probs[order].sum()) & (probs[order] >= min_p * probs.max())]
-    drawn = sampler(library, vocab_size).sample(logits.repeat(num_draws, 1), make_batch([setting] * num_draws))
+    drawn = sampler(library, vocab_size).sample(logits.repeat(num_draws, 1), make_batch([setting] * num_draws)).tolist()
     counts = np.bincount(drawn, minlength=vocab_size)
     assert counts.sum() == counts[kept].sum() == num_draws
     expected = probs[kept] / probs[kept].sum() * num_draws
@@ -128,7 +128,7 @@ def test_greedy_rows_take_the_largest_logit_and_the_lowest_of_equal_ones(library
         expected = [int(np.flatnonzero(row == row.max())[0]) for row in logits.numpy()]
         settings: list[Setting] = [(0.0, 0, 1.0, 0.0), (0.0, 5, 0.5, 0.1), (1.0, 1, 1.0, 0.0), (1.0, 0, 1e-9, 0.0)]
         for setting in settings:
-            assert sampler(library, vocab_size).sample(logits.clone(), make_batch([setting] * 200)) == expected
+            assert sampler(library, vocab_size).sample(logits.clone(), make_batch([setting] * 200)).tolist() == expected
 
 
 def test_of_equal_tokens_at_a_cut_the_lowest_are_kept(library: ctypes.CDLL) -> None:
@@ -146,7 +146,7 @@ def test_of_equal_tokens_at_a_cut_the_lowest_are_kept(library: ctypes.CDLL) -> N
         ((1.0, 0, 1.0, 0.5), 0),
         ((0.3, 11, 1.0, 0.0), 10),
     ):
-        drawn = backend.sample(logits.clone(), make_batch([setting] * 400))
+        drawn = backend.sample(logits.clone(), make_batch([setting] * 400)).tolist()
         kept = {390, *range(200, 200 + num_equal)}
         assert set(drawn) <= kept, setting
         assert len(set(drawn)) > 0.9 * len(kept), setting
@@ -158,7 +158,7 @@ def test_a_flat_distribution_is_drawn_in_the_order_of_token_numbers(library: cty
     logits = torch.full((500, 1024), 3.25)
     batch = make_batch([setting] * 500)
     num_kept = 400 if setting[1] else 512 if setting[2] < 1 else 1024
-    assert sampler(library, 1024).sample(logits.clone(), batch) == [
+    assert sampler(library, 1024).sample(logits.clone(), batch).tolist() == [
         int(uniform * num_kept) for uniform in uniforms_of(batch)
     ]
 
@@ -173,15 +173,17 @@ def test_what_is_minus_infinite_is_never_drawn(library: ctypes.CDLL, setting: Se
     for allowed in ([0], [999], [511, 512], [3, 500, 998]):
         logits = torch.full((200, 1000), float("-inf"))
         logits[:, allowed] = -50.0
-        assert set(backend.sample(logits.clone(), make_batch([setting] * 200))) == set(allowed)
+        assert set(backend.sample(logits.clone(), make_batch([setting] * 200)).tolist()) == set(allowed)
         masked = [(row, np.setdiff1d(np.arange(1000), allowed)) for row in range(200)]
-        drawn = backend.sample(random_logits(200, 1000, seed=1, spread=0.1), make_batch([setting] * 200, masked=masked))
+        drawn = backend.sample(
+            random_logits(200, 1000, seed=1, spread=0.1), make_batch([setting] * 200, masked=masked)
+        ).tolist()
         assert set(drawn) <= set(allowed)
 
 
 def test_where_all_is_masked_some_token_is_drawn(library: ctypes.CDLL) -> None:
     for setting in (PLAIN, (1.0, 5, 0.5, 0.1), (0.0, 0, 1.0, 0.0)):
-        drawn = sampler(library, 100).sample(torch.full((3, 100), float("-inf")), make_batch([setting] * 3))
+        drawn = sampler(library, 100).sample(torch.full((3, 100), float("-inf")), make_batch([setting] * 3)).tolist()
         assert all(0 <= token < 100 for token in drawn)
 
 
@@ -191,12 +193,12 @@ def test_the_ends_of_the_temperature_scale(library: ctypes.CDLL, filters: tuple[
     backend = sampler(library, 401)
     best = logits.argmax(-1).tolist()
     for temperature in (1e-5, 1e-30, 1e-37):
-        assert backend.sample(logits.clone(), make_batch([(temperature, *filters)] * 300)) == best
+        assert backend.sample(logits.clone(), make_batch([(temperature, *filters)] * 300)).tolist() == best
     batch = make_batch([(100.0, *filters)] * 300)
-    drawn = backend.sample(logits.clone(), batch)
-    assert sum(a != b for a, b in zip(drawn, sample(logits.clone(), batch), strict=True)) <= 1
+    drawn = backend.sample(logits.clone(), batch).tolist()
+    assert sum(a != b for a, b in zip(drawn, sample(logits.clone(), batch).tolist(), strict=True)) <= 1
     # So near to each other that rounding orders them.
-    drawn = backend.sample(logits.clone(), make_batch([(1e6, *filters)] * 300))
+    drawn = backend.sample(logits.clone(), make_batch([(1e6, *filters)] * 300)).tolist()
     assert len(set(drawn)) > 150
     assert all(0 <= token < 401 for token in drawn)
 
@@ -206,7 +208,9 @@ def test_a_temperature_whose_inverse_is_no_float_is_almost_greedy(library: ctype
     logits = random_logits(50, 401, seed=2)
     best = logits.argmax(-1).tolist()
     for filters in ((0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.1)):
-        assert sampler(library, 401).sample(logits.clone(), make_batch([(temperature, *filters)] * 50)) == best, filters
+        assert (
+            sampler(library, 401).sample(logits.clone(), make_batch([(temperature, *filters)] * 50)).tolist() == best
+        ), filters
 
 
 def test_neither_neighbours_nor_order_nor_threads_change_a_draw(library: ctypes.CDLL) -> None:
@@ -223,13 +227,13 @@ def test_neither_neighbours_nor_order_nor_threads_change_a_draw(library: ctypes.
     logits = random_logits(num_rows, vocab_size, seed=4).bfloat16().float()
     modifiers = random_modifiers(num_rows, vocab_size, generator)
     batch = make_batch(rows, **modifiers)
-    expected = sampler(library, vocab_size, num_threads=1).sample(logits.clone(), batch)
+    expected = sampler(library, vocab_size, num_threads=1).sample(logits.clone(), batch).tolist()
     for num_threads in (2, 3, 5):
         backend = sampler(library, vocab_size, num_threads)
-        assert backend.sample(logits.clone(), batch) == expected
+        assert backend.sample(logits.clone(), batch).tolist() == expected
         for _ in range(3):
             order = generator.permutation(num_rows)[: generator.integers(1, num_rows + 1)]
-            assert backend.sample(logits[order].clone(), subset(batch, order)) == [expected[i] for i in order]
+            assert backend.sample(logits[order].clone(), subset(batch, order)).tolist() == [expected[i] for i in order]
 
 
 def subset(batch: SamplingBatch, order: Any) -> SamplingBatch:
@@ -263,13 +267,15 @@ def test_seeds_choices_and_positions_of_any_size_are_the_specifications(library:
         generator.integers(0, 2**31, num_rows),
     )
     logits = torch.zeros(num_rows, 4096)
-    assert sampler(library, 4096).sample(logits, batch) == [int(uniform * 4096) for uniform in uniforms_of(batch)]
+    assert sampler(library, 4096).sample(logits, batch).tolist() == [
+        int(uniform * 4096) for uniform in uniforms_of(batch)
+    ]
 
 
 def test_nothing_to_sample_is_no_error(library: ctypes.CDLL) -> None:
     floats, ints, seeds = np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.uint64)
     batch = SamplingBatch(floats, ints, floats, floats, seeds, ints, ints)
-    assert sampler(library, 10).sample(torch.empty(0, 10), batch) == []
+    assert sampler(library, 10).sample(torch.empty(0, 10), batch).tolist() == []
 
 
 @pytest.mark.parametrize("token_id", [-1, 96])

@@ -20,8 +20,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
 
 def make_decoder(family: str, dtype: torch.dtype = torch.float32, **fields: Any) -> HuggingFaceDecoder:
     model = tiny_model(family, **fields)
-    decoder = HuggingFaceDecoder(model.config, torch_ops)
-    decoder.load(dict(model.state_dict()), dtype, torch.device("cpu"))
+    decoder = HuggingFaceDecoder(model.config)
+    decoder.load(dict(model.state_dict()), dtype, torch.device("cpu"), torch_ops)
     return decoder
 
 
@@ -118,7 +118,7 @@ def test_only_the_rows_asked_for_pass_the_head_in_the_order_asked() -> None:
 def test_a_model_tells_what_its_cache_holds_before_it_has_weights(
     family: str, fields: dict[str, Any], kv_shape: tuple[int, int]
 ) -> None:
-    shape = HuggingFaceDecoder(tiny_config(family, num_hidden_layers=3, **fields), torch_ops).shape
+    shape = HuggingFaceDecoder(tiny_config(family, num_hidden_layers=3, **fields)).shape
     assert shape.kv_shapes == (kv_shape,) * 3
     assert (shape.vocab_size, shape.max_position) == (VOCAB_SIZE, 256)
     assert shape.kv_bytes_per_token(torch.bfloat16) == 3 * 2 * kv_shape[0] * kv_shape[1] * 2
@@ -144,7 +144,7 @@ def test_a_weight_that_is_missing_unknown_or_misshapen_is_named(family: str) -> 
             (others | {name: model.state_dict()[name][:-2].clone()}, name),
         ):
             with pytest.raises(WeightsError, match=culprit):
-                HuggingFaceDecoder(model.config, torch_ops).load(dict(weights), torch.float32, torch.device("cpu"))
+                HuggingFaceDecoder(model.config).load(dict(weights), torch.float32, torch.device("cpu"), torch_ops)
 
 
 @pytest.mark.parametrize(
@@ -161,4 +161,4 @@ def test_a_weight_that_is_missing_unknown_or_misshapen_is_named(family: str) -> 
 def test_tables_that_old_checkpoints_carry_are_no_obstacle(family: str, table: str) -> None:
     model = tiny_model(family)
     weights = dict(model.state_dict()) | {table: torch.ones(8)}
-    HuggingFaceDecoder(model.config, torch_ops).load(weights, torch.float32, torch.device("cpu"))
+    HuggingFaceDecoder(model.config).load(weights, torch.float32, torch.device("cpu"), torch_ops)

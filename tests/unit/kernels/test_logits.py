@@ -66,7 +66,7 @@ def test_a_bias_is_added_after_the_penalties_and_decides() -> None:
     ]
     penalties = [Penalties(0, np.array([7] * 20), 0, 10.0, 2.0, 2.0)]
     rows = logits.clone()
-    drawn = sample(rows, greedy(2, biased=biased, penalties=penalties))
+    drawn = sample(rows, greedy(2, biased=biased, penalties=penalties)).tolist()
     assert drawn[0] == 7
     assert drawn[1] == int(logits[1].argmax())
     assert rows[1, 7] == logits[1, 7] - 100
@@ -76,7 +76,8 @@ def test_log_probabilities_are_those_of_the_softmax_with_the_likeliest_first() -
     logits = random_logits(5, seed=2, vocab=300)
     tokens, num_top = [0, 299, 5, 17, 40], [0, 3, 20, 1, 5]
     expected = torch.log_softmax(logits.double(), -1)
-    for row, (own, top) in enumerate(log_probabilities(logits, tokens, num_top)):
+    found = log_probabilities(logits, torch.tensor(tokens)).as_lists(num_top)
+    for row, (own, top) in enumerate(found):
         assert own == pytest.approx(float(expected[row, tokens[row]]), abs=1e-4)
         best = expected[row].argsort(descending=True)[: num_top[row]].tolist()
         assert [token for token, _ in top] == best
@@ -85,10 +86,11 @@ def test_log_probabilities_are_those_of_the_softmax_with_the_likeliest_first() -
 
 def test_a_neighbour_that_asks_for_more_changes_no_row_where_tokens_tie() -> None:
     logits = random_logits(6, seed=3, vocab=2000).bfloat16().float()
-    alone = log_probabilities(logits[:5], [1] * 5, [4] * 5)
-    assert log_probabilities(logits, [1] * 6, [4] * 5 + [MAX_TOP_LOGPROBS])[:5] == alone
+    tokens = torch.ones(6, dtype=torch.int64)
+    alone = log_probabilities(logits[:5], tokens[:5]).as_lists([4] * 5)
+    assert log_probabilities(logits, tokens).as_lists([4] * 5 + [MAX_TOP_LOGPROBS])[:5] == alone
 
 
 def test_a_vocabulary_smaller_than_the_most_likely_asked_for_is_given_whole() -> None:
-    [(_, top)] = log_probabilities(random_logits(1, seed=4, vocab=3), [0], [20])
+    [(_, top)] = log_probabilities(random_logits(1, seed=4, vocab=3), torch.tensor([0])).as_lists([20])
     assert sorted(token for token, _ in top) == [0, 1, 2]

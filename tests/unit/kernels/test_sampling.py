@@ -65,7 +65,7 @@ def test_frequencies_equal_the_filtered_softmax(setting: tuple[float, int, float
     num_draws = 20_000
     row = logits(1, 40, seed=3)
     fields = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    drawn = sample(row.repeat(num_draws, 1), batch(num_draws, position=np.arange(num_draws), **fields))
+    drawn = sample(row.repeat(num_draws, 1), batch(num_draws, position=np.arange(num_draws), **fields)).tolist()
     counts = np.bincount(drawn, minlength=40)
     expected = filtered(row[0].double().numpy(), *setting) * num_draws
     assert counts[expected == 0].sum() == 0
@@ -78,7 +78,7 @@ def test_frequencies_equal_the_filtered_softmax(setting: tuple[float, int, float
 @pytest.mark.parametrize("top_p", [0.5, 0.95, 0.999])
 def test_a_nucleus_wider_than_the_first_candidates_is_found_whole(top_p: float) -> None:
     rows = logits(6, 5000, seed=4, spread=0.3)
-    draws = [sample(rows.clone(), batch(6, top_p=top_p, position=i)) for i in range(200)]
+    draws = [sample(rows.clone(), batch(6, top_p=top_p, position=i)).tolist() for i in range(200)]
     for row in range(6):
         allowed = set(np.flatnonzero(filtered(rows[row].double().numpy(), 1.0, 0, top_p, 0.0)))
         seen = {draw[row] for draw in draws}
@@ -90,14 +90,14 @@ def test_a_nucleus_wider_than_the_first_candidates_is_found_whole(top_p: float) 
 def test_a_draw_depends_on_its_seed_and_position_only() -> None:
     rows = logits(8, 500, seed=5)
     fields = {"top_k": [0, 5, 0, 50, 0, 0, 3, 0], "top_p": [1, 1, 0.9, 0.5, 1, 0.99, 1, 1], "seed": np.arange(8)}
-    together = sample(rows.clone(), batch(8, position=np.arange(8) + 10, **fields))
+    together = sample(rows.clone(), batch(8, position=np.arange(8) + 10, **fields)).tolist()
     order = np.random.default_rng(1).permutation(8)
     shuffled = {name: np.asarray(values)[order] for name, values in fields.items()}
-    again = sample(rows[order].clone(), batch(8, position=order + 10, **shuffled))
+    again = sample(rows[order].clone(), batch(8, position=order + 10, **shuffled)).tolist()
     assert [again[list(order).index(i)] for i in range(8)] == together
     for i in range(8):
         own = {name: np.asarray(values)[i] for name, values in fields.items()}
-        assert sample(rows[i : i + 1].clone(), batch(1, position=i + 10, **own)) == [together[i]]
+        assert sample(rows[i : i + 1].clone(), batch(1, position=i + 10, **own)).tolist() == [together[i]]
 
 
 def test_a_neighbours_top_k_changes_no_draw_where_many_tokens_tie() -> None:
@@ -106,13 +106,13 @@ def test_a_neighbours_top_k_changes_no_draw_where_many_tokens_tie() -> None:
     for top_k in (0, 300, 1000, 4999):
         with_neighbour = torch.cat((rows, rows[:1]))
         fields = {"top_p": np.array([0.9] * 40 + [1.0]), "top_k": np.array([0] * 40 + [top_k])}
-        drawn = sample(with_neighbour, batch(41, position=np.arange(41), **fields))
-        assert drawn[:40] == sample(rows.clone(), batch(40, top_p=0.9, position=np.arange(40)))
+        drawn = sample(with_neighbour, batch(41, position=np.arange(41), **fields)).tolist()
+        assert drawn[:40] == sample(rows.clone(), batch(40, top_p=0.9, position=np.arange(40))).tolist()
 
 
 def test_greedy_rows_take_the_largest_beside_random_ones() -> None:
     rows = logits(4, 300, seed=6)
-    drawn = sample(rows.clone(), batch(4, temperature=[0, 1, 0, 1]))
+    drawn = sample(rows.clone(), batch(4, temperature=[0, 1, 0, 1])).tolist()
     assert [drawn[0], drawn[2]] == rows[[0, 2]].argmax(-1).tolist()
 
 
@@ -123,7 +123,7 @@ def test_a_masked_token_is_never_drawn() -> None:
         drawn = sample(
             rows.clone(),
             batch(2, temperature=[0, 1], position=position, masked=[(0, np.array([1])), (1, np.array([1]))]),
-        )
+        ).tolist()
         assert 1 not in drawn
 
 
@@ -141,7 +141,7 @@ def test_uniforms_are_uniform_over_seeds_over_choices_and_over_positions() -> No
 @pytest.mark.parametrize("temperature", [1e-4, 50.0])
 def test_extreme_temperatures_stay_finite(temperature: float) -> None:
     rows = logits(3, 1000, seed=7) * 20
-    drawn = sample(rows.clone(), batch(3, temperature=temperature, top_p=0.9))
+    drawn = sample(rows.clone(), batch(3, temperature=temperature, top_p=0.9)).tolist()
     assert all(0 <= token < 1000 for token in drawn)
     if temperature < 1:
         assert drawn == rows.argmax(-1).tolist()

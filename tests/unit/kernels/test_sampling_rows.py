@@ -78,7 +78,7 @@ def test_a_row_is_drawn_as_the_method_says(
     logits = random_logits(len(rows), vocab, seed, spread)
     seeds = data.draw(st.lists(st.integers(0, 2**64 - 1), min_size=len(rows), max_size=len(rows)))
     positions = data.draw(st.lists(st.integers(0, 10**6), min_size=len(rows), max_size=len(rows)))
-    drawn = sample(logits.clone(), make_batch(rows, seeds, positions))
+    drawn = sample(logits.clone(), make_batch(rows, seeds, positions)).tolist()
     for i, row in enumerate(rows):
         assert drawn[i] == draw(logits[i].double().numpy(), row, seeds[i], positions[i]), f"row {i}, {row}"
 
@@ -98,7 +98,9 @@ def test_a_row_is_drawn_as_the_method_says(
 def test_every_position_of_a_setting_is_drawn_as_the_method_says(setting: Setting) -> None:
     num_rows = 600
     logits = random_logits(1, 400, seed=12)
-    drawn = sample(logits.repeat(num_rows, 1), make_batch([setting] * num_rows, [7] * num_rows, list(range(num_rows))))
+    drawn = sample(
+        logits.repeat(num_rows, 1), make_batch([setting] * num_rows, [7] * num_rows, list(range(num_rows)))
+    ).tolist()
     row = logits[0].double().numpy()
     assert drawn == [draw(row, setting, 7, position) for position in range(num_rows)]
 
@@ -108,13 +110,13 @@ def test_a_nucleus_ends_with_the_token_that_completes_its_mass() -> None:
     logits = torch.zeros(1, 4)
     for top_p, num_kept in ((0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4), (0.500001, 3)):
         rows: list[Setting] = [(1.0, 0, top_p, 0.0)] * 200
-        drawn = sample(logits.repeat(200, 1), make_batch(rows, [1] * 200, list(range(200))))
+        drawn = sample(logits.repeat(200, 1), make_batch(rows, [1] * 200, list(range(200)))).tolist()
         assert len(set(drawn)) == num_kept, f"top_p {top_p}"
 
 
 def test_a_nucleus_too_small_for_a_float_is_the_likeliest_token() -> None:
     logits = random_logits(50, 300, seed=13)
-    drawn = sample(logits.clone(), make_batch([(1.0, 0, 1e-50, 0.0)] * 50, [1] * 50, list(range(50))))
+    drawn = sample(logits.clone(), make_batch([(1.0, 0, 1e-50, 0.0)] * 50, [1] * 50, list(range(50)))).tolist()
     assert drawn == logits.argmax(-1).tolist()
 
 
@@ -126,7 +128,7 @@ def test_the_smallest_and_the_largest_number_draw_what_may_be_drawn(
     logits = random_logits(4, 300, seed=8)
     masked = [(row, token) for row in range(4) for token in (0, 1, 298, 299)]
     rows: list[Setting] = [(1.0, 0, 1.0, 0.0), (1.0, 9, 1.0, 0.0), (1.0, 0, 0.6, 0.0), (1.0, 0, 1.0, 0.2)]
-    drawn = sample(logits, make_batch(rows, [0] * 4, [0] * 4, masked))
+    drawn = sample(logits, make_batch(rows, [0] * 4, [0] * 4, masked)).tolist()
     for row, token in enumerate(drawn):
         tokens, probs = kept_tokens(logits[row].double().numpy(), rows[row])
         assert token == [token for token in tokens if probs[token] > 0][0 if uniform == 0 else -1]
@@ -140,12 +142,12 @@ def test_order_and_company_change_no_draw_even_where_tokens_tie(
     # Eight bits of mantissa, as after a bfloat16 head: among 3000 tokens most have an equal.
     logits = random_logits(len(rows), 3000, seed).bfloat16().float()
     numbers = list(range(len(rows)))
-    together = sample(logits.clone(), make_batch(rows, numbers, numbers))
+    together = sample(logits.clone(), make_batch(rows, numbers, numbers)).tolist()
     order = data.draw(st.permutations(numbers))
-    shuffled = sample(logits[order].clone(), make_batch([rows[i] for i in order], order, order))
+    shuffled = sample(logits[order].clone(), make_batch([rows[i] for i in order], order, order)).tolist()
     assert shuffled == [together[i] for i in order]
     for i in numbers:
-        assert sample(logits[i : i + 1].clone(), make_batch([rows[i]], [i], [i])) == [together[i]]
+        assert sample(logits[i : i + 1].clone(), make_batch([rows[i]], [i], [i])).tolist() == [together[i]]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_frequencies_beyond_the_first_candidates_equal_the_distribution(setting:
     counts = np.zeros(vocab)
     for start in range(0, num_draws, 2000):
         positions = list(range(start, start + 2000))
-        drawn = sample(logits.repeat(2000, 1), make_batch([setting] * 2000, [3] * 2000, positions))
+        drawn = sample(logits.repeat(2000, 1), make_batch([setting] * 2000, [3] * 2000, positions)).tolist()
         counts += np.bincount(drawn, minlength=vocab)
     expected = probs[tokens] / probs[tokens].sum() * num_draws
     assert counts.sum() == counts[tokens].sum() == num_draws
@@ -202,7 +204,7 @@ def test_masked_tokens_are_never_drawn_however_likely(setting: Setting) -> None:
     logits = random_logits(1, 50, seed=1).repeat(num_rows, 1)
     likeliest = [int(token) for token in logits[0].argsort(descending=True)[:10]]
     masked = [(row, token) for row in range(0, num_rows, 2) for token in likeliest]
-    drawn = sample(logits, make_batch([setting] * num_rows, [0] * num_rows, list(range(num_rows)), masked))
+    drawn = sample(logits, make_batch([setting] * num_rows, [0] * num_rows, list(range(num_rows)), masked)).tolist()
     assert set(drawn[::2]).isdisjoint(likeliest)
     assert set(drawn[1::2]) & set(likeliest), "the other rows are not masked"
 
@@ -211,7 +213,7 @@ def test_masked_tokens_are_never_drawn_however_likely(setting: Setting) -> None:
 @pytest.mark.parametrize("temperature", [1e-5, 100.0])
 def test_the_ends_of_the_temperature_scale(temperature: float, filters: tuple[int, float, float]) -> None:
     logits = random_logits(200, 400, seed=2, spread=100.0)
-    drawn = sample(logits.clone(), make_batch([(temperature, *filters)] * 200, [0] * 200, list(range(200))))
+    drawn = sample(logits.clone(), make_batch([(temperature, *filters)] * 200, [0] * 200, list(range(200)))).tolist()
     best = logits.argmax(-1).tolist()
     if temperature < 1:
         assert drawn == best, "almost greedy"
@@ -222,4 +224,4 @@ def test_the_ends_of_the_temperature_scale(temperature: float, filters: tuple[in
 
 def test_nothing_to_sample_is_no_error() -> None:
     floats, ints, seeds = np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.uint64)
-    assert sample(torch.empty(0, 10), SamplingBatch(floats, ints, floats, floats, seeds, ints, ints)) == []
+    assert sample(torch.empty(0, 10), SamplingBatch(floats, ints, floats, floats, seeds, ints, ints)).tolist() == []

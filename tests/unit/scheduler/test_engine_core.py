@@ -2,13 +2,16 @@
 
 import itertools
 import logging
+import math
+import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from fake_engine import FakeRunner, make_scheduler, next_token
+from fake_engine import AsynchronousFakeRunner, FakeRunner, make_scheduler, next_token
 from headrace.kernels.step_times import StepTimes
-from headrace.scheduler.engine_core import EngineCore, Publication
+from headrace.scheduler.engine_core import EngineCore, LaunchedStep, Publication
 from headrace.scheduler.errors import CapacityError
 from headrace.scheduler.messages import (
     EngineReady,
@@ -19,18 +22,26 @@ from headrace.scheduler.messages import (
     StepOutput,
     StepPauses,
 )
-from headrace.scheduler.scheduler import Scheduler
+from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
 
 
 class Script:
     """An engine, all it has published, and what to do when it has published the n-th step."""
 
-    def __init__(self, events: dict[int, Callable[["Script"], None]], *, scheduler: Scheduler | None = None) -> None:
-        self.runner = FakeRunner()
+    def __init__(
+        self,
+        events: dict[int, Callable[["Script"], None]],
+        *,
+        scheduler: Scheduler | None = None,
+        runner: FakeRunner | None = None,
+        num_requests: int | None = None,
+    ) -> None:
+        self.runner = runner or FakeRunner()
         self.scheduler = scheduler or make_scheduler()
         self.publications: list[Publication] = []
         self.core = EngineCore(lambda: (self.scheduler, self.runner), self.hear, map(float, itertools.count()).__next__)
         self._events = events
+        self._num_requests = num_requests  # after whose end the engine is stopped
 
     def run(self) -> None:
         self.core._main()
@@ -40,9 +51,11 @@ class Script:
         num_steps = sum(isinstance(p, StepOutput) for p in self.publications)
         if not isinstance(publication, EngineStopped) and (event := self._events.pop(num_steps, None)):
             event(self)
+        if sum(o.finish_reason is not None for step in self.steps for o in step.outputs) == self._num_requests:
+            self.core.stop()
 
-    def submit(self, id: int, max_tokens: int = 5) -> None:
-        self.core.submit(GenerationRequest(id, (id, 1, 2), SamplingParams(max_tokens=max_tokens), 0.0))
+    def submit(self, id: int, max_tokens: int = 5, **fields: Any) -> None:
+        self.core.submit(GenerationRequest(id, (id, 1, 2), SamplingParams(max_tokens=max_tokens, **fields), 0.0))
 
     @property
     def steps(self) -> list[StepOutput]:
@@ -196,6 +209,176 @@ def test_stopping_ends_all_that_was_submitted_before_it_and_nothing_is_computed_
         assert script.ends(id) == [FinishReason.ERROR]
     assert script.publications[-1] == EngineStopped(None)
     assert script.steps[-1].load.num_free_blocks == 64
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_streams_are_those_of_each_request_alone_whether_steps_are_launched_ahead_or_not(
+    seed: int, *, ahead: bool
+) -> None:
+    """Stop tokens, penalties, followers, preemption and shared prefixes; cancelled and late ones get a beginning."""
+    rng = random.Random(seed)
+    scheduler = make_scheduler(
+        num_blocks=rng.randint(12, 30),
+        block_size=rng.choice([1, 4]),
+        max_num_batched_tokens=rng.randint(6, 24),
+        max_num_seqs=6,
+        has_prefix_cache=rng.random() < 0.8,
+    )
+    requests = [random_request(rng, id) for id in range(rng.randint(8, 20))]
+    cancels: dict[int, list[int]] = {}
+    for request in rng.sample(requests, 3):
+        cancels.setdefault(rng.randint(1, 40), []).append(request.request_id)
+
+    class Life(Script):
+        def hear(self, publication: Publication) -> None:
+            super().hear(publication)
+            num_steps = len(self.steps)
+            for request in requests[num_steps * 2 : num_steps * 2 + 2]:
+                self.core.submit(request)
+            for id in cancels.get(num_steps, []):
+                self.core.cancel(id)
+
+    runner = AsynchronousFakeRunner() if ahead else FakeRunner()
+    script = Life({}, scheduler=scheduler, runner=runner, num_requests=len(requests))
+    script.run()
+    assert script.publications[-1] == EngineStopped(None)
+    scheduler.check_books()
+    assert scheduler.load().num_free_blocks == scheduler.load().num_total_blocks
+    for request in requests:
+        tokens, reason = uninterrupted(request)
+        received = script.tokens(request.request_id)
+        [end] = script.ends(request.request_id)
+        if end in (FinishReason.STOP, FinishReason.LENGTH):
+            assert (received, end) == (tokens, reason)
+        else:
+            assert end is (FinishReason.DEADLINE if request.deadline_s < math.inf else FinishReason.CANCELLED)
+            assert received == tokens[: len(received)]
+
+
+def random_request(rng: random.Random, id: int) -> GenerationRequest:
+    max_tokens = rng.choice([0, 1, 2, rng.randint(1, 9)])
+    prompt = tuple(range(rng.choice([0, 50]), 55))[: rng.randint(1, 12 - max_tokens)]
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=rng.randint(0, max_tokens),
+        stop_token_ids=frozenset(rng.sample(range(ord("a"), ord("z")), rng.choice([0, 4]))),
+        frequency_penalty=rng.choice([0, 0, 0.5]),
+    )
+    deadline_s = rng.randint(10, 100) if rng.random() < 0.1 else math.inf
+    leader_id = id - 1 if id and rng.random() < 0.3 else None
+    return GenerationRequest(id, prompt, sampling, 0.0, deadline_s, leader_id)
+
+
+def uninterrupted(request: GenerationRequest) -> tuple[list[int], FinishReason]:
+    sampling, tokens = request.sampling, list[int]()
+    while len(tokens) < sampling.max_tokens:
+        tokens.append(next_token([*request.prompt_token_ids, *tokens]))
+        if tokens[-1] in sampling.stop_token_ids and len(tokens) > sampling.min_tokens:
+            return tokens, FinishReason.STOP
+    return tokens, FinishReason.LENGTH
+
+
+def test_a_step_is_launched_before_the_one_before_is_read_and_no_more_of_them_than_tokens_are_wanted() -> None:
+    script = Script({6: lambda s: s.core.stop()}, runner=AsynchronousFakeRunner())
+    script.submit(1, max_tokens=5)
+    script.run()
+    assert script.runner.num_steps == 5
+    assert [[o.token_ids for o in step.outputs] for step in script.steps[:-1]] == [
+        [],
+        *([(token,)] for token in alone(1)),
+    ]
+    assert script.ends(1) == [FinishReason.LENGTH]
+
+
+def test_a_row_that_needs_its_last_token_runs_in_every_other_step_and_the_others_in_each() -> None:
+    script = Script({}, runner=AsynchronousFakeRunner(), num_requests=2)
+    script.submit(1, max_tokens=8)
+    script.submit(2, max_tokens=4, presence_penalty=1.0)
+    script.run()
+    assert script.runner.widths == [2, 1] * 4
+    assert script.tokens(1) == alone(1, 8)
+    assert script.tokens(2) == alone(2, 4)
+
+
+def test_what_was_launched_for_a_sequence_that_stopped_is_nobodys_and_its_blocks_are_free() -> None:
+    tokens = alone(1, 9)
+    stop = next(i for i in range(1, 9) if tokens[i] not in tokens[:i])
+    script = Script({stop + 3: lambda s: s.core.stop()}, runner=AsynchronousFakeRunner())
+    script.submit(1, max_tokens=9, stop_token_ids=frozenset({tokens[stop]}))
+    script.run()
+    assert script.runner.num_steps == stop + 2, "one more than it has tokens"
+    assert script.tokens(1) == tokens[: stop + 1]
+    assert script.ends(1) == [FinishReason.STOP]
+    assert script.steps[stop + 1].load.num_free_blocks == 64
+    assert script.steps[stop + 2].outputs == ()
+
+
+def test_stopping_delivers_the_step_in_flight_and_then_ends_what_runs() -> None:
+    script = Script({3: lambda s: s.core.stop()}, runner=AsynchronousFakeRunner())
+    script.submit(1, max_tokens=50)
+    script.run()
+    assert script.runner.num_steps == 3
+    assert script.tokens(1) == alone(1, 3)
+    assert script.ends(1) == [FinishReason.ERROR]
+
+
+def test_a_step_that_cannot_be_launched_costs_its_own_sequences_what_follows_the_step_before() -> None:
+    def fail(script: Script) -> None:
+        script.runner.fail_next = True
+        script.submit(3)
+
+    # 1 is in both steps, and 2 ends with the one in flight.
+    script = Script({2: fail}, runner=AsynchronousFakeRunner(), num_requests=3)
+    script.submit(1)
+    script.submit(2, max_tokens=2)
+    script.run()
+    assert (script.tokens(1), script.ends(1)) == (alone(1, 2), [FinishReason.ERROR])
+    assert (script.tokens(2), script.ends(2)) == (alone(2, 2), [FinishReason.LENGTH])
+    assert script.ends(3) == [FinishReason.ERROR]
+    assert script.steps[2].load.num_free_blocks == 64
+    assert script.steps[2].pauses is None
+
+
+def test_a_step_that_raises_when_it_is_waited_for_costs_its_own_sequences_and_not_those_launched_since() -> None:
+    runner = AsynchronousFakeRunner()
+
+    def fail(script: Script) -> None:
+        runner.fail_next_wait = True
+
+    script = Script({1: fail, 2: lambda s: s.submit(2)}, runner=runner, num_requests=2)
+    script.submit(1)
+    script.run()
+    assert (script.tokens(1), script.ends(1)) == (alone(1, 1), [FinishReason.ERROR])
+    assert runner.widths[:4] == [1, 1, 2, 1], "1 was in the step launched on the one that fails"
+    assert (script.tokens(2), script.ends(2)) == (alone(2), [FinishReason.LENGTH])
+    assert script.steps[-1].load.num_free_blocks == 64
+
+
+def test_blocks_that_run_short_are_taken_from_a_sequence_only_when_all_its_tokens_are_known() -> None:
+    scheduler = make_scheduler(num_blocks=6, block_size=2)
+    script = Script({}, scheduler=scheduler, runner=AsynchronousFakeRunner(), num_requests=2)
+    script.submit(1, max_tokens=9)
+    script.submit(2, max_tokens=9)
+    script.run()
+    assert scheduler.load().num_preemptions > 0
+    for id in (1, 2):
+        assert (script.tokens(id), script.ends(id)) == (alone(id, 9), [FinishReason.LENGTH])
+
+
+def test_the_pauses_of_steps_launched_ahead_are_the_devices_or_none_where_only_the_engine_can_tell() -> None:
+    times = [StepTimes(10.0, 10.5, None), StepTimes(10.75, 11.5, None), None, None]
+
+    class Timed(AsynchronousFakeRunner):
+        def launch(self, output: SchedulerOutput) -> LaunchedStep:
+            self.times = times[self.num_steps]
+            return super().launch(output)
+
+    script = Script({}, runner=Timed(), num_requests=1)
+    script.submit(1, max_tokens=4)
+    script.run()
+    assert [step.pauses for step in script.steps[:3]] == [None, StepPauses(None, None), StepPauses(0.25, None)]
+    assert script.steps[4].pauses == StepPauses(0.0, None), "it was launched before the one before had ended"
 
 
 @pytest.mark.parametrize("error", [CapacityError("too small"), ValueError("a bug")])

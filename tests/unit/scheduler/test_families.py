@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from headrace.kernels.hf_decoder import FAMILIES
 from headrace.scheduler.block_pool import BlockPool
@@ -152,7 +153,15 @@ def make_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict
 
 
 def load(folder: Path) -> ModelRunner:
-    config = EngineConfig(folder, device="cpu", dtype="float32", block_size=BLOCK_SIZE, kv_cache_bytes=1 << 20)
+    config = EngineConfig(
+        folder,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype="float32",
+        block_size=BLOCK_SIZE,
+        kv_cache_bytes=1 << 20,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+    )
     return load_engine(config)[1]
 
 

@@ -1,13 +1,17 @@
 """What a request gets is its own: alone, in company, in chunks, after preemption, in blocks that held other keys."""
 
-from dataclasses import replace
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
 from headrace.kernels import torch_ops
+from headrace.kernels.backend import StepBatch
 from headrace.kernels.decoder import Decoder, DecoderConfig, KVCache
+from headrace.kernels.sampling import SamplingBatch
+from headrace.kernels.step_times import StepTimes
 from headrace.kernels.torch_backend import TorchBackend
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.messages import FinishReason, GenerationRequest, SamplingParams, SequenceOutput, TokenLogprobs
@@ -38,6 +42,7 @@ class Engine:
         max_num_seqs: int = 8,
         dtype: torch.dtype = torch.float32,
         has_prefix_cache: bool = True,
+        backend: type[TorchBackend] = TorchBackend,
     ) -> None:
         self.model = model = tiny_llama(seed=5, initializer_range=0.2)
         config = DecoderConfig(
@@ -56,7 +61,7 @@ class Engine:
         decoder = Decoder(config, weights, torch_ops)
         self.cache = KVCache.allocate(decoder.shape, num_blocks, block_size, dtype, torch.device("cpu"))
         self.runner = ModelRunner(
-            TorchBackend(decoder, self.cache, torch_ops),
+            backend(decoder, self.cache, torch_ops),
             vocab_size=VOCAB_SIZE,
             block_size=block_size,
             max_context_tokens=128,
@@ -83,6 +88,53 @@ class Engine:
         return outputs
 
 
+class DevicelikeBackend(TorchBackend):
+    """Is asynchronous as a device is: it alone knows a step's tokens until they are read, and overwrites its logits."""
+
+    is_asynchronous = True
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.drawn = torch.empty(0, dtype=torch.int64)
+        self.reads: list[DelayedRead] = []
+        self.num_pending = 0
+        self._logits = torch.empty(0)
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch) -> torch.Tensor:
+        self._logits.fill_(float("nan"))
+        self.num_pending += sum(token_id < 0 for token_id in batch.token_ids)
+        known = [int(self.drawn[-1 - token_id]) if token_id < 0 else token_id for token_id in batch.token_ids]
+        self.drawn = torch.empty(0, dtype=torch.int64)
+        self._logits = super().forward(replace(batch, token_ids=known))
+        return self._logits
+
+    def argmax(self, batch: StepBatch) -> torch.Tensor:
+        self.drawn = super().argmax(batch)
+        return self.drawn
+
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+        self.drawn = super().sample(logits, batch)
+        return self.drawn
+
+    def read(self, tensors: Seq[torch.Tensor]) -> "DelayedRead":
+        assert sum(not read.is_over for read in self.reads) <= 1, "more than one step ahead"
+        self.reads.append(DelayedRead([tensor.clone() for tensor in tensors]))
+        return self.reads[-1]
+
+
+@dataclass
+class DelayedRead:
+    tensors: list[torch.Tensor]
+    times: StepTimes | None = None
+    is_over: bool = False
+
+    def wait(self) -> list[torch.Tensor]:
+        assert not self.is_over, "read twice"
+        self.is_over = True
+        return self.tensors
+
+
 @pytest.fixture(scope="module")
 def each_alone() -> list[list[int]]:
     return [Engine(max_num_seqs=1).generate([p], [s])[0] for p, s in zip(PROMPTS, SAMPLINGS, strict=True)]
@@ -101,16 +153,43 @@ def each_alone() -> list[list[int]]:
     ],
     ids=str,
 )
+@pytest.mark.parametrize("backend", [TorchBackend, DevicelikeBackend])
 def test_every_request_gets_what_it_gets_alone_greedy_or_random(
-    each_alone: list[list[int]], fields: dict[str, Any]
+    each_alone: list[list[int]], fields: dict[str, Any], backend: type[TorchBackend]
 ) -> None:
-    engine = Engine(**fields)
+    engine = Engine(**fields, backend=backend)
     assert engine.generate(PROMPTS, SAMPLINGS) == each_alone
     load = engine.scheduler.load()
     assert (load.num_preemptions > 0) == ("num_blocks" in fields)
     assert engine.generate(PROMPTS, SAMPLINGS) == each_alone, "once more, with what the first time left in the cache"
     if "num_blocks" not in fields:
         assert engine.scheduler.load().num_prefix_hits > load.num_prefix_hits
+
+
+@pytest.mark.parametrize("num_blocks", [64, 16])
+def test_steps_launched_ahead_give_the_same_tokens_whatever_is_asked_for(num_blocks: int) -> None:
+    own: list[dict[str, Any]] = [
+        {},
+        {"repetition_penalty": 1.3},
+        {"min_tokens": 6, "stop_token_ids": frozenset(range(0, VOCAB_SIZE, 2))},
+        {"logit_bias": ((5, 4.0), (6, -4.0)), "num_logprobs": 2},
+        {"num_prompt_logprobs": 3},
+        {"stop_token_ids": frozenset(range(0, VOCAB_SIZE, 4)), "frequency_penalty": 0.4, "num_logprobs": 0},
+    ]
+    samplings = [replace(sampling, **fields) for sampling, fields in zip(SAMPLINGS, own, strict=True)]
+    engine = Engine(num_blocks=num_blocks, budget=20, backend=DevicelikeBackend)
+    expected = Engine(num_blocks=num_blocks, budget=20).generate(PROMPTS, samplings)
+    assert engine.generate(PROMPTS, samplings) == expected
+    backend = engine.runner.backend
+    assert isinstance(backend, DevicelikeBackend)
+    assert backend.num_pending > 0
+    assert all(read.is_over for read in backend.reads)
+    assert engine.generate(PROMPTS[:1], SAMPLINGS[:1]) == Engine().generate(PROMPTS[:1], SAMPLINGS[:1]), "all greedy"
+
+
+def test_a_backend_that_is_not_asynchronous_is_never_given_a_token_that_is_not_known() -> None:
+    with pytest.raises(AssertionError, match="not known"):
+        Engine().runner.backend.forward(StepBatch([-1], [1], [1], [[0]], [0]))
 
 
 def test_the_same_prompt_and_seed_give_the_same_answer_and_another_seed_another() -> None:

@@ -2,7 +2,8 @@
 
 The model is a fixed function of the tokens before it, so each request's answer alone is known, and so is whether a
 request that was preempted, chunked or batched got the same one. A dictionary stands for the KV cache, so that keys
-written over, not computed again or shared between different prefixes are found out.
+written over, not computed again or shared between different prefixes are found out. Steps are computed when they are
+launched, in their order as on a device, and recorded then or after the next one is launched.
 """
 
 import dataclasses
@@ -14,15 +15,15 @@ from typing import Any
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fake_engine import make_scheduler, next_token, run
+from fake_engine import computed_tokens, drawn_tokens, make_scheduler, next_token, run
 from headrace.scheduler.messages import FinishReason, GenerationRequest, RowResult, SamplingParams, SequenceOutput
-from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
+from headrace.scheduler.scheduler import ScheduledRow, Scheduler, SchedulerOutput
 from headrace.scheduler.sequence import Sequence, SequenceStatus
 
 # What a slot of the cache stands for: a salt, and a token after all those before it.
 Entry = tuple[bytes, tuple[int, ...]]
 
-LETTERS = st.just(frozenset[int]()) | st.frozensets(st.integers(ord("a"), ord("z")), max_size=3)
+LETTERS = st.just(frozenset[int]()) | st.frozensets(st.integers(ord("a"), ord("z")), max_size=20)
 
 
 def alone(request: GenerationRequest) -> tuple[list[int], FinishReason]:
@@ -54,13 +55,22 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Ids rise with arrival, so an order of arrival is an order of ids."""
 
     @initialize(
+        data=st.data(),
         num_blocks=st.integers(2, 16),
         block_size=st.integers(1, 5),
         budget=st.integers(1, 16),
         max_num_seqs=st.integers(1, 5),
         has_prefix_cache=st.booleans(),
     )
-    def start(self, num_blocks: int, block_size: int, budget: int, max_num_seqs: int, has_prefix_cache: bool) -> None:
+    def start(
+        self,
+        data: st.DataObject,
+        num_blocks: int,
+        block_size: int,
+        budget: int,
+        max_num_seqs: int,
+        has_prefix_cache: bool,
+    ) -> None:
         self.block_size = block_size
         self.capacity = num_blocks * block_size
         self.budget = budget
@@ -70,8 +80,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.sequences: dict[int, Sequence] = {}
         # What each slot of the cache holds: the salt and every token up to its own.
         self.slots: dict[int, Entry] = {}
+        # Launched and not recorded, the older first; what the last launched one drew for each request.
+        self.in_flight: list[tuple[SchedulerOutput, list[RowResult]]] = []
+        self.drawn: dict[int, int] = {}
+        self.admitted_s: dict[int, float] = {}
         self.num_steps = 0
         self.now = 0.0
+        self.add(data, 4, None)
 
     @property
     def alive(self) -> list[int]:
@@ -93,6 +108,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 max_tokens=max_tokens,
                 min_tokens=data.draw(st.integers(0, max_tokens), "min_tokens"),
                 stop_token_ids=data.draw(LETTERS, "stop_token_ids"),
+                presence_penalty=data.draw(st.sampled_from((0.0, 0.0, 1.0)), "presence_penalty"),
             )
             id = len(self.records)
             deadline_s = math.inf if lifetime_s is None else self.now + lifetime_s
@@ -116,27 +132,55 @@ class SchedulerMachine(RuleBasedStateMachine):
         if id in self.records:
             self.records[id].is_cancelled |= not self.records[id].is_over
 
-    @rule(num_steps=st.integers(1, 6))
-    def step(self, num_steps: int) -> None:
+    @rule(num_steps=st.integers(1, 6), num_ahead=st.integers(0, 1))
+    def step(self, num_steps: int, num_ahead: int) -> None:
+        """Perhaps launch each step before what the one before it drew is known."""
         for _ in range(num_steps):
-            output = self.schedule()
-            self.record(self.scheduler.update(output, self.compute(output)))
-            self.check_books()
+            self.record_all(num_ahead)
+            self.launch()
+            self.record_all(num_ahead)
 
-    @rule(data=st.data())
-    def step_while_a_cancel_arrives(self, data: st.DataObject) -> None:
-        output = self.schedule()
+    @rule(data=st.data(), num_ahead=st.integers(0, 1))
+    def step_while_a_cancel_arrives(self, data: st.DataObject, num_ahead: int) -> None:
+        self.launch()
         self.cancel(data)
-        self.record(self.scheduler.update(output, self.compute(output)))
+        self.record_all(num_ahead)
 
     @rule()
-    def step_that_raises(self) -> None:
+    def step_that_cannot_be_launched(self) -> None:
         output = self.schedule()
+        self.record_all()
+        self.fail(output)
+
+    @precondition(lambda self: self.in_flight)
+    @rule(is_followed=st.booleans())
+    def step_that_raises_when_it_is_waited_for(self, is_followed: bool) -> None:
+        self.launch()
+        self.record_all(num_ahead=2 if is_followed else 1)
+        if self.in_flight:  # not so if there was nothing to launch
+            self.fail(self.in_flight.pop(0)[0])
+            self.record_all(num_ahead=1)
+
+    def launch(self) -> None:
+        output = self.schedule()
+        if output.rows:
+            self.in_flight.append((output, self.compute(output)))
+        else:
+            self.record_all()
+
+    def record_all(self, num_ahead: int = 0) -> None:
+        """Record the oldest steps in flight, all but so many."""
+        while len(self.in_flight) > num_ahead:
+            self.record(self.scheduler.update(*self.in_flight.pop(0)))
+            self.check_books()
+
+    def fail(self, output: SchedulerOutput) -> None:
+        alive = [row.sequence.request.request_id for row in output.rows]
+        alive = [id for id in alive if not self.records[id].is_over]
         outputs = self.scheduler.fail([row.sequence for row in output.rows], "told to")
-        assert {o.request_id: o.finish_reason for o in outputs} == {
-            row.sequence.request.request_id: FinishReason.ERROR for row in output.rows
-        }
-        assert all(o.error == "told to" for o in outputs)
+        assert [(o.request_id, o.finish_reason, o.error) for o in outputs] == [
+            (id, FinishReason.ERROR, "told to") for id in alive
+        ]
         self.record(outputs)
         assert all(self.records[o.request_id].scheduled_s for o in outputs), "it ran, and was not told so"
 
@@ -147,6 +191,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.records) > 20)
     @rule()
     def end_everything(self) -> None:
+        """What is in flight may still be recorded, of nobody."""
         alive = self.alive
         outputs = self.scheduler.fail_all("over")
         assert sorted(o.request_id for o in outputs) == alive
@@ -154,7 +199,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def schedule(self) -> SchedulerOutput:
         """Schedule a step and hold what came out against the policy."""
+        if self.scheduler.may_preempt:
+            self.record_all()
         before = self.running
+        schedulable = {id: s.num_schedulable_tokens for id, s in before.items()}
+        for id, sequence in before.items():
+            self.check_schedulable(sequence, schedulable[id])
+        tables = {id: (s.block_ids, list(s.block_ids)) for id, s in before.items()}
         waiting = [id for id in self.alive if id not in before]
         num_preemptions = self.scheduler.load().num_preemptions
         output = self.scheduler.schedule(self.now)
@@ -171,23 +222,58 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(running) <= self.max_num_seqs
         for id, row in rows.items():
             assert id in running
-            assert 1 <= row.num_tokens <= row.sequence.num_uncomputed_tokens
-            end = row.sequence.num_computed_tokens + row.num_tokens
-            assert len(row.sequence.block_ids) >= -(-end // self.block_size), "no block for a token"
+            self.check_row(row)
+            if id in schedulable:
+                assert row.num_tokens <= schedulable[id]
         for id in running:
-            if running[id].num_uncomputed_tokens == 1:
+            if schedulable.get(id) == 1:
                 assert id in rows, "a running sequence that can decode gets its token"
+            if id in tables:
+                assert running[id].block_ids is tables[id][0], "another list for the same blocks"
+                assert running[id].block_ids[: len(tables[id][1])] == tables[id][1], "a list that is not appended to"
         if alive := self.alive:
-            assert alive[0] in rows, "the oldest always advances"
+            assert alive[0] in rows or schedulable[alive[0]] == 0, "the oldest always advances"
             assert admitted == [id for id in waiting if id in admitted], "admitted in order of arrival"
         assert not (admitted and preempted), "a step that preempts admits nobody"
+        for id in admitted:
+            self.check_leader(running[id])
         assert all(victim > id for victim in preempted for id in running), "the newest are preempted"
+        assert not preempted or not self.in_flight, "preempted before all its tokens are known"
         assert self.scheduler.load().num_preemptions == num_preemptions + len(preempted)
+        self.admitted_s.update(dict.fromkeys(set(admitted) - set(self.admitted_s), self.now))
         self.check_no_overtaking()
         self.check_nobody_waits_for_nothing(output, bool(preempted))
         self.num_steps += bool(output.rows)
         self.check_books()
         return output
+
+    def check_schedulable(self, sequence: Sequence, num_tokens: int) -> None:
+        """Every token is computed once, but none behind which no other is wanted, nor unknown ones that are needed."""
+        sampling = sequence.request.sampling
+        num_known = len(sequence.token_ids)
+        num_wanted = sequence.num_prompt_tokens + sampling.max_tokens - 1 if sampling.max_tokens else num_known
+        num_computable = num_known + (bool(self.in_flight) and not sampling.has_penalties)
+        if not self.in_flight:
+            assert num_tokens == sequence.num_uncomputed_tokens >= 1
+        elif sequence.num_scheduled_tokens < num_known:
+            assert num_tokens == num_known - sequence.num_scheduled_tokens
+        else:
+            assert num_tokens == max(0, min(num_wanted, num_computable) - sequence.num_scheduled_tokens)
+
+    def check_leader(self, sequence: Sequence) -> None:
+        leader_id = sequence.request.leader_id
+        if leader_id in self.alive and self.scheduler._has_prefix_cache:
+            leader = self.sequences[leader_id]
+            is_recorded = leader.num_computed_tokens >= leader.num_prompt_tokens
+            assert is_recorded or sequence.num_prompt_tokens <= self.block_size, "its leader's prompt is not recorded"
+
+    def check_row(self, row: ScheduledRow) -> None:
+        sequence, end = row.sequence, row.start + row.num_tokens
+        assert row.num_tokens >= 1
+        assert row.start + row.num_tokens == sequence.num_scheduled_tokens
+        assert len(sequence.block_ids) >= -(-end // self.block_size), "no block for a token"
+        assert row.is_sampled == (end >= len(sequence.token_ids) and sequence.request.sampling.max_tokens > 0)
+        assert end <= len(sequence.token_ids) + len(self.in_flight), "more than one token is unknown"
 
     def check_dropped(self, output: SchedulerOutput) -> None:
         expected = {}
@@ -241,20 +327,22 @@ class SchedulerMachine(RuleBasedStateMachine):
     def compute(self, output: SchedulerOutput) -> list[RowResult]:
         """Write the rows' keys to the cache, and look whether each finds all those before its own."""
         for row in output.rows:
-            start = row.sequence.num_computed_tokens
-            for position, slot, entry in self.entries(row.sequence, start + row.num_tokens):
-                if position >= start:
+            for position, slot, entry in self.entries(row):
+                if position >= row.start:
                     self.slots[slot] = entry
         for row in output.rows:
-            for _, slot, entry in self.entries(row.sequence, row.sequence.num_computed_tokens + row.num_tokens):
+            for _, slot, entry in self.entries(row):
                 assert self.slots[slot] == entry, "a token's keys are not where the next one looks for them"
-        return run(output)
+        results = run(output, self.drawn)
+        self.drawn = drawn_tokens(output, results)
+        return results
 
-    def entries(self, sequence: Sequence, end: int) -> Iterator[tuple[int, int, Entry]]:
-        """(Position, slot, what belongs there) of a sequence's first tokens."""
-        for i in range(end):
+    def entries(self, row: ScheduledRow) -> Iterator[tuple[int, int, Entry]]:
+        """(Position, slot, what belongs there) of a row's tokens and all before them."""
+        sequence, token_ids = row.sequence, computed_tokens(row, self.drawn)
+        for i in range(len(token_ids)):
             slot = sequence.block_ids[i // self.block_size] * self.block_size + i % self.block_size
-            yield i, slot, (sequence.request.cache_salt, tuple(sequence.token_ids[: i + 1]))
+            yield i, slot, (sequence.request.cache_salt, tuple(token_ids[: i + 1]))
 
     def record(self, outputs: list[SequenceOutput]) -> None:
         for output in outputs:
@@ -262,7 +350,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not record.is_over, "an output after the end"
             record.tokens += output.token_ids
             if output.scheduled_s is not None:
-                assert output.scheduled_s == self.now
+                assert output.scheduled_s == self.admitted_s[output.request_id]
                 record.scheduled_s.append(output.scheduled_s)
             if output.finish_reason is not None:
                 record.ends.append(output.finish_reason)
@@ -275,7 +363,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not self.scheduler.has_work:
                 break
             self.now += 1
-            self.step(1)
+            self.step(1, num_ahead=1)
+        self.record_all()
         assert not self.scheduler.has_work, "livelock"
         assert self.scheduler.load().num_free_blocks == self.scheduler.load().num_total_blocks
         for record in self.records.values():
@@ -290,7 +379,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestSchedulerMachine: Any = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
-    max_examples=60,
+    max_examples=120,
     stateful_step_count=40,
     derandomize=True,
     deadline=None,

@@ -1,0 +1,269 @@
+"""What a GPU does in a step: ceilings, and steps of a model of random weights beside them; run by `gpu_report`.
+
+`python -m headrace.benchmarks.gpu_measurements parity|ceilings|steps JSON` prints one JSON object as its last line. A
+step is timed by events on the device, from its input's arrival to its tokens' departure, on a cache full of noise. The
+floor of a decode step is the bytes it must read (weights but the embedding, the context's keys and values) at the speed
+of a large copy, counting bytes read and written.
+"""
+
+import functools
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headrace.kernels import reference, triton_ops, triton_sampling
+from headrace.kernels.backend import StepBatch
+from headrace.kernels.decoder import KVCache, ModelShape
+from headrace.kernels.gpu_linear import GpuLinear
+from headrace.kernels.triton_linear import quantise_fp8
+from headrace.kernels.ops import AttentionMetadata
+from headrace.scheduler.config import EngineConfig
+from headrace.scheduler.model_loader import load_engine
+
+_COPY_BYTES = 2**32
+_MATRIX_SIZE = 8192
+_BLOCK_SIZE = 16
+_NUM_REPEATS = 20
+
+
+def main() -> None:
+    section, options = sys.argv[1], json.loads(sys.argv[2])
+    sections: dict[str, Callable[..., dict[str, Any]]] = {"parity": _parity, "ceilings": _ceilings, "steps": _steps}
+    results = sections[section](**options)
+    print(json.dumps(results))
+
+
+def _parity() -> dict[str, Any]:
+    """How far each kernel is from its reference, in bfloat16 on random data: |out - reference| / |reference|."""
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+
+    def noise(*shape: int, spread: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, device=device) * spread).bfloat16()
+
+    errors: dict[str, float] = {}
+    x, weight = noise(33, 4096), noise(4096)
+    errors["rms_norm"] = _error(triton_ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x.double(), weight, 1e-5))
+    gate_up = noise(33, 28672)
+    errors["silu_mul"] = _error(triton_ops.silu_mul(gate_up), reference.silu_mul(gate_up.float()))
+    for cache_dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.int8):
+        name = str(cache_dtype).removeprefix("torch.")
+        errors |= {f"{op}, {name} cache": error for op, error in _attention_errors(noise, cache_dtype).items()}
+    for num_rows in (1, 16, 64, 200):
+        x, weight = noise(num_rows, 4096), noise(6144, 4096, spread=4096**-0.5)
+        expected = x.double() @ weight.double().T
+        errors[f"product of {num_rows} rows"] = _error(GpuLinear(weight)(x), expected)
+        fp8 = GpuLinear(quantise_fp8(weight))
+        errors[f"product of {num_rows} rows, fp8 weights"] = _error(fp8(x), expected)
+    logits = torch.randn(64, 128256, device=device) * 3
+    agreed = (triton_sampling.argmax(logits) == logits.argmax(-1)).all()
+    errors["argmax"] = 0.0 if agreed else 1.0
+    return errors
+
+
+def _attention_errors(noise: Callable[..., torch.Tensor], cache_dtype: torch.dtype) -> dict[str, float]:
+    """Rope and cache, then decoding, chunks and prompts side by side over it."""
+    num_heads, num_kv_heads, head_dim, num_blocks = 32, 8, 128, 200
+    rows = [(1, 700), (1, 17), (60, 60), (33, 290), (1, 1)]
+    shape = ModelShape(1, 4096, ((num_kv_heads, head_dim),))
+    caches = [KVCache.allocate(shape, num_blocks, _BLOCK_SIZE, cache_dtype, torch.device("cuda")) for _ in range(2)]
+    order = torch.randperm(num_blocks).tolist()
+    starts, tables = [0], []
+    for num_query, context in rows:
+        starts.append(starts[-1] + num_query)
+        tables.append([order.pop() for _ in range(-(-context // _BLOCK_SIZE))])
+    metadata = AttentionMetadata(starts, [context for _, context in rows], tables)
+    slots = torch.tensor([b * _BLOCK_SIZE + i for table in tables for b in table for i in range(_BLOCK_SIZE)])
+    slots = slots.to("cuda")
+    qkv = noise(len(slots), num_heads + 2 * num_kv_heads, head_dim)
+    angles = torch.rand(len(slots), head_dim // 2, device="cuda") * 6
+    outputs: list[torch.Tensor] = []
+    errors = {}
+    for ops, cache in ((triton_ops, caches[0]), (reference, caches[1])):
+        q = ops.rope_and_write_kv(qkv.clone(), None, angles.cos(), angles.sin(), cache.layers[0], slots)
+        plan: Any = ops.plan_attention(metadata, _BLOCK_SIZE, q.device)
+        q = q[: starts[-1]]
+        outputs += [q, ops.paged_attention(q, cache.layers[0], plan, head_dim**-0.5)]
+    errors["rope"] = _error(outputs[0], outputs[2])
+    errors["attention"] = _error(outputs[1], outputs[3])
+    stored = [cache.layers[0].keys.float() for cache in caches]
+    errors["keys stored"] = _error(stored[0], stored[1])
+    return errors
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def _ceilings() -> dict[str, Any]:
+    source = torch.randint(-128, 127, (_COPY_BYTES,), dtype=torch.int8, device="cuda")
+    copy_s = _median_s(functools.partial(torch.empty_like(source).copy_, source))
+    a, b = (torch.randn(_MATRIX_SIZE, _MATRIX_SIZE, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    product_s = _median_s(functools.partial(torch.mm, a, b))
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "num_multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "copy_gb_per_s": 2 * _COPY_BYTES / copy_s / 1e9,
+        "matrix_tflop_per_s": 2 * _MATRIX_SIZE**3 / product_s / 1e12,
+    }
+
+
+def _median_s(run: Callable[[], object]) -> float:
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(_NUM_REPEATS):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        run()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended) / 1e3)
+    return float(statistics.median(times))
+
+
+def _steps(
+    model: str,
+    decode: list[tuple[int, int]],
+    prefill: list[tuple[int, int]],
+    copy_gb_per_s: float,
+    matrix_tflop_per_s: float,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Time decode steps of (sequences, context) and prompt chunks of (tokens, context they end at)."""
+    longest = max((context for _, context in decode + prefill), default=0) + 2 * _NUM_REPEATS
+    widest = max((width for width, _ in decode), default=1)
+    config = EngineConfig(
+        Path(model),
+        device="cuda",
+        load_format="dummy",
+        block_size=_BLOCK_SIZE,
+        max_num_seqs=max(widest, 1),
+        max_num_batched_tokens=max([num_tokens for num_tokens, _ in prefill] + [widest, 16]),
+        max_model_len=longest + 64,
+        **settings,
+    )
+    scheduler, runner = load_engine(config, lambda line: None)
+    backend: Any = runner.backend
+    num_blocks = scheduler.load().num_total_blocks
+    for layer in backend._cache.layers:
+        for cache in layer[:2]:
+            _fill_with_noise(cache)
+        for scales in layer[2:]:
+            if scales is not None:
+                scales.fill_(1 / 64)
+    decoder = backend._decoder
+    linears = [
+        layer_part for layer in decoder._layers for layer_part in (layer.qkv, layer.out, layer.gate_up, layer.down)
+    ]
+    weight_bytes = sum(linear.num_bytes for linear in (*linears, decoder._head))
+    kv_bytes = (
+        sum(
+            tensor[0].numel() * tensor.element_size()
+            for layer in backend._cache.layers
+            for tensor in layer
+            if tensor is not None
+        )
+        // _BLOCK_SIZE
+    )
+    rows = []
+    for width, context in decode:
+        row: dict[str, Any] = {"sequences": width, "context": context}
+        rows.append(row)
+        if width * -(-context // _BLOCK_SIZE) > num_blocks:
+            row["error"] = "no room in memory"
+            continue
+        step_s, gap_s = _decode_s(backend, width, context, num_blocks)
+        floor_s = (weight_bytes + width * context * kv_bytes) / (copy_gb_per_s * 1e9)
+        row |= {"step_ms": step_s * 1e3, "gap_ms": gap_s * 1e3, "floor_ms": floor_s * 1e3, "of_floor": floor_s / step_s}
+    chunks = []
+    for num_tokens, context in prefill:
+        step_s = _prefill_s(backend, num_tokens, context)
+        flop = _prefill_flop(backend, num_tokens, context)
+        chunks.append(
+            {
+                "tokens": num_tokens,
+                "context": context,
+                "step_ms": step_s * 1e3,
+                "tokens_per_s": num_tokens / step_s,
+                "tflop_per_s": flop / step_s / 1e12,
+                "of_ceiling": flop / step_s / 1e12 / matrix_tflop_per_s,
+            }
+        )
+    return {
+        "description": runner.description,
+        "weight_bytes": weight_bytes,
+        "kv_bytes_per_token": kv_bytes,
+        "decode": rows,
+        "prefill": chunks,
+    }
+
+
+def _fill_with_noise(cache: torch.Tensor) -> None:
+    if cache.dtype in (torch.int8, torch.float8_e4m3fn):
+        # As fp8 these are numbers from 2**-9 to 2, of both signs.
+        magnitude = torch.randint(0, 64, cache[:1].shape, dtype=torch.uint8, device=cache.device)
+        sign = torch.randint(0, 2, cache[:1].shape, dtype=torch.uint8, device=cache.device) * 128
+        cache.view(torch.uint8).copy_((magnitude + sign).expand(cache.shape))
+    else:
+        cache.normal_()
+
+
+def _decode_s(backend: Any, width: int, context: int, num_blocks: int) -> tuple[float, float]:
+    """Seconds of a step that every sequence has one token in, and of the time between two such steps."""
+    per_sequence = -(-(context + _NUM_REPEATS + 4) // _BLOCK_SIZE)
+    if width * per_sequence > num_blocks:
+        per_sequence = -(-context // _BLOCK_SIZE)
+    order = torch.randperm(num_blocks)[: width * per_sequence].tolist()
+    tables = [order[i * per_sequence : (i + 1) * per_sequence] for i in range(width)]
+    batch = StepBatch([1 + i % 999 for i in range(width)], [1] * width, [context] * width, tables, [*range(width)])
+    pending: Any = None
+    times, gaps, last_end = [], [], None
+    for step in range(_NUM_REPEATS + 5):
+        # Launched ahead, as the engine does: the step before is read when this one is under way.
+        launched = backend.read([backend.argmax(batch)])
+        if pending is not None:
+            pending.wait()
+            if step > 5:
+                times.append(pending.times.ended_s - pending.times.began_s)
+                if last_end is not None:
+                    gaps.append(pending.times.began_s - last_end)
+            last_end = pending.times.ended_s
+        pending = launched
+        batch = StepBatch([-1 - i for i in range(width)], [1] * width, [context] * width, tables, [*range(width)])
+    pending.wait()
+    return statistics.median(times), statistics.median(gaps)
+
+
+def _prefill_s(backend: Any, num_tokens: int, context: int) -> float:
+    tables = [[*range(-(-context // _BLOCK_SIZE))]]
+    batch = StepBatch([1 + i % 999 for i in range(num_tokens)], [num_tokens], [context], tables, [num_tokens - 1])
+    times = []
+    for step in range(13):
+        read = backend.read([backend.argmax(batch)])
+        read.wait()
+        if step >= 3:
+            times.append(read.times.ended_s - read.times.began_s)
+    return float(statistics.median(times))
+
+
+def _prefill_flop(backend: Any, num_tokens: int, context: int) -> float:
+    """Two per weight and token, the head's for one token only; four per query head, dimension and visible token."""
+    config = backend._decoder._config
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    per_layer = config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
+    num_layers = len(config.windows)
+    visible = sum(range(context - num_tokens + 1, context + 1))
+    head = config.hidden_size * config.vocab_size
+    return float(2 * num_tokens * per_layer * num_layers + 4 * q_size * visible * num_layers + 2 * head)
+
+
+if __name__ == "__main__":
+    main()

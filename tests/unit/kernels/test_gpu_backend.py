@@ -1,0 +1,162 @@
+"""Steps as a GPU runs them agree with steps in torch; on a CPU the kernels are interpreted, and there are no graphs."""
+
+import functools
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from cpu_models import PagedRun, TinyModel, dequantised, random_tokens, reference_backend
+from headrace.kernels import triton_ops
+from headrace.kernels.backend import StepBatch
+from headrace.kernels.decoder import Decoder, KVCache, Weight
+from headrace.kernels.gpu_backend import GpuBackend
+from headrace.kernels.gpu_linear import gpu_linear
+from headrace.kernels.quantised import QuantisedWeight
+from headrace.kernels.sampling import SamplingBatch
+
+# What padding rows hold is nobody's, and may overflow.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EMBEDDING = "model.embed_tokens.weight"
+MODELS = {
+    "llama": TinyModel(),
+    "qwen2": TinyModel(has_qkv_bias=True, num_kv_heads=1, is_tied=True),
+    "qwen3": TinyModel(has_head_norms=True, head_dim=32, num_heads=3, num_kv_heads=3),
+    "mistral": TinyModel(windows=(9, None), intermediate_size=72),
+}
+SCHEDULES: dict[str, list[dict[int, int]]] = {
+    "all at once": [],
+    "chunks beside decoding": [{0: 20}, {0: 1, 1: 13}, {0: 1, 1: 8, 2: 5}, {1: 1, 0: 1, 2: 1}, {0: 1, 1: 1, 2: 1}],
+}
+
+
+def gpu_backend(
+    model: TinyModel, num_blocks: int, dtype: torch.dtype = torch.float32, **settings: object
+) -> GpuBackend:
+    weights: dict[str, Weight] = {
+        name: weight
+        if isinstance(weight, QuantisedWeight) and name != EMBEDDING
+        else dequantised(weight).to(DEVICE, dtype)
+        for name, weight in model.weights().items()
+    }
+    is_fp8, kv_dtype = settings.pop("is_fp8", False), settings.pop("kv_dtype", dtype)
+    make_head = functools.partial(gpu_linear, dtype=dtype, device=DEVICE)
+    make_linear = functools.partial(make_head, is_fp8=is_fp8)
+    decoder = Decoder(model.config, weights, triton_ops, make_linear, make_head)
+    cache = KVCache.allocate(model.config.shape, num_blocks, 16, kv_dtype, DEVICE)
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "max_num_blocks": 8} | settings
+    backend = GpuBackend(decoder, cache, **limits)
+    backend.capture()
+    return backend
+
+
+def sequences() -> list[list[int]]:
+    return [random_tokens(length, seed=length) for length in (30, 24, 9)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_torch_in_float32(name: str, schedule: str) -> None:
+    expected = PagedRun(reference_backend(MODELS[name], 12), sequences(), num_blocks=12).all_logits()
+    run = PagedRun(gpu_backend(MODELS[name], 12), sequences(), num_blocks=12)
+    for found, wanted in zip(run.all_logits(SCHEDULES[schedule]), expected, strict=True):
+        torch.testing.assert_close(found.cpu(), wanted, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("limit", "settings"),
+    [
+        (0.05, {}),
+        (0.2, {"kv_dtype": torch.int8}),
+        (0.5, {"kv_dtype": torch.float8_e4m3fn}),
+        (0.2, {"is_fp8": True}),
+        (0.05, {"types": ("Q4_0", "Q8_0", "Q4_1")}),
+    ],
+)
+def test_logits_of_narrower_types_are_near(limit: float, settings: dict[str, Any]) -> None:
+    settings = dict(settings)
+    model = TinyModel(types=settings.pop("types", ("bfloat16",)))
+    expected = PagedRun(reference_backend(model, 12), sequences(), num_blocks=12).all_logits()
+    run = PagedRun(gpu_backend(model, 12, torch.bfloat16, **settings), sequences(), num_blocks=12)
+    for found, wanted in zip(run.all_logits(SCHEDULES["chunks beside decoding"]), expected, strict=True):
+        error = (found.cpu() - wanted).norm() / wanted.norm()
+        assert error < limit, f"{error:.3f}"
+
+
+def test_a_token_that_nobody_has_read_yet_is_taken_from_the_step_before() -> None:
+    prompts = [random_tokens(length, seed=length) for length in (12, 5, 20)]
+    tables = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(3)]
+
+    def steps(backend: GpuBackend, is_read: bool) -> list[list[int]]:
+        """Greedy tokens of 7 steps whose rows change places."""
+        lengths = [len(prompt) for prompt in prompts]
+        ends = list(itertools.accumulate(lengths))
+        batch = StepBatch([*itertools.chain(*prompts)], lengths, lengths, tables, [end - 1 for end in ends])
+        reads = [backend.read([backend.argmax(batch)])]
+        orders = [[0, 1, 2]]
+        contexts = list(lengths)
+        for step in range(6):
+            order = [[2, 0, 1], [1, 2], [2, 1], [0, 1, 2]][step % 4] if step else [2, 1, 0]
+            places = {sequence: row for row, sequence in enumerate(orders[-1])}
+            order = [sequence for sequence in order if sequence in places]
+            known = reads[-1].wait()[0].tolist()
+            for sequence in order:
+                contexts[sequence] += 1
+            token_ids = [known[places[i]] if is_read else -1 - places[i] for i in order]
+            orders.append(order)
+            rows = [1] * len(order)
+            batch = StepBatch(
+                token_ids, rows, [contexts[i] for i in order], [tables[i] for i in order], [*range(len(order))]
+            )
+            reads.append(backend.read([backend.argmax(batch)]))
+        return [read.wait()[0].tolist() for read in reads]
+
+    model = MODELS["llama"]
+    assert steps(gpu_backend(model, 9), is_read=False) == steps(gpu_backend(model, 9), is_read=True)
+
+
+def test_tables_grow_and_make_room_for_others() -> None:
+    """More sequences, one after the other, than the device has rows for."""
+    backend, expected = gpu_backend(MODELS["llama"], 60, max_num_seqs=2), reference_backend(MODELS["llama"], 60)
+    first = random_tokens(40, seed=1)
+    runs = [PagedRun(each, [first], num_blocks=20, seed=3) for each in (backend, expected)]
+    assert_same(runs, {0: 17})
+    for i in range(7):
+        other = [PagedRun(each, [random_tokens(18, seed=9 + i)], num_blocks=60, seed=3) for each in (backend, expected)]
+        for run in other:
+            run.tables = [[block + 3 for block in (20 + 2 * i, 21 + 2 * i)]]
+        assert_same(other, {0: 18})
+        if i % 3 == 0:
+            assert_same(runs, {0: 1})
+
+
+def assert_same(runs: list[PagedRun], counts: dict[int, int]) -> None:
+    found, wanted = (run.step(counts)[0] for run in runs)
+    torch.testing.assert_close(found.cpu(), wanted, rtol=2e-4, atol=2e-4)
+
+
+def test_rows_are_drawn_by_their_own_settings() -> None:
+    backend = gpu_backend(MODELS["llama"], 12)
+    run = PagedRun(backend, sequences(), num_blocks=12)
+    batch = run.batch({0: 30, 1: 24, 2: 9})
+    logits = backend.forward(replace(batch, logit_rows=[29, 53, 62]))
+    best = logits.argmax(-1).tolist()
+    second = logits.topk(2).indices[:, 1].tolist()
+    settings = SamplingBatch(
+        temperature=np.array([0, 1, 0], np.float32),
+        top_k=np.array([0, 1, 0]),
+        top_p=np.ones(3, np.float32),
+        min_p=np.zeros(3, np.float32),
+        seed=np.array([1, 2, 3], np.uint64),
+        choice=np.zeros(3, np.int64),
+        position=np.array([30, 24, 9]),
+        masked=[(2, np.array([best[2]]))],
+    )
+    assert backend.read([backend.sample(logits, settings)]).wait()[0].tolist() == [*best[:2], second[2]]
