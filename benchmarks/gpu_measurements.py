@@ -20,8 +20,8 @@ from headrace.kernels import reference, triton_ops, triton_sampling
 from headrace.kernels.backend import StepBatch
 from headrace.kernels.decoder import KVCache, ModelShape
 from headrace.kernels.gpu_linear import GpuLinear
-from headrace.kernels.triton_linear import quantise_fp8
-from headrace.kernels.ops import AttentionMetadata
+from headrace.kernels.ops import AttentionMetadata, Hidden
+from headrace.kernels.triton_linear import Weight, dequantise, pack_groups, quantise_fp8
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.model_loader import load_engine
 
@@ -33,36 +33,79 @@ _NUM_REPEATS = 20
 
 def main() -> None:
     section, options = sys.argv[1], json.loads(sys.argv[2])
-    sections: dict[str, Callable[..., dict[str, Any]]] = {"parity": _parity, "ceilings": _ceilings, "steps": _steps}
+    sections: dict[str, Callable[..., dict[str, Any]]] = {"parity": parity, "ceilings": _ceilings, "steps": _steps}
     results = sections[section](**options)
     print(json.dumps(results))
 
 
-def _parity() -> dict[str, Any]:
+def parity(
+    hidden_size: int = 4096, num_out: int = 6144, vocab_size: int = 128256, device: str = "cuda"
+) -> dict[str, Any]:
     """How far each kernel is from its reference, in bfloat16 on random data: |out - reference| / |reference|."""
     torch.manual_seed(0)
-    device = torch.device("cuda")
 
     def noise(*shape: int, spread: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, device=device) * spread).bfloat16()
 
     errors: dict[str, float] = {}
-    x, weight = noise(33, 4096), noise(4096)
+    x, weight = noise(33, hidden_size), noise(hidden_size)
     errors["rms_norm"] = _error(triton_ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x.double(), weight, 1e-5))
-    gate_up = noise(33, 28672)
+    gate_up = noise(33, 2 * num_out)
     errors["silu_mul"] = _error(triton_ops.silu_mul(gate_up), reference.silu_mul(gate_up.float()))
     for cache_dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.int8):
         name = str(cache_dtype).removeprefix("torch.")
         errors |= {f"{op}, {name} cache": error for op, error in _attention_errors(noise, cache_dtype).items()}
     for num_rows in (1, 16, 64, 200):
-        x, weight = noise(num_rows, 4096), noise(6144, 4096, spread=4096**-0.5)
-        expected = x.double() @ weight.double().T
-        errors[f"product of {num_rows} rows"] = _error(GpuLinear(weight)(x), expected)
-        fp8 = GpuLinear(quantise_fp8(weight))
-        errors[f"product of {num_rows} rows, fp8 weights"] = _error(fp8(x), expected)
-    logits = torch.randn(64, 128256, device=device) * 3
-    agreed = (triton_sampling.argmax(logits) == logits.argmax(-1)).all()
-    errors["argmax"] = 0.0 if agreed else 1.0
+        errors |= {
+            f"{op}, {num_rows} rows": error
+            for op, error in _product_errors(noise, num_rows, hidden_size, num_out).items()
+        }
+    logits = torch.randn(64, vocab_size, device=device) * 3
+    errors["argmax, share of wrong tokens"] = _wrong(triton_sampling.argmax(logits), logits.argmax(-1))
+    ones, uniform = torch.ones(64, device=device), torch.rand(64, device=device)
+    no_top_k = torch.zeros(64, dtype=torch.int32, device=device)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True).flatten()
+    drawn = triton_sampling.sample(logits, ones, no_top_k, ones, 0 * ones, uniform, has_filters=False)
+    errors["sampling, share of wrong tokens"] = _wrong(drawn, expected)
+    probs, order = logits.double().softmax(-1).sort(descending=True, stable=True)
+    kept = (probs.cumsum(-1) - probs) < 0.9
+    inside = torch.zeros_like(kept).scatter_(1, order, kept)
+    drawn = triton_sampling.sample(logits, ones, no_top_k, 0.9 * ones, 0 * ones, uniform)
+    cumulative = torch.where(inside, logits.double().softmax(-1), 0).cumsum(-1)
+    expected = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True).flatten()
+    errors["sampling with top-p, share of wrong tokens"] = _wrong(drawn, expected)
+    return errors
+
+
+def _wrong(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found != expected).double().mean())
+
+
+def _product_errors(noise: Callable[..., torch.Tensor], num_rows: int, num_in: int, num_out: int) -> dict[str, float]:
+    """Products of each kind of weight: of a norm, of a norm through the gate, and added to the residual stream."""
+    x, residual, eps = noise(num_rows, num_in), noise(num_rows, num_out), 1e-5
+    normed = reference.rms_norm(x.float(), torch.ones(num_in, device=x.device), eps)
+    integers = torch.randint(0, 16, (num_out, num_in), dtype=torch.uint8, device=x.device)
+    scales, minimums = (noise(num_out, num_in // 32, spread=0.002).half() for _ in range(2))
+    plain = noise(num_out, num_in, spread=num_in**-0.5)
+    weights: dict[str, Weight] = {
+        "bfloat16": plain,
+        "fp8": quantise_fp8(plain),
+        "4 bits": pack_groups(integers.cpu(), scales.cpu(), 32, minimums=minimums.cpu(), device=x.device),
+    }
+    errors = {}
+    for name, weight in weights.items():
+        dense = dequantise(weight).float()
+        linear = GpuLinear(weight)
+        errors[f"norm and product, {name}"] = _error(linear.of_norm(Hidden(x), eps), normed @ dense.T)
+        gated = reference.silu_mul(normed @ dense.T)
+        errors[f"norm, product and gate, {name}"] = _error(linear.gated_of_norm(Hidden(x), eps), gated)
+        added = linear.added_to(x, Hidden(residual))
+        errors[f"product and sum, {name}"] = _error(added.values, residual.float() + x.float() @ dense.T)
+        if added.squares is not None:
+            squares = added.values.float().pow(2).sum(-1)
+            errors[f"squares of that, {name}"] = _error(added.squares.sum(0), squares)
     return errors
 
 
@@ -71,7 +114,7 @@ def _attention_errors(noise: Callable[..., torch.Tensor], cache_dtype: torch.dty
     num_heads, num_kv_heads, head_dim, num_blocks = 32, 8, 128, 200
     rows = [(1, 700), (1, 17), (60, 60), (33, 290), (1, 1)]
     shape = ModelShape(1, 4096, ((num_kv_heads, head_dim),))
-    caches = [KVCache.allocate(shape, num_blocks, _BLOCK_SIZE, cache_dtype, torch.device("cuda")) for _ in range(2)]
+    caches = [KVCache.allocate(shape, num_blocks, _BLOCK_SIZE, cache_dtype, noise(1).device) for _ in range(2)]
     order = torch.randperm(num_blocks).tolist()
     starts, tables = [0], []
     for num_query, context in rows:
@@ -79,9 +122,9 @@ def _attention_errors(noise: Callable[..., torch.Tensor], cache_dtype: torch.dty
         tables.append([order.pop() for _ in range(-(-context // _BLOCK_SIZE))])
     metadata = AttentionMetadata(starts, [context for _, context in rows], tables)
     slots = torch.tensor([b * _BLOCK_SIZE + i for table in tables for b in table for i in range(_BLOCK_SIZE)])
-    slots = slots.to("cuda")
+    slots = slots.to(noise(1).device)
     qkv = noise(len(slots), num_heads + 2 * num_kv_heads, head_dim)
-    angles = torch.rand(len(slots), head_dim // 2, device="cuda") * 6
+    angles = torch.rand(len(slots), head_dim // 2, device=slots.device) * 6
     outputs: list[torch.Tensor] = []
     errors = {}
     for ops, cache in ((triton_ops, caches[0]), (reference, caches[1])):

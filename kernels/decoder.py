@@ -152,9 +152,9 @@ class _Layer:
 class Decoder:
     """The model, ready to run.
 
-    `weights` maps Hugging Face's parameter names to tensors of one dtype on one device (matrices may be quantised where
-    `make_linear` takes them so), and is not kept: each is let go once laid out. A missing `lm_head.weight` means that it
-    is tied to the embedding.
+    `weights` maps Hugging Face's parameter names to tensors of one dtype on one device, or to quantised matrices where
+    `make_linear` takes those; it is not kept: each is let go once laid out. A missing `lm_head.weight` means that it is
+    tied to the embedding.
     """
 
     def __init__(

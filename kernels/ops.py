@@ -50,7 +50,7 @@ class HeadNorms(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """The residual stream [T, E]; `squares` [P, T] float32 are parts of its rows' sums of squares, which their next norm
+    """The residual stream [T, E]; `squares` [P, T] float32 are parts of its rows' sums of squares, which the next norm
     needs, where what made it knows them."""
 
     values: torch.Tensor

@@ -8,7 +8,6 @@ that equal inputs give equal bits. A launch depends on host integers of the plan
 device: a step captured in a CUDA graph serves any batch that fits.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +16,12 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.ops import AttentionMetadata
+from headrace.kernels.triton_launch import counters, launch_options, num_sms
 
 _LOG2_E = 1.4426950408889634
 # Of products of float32, the only ones that it concerns.
 _PRECISION = tl.constexpr("tf32x3")
-_NUM_COUNTERS = 8192
 _IS_INTERPRETED = triton.knobs.runtime.interpret
-# Without a GPU kernels are interpreted, and cut up as they would be on an H100.
-_DEFAULT_NUM_SMS = 132
-# Programmatic dependent launch: whether the kernels start while the one before them ends, and when they let the next
-# one: "early", "late" (before they store) or "never" (when they have ended). Read at each launch.
-LAUNCHES_EARLY = False
-TRIGGER = "late"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,27 +92,6 @@ def _operand_type(dtype: torch.dtype, cache_dtype: torch.dtype) -> tl.dtype:
     if _IS_INTERPRETED and dtype == torch.bfloat16:
         return tl.float32
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _DEFAULT_NUM_SMS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@functools.cache
-def _can_launch_early(device: torch.device) -> bool:
-    """Say whether the device has programmatic dependent launch, new with Hopper."""
-    if _IS_INTERPRETED or device.type != "cuda":
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@functools.cache
-def _counters(device: torch.device) -> torch.Tensor:
-    """Zeros, one per sequence and key/value head; who counts to the end leaves a zero again."""
-    return torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=device)
 
 
 def _choose_num_splits(num_programs: int, max_num_tokens: int, block_n: int, num_sms: int) -> int:
@@ -201,28 +173,25 @@ def _attend(
         "HAS_SOFTCAP": softcap is not None,
         "OPERAND": _operand_type(q.dtype, k_cache.dtype),
         "GROUP": triton.next_power_of_2(group_size),
-        "HAS_PDL": False,
-        "TRIGGER": TRIGGER,
+        **launch_options(q.device),
     }
-    if LAUNCHES_EARLY and _can_launch_early(q.device):
-        shape |= {"HAS_PDL": True, "launch_pdl": True}
 
     tiling = decode_tiling or _decode_tiling(group_size, head_dim, k_cache.element_size())
     if num_splits is None:
         longest = plan.block_tables.shape[1] * block_size
         longest = longest if window is None else min(longest, window)
-        num_splits = _choose_num_splits(num_seqs * num_kv_heads, longest, tiling.block_n, _num_sms(q.device))
-    partial = lse = counters = None
+        num_splits = _choose_num_splits(num_seqs * num_kv_heads, longest, tiling.block_n, num_sms(q.device))
+    partial = lse = arrivals = None
     if num_splits > 1:
-        counters = _counters(q.device)
-        assert num_seqs * num_kv_heads <= len(counters), "more sequences' heads than counters"
+        arrivals = counters(q.device)
+        assert num_seqs * num_kv_heads <= len(arrivals), "more sequences' heads than counters"
         partial = torch.empty((num_seqs, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((num_seqs, num_heads, num_splits), dtype=torch.float32, device=q.device)
     _decode[(num_kv_heads, num_splits, num_seqs)](
         *(q, k_cache, values, *arguments),
         partial,
         lse,
-        counters,
+        arrivals,
         num_splits,
         **shape,
         BLOCK_M=tiling.block_m,
@@ -286,7 +255,6 @@ def _decode(  # type: ignore[no-untyped-def]
     OPERAND: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_PDL: tl.constexpr,
-    TRIGGER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_PARTIALS: tl.constexpr,
@@ -300,8 +268,6 @@ def _decode(  # type: ignore[no-untyped-def]
     PER_VALUE: tl.constexpr = 2 if IS_PAIRED else 1
     if HAS_PDL:
         # Every program waits, also one with nothing to do: the next kernel takes this one's end for that of all before.
-        if TRIGGER == "early":
-            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     # Neighbouring programs read the neighbouring heads of the same tokens.
     group = tl.program_id(0)
@@ -376,7 +342,7 @@ def _decode(  # type: ignore[no-untyped-def]
         # Read an iteration ahead: keys and values can then be loaded as many iterations ahead as there are stages.
         blocks = tl.load(table_ptr + ((tokens + BLOCK_N) >> LOG_S), mask=tokens + BLOCK_N < end, other=0)
 
-    if HAS_PDL and TRIGGER == "late":
+    if HAS_PDL:
         tl.extra.cuda.gdc_launch_dependents()
     out = tl.interleave(acc, acc_high) if IS_PAIRED else acc
     total = tl.sum(total, 1)
@@ -580,7 +546,6 @@ def _prefill(  # type: ignore[no-untyped-def]
     OPERAND: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_PDL: tl.constexpr,
-    TRIGGER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -588,8 +553,6 @@ def _prefill(  # type: ignore[no-untyped-def]
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     if HAS_PDL:
         # As in `_decode`.
-        if TRIGGER == "early":
-            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     group = tl.program_id(0)
     # The last tiles of a prompt see the most: they start first, so that the short ones fill the end.
@@ -685,7 +648,7 @@ def _prefill(  # type: ignore[no-untyped-def]
         True,
         OPERAND,
     )
-    if HAS_PDL and TRIGGER == "late":
+    if HAS_PDL:
         tl.extra.cuda.gdc_launch_dependents()
     if sinks_ptr is not None:
         sinks = tl.load(sinks_ptr + heads, mask=members < H // G, other=0.0).to(tl.float32)

@@ -7,9 +7,8 @@ asks for its first weights while the one before still runs. Papers: GPTQ (Franta
 `quantised` has them, repacked; FP8 formats (Micikevicius et al., 2022); RMSNorm's factor is applied after the product.
 """
 
-import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,18 +17,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headrace.kernels.quantised import GROUP_BYTES, GROUP_SIZE, QuantisedWeight
+from headrace.kernels.triton_launch import counters, launch_options, num_sms
 
 MAX_ROWS = 64
 # Inputs of a packed block: with 4 bits the low halves of its 32 bytes are the first 32, the high halves the others.
 _PACKED_BLOCK = 64
 _HALF_BLOCK = 32
-_NUM_COUNTERS = 8192
-_PREFETCH_BYTES = 2**23
-# Where a kernel lets the next one start: as it ends, at once, or when its products are done.
-LAUNCH: Literal["none", "early", "late"] = "none"
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Without a GPU kernels are interpreted, and cut up as they would be on an H100.
-_DEFAULT_NUM_SMS = 132
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +64,13 @@ Weight = torch.Tensor | Fp8Weight | GroupedWeight
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """How a product is cut up: a program has `block_n` outputs, of gate and up each, and walks over its inputs by
-    `block_k`; `split_k` programs share a tile. Of x it has `block_m` rows at least. With programmatic dependent launch
-    it prefetches `prefetch_bytes` of weights ahead of its turn. `is_tma` has the tensor memory accelerator load."""
+    `block_k`; `split_k` programs share a tile. `is_tma` has the tensor memory accelerator load."""
 
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
     split_k: int = 1
-    prefetch_bytes: int = 16384
-    block_m: int = 16
     is_tma: bool = False
 
 
@@ -88,26 +79,24 @@ def choose_tiles(num_rows: int, weight: Weight, is_gated: bool, num_sms: int) ->
     num_out, num_in = weight.shape[0] // (1 + is_gated), weight.shape[1]
     element_size = weight.element_size() if isinstance(weight, torch.Tensor) else 1
     block_m = _block_m(num_rows)
-    num_warps, num_stages, least_programs = 4, 4, 0.8 * num_sms
-    # Asynchronous products of rows beyond 16 cost no more than those of 16.
-    least_m = 32 if is_gated else 16
+    num_warps, num_stages, least_programs, is_tma = 4, 4, 0.8 * num_sms, False
     if element_size == 1:
         # Bytes go to registers fast with the synchronous products only, of less than 64 outputs or two warps; a warp
         # has 16 outputs, and the more there are, the more of them unpack.
-        block_n, block_k, least_m = 32, 128, 16
+        block_n, block_k = 32, 128
         num_warps = 4 if block_m == 64 else 2
-        if isinstance(weight, GroupedWeight):
-            least_programs = 4 * num_sms
-        else:
-            least_programs, num_stages = 2 * num_sms, 5
+        least_programs = 2 * num_sms
+        if isinstance(weight, Fp8Weight):
+            num_stages = 5
     elif element_size == 4:
-        block_n, block_k, num_stages, least_m = 32, 32, 2, 16
+        block_n, block_k, num_stages = 32, 32, 2
     else:
         # The more rows, the wider the tiles: each reads all of x.
         has_many = num_out >= 128 * num_sms
         block_n, block_k = 64, 128
         if is_gated:
-            block_n, block_k = 128 if block_m == 64 else 64, 64
+            is_tma = True
+            block_n, block_k, num_stages = (128, 64, 4) if block_m == 64 else (64, 128, 3)
         elif block_m == 64 and has_many:
             block_n, block_k = 128, 64
         elif block_m == 32 and not has_many:
@@ -123,10 +112,7 @@ def choose_tiles(num_rows: int, weight: Weight, is_gated: bool, num_sms: int) ->
     if element_size == 2 and block_m == 64 and not is_gated and triton.cdiv(num_out, block_n) * split_k > num_sms:
         # Two to an SM.
         num_stages = min(num_stages, 256 // block_k + 1)
-    # What the memory gives while a kernel before ends, shared by the programs that run at once.
-    num_running = min(triton.cdiv(num_out, block_n) * split_k, 4 * num_sms)
-    prefetch_bytes = min(32768, _floor_power_of_2(_PREFETCH_BYTES // num_running))
-    return Tiles(block_n, block_k, num_warps, num_stages, split_k, prefetch_bytes, least_m)
+    return Tiles(block_n, block_k, num_warps, num_stages, split_k, is_tma)
 
 
 def _block_m(num_rows: int) -> int:
@@ -137,7 +123,7 @@ def num_tiles(num_rows: int, weight: Weight, is_gated: bool) -> int:
     """Say how many rows `linear`'s `out_squares` have."""
     num_out = weight.shape[0] // (1 + is_gated)
     device = weight.device if isinstance(weight, torch.Tensor) else weight.values.device
-    return -(-num_out // choose_tiles(num_rows, weight, is_gated, _num_sms(device)).block_n)
+    return -(-num_out // choose_tiles(num_rows, weight, is_gated, num_sms(device)).block_n)
 
 
 def linear(
@@ -166,7 +152,7 @@ def linear(
     assert num_rows <= MAX_ROWS, "rows for a wide product"
     assert num_in == weight.shape[1], "x and weight differ in their inputs"
     num_out = weight.shape[0] // (1 + is_gated)
-    tiles = tiles or choose_tiles(num_rows, weight, is_gated, _num_sms(x.device))
+    tiles = tiles or choose_tiles(num_rows, weight, is_gated, num_sms(x.device))
     if norm_weight is not None:
         assert row_squares is None, "two norms"
         x = rms_norm(x, norm_weight, eps)
@@ -178,7 +164,7 @@ def linear(
     if residual is not None:
         assert residual.shape == out.shape
         assert residual.stride(1) == 1, "rows whose numbers are not side by side"
-    block_m = max(tiles.block_m, _block_m(num_rows))
+    block_m = _block_m(num_rows)
     tiles_of_out = triton.cdiv(num_out, tiles.block_n)
     squares_block = 0
     if row_squares is not None:
@@ -188,13 +174,12 @@ def linear(
     if out_squares is not None:
         assert out_squares.shape == (tiles_of_out, num_rows)
         assert out_squares.is_contiguous()
-    partials = counters = None
+    partials = arrivals = None
     if tiles.split_k > 1:
-        counters = _counters(x.device)
-        assert tiles_of_out <= len(counters), "more tiles than counters"
+        arrivals = counters(x.device)
+        assert tiles_of_out <= len(arrivals), "more tiles than counters"
         shape = (tiles_of_out, tiles.split_k, 1 + is_gated, tiles.block_n, block_m)
         partials = torch.empty(shape, dtype=torch.float32, device=x.device)
-    launch = LAUNCH if _can_launch_early(x.device) else "none"
     places: dict[str, Any] = {
         "row_squares": row_squares,
         "bias": bias,
@@ -202,7 +187,7 @@ def linear(
         "out": out,
         "out_squares": out_squares,
         "partials": partials,
-        "counters": counters,
+        "counters": arrivals,
         "num_rows": num_rows,
         "num_out": num_out,
         "num_in": num_in,
@@ -221,13 +206,10 @@ def linear(
         "SQUARES_BLOCK": squares_block,
         # While the weights arrive, if there are registers to keep them.
         "ARE_SQUARES_EARLY": (squares_block + tiles.block_n * (1 + is_gated)) * block_m <= 96 * 32 * tiles.num_warps,
-        "LAUNCH": launch,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
+        **launch_options(x.device),
     }
-    if launch != "none":
-        shape_options["launch_pdl"] = True
-    prefetch_bytes = tiles.prefetch_bytes // (tiles.block_n * (1 + is_gated)) if launch != "none" else 0
     grid = (tiles_of_out, tiles.split_k)
     if isinstance(weight, GroupedWeight):
         is_packed = weight.values.dtype == torch.uint8
@@ -245,7 +227,6 @@ def linear(
             UNROLL=unroll,
             NUM_STEPS=triton.cdiv(num_blocks, unroll * tiles.split_k),
             IS_EVEN=num_in % (_PACKED_BLOCK * unroll * tiles.split_k) == 0,
-            NUM_PREFETCHES=_floor_power_of_2(min(prefetch_bytes // _HALF_BLOCK, num_blocks // tiles.split_k)),
             LOW_SOURCE=_dequantise_source(0, weight),
             HIGH_SOURCE=_dequantise_source(1, weight),
             **shape_options,
@@ -253,13 +234,6 @@ def linear(
         return out
     values = weight.values if isinstance(weight, Fp8Weight) else weight
     assert values.stride(1) == 1, "rows whose numbers are not side by side"
-    # A row's share is prefetched by as many threads as there are for it.
-    num_chunks = max(1, 32 * tiles.num_warps // tiles.block_n)
-    chunk_bytes = _floor_power_of_2(prefetch_bytes // num_chunks)
-    is_even = num_in % (tiles.block_k * tiles.split_k) == 0
-    has_reach = num_chunks * chunk_bytes * tiles.split_k <= num_in * values.element_size()
-    if not (is_even and _is_aligned(values) and has_reach and chunk_bytes >= 16):
-        chunk_bytes = 0
     weight_box = x_box = None
     if tiles.is_tma and _is_aligned(values) and _is_aligned(x):
         weight_box = TensorDescriptor.from_tensor(values, [tiles.block_n, tiles.block_k])
@@ -275,9 +249,7 @@ def linear(
         weight_stride=values.stride(0),
         BLOCK_K=tiles.block_k,
         NUM_STEPS=triton.cdiv(num_in, tiles.block_k * tiles.split_k),
-        IS_EVEN=is_even,
-        NUM_CHUNKS=num_chunks,
-        PREFETCH_BYTES=chunk_bytes,
+        IS_EVEN=num_in % (tiles.block_k * tiles.split_k) == 0,
         FP8_SOURCE=_WIDEN if can_widen else None,
         **shape_options,
     )
@@ -287,31 +259,6 @@ def linear(
 def _is_aligned(rows: torch.Tensor) -> bool:
     """Say whether all rows start at multiples of 16 bytes."""
     return rows.stride(0) * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0
-
-
-def _floor_power_of_2(number: int) -> int:
-    return 1 << (number.bit_length() - 1) if number > 0 else 0
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _DEFAULT_NUM_SMS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@functools.cache
-def _can_launch_early(device: torch.device) -> bool:
-    """Say whether the device has programmatic dependent launch, new with Hopper."""
-    if _IS_INTERPRETED.value or device.type != "cuda":
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@functools.cache
-def _counters(device: torch.device) -> torch.Tensor:
-    """Zeros, one per tile; who counts to the end leaves a zero again."""
-    return torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=device)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_squares"])
@@ -347,10 +294,8 @@ def _product(  # type: ignore[no-untyped-def]
     ARE_SQUARES_EARLY: tl.constexpr,
     NUM_STEPS: tl.constexpr,
     IS_EVEN: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr,
-    PREFETCH_BYTES: tl.constexpr,
     FP8_SOURCE: tl.constexpr,
-    LAUNCH: tl.constexpr,
+    HAS_PDL: tl.constexpr,
 ):
     tile = tl.program_id(0)
     start = tl.program_id(1) * (NUM_STEPS * BLOCK_K)
@@ -361,18 +306,11 @@ def _product(  # type: ignore[no-untyped-def]
     # Rows beyond the last are read as the last one, and not stored.
     rows = weight + tl.minimum(n, num_out - 1).to(tl.int64) * weight_stride + start
     up_rows = rows + num_out.to(tl.int64) * weight_stride
-    if LAUNCH == "early":
-        tl.extra.cuda.gdc_launch_dependents()
-    if PREFETCH_BYTES > 0:
-        chunk = tl.arange(0, NUM_CHUNKS) * (PREFETCH_BYTES // weight.dtype.element_ty.primitive_bitwidth * 8)
-        _prefetch(rows[:, None] + chunk[None, :], PREFETCH_BYTES)
-        if IS_GATED:
-            _prefetch(up_rows[:, None] + chunk[None, :], PREFETCH_BYTES)
     if scales is not None:
         scale = tl.load(scales + n, mask=n < num_out, other=0.0)
         if IS_GATED:
             up_scale = tl.load(scales + num_out + n, mask=n < num_out, other=0.0)
-    if LAUNCH != "none":
+    if HAS_PDL:
         tl.extra.cuda.gdc_wait()
 
     if SQUARES_BLOCK > 0 and ARE_SQUARES_EARLY:
@@ -409,7 +347,7 @@ def _product(  # type: ignore[no-untyped-def]
         up_weights += BLOCK_K
         columns += BLOCK_K
 
-    if LAUNCH == "late":
+    if HAS_PDL:
         tl.extra.cuda.gdc_launch_dependents()
     if SQUARES_BLOCK > 0:
         if not ARE_SQUARES_EARLY:
@@ -477,19 +415,6 @@ def _dot(a, b, total):  # type: ignore[no-untyped-def]
         # numpy has no bfloat16.
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
-def _prefetch(pointers, num_bytes: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Bring memory into the L2 cache, `num_bytes` (a multiple of 16) from each pointer on."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [pointers.to(tl.int64), num_bytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -698,7 +623,7 @@ def _grouped_product(  # type: ignore[no-untyped-def]
     IS_GATED: tl.constexpr,
     SQUARES_BLOCK: tl.constexpr,
     ARE_SQUARES_EARLY: tl.constexpr,
-    LAUNCH: tl.constexpr,
+    HAS_PDL: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     ZERO_POINT: tl.constexpr,
     HAS_MINIMUMS: tl.constexpr,
@@ -706,7 +631,6 @@ def _grouped_product(  # type: ignore[no-untyped-def]
     UNROLL: tl.constexpr,
     NUM_STEPS: tl.constexpr,
     IS_EVEN: tl.constexpr,
-    NUM_PREFETCHES: tl.constexpr,
     LOW_SOURCE: tl.constexpr,
     HIGH_SOURCE: tl.constexpr,
 ):
@@ -717,20 +641,10 @@ def _grouped_product(  # type: ignore[no-untyped-def]
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, 32)
-    # A slab is 32 bytes of every output: 64 inputs of 4 bits, or 32 of 8.
-    SLABS: tl.constexpr = 1 if IS_PACKED else 2
+    # Of 64 inputs of 4 bits, or 32 of 8.
     slab_size = n_total.to(tl.int64) * 32
     row = tl.minimum(n, num_out - 1)
-    if LAUNCH == "early":
-        tl.extra.cuda.gdc_launch_dependents()
-    if NUM_PREFETCHES > 0:
-        slab = tl.minimum(first * SLABS + tl.arange(0, NUM_PREFETCHES), last * SLABS - 1)
-        ahead = values + slab * slab_size + tile * (BLOCK_N * 32)
-        if (tile + 1) * BLOCK_N <= num_out:
-            _prefetch(ahead, BLOCK_N * 32)
-            if IS_GATED:
-                _prefetch(ahead + num_out.to(tl.int64) * 32, BLOCK_N * 32)
-    if LAUNCH != "none":
+    if HAS_PDL:
         tl.extra.cuda.gdc_wait()
 
     if SQUARES_BLOCK > 0 and ARE_SQUARES_EARLY:
@@ -789,7 +703,7 @@ def _grouped_product(  # type: ignore[no-untyped-def]
                     )
                     up_total = _dot(weights, inputs, up_total)
 
-    if LAUNCH == "late":
+    if HAS_PDL:
         tl.extra.cuda.gdc_launch_dependents()
     if SQUARES_BLOCK > 0:
         if not ARE_SQUARES_EARLY:
@@ -887,7 +801,6 @@ def sum_squares(x: torch.Tensor) -> torch.Tensor:
 def _launch_row_kernel(kernel: Any, rows: torch.Tensor, *args: Any) -> None:
     block = triton.next_power_of_2(rows.shape[-1])
     block_rows = max(1, 1024 // block)
-    launch = LAUNCH if _can_launch_early(rows.device) else "none"
     if len(rows) == 0:
         return
     kernel[(triton.cdiv(len(rows), block_rows),)](
@@ -895,9 +808,8 @@ def _launch_row_kernel(kernel: Any, rows: torch.Tensor, *args: Any) -> None:
         *args,
         BLOCK_ROWS=block_rows,
         BLOCK=block,
-        LAUNCH=launch,
         num_warps=4 if block <= 2048 else 8,
-        **({"launch_pdl": True} if launch != "none" else {}),
+        **launch_options(rows.device),
     )
 
 
@@ -912,20 +824,18 @@ def _rms_norm(  # type: ignore[no-untyped-def]
     eps,
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    LAUNCH: tl.constexpr,
+    HAS_PDL: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
     column = tl.arange(0, BLOCK)
     is_used = (row < num_rows)[:, None] & (column < width)[None, :]
-    if LAUNCH == "early":
-        tl.extra.cuda.gdc_launch_dependents()
     factor = tl.full((BLOCK,), 1.0, tl.float32)
     if weight is not None:
         factor = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
-    if LAUNCH != "none":
+    if HAS_PDL:
         tl.extra.cuda.gdc_wait()
     values = tl.load(x + row[:, None] * x_stride + column[None, :], mask=is_used, other=0.0).to(tl.float32)
-    if LAUNCH == "late":
+    if HAS_PDL:
         tl.extra.cuda.gdc_launch_dependents()
     mean = tl.sum(values * values, axis=1) / width
     values = values * tl.rsqrt(mean + eps)[:, None] * factor[None, :]
@@ -934,17 +844,15 @@ def _rms_norm(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _sum_squares(  # type: ignore[no-untyped-def]
-    x, out, num_rows, width, x_stride, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, LAUNCH: tl.constexpr
+    x, out, num_rows, width, x_stride, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_PDL: tl.constexpr
 ):
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
     column = tl.arange(0, BLOCK)
     is_used = (row < num_rows)[:, None] & (column < width)[None, :]
-    if LAUNCH == "early":
-        tl.extra.cuda.gdc_launch_dependents()
-    if LAUNCH != "none":
+    if HAS_PDL:
         tl.extra.cuda.gdc_wait()
     values = tl.load(x + row[:, None] * x_stride + column[None, :], mask=is_used, other=0.0).to(tl.float32)
-    if LAUNCH == "late":
+    if HAS_PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tl.store(out + row, tl.sum(values * values, axis=1), mask=row < num_rows)
 

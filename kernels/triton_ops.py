@@ -12,6 +12,7 @@ from headrace.kernels.gpu_linear import GpuLinear
 from headrace.kernels.ops import HeadNorms, Hidden, LayerCache, Linear
 from headrace.kernels.triton_activations import silu_mul
 from headrace.kernels.triton_attention import AttentionPlan, paged_attention as attend, plan_attention
+from headrace.kernels.triton_launch import launch_options
 from headrace.kernels.triton_linear import rms_norm
 
 __all__ = [
@@ -145,6 +146,7 @@ def rope_and_write_kv(
         HALF=triton.next_power_of_2(head_dim // 2),
         NUM_HEADS=_NUM_HEADS,
         num_warps=2,
+        **launch_options(qkv.device),
     )
     return qkv[:, :num_q]
 
@@ -167,7 +169,10 @@ def _rope_and_write_kv(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     HALF: tl.constexpr,
     NUM_HEADS: tl.constexpr,
+    HAS_PDL: tl.constexpr,
 ):
+    if HAS_PDL:
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * NUM_HEADS + tl.arange(0, NUM_HEADS)
     dim = tl.arange(0, HALF)
@@ -195,6 +200,8 @@ def _rope_and_write_kv(  # type: ignore[no-untyped-def]
     rotated_second = normed_second * angle_cos + normed_first * angle_sin
     first = tl.where(is_value[:, None], first, rotated_first).to(qkv.dtype.element_ty)
     second = tl.where(is_value[:, None], second, rotated_second).to(qkv.dtype.element_ty)
+    if HAS_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     tl.store(place, first, mask=mask & is_query[:, None])
     tl.store(place + D // 2, second, mask=mask & is_query[:, None])
     slot = tl.load(slot_mapping + token)

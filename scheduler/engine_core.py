@@ -71,6 +71,7 @@ class Runner(Protocol):
     computed, and may be called once more before that step is waited for; steps are computed in their order."""
 
     description: str
+    device: str
     max_context_tokens: int
     vocab_size: int
 
@@ -152,6 +153,7 @@ class EngineCore:
                 scheduler.max_num_seqs,
                 runner.vocab_size,
                 runner.description,
+                runner.device,
                 scheduler.load(),
             )
             self._publish(ready)
@@ -190,7 +192,6 @@ class EngineCore:
                 outputs += self._record(scheduler, step)
                 step = None
             before = step
-            self._busy_s += self._clock() - started_s
             self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s), self._pauses))
         outputs = self._record(scheduler, before) if before is not None else []
         outputs += scheduler.fail_all("the server is shutting down")
@@ -236,5 +237,6 @@ class EngineCore:
         times = step.launched.times or StepTimes(max(step.launched_s, self._computed_s or 0.0), ended_s, None)
         gap_s = None if self._computed_s is None else max(0.0, times.began_s - self._computed_s)
         self._pauses = StepPauses(gap_s, times.lock_wait_s)
+        self._busy_s += times.ended_s - times.began_s
         self._computed_s = times.ended_s
         return scheduler.update(step.output, results)

@@ -147,12 +147,14 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class EngineReady:
-    """The model is loaded and warm. `max_context_tokens` is the longest prompt + output one request can have."""
+    """The model is loaded and warm. `max_context_tokens` is the longest prompt + output one request can have,
+    `device` torch's name of what computes: "cpu", "cuda:0"."""
 
     max_context_tokens: int
     max_num_seqs: int
     vocab_size: int
     description: str
+    device: str
     load: LoadSnapshot
 
 

@@ -198,6 +198,7 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
         max_context_tokens=max_context_tokens,
         max_num_batched_tokens=config.max_num_batched_tokens,
         description=description,
+        device=str(device),
     )
     scheduler = Scheduler(
         BlockPool(num_blocks),

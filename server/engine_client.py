@@ -29,6 +29,7 @@ from headrace.scheduler.messages import (
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.errors import ApiError, BadRequestError, EngineFailedError, OverloadedError, UnavailableError
 from headrace.server.generation import Generation
+from headrace.server.gpu_gauges import watch_gpu
 from headrace.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -178,6 +179,7 @@ class EngineClient:
             case EngineReady():
                 self.ready = publication
                 self.load = publication.load
+                watch_gpu(self.metrics, publication.device)
                 self.settled.set()
             case EngineStopped():
                 self.error = publication.error

@@ -161,7 +161,7 @@ class _LoadCollector(Collector):
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", load.num_prefix_queries),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache", load.num_prefix_hits),
             ("engine_steps", "Steps the engine has computed", load.num_steps),
-            ("engine_busy_seconds", "Time the engine spent in steps", load.busy_s),
+            ("engine_busy_seconds", "Time in which steps were computed", load.busy_s),
         ):
             yield CounterMetricFamily(f"headrace_{name}", text, value=count)
 

@@ -72,6 +72,7 @@ class FakeRunner:
     """
 
     description = "fake model"
+    device = "cpu"
     is_asynchronous = False
     vocab_size = VOCAB_SIZE
     times: StepTimes | None = None

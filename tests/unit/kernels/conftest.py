@@ -1,12 +1,8 @@
-"""The C++ kernel, compiled once per session for every instruction set that this machine has; Triton, interpreted where
-there is no GPU."""
+"""The C++ kernel, compiled once per session for every instruction set that this machine has."""
 
 import ctypes
-import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -64,19 +60,3 @@ def any_library(libraries: dict[str, ctypes.CDLL]) -> ctypes.CDLL:
     if not libraries:
         pytest.skip(str(why_not(INSTRUCTION_SETS[-1])))
     return next(iter(libraries.values()))
-
-
-@pytest.fixture(autouse=True)
-def loop_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NumPy 2.4 makes no int of an array of one element any more; Triton 3.6's interpreter does of loop bounds."""
-    if "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch_index(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_index)

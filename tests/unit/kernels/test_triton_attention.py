@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from headrace.kernels import reference, triton_attention
+from headrace.kernels import reference, triton_attention, triton_launch
 from headrace.kernels.ops import AttentionMetadata, LayerCache
 from headrace.kernels.triton_attention import AttentionPlan, _Tiling
 
@@ -172,7 +172,7 @@ def test_splits_merge_to_the_same_bits_whichever_ends_last() -> None:
     first = case.actual(**options)
     for _ in range(20 if DEVICE.type == "cuda" else 1):
         assert torch.equal(case.actual(**options), first)
-    assert not triton_attention._counters(DEVICE).any()
+    assert not triton_launch.counters(DEVICE).any()
 
 
 def test_what_lies_beyond_a_context_never_reaches_a_row() -> None:
@@ -228,7 +228,7 @@ import re, subprocess, sys, tempfile, types
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
-from headrace.kernels import triton_attention
+from headrace.kernels import triton_attention, triton_launch
 from headrace.kernels.ops import AttentionMetadata
 
 hopper = GPUTarget("cuda", 90, 32)
@@ -250,8 +250,7 @@ def compile_only(kernel, *arguments, warmup, **options):
     print(kernel.__name__, spilled, compiled.metadata.shared, compiled.metadata.launch_pdl, num_waits, num_triggers)
 
 JITFunction.run = compile_only
-triton_attention.LAUNCHES_EARLY = len(sys.argv) > 2
-triton_attention._can_launch_early = lambda device: True
+triton_launch._can_launch_early = lambda device: len(sys.argv) > 2
 metadata = AttentionMetadata([0, 1, 9], [4000, 4000], [[0] * 250] * 2)
 plan = triton_attention.plan_attention(metadata, 16, torch.device("cpu"))
 q = torch.zeros(9, 48, 128, dtype=torch.bfloat16)[:, :32]

@@ -197,7 +197,7 @@ def test_tiles_loaded_by_the_tensor_memory_accelerator(num_in: int, num_rows: in
     weight, exact = weight_of(kind, 80, num_in, torch.bfloat16)
     x = randn(num_rows, num_in, seed=2, dtype=torch.bfloat16)
     for split_k in (1, 2):
-        tiles = Tiles(32, 128, 4, 3, split_k, block_m=32, is_tma=True)
+        tiles = Tiles(32, 128, 4, 3, split_k, is_tma=True)
         assert_close(linear(x, weight, tiles=tiles), expected_product(x, exact), torch.bfloat16)
         gated = expected_product(x, exact, is_gated=True)
         assert_close(linear(x, weight, is_gated=True, tiles=tiles), gated, torch.bfloat16)
@@ -267,15 +267,12 @@ LLAMA = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "do
 
 @pytest.mark.parametrize("num_rows", [1, 32, 64])
 @pytest.mark.parametrize("name", LLAMA)
-def test_every_sm_has_a_program_and_all_run_at_once(name: str, num_rows: int) -> None:
+def test_every_sm_has_a_program(name: str, num_rows: int) -> None:
     is_gated = name == "gate_up"
     weight = torch.empty(LLAMA[name], dtype=torch.bfloat16, device="meta")
     tiles = choose_tiles(num_rows, weight, is_gated, 132)
     num_programs = weight.shape[0] // (1 + is_gated) // tiles.block_n * tiles.split_k
-    rows = max(tiles.block_m, num_rows) + tiles.block_n * (1 + is_gated)
-    num_buffers = tiles.num_stages - (tiles.block_n < 64)
-    per_sm = 227 * 1024 // (rows * tiles.block_k * 2 * num_buffers)
-    assert 0.8 * 132 <= num_programs <= per_sm * 132
+    assert num_programs >= 0.8 * 132
 
 
 COMPILE = """
@@ -303,10 +300,10 @@ def compile_only(function, *args, warmup, **options):
     assert kernel.metadata.shared <= 227 * 1024, "shared memory"
 
 JITFunction.run = compile_only
-from headrace.kernels import triton_linear
+from headrace.kernels import triton_launch, triton_linear
 from headrace.kernels.triton_linear import Fp8Weight, GroupedWeight, Tiles, linear, num_tiles, rms_norm, sum_squares
 
-triton_linear._can_launch_early = lambda device: True
+triton_launch._can_launch_early = lambda device: True
 
 def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -323,7 +320,8 @@ def weight(kind, n, k):
     return empty(n, k)
 
 for case in sys.argv[1:]:
-    kind, name, m, triton_linear.LAUNCH = case.split(":")
+    kind, name, m, launch = case.split(":")
+    triton_launch.HAS_DEPENDENT_LAUNCH = launch == "early"
     n, k = {"out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}[name]
     x, w = empty(int(m), k), weight(kind, n, k)
     print(case)
@@ -333,11 +331,11 @@ for case in sys.argv[1:]:
         squares = empty(num_tiles(int(m), w, False), int(m), dtype=torch.float32)
         linear(rms_norm(x, empty(k), 1e-5), w, residual=empty(int(m), n), out_squares=squares)
 triton_linear._is_aligned = lambda rows: True
-linear(empty(1, 4096), empty(28672, 4096), is_gated=True, tiles=Tiles(64, 64, 4, 4, block_m=32, is_tma=True))
+linear(empty(1, 4096), empty(28672, 4096), is_gated=True, tiles=Tiles(64, 64, 4, 4, is_tma=True))
 """
 CASES = (
-    *("plain:out:1:none", "plain:gate_up:1:early", "plain:gate_up:64:late", "plain:down:64:late"),
-    *("fp8:gate_up:1:late", "fp8:down:64:none", "Q4_1:out:1:early", "Q4_0:gate_up:64:late", "Q8_0:gate_up:1:none"),
+    *("plain:out:1:alone", "plain:gate_up:1:early", "plain:gate_up:64:early", "plain:down:64:early"),
+    *("fp8:gate_up:1:early", "fp8:down:64:alone", "Q4_1:out:1:early", "Q4_0:gate_up:64:early", "Q8_0:gate_up:1:alone"),
 )
 
 

@@ -79,15 +79,15 @@ def test_it_says_ready_then_each_step_then_stopped() -> None:
     script = Script({0: lambda s: s.submit(7), 5: lambda s: s.core.stop()})
     script.run()
     first, *steps, last = script.publications
-    assert first == EngineReady(512, 32, 257, "fake model", make_scheduler().load())
+    assert first == EngineReady(512, 32, 257, "fake model", "cpu", make_scheduler().load())
     assert all(isinstance(step, StepOutput) for step in steps)
     assert last == EngineStopped(None)
     assert script.tokens(7) == alone(7)
     assert script.ends(7) == [FinishReason.LENGTH]
     assert [step.load.num_steps for step in script.steps] == [1, 2, 3, 4, 5, 5]
-    # The clock ticks once per look: when a step begins, before and after it is computed, and at its end.
-    assert script.steps[-1].load.busy_s == 5 * 3.0
-    assert [step.pauses for step in script.steps] == [StepPauses(None, None), *[StepPauses(3.0, None)] * 4, None]
+    # The clock ticks once per look: before a step is computed, and after.
+    assert script.steps[-1].load.busy_s == 5 * 1.0
+    assert [step.pauses for step in script.steps] == [StepPauses(None, None), *[StepPauses(2.0, None)] * 4, None]
 
 
 def test_pauses_are_those_a_runner_knows_of_and_none_is_told_across_idleness_or_a_failed_step(
