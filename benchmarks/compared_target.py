@@ -13,6 +13,7 @@ import signal
 import socket
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -62,8 +63,11 @@ class ComparedTarget(ABC):
         await self._spawn()
         return await self._first_token_s(prompt) - spawned_s
 
-    async def measure(self, load: ClosedLoop, width: int, prompts: PromptMaker) -> tuple[Run, float]:
-        """Send one uncounted request, then the load at one width; returns the run and the target's cores in use.
+    async def measure(
+        self, load: ClosedLoop, width: int, prompts: PromptMaker, begin: Callable[[], None] = lambda: None
+    ) -> tuple[Run, float]:
+        """Send one uncounted request, call `begin`, then send the load at one width; returns the run and the target's
+        cores in use.
 
         Raises:
             TargetError: it has ended.
@@ -71,6 +75,7 @@ class ComparedTarget(ABC):
         assert self.session is not None
         run = Run(label=f"{width}", num_planned=width * load.requests_per_stream, width=width)
         await self._warm_up(load, prompts)
+        begin()
         begin_cpu_s = self.session.cpu_s()
         await self._drive(run, load, width, prompts)
         cpu_s = self.session.cpu_s() - begin_cpu_s

@@ -216,11 +216,11 @@ async def _over_http(options: argparse.Namespace, model: Path, logs: Path, deadl
 
 async def _measure_http(name: str, target: ComparedTarget, width: int, prompts: PromptMaker) -> dict[str, Any]:
     load = ClosedLoop(concurrency=(width,), requests_per_stream=2)
-    before = _scrape(target)
+    before: dict[str, float] = {}
     watched = asyncio.create_task(_watch_gauge(target))
     try:
         async with asyncio.timeout(90):
-            run, cores = await target.measure(load, width, prompts)
+            run, cores = await target.measure(load, width, prompts, lambda: before.update(_scrape(target)))
     except (TargetError, TimeoutError) as error:
         return {"target": name, "width": width, "error": repr(error)}
     finally:

@@ -21,8 +21,8 @@ MAY_IMPORT_TORCH = {"gguf_config.py", "model_loader.py", "model_runner.py"}
 # Plain values, for whoever must not wait for torch.
 TORCH_FREE = "headrace.kernels.step_times"
 
-# Two measure from inside what the others reach over HTTP; and the peers are given the model that is served by default.
-FREE = {"http_bench.py", "kernel_bench.py", "peers.py"}
+# Three measure from inside what the others reach over HTTP; the peers are given the model that is served by default.
+FREE = {"gpu_measurements.py", "http_bench.py", "kernel_bench.py", "peers.py"}
 
 
 def imports(path: Path) -> Iterator[str]:
