@@ -21,8 +21,9 @@ MAY_IMPORT_TORCH = {"gguf_config.py", "model_loader.py", "model_runner.py"}
 # Plain values, for whoever must not wait for torch.
 TORCH_FREE = "headrace.kernels.step_times"
 
-# Three measure from inside what the others reach over HTTP; the peers are given the model that is served by default.
-FREE = {"gpu_measurements.py", "http_bench.py", "kernel_bench.py", "peers.py"}
+# Three measure from inside what the others reach over HTTP; peers are given the model that is served by default, and
+# one file is run by their Python.
+FREE = {"gpu_measurements.py", "http_bench.py", "kernel_bench.py", "peer_worker.py", "peers.py"}
 
 
 def imports(path: Path) -> Iterator[str]:
