@@ -37,9 +37,7 @@ SCHEDULES: dict[str, list[dict[int, int]]] = {
 }
 
 
-def gpu_backend(
-    model: TinyModel, num_blocks: int, dtype: torch.dtype = torch.float32, **settings: object
-) -> GpuBackend:
+def gpu_backend(model: TinyModel, num_blocks: int, dtype: torch.dtype = torch.float32, **settings: Any) -> GpuBackend:
     weights: dict[str, Weight] = {
         name: weight
         if isinstance(weight, QuantisedWeight) and name != EMBEDDING
@@ -51,7 +49,7 @@ def gpu_backend(
     make_linear = functools.partial(make_head, is_fp8=is_fp8)
     decoder = Decoder(model.config, weights, triton_ops, make_linear, make_head)
     cache = KVCache.allocate(model.config.shape, num_blocks, 16, kv_dtype, DEVICE)
-    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "max_num_blocks": 8} | settings
+    limits: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "max_num_blocks": 8} | settings
     backend = GpuBackend(decoder, cache, **limits)
     backend.capture()
     return backend
