@@ -9,6 +9,7 @@ on.
 import argparse
 import asyncio
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -108,12 +109,15 @@ def main() -> int:
         if "ceilings" in sections or "steps" in sections or "fp8" in sections:
             report["ceilings"] = _measured("ceilings", {}, deadline_s)
             _print_pairs("Ceilings", report["ceilings"])
-        ceilings = {name: report.get("ceilings", {}).get(name, 1.0) for name in ("copy_gb_per_s", "matrix_tflop_per_s")}
+        found = report.get("ceilings", {})
+        ceilings = {name: found[name] for name in ("copy_gb_per_s", "matrix_tflop_per_s") if name in found}
         for section, title, given in (
             ("steps", "bfloat16", {"decode": _DECODE, "prefill": _PREFILL}),
             ("fp8", "weights and KV cache in fp8", _fp8_settings()),
         ):
-            if section in sections:
+            if section in sections and not ceilings:
+                print(f"{title}: left out, as no ceilings are known")
+            elif section in sections:
                 report[section] = _measured("steps", {"model": str(model), **ceilings, **given}, deadline_s)
                 _print_steps(title, report[section])
         if "http" in sections:
@@ -189,7 +193,7 @@ async def _over_http(options: argparse.Namespace, model: Path, logs: Path, deadl
             target = ComparedTarget.of(recipe, logs / f"{recipe.name}.log")
             up[recipe.name] = target
             try:
-                async with asyncio.timeout(_SERVER_START_LIMIT_S):
+                async with asyncio.timeout(min(_SERVER_START_LIMIT_S, max(1.0, deadline_s - time.monotonic()))):
                     started_s = await target.start(prompts.prompt(154))
                 print(f"{recipe.name}: first token {started_s:.1f} s after its start", flush=True)
                 if isinstance(target, HttpTarget):
@@ -206,7 +210,8 @@ async def _over_http(options: argparse.Namespace, model: Path, logs: Path, deadl
                         return results
                     prompts = PromptMaker((round_number << 20) | width)
                     prompts.fit = fit
-                    results.append(await _measure_http(name, target, width, prompts))
+                    limit_s = deadline_s - time.monotonic()
+                    results.append(await _measure_http(name, target, width, prompts, limit_s))
                     _print_http(results[-1])
     finally:
         for target in up.values():
@@ -214,12 +219,15 @@ async def _over_http(options: argparse.Namespace, model: Path, logs: Path, deadl
     return results
 
 
-async def _measure_http(name: str, target: ComparedTarget, width: int, prompts: PromptMaker) -> dict[str, Any]:
+async def _measure_http(
+    name: str, target: ComparedTarget, width: int, prompts: PromptMaker, limit_s: float
+) -> dict[str, Any]:
     load = ClosedLoop(concurrency=(width,), requests_per_stream=2)
     before: dict[str, float] = {}
-    watched = asyncio.create_task(_watch_gauge(target))
+    gauges: list[float] = []
+    watched = asyncio.create_task(_watch_gauge(target, gauges))
     try:
-        async with asyncio.timeout(90):
+        async with asyncio.timeout(limit_s):
             run, cores = await target.measure(load, width, prompts, lambda: before.update(_scrape(target)))
     except (TargetError, TimeoutError) as error:
         return {"target": name, "width": width, "error": repr(error)}
@@ -236,20 +244,16 @@ async def _measure_http(name: str, target: ComparedTarget, width: int, prompts: 
         total, count = (after.get(each, 0.0) - before.get(each, 0.0) for each in names)
         result[wait] = {"sum_s": total, "count": count}
     result |= {"busy_s": busy_s, "wall_s": run.ended_s - run.started_s}
-    result["gauge"] = max(_gauges, default=None)
-    _gauges.clear()
+    result["gauge"] = statistics.median(gauges) if gauges else None
     return result
 
 
-_gauges: list[float] = []
-
-
-async def _watch_gauge(target: ComparedTarget) -> None:
+async def _watch_gauge(target: ComparedTarget, gauges: list[float]) -> None:
     while True:
         await asyncio.sleep(0.5)
         found = await asyncio.to_thread(_scrape, target)
         if (value := found.get("headrace_gpu_utilization_ratio")) is not None:
-            _gauges.append(value)
+            gauges.append(value)
 
 
 def _scrape(target: ComparedTarget) -> dict[str, float]:

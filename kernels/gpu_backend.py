@@ -1,9 +1,9 @@
 """Steps on an NVIDIA GPU: inputs made on the device, a CUDA graph per padded size, tokens read a step later.
 
-The host sends one array per step: tokens, lengths, and what is new in the block tables, which stay on the device.
-Tokens that the step before drew are taken from where it left them, so a step can be launched before the last one's
-tokens are known. Sizes are padded to a few; each has a graph, captured when the engine warms up. A padding sequence has
-no tokens, a padding token no slot.
+The host sends an array per step, tokens and lengths, and another of what is new in the block tables, which stay on the
+device. Tokens that the step before drew are taken from where it left them, so a step can be launched before they are
+known. Sizes are padded to a few; each has a graph, captured when the engine warms up. A padding sequence has no tokens,
+a padding token no slot.
 """
 
 from collections import OrderedDict
@@ -207,7 +207,6 @@ class GpuBackend:
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> torch.Tensor:
         size = self._padded_size(batch)
-        self._began = _record(self._is_cuda)
         self._prepare(batch, size)
         graph = self._graphs.get(size)
         if graph is None:
@@ -226,8 +225,10 @@ class GpuBackend:
         # Below 1 also in float32.
         uniform = np.minimum(uniforms(batch.seed, batch.choice, batch.position).astype(np.float32), _BELOW_ONE)
         top_k = batch.top_k.astype(np.int32).view(np.float32)
-        settings = np.stack((batch.temperature, batch.top_p, batch.min_p, uniform, top_k))
-        temperature, top_p, min_p, uniform_on_device, top_k_on_device = upload(settings, self._device)
+        # Each begins at a multiple of 16 bytes: for pointers that do not, kernels would be compiled again.
+        settings = np.zeros((5, -(-len(logits) // 4) * 4), np.float32)
+        settings[:, : len(logits)] = batch.temperature, batch.top_p, batch.min_p, uniform, top_k
+        temperature, top_p, min_p, uniform_on_device, top_k_on_device = upload(settings, self._device)[:, : len(logits)]
         kept = self._drawn[: len(logits)]
         kept.copy_(
             triton_sampling.sample(
@@ -252,12 +253,12 @@ class GpuBackend:
 
     def _padded_size(self, batch: StepBatch) -> _Size:
         num_tokens, num_sequences, num_rows = len(batch.token_ids), len(batch.query_lens), len(batch.logit_rows)
-        if num_rows > num_sequences:  # prompts are scored
+        if num_rows > num_sequences or not self._graphs:  # prompts are scored, or nothing is gained from padding
             return _Size(num_tokens, num_sequences, num_rows, has_prefill=True)
         if num_tokens == num_sequences == num_rows:
             padded = _next_size(num_sequences, self._decode_sizes)
             return _Size(padded, padded, padded, has_prefill=False)
-        return self._mixed_size(_next_size(max(num_tokens, num_sequences), self._mixed_sizes))
+        return self._mixed_size(_next_size(num_tokens, self._mixed_sizes))
 
     def _prepare(self, batch: StepBatch, size: _Size) -> None:
         """Send the step's input, and fill in what `_compute` reads."""
@@ -275,6 +276,7 @@ class GpuBackend:
         values[contexts : contexts + num_sequences] = batch.context_lens
         values[contexts + num_sequences : contexts + 2 * num_sequences] = rows
         values[contexts + 2 * num_sequences :] = batch.logit_rows
+        self._began = _record(self._is_cuda)
         if updates:
             grid = (triton.cdiv(len(updates), _BLOCK),)
             on_device = upload(np.array(updates, dtype=np.int32), self._device)

@@ -51,8 +51,8 @@ def gpu_linear(
 
 
 def dense(weight: torch.Tensor | QuantisedWeight, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The weight as numbers, if of no more bits than bfloat16 has."""
-    return weight if isinstance(weight, torch.Tensor) else dequantise(pack_gguf(weight, device)).to(dtype)
+    """The weight as numbers."""
+    return weight if isinstance(weight, torch.Tensor) else dequantise(pack_gguf(weight, device), dtype)
 
 
 class GpuLinear:
@@ -105,16 +105,16 @@ class GpuLinear:
         return linear(hidden.values, self._weight, bias=self._bias, row_squares=squares, eps=eps, is_gated=is_gated)
 
     def _wide(self, x: torch.Tensor) -> torch.Tensor:
-        if isinstance(self._weight, Fp8Weight) and x.is_cuda:
+        can_scale = x.is_cuda and all(size % 16 == 0 for size in self._weight.shape)
+        if isinstance(self._weight, Fp8Weight) and can_scale:
             # The rows are rounded to 8 bits as well, each with a scale of its own (dynamic quantisation).
             rows = quantise_fp8(x)
-            return torch._scaled_mm(
+            out = torch._scaled_mm(
                 rows.values,
                 self._weight.values.T,
                 scale_a=rows.scales[:, None],
                 scale_b=self._weight.scales[None, :],
-                bias=self._bias,
                 out_dtype=x.dtype,
             )
-        weight = self._weight if isinstance(self._weight, torch.Tensor) else dequantise(self._weight).to(x.dtype)
-        return F.linear(x, weight, self._bias)
+            return out if self._bias is None else out + self._bias
+        return F.linear(x, dequantise(self._weight, x.dtype), self._bias)

@@ -132,35 +132,29 @@ def linear(
     *,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
     eps: float = 0.0,
     row_squares: torch.Tensor | None = None,
     out_squares: torch.Tensor | None = None,
     is_gated: bool = False,
-    out: torch.Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """Multiply at most 64 rows: x [M, K], weight [N, K] -> [M, N] in x's dtype, sums in float32.
 
     With `row_squares` float32 [P, M], parts of the sums of the squares of x's rows, the product is of x's RMSNorm, the
-    norm's weight being in `weight` already; with `norm_weight` [K] x is normed first. `bias` [N] and `residual` [M, N]
-    are added. A gated weight is [2 F, K], the gate first -> silu(gate) * up [M, F]. `out_squares` float32
-    [num_tiles, M] gets such parts of the output's rows, as stored. Splits count their arrivals in memory that all calls
-    on the device share: one stream, and a first call before any is captured in a CUDA graph.
+    norm's weight being in `weight` already. `bias` [N] and `residual` [M, N] are added. A gated weight is [2 F, K], the
+    gate first -> silu(gate) * up [M, F]. `out_squares` float32 [num_tiles, M] gets such parts of the output's rows, as
+    stored. Splits count their arrivals in memory that all calls on the device share: one stream, and a first call
+    before any is captured in a CUDA graph.
     """
     num_rows, num_in = x.shape
     assert num_rows <= MAX_ROWS, "rows for a wide product"
     assert num_in == weight.shape[1], "x and weight differ in their inputs"
     num_out = weight.shape[0] // (1 + is_gated)
     tiles = tiles or choose_tiles(num_rows, weight, is_gated, num_sms(x.device))
-    if norm_weight is not None:
-        assert row_squares is None, "two norms"
-        x = rms_norm(x, norm_weight, eps)
-    if out is None:
-        out = x.new_empty(num_rows, num_out)
+    out = x.new_empty(num_rows, num_out)
     if num_rows == 0:
         return out
-    assert x.stride(1) == out.stride(1) == 1, "rows whose numbers are not side by side"
+    assert x.stride(1) == 1, "rows whose numbers are not side by side"
     if residual is not None:
         assert residual.shape == out.shape
         assert residual.stride(1) == 1, "rows whose numbers are not side by side"
@@ -912,18 +906,18 @@ def pack_groups(
     return GroupedWeight(values.to(device), pairs.to(device), num_in, group_size, zero_point, minimums is not None)
 
 
-def dequantise(weight: Weight) -> torch.Tensor:
-    """Give a weight as bfloat16 [N, K] (a plain one as it is), for a product of many rows."""
+def dequantise(weight: Weight, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Give a weight as numbers [N, K] (a plain one as it is), for a product of many rows."""
     if isinstance(weight, torch.Tensor):
         return weight
     num_out, num_in = weight.shape
     if isinstance(weight, Fp8Weight):
-        out = torch.empty(num_out, num_in, dtype=torch.bfloat16, device=weight.values.device)
+        out = torch.empty(num_out, num_in, dtype=dtype, device=weight.values.device)
         _dequantise_fp8[(num_out, triton.cdiv(num_in, 2048))](
             weight.values, weight.scales, out, num_in, weight.values.stride(0), BLOCK=2048, num_warps=4
         )
         return out
-    out = torch.empty(num_out, num_in, dtype=torch.bfloat16, device=weight.values.device)
+    out = torch.empty(num_out, num_in, dtype=dtype, device=weight.values.device)
     _dequantise_groups[(triton.cdiv(num_in, _PACKED_BLOCK), triton.cdiv(num_out, 64))](
         weight.values,
         weight.scales,
@@ -944,7 +938,8 @@ def _dequantise_fp8(values, scales, out, num_in, stride, BLOCK: tl.constexpr):  
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     wide = tl.load(values + row * stride + column, mask=column < num_in, other=0.0).to(tl.float32)
-    tl.store(out + row * num_in + column, (wide * tl.load(scales + row)).to(tl.bfloat16), mask=column < num_in)
+    scaled = wide * tl.load(scales + row)
+    tl.store(out + row * num_in + column, scaled.to(out.dtype.element_ty), mask=column < num_in)
 
 
 @triton.jit
@@ -974,4 +969,4 @@ def _dequantise_groups(  # type: ignore[no-untyped-def]
         minimum = tl.load(pairs + 1, mask=has_row, other=0.0).to(tl.float32)
         wide = integers * scale[:, None] + minimum[:, None]
         cells = out + n.to(tl.int64)[:, None] * num_in + at + k[None, :]
-        tl.store(cells, wide.to(tl.bfloat16), mask=has_row[:, None] & (at + k < num_in)[None, :])
+        tl.store(cells, wide.to(out.dtype.element_ty), mask=has_row[:, None] & (at + k < num_in)[None, :])

@@ -1,4 +1,4 @@
-"""Drawing tokens on the GPU without sorting the vocabulary, and their log-probabilities.
+"""Drawing tokens on the GPU without sorting the vocabulary.
 
 The vocabulary is cut into chunks of a fixed size, so that a row's sums, hence its token, are the same in every batch.
 One pass finds each chunk's maximum and sum; where top-k or top-p cuts, a second adds up what lies above a few pivots, a
@@ -18,7 +18,6 @@ _NUM_PIVOTS = 8
 _LIST_TILE = 4096
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
 # The largest number that is both a float32 and a bfloat16: +inf minus +inf is not zero, this is.
 _LARGEST = tl.constexpr(3.3895313892515355e38)
 # Tokens that together weigh less than this share of a row are out of top-k's reach.
@@ -155,27 +154,6 @@ def sample(
     return token_ids
 
 
-def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """The log-probability of each row's token. logits [R, V], token_ids int [R] -> float32 [R]."""
-    chunks = _Chunks(logits)
-    logprobs = torch.empty(chunks.num_rows, device=logits.device)
-    if chunks.num_rows:
-        chunk_max, chunk_sum, _ = chunks.reduce(temperature=None, has_sum=True)
-        _gather_logprobs[(chunks.num_rows,)](
-            logits,
-            token_ids,
-            chunk_max,
-            chunk_sum,
-            logprobs,
-            chunks.row_stride,
-            chunks.vocab_size,
-            CHUNK=_CHUNK,
-            C=chunks.width,
-            num_warps=1,
-        )
-    return logprobs
-
-
 class _Chunks:
     """Rows of logits, [R, V], cut into chunks; `width` is the power of two that tables of chunks are wide."""
 
@@ -282,16 +260,6 @@ def _pick_largest(logits, chunk_max, token_ids, row_stride, vocab_size, CHUNK: t
     chunk = tl.min(tl.where(maxima == largest, chunks, C), axis=0)
     x = _load_chunk(logits, row, chunk, row_stride, vocab_size, CHUNK)
     tl.store(token_ids + row, chunk * CHUNK + tl.min(tl.where(x == largest, tl.arange(0, CHUNK), CHUNK), axis=0))
-
-
-@triton.jit
-def _gather_logprobs(  # type: ignore[no-untyped-def]
-    logits, token_ids, chunk_max, chunk_sum, logprobs, row_stride, vocab_size, CHUNK: tl.constexpr, C: tl.constexpr
-):
-    row = tl.program_id(0)
-    _, masses, largest = _load_row(chunk_max, chunk_sum, row, _exponent_scale(1.0), vocab_size, CHUNK, C)
-    x = _clean(tl.load(logits + row.to(tl.int64) * row_stride + tl.load(token_ids + row)))
-    tl.store(logprobs + row, (x - largest) - tl.log2(tl.sum(masses, axis=0)) * _LN_2)
 
 
 @triton.jit

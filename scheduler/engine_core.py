@@ -71,7 +71,7 @@ class Runner(Protocol):
     computed, and may be called once more before that step is waited for; steps are computed in their order."""
 
     description: str
-    device: str
+    gpu_uuid: str | None
     max_context_tokens: int
     vocab_size: int
 
@@ -153,7 +153,7 @@ class EngineCore:
                 scheduler.max_num_seqs,
                 runner.vocab_size,
                 runner.description,
-                runner.device,
+                runner.gpu_uuid,
                 scheduler.load(),
             )
             self._publish(ready)

@@ -148,13 +148,13 @@ class StepOutput:
 @dataclass(frozen=True, slots=True)
 class EngineReady:
     """The model is loaded and warm. `max_context_tokens` is the longest prompt + output one request can have,
-    `device` torch's name of what computes: "cpu", "cuda:0"."""
+    `gpu_uuid` the driver's name of the GPU that computes, None on a CPU."""
 
     max_context_tokens: int
     max_num_seqs: int
     vocab_size: int
     description: str
-    device: str
+    gpu_uuid: str | None
     load: LoadSnapshot
 
 

@@ -103,6 +103,8 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
     settings ask for what this machine has not got.
     """
     device = _choose_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread: kernels are launched on the current one
     path = config.model_path
     file = open_gguf(path) if path.is_file() else None
     hf_config = _read_config(path) if file is None else gguf_config(file)
@@ -112,7 +114,8 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
     max_model_len = config.max_model_len or plan.shape.max_position
     if max_model_len > plan.shape.max_position:
         raise CapacityError(f"max_model_len: {max_model_len} is over the model's own {plan.shape.max_position}")
-    kv_dtype = _choose_kv_dtype(config, device, dtype)
+    _check_settings(config, device, dtype, is_gguf=file is not None)
+    kv_dtype = {"auto": dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[config.kv_cache_dtype]
     if kernel is not None:
         token_bytes = cpu_backend.kv_bytes_per_token(kernel.config, kv_dtype is torch.int8)
     else:
@@ -121,7 +124,7 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
         _num_blocks(config, token_bytes, max_model_len, config.kv_cache_bytes)
 
     if config.load_format == "dummy":
-        weights = _random_weights(plan, dtype, device)
+        weights = _random_weights(plan, hf_config.tie_word_embeddings, dtype, device)
     else:
         keeps_quants = kernel is not None or (device.type == "cuda" and plan.decoder_config is not None)
         weights = _read_directory(path) if file is None else read_gguf(file, dtype, keeps_quants=keeps_quants)
@@ -187,8 +190,9 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
     max_context_tokens = min(max_model_len, num_blocks * config.block_size)
     cache_gib = num_blocks * config.block_size * token_bytes / 2**30
     kv_name = "" if config.kv_cache_dtype == "auto" else f" in {config.kv_cache_dtype}"
+    noise = "random weights; " if config.load_format == "dummy" else ""
     description = (
-        f"{how}; KV cache {cache_gib:.2f} GiB{kv_name}, {num_blocks} blocks of "
+        f"{noise}{how}; KV cache {cache_gib:.2f} GiB{kv_name}, {num_blocks} blocks of "
         f"{config.block_size} tokens; context {max_context_tokens} tokens"
     )
     runner = ModelRunner(
@@ -198,7 +202,7 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
         max_context_tokens=max_context_tokens,
         max_num_batched_tokens=config.max_num_batched_tokens,
         description=description,
-        device=str(device),
+        gpu_uuid=f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None,
     )
     scheduler = Scheduler(
         BlockPool(num_blocks),
@@ -256,12 +260,20 @@ def _choose_device(device: str) -> torch.device:
     return torch.device(("cuda" if has_cuda else "cpu") if device == "auto" else device)
 
 
-def _choose_kv_dtype(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Raises: CapacityError where the device has no kernel for what the settings ask for."""
+def _check_settings(config: EngineConfig, device: torch.device, dtype: torch.dtype, *, is_gguf: bool) -> None:
+    """Raises: CapacityError where the device has no kernel for what the settings ask for, or they contradict."""
+    is_cuda, is_fp8 = device.type == "cuda", config.quantization == "fp8"
     for name, value in (("kv_cache_dtype fp8", config.kv_cache_dtype), ("quantization fp8", config.quantization)):
-        if value == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        if value == "fp8" and (not is_cuda or torch.cuda.get_device_capability(device) < (8, 9)):
             raise CapacityError(f"{name} needs a GPU of compute capability 8.9 or later, and the device is {device}")
-    return {"auto": dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[config.kv_cache_dtype]
+    if is_fp8 and dtype is not torch.bfloat16:
+        raise CapacityError(f"quantization fp8 needs dtype bfloat16, not {str(dtype).removeprefix('torch.')}")
+    if is_fp8 and is_gguf:
+        raise CapacityError("quantization fp8 is for float checkpoints, and the model is a GGUF")
+    if config.load_format == "dummy" and is_gguf:
+        raise CapacityError("load_format dummy needs a directory with a config, and the model is a GGUF")
+    if is_cuda and config.block_size.bit_count() != 1:
+        raise CapacityError(f"block_size {config.block_size}: on a GPU it must be a power of two")
 
 
 def _choose_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
@@ -296,7 +308,7 @@ def _read_directory(folder: Path) -> dict[str, Weight]:
     return dict(weights)
 
 
-def _random_weights(plan: ModelPlan, dtype: torch.dtype, device: torch.device) -> dict[str, Weight]:
+def _random_weights(plan: ModelPlan, is_tied: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Weight]:
     """Noise in the shape of the model's weights, made where it is used; norms are ones.
 
     Raises: UnsupportedModelError where the names are not known.
@@ -306,8 +318,10 @@ def _random_weights(plan: ModelPlan, dtype: torch.dtype, device: torch.device) -
     generator = torch.Generator(device).manual_seed(0)
     weights: dict[str, Weight] = {}
     for name, shape in plan.expected.items():
+        if is_tied and name == _HEAD:
+            continue
         weight = torch.ones(shape, dtype=dtype, device=device)
-        if len(shape) > 1:
+        if not name.endswith("norm.weight"):
             weight.normal_(std=shape[-1] ** -0.5, generator=generator)
         weights[name] = weight
     return weights
@@ -524,6 +538,7 @@ def _fits_wide_copy(weights: dict[str, Weight]) -> bool:
 def _free_bytes(device: torch.device) -> int:
     """What the KV cache may take of the memory that is free now."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what loading held for a while
         return int(torch.cuda.mem_get_info(device)[0] * _KV_SHARE_CUDA)
     available = available_bytes()
     return int((_ASSUMED_BYTES if available is None else available) * _KV_SHARE_CPU)

@@ -41,7 +41,7 @@ class ModelRunner:
         max_context_tokens: int,
         max_num_batched_tokens: int,
         description: str,
-        device: str = "cpu",
+        gpu_uuid: str | None = None,
     ) -> None:
         self.backend = backend
         self._block_size = block_size
@@ -49,7 +49,7 @@ class ModelRunner:
         self.max_context_tokens = max_context_tokens
         self.vocab_size = vocab_size
         self.description = description
-        self.device = device
+        self.gpu_uuid = gpu_uuid
         self._drawn_rows: dict[int, int] = {}  # of each request in the last launched step, if tokens can be pending
 
     @property

@@ -179,8 +179,9 @@ class EngineClient:
             case EngineReady():
                 self.ready = publication
                 self.load = publication.load
-                watch_gpu(self.metrics, publication.device)
                 self.settled.set()
+                if publication.gpu_uuid is not None:
+                    watch_gpu(self.metrics, publication.gpu_uuid)
             case EngineStopped():
                 self.error = publication.error
                 self.stopped.set()

@@ -72,7 +72,7 @@ class FakeRunner:
     """
 
     description = "fake model"
-    device = "cpu"
+    gpu_uuid = None
     is_asynchronous = False
     vocab_size = VOCAB_SIZE
     times: StepTimes | None = None

@@ -107,7 +107,7 @@ def test_a_product(num_rows: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "fp8", *GGUF_TYPES, "gptq"])
 @pytest.mark.parametrize("num_rows", [3, 17])
-@pytest.mark.parametrize("option", ["bias", "residual", "norm", "gated", "all"])
+@pytest.mark.parametrize("option", ["bias", "residual", "gated", "all"])
 def test_a_product_of_every_kind_of_weight_with_every_option(option: str, num_rows: int, kind: str) -> None:
     dtype = torch.float32 if num_rows == 3 else torch.bfloat16
     is_gated = option in ("gated", "all")
@@ -119,8 +119,6 @@ def test_a_product_of_every_kind_of_weight_with_every_option(option: str, num_ro
         options["bias"] = randn(num_out * (1 + is_gated), seed=3, dtype=dtype)
     if option in ("residual", "all"):
         options["residual"] = randn(num_rows, num_out, seed=4, dtype=dtype)
-    if option in ("norm", "all"):
-        options |= {"norm_weight": randn(num_in, seed=5, dtype=dtype), "eps": 1e-5}
     assert_close(linear(x, weight, **options), expected_product(x, exact, **options), dtype)
 
 
@@ -203,14 +201,10 @@ def test_tiles_loaded_by_the_tensor_memory_accelerator(num_in: int, num_rows: in
         assert_close(linear(x, weight, is_gated=True, tiles=tiles), gated, torch.bfloat16)
 
 
-def test_strided_rows_and_an_output_of_ones_own() -> None:
+def test_strided_rows() -> None:
     weight, wide = randn(48, 64, seed=1) / 8, randn(4, 200, seed=2)
-    out = torch.zeros(4, 100, device=DEVICE)
     x, residual = wide[:, 64:128], wide[:, 128:176]
-    assert linear(x, weight, residual=residual, out=out[:, 20:68]).data_ptr() == out[:, 20:].data_ptr()
-    assert_close(out[:, 20:68], expected_product(x, weight, residual=residual), torch.float32)
-    assert not out[:, :20].any()
-    assert not out[:, 68:].any()
+    assert_close(linear(x, weight, residual=residual), expected_product(x, weight, residual=residual), torch.float32)
 
 
 # NumPy, which interprets, warns of what the neighbours have on purpose.
@@ -249,6 +243,7 @@ def test_a_dequantised_weight_is_what_the_quantised_one_stands_for(kind: str) ->
     assert weight.shape == exact.shape
     # The interpreter cuts off what the GPU rounds.
     torch.testing.assert_close(dequantise(weight).float(), exact, rtol=2**-7, atol=0)
+    torch.testing.assert_close(dequantise(weight, torch.float32), exact, rtol=1e-6, atol=1e-9)
 
 
 def test_fp8_keeps_three_bits_behind_the_point_and_the_range_of_each_row() -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from headrace.kernels import triton_sampling
-from headrace.kernels.triton_sampling import argmax, gather_logprobs, sample
+from headrace.kernels.triton_sampling import argmax, sample
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -274,16 +274,6 @@ def test_frequencies_are_the_distribution(name: str, monkeypatch: pytest.MonkeyP
     assert (counts - num_draws * expected / expected.sum()).abs().max() <= 1.001
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_log_probabilities_are_those_of_log_softmax(dtype: torch.dtype) -> None:
-    logits = torch.cat([rows(2, 9001, seed=10) for rows in ROWS.values()]).to(dtype)
-    token_ids = torch.tensor([5, 8999, 0, 4097, 1, 9000, 5, 0])
-    expected = torch.log_softmax(logits.double(), -1).gather(1, token_ids[:, None]).flatten().float()
-    for ids in (token_ids, token_ids.int()):
-        actual = gather_logprobs(logits.to(DEVICE), ids.to(DEVICE)).cpu()
-        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=2e-6)
-
-
 COMPILE = """
 import re, subprocess, tempfile, triton
 from triton.backends.compiler import GPUTarget
@@ -328,7 +318,6 @@ for dtype, shift in (("fp32", 0), ("bf16", 16)):
     flags["HAS_SUM"] = False
     compile_kernel(sampling._reduce_chunks, 4, dtype, temperature=None, **sizes, **flags)
     compile_kernel(sampling._pick_largest, 8, dtype, **sizes)
-    compile_kernel(sampling._gather_logprobs, 1, dtype, **sizes)
     num_pivots = {"NUM_PIVOTS": sampling._NUM_PIVOTS}
     compile_kernel(sampling._sum_above_pivots, 4, dtype, **sizes, **num_pivots)
     compile_kernel(sampling._list_between_pivots, 4, dtype, **sizes, **num_pivots)

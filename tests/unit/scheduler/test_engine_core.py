@@ -79,7 +79,7 @@ def test_it_says_ready_then_each_step_then_stopped() -> None:
     script = Script({0: lambda s: s.submit(7), 5: lambda s: s.core.stop()})
     script.run()
     first, *steps, last = script.publications
-    assert first == EngineReady(512, 32, 257, "fake model", "cpu", make_scheduler().load())
+    assert first == EngineReady(512, 32, 257, "fake model", None, make_scheduler().load())
     assert all(isinstance(step, StepOutput) for step in steps)
     assert last == EngineStopped(None)
     assert script.tokens(7) == alone(7)

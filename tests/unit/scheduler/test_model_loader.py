@@ -365,6 +365,35 @@ def test_a_setting_that_needs_the_kernel_says_why_there_is_none(folder: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"quantization": "fp8"}, "quantization fp8 needs a GPU .* the device is cpu"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype fp8 needs a GPU .* the device is cpu"),
+    ],
+)
+def test_what_only_a_gpu_can_is_refused_by_name(folder: Path, fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(CapacityError, match=complaint):
+        load(folder, **fields)
+
+
+def test_dummy_weights_are_noise_in_the_shape_of_the_config(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelSourceError):
+        load(folder)
+    _, runner = load(folder, load_format="dummy")
+    assert runner.description.startswith("random weights; packed llama")
+    runner.warm_up()
+
+
+def test_dummy_weights_are_for_families_whose_names_are_known_and_not_for_a_gguf(tmp_path: Path) -> None:
+    tiny_model("gemma2").config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="load_format dummy is for llama"):
+        load(tmp_path, load_format="dummy")
+    with pytest.raises(CapacityError, match="load_format dummy needs a directory"):
+        load(resolve_model(None).path, load_format="dummy")
+
+
+@pytest.mark.parametrize(
     ("available", "has_copy"), [(None, False), (6 * 2**30, True), (2 * 2**30 + 2**29, False)], ids=str
 )
 def test_quantised_weights_have_a_wide_copy_where_memory_is_plenty(
