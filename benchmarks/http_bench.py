@@ -47,7 +47,7 @@ class PacedRunner:
     """A fake model: each step ends on the beat, and every row's next token is one of a fixed round of words."""
 
     description = "no model, a token per stream and beat"
-    gpu_uuid = None
+    gpu_uuid: str | None = None
     is_asynchronous = False
 
     def __init__(self, token_ids: Sequence[int], vocab_size: int, max_context_tokens: int, step_s: float) -> None:

@@ -72,7 +72,7 @@ class FakeRunner:
     """
 
     description = "fake model"
-    gpu_uuid = None
+    gpu_uuid: str | None = None
     is_asynchronous = False
     vocab_size = VOCAB_SIZE
     times: StepTimes | None = None
