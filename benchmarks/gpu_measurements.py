@@ -100,7 +100,7 @@ def _product_errors(noise: Callable[..., torch.Tensor], num_rows: int, num_in: i
         linear = GpuLinear(weight)
         errors[f"norm and product, {name}"] = _error(linear.of_norm(Hidden(x), eps), normed @ dense.T)
         gated = reference.silu_mul(normed @ dense.T)
-        errors[f"norm, product and gate, {name}"] = _error(linear.gated_of_norm(Hidden(x), eps), gated)
+        errors[f"norm, product and gate, {name}"] = _error(linear.of_norm(Hidden(x), eps, is_gated=True), gated)
         added = linear.added_to(x, Hidden(residual))
         errors[f"product and sum, {name}"] = _error(added.values, residual.float() + x.float() @ dense.T)
         if added.squares is not None:

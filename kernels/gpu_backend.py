@@ -126,8 +126,7 @@ class GpuBackend:
         self._decoder, self._cache = decoder, cache
         self._device = decoder.device
         self._is_cuda = self._device.type == "cuda"  # not so where Triton is interpreted
-        self._max_num_seqs, self._max_num_tokens = max_num_seqs, max_num_batched_tokens
-        self._max_num_blocks = max_num_blocks
+        self._max_num_seqs, self._max_num_blocks = max_num_seqs, max_num_blocks
         self._decode_sizes = _padded_sizes(1, max_num_seqs)
         self._mixed_sizes = _padded_sizes(16, max_num_batched_tokens)
 
@@ -244,7 +243,7 @@ class GpuBackend:
         )
         return kept
 
-    def read(self, tensors: Sequence[torch.Tensor]) -> "PendingRead":
+    def read(self, tensors: Sequence[torch.Tensor]) -> PendingRead:
         return PendingRead(tensors, self._began, self._clock)
 
     def use_idle_time(self) -> bool:

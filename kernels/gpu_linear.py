@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from headrace.kernels.linear import as_one
 from headrace.kernels.ops import Hidden
 from headrace.kernels.quantised import QuantisedWeight
 from headrace.kernels.triton_activations import silu_mul
@@ -45,7 +46,7 @@ def gpu_linear(
         rows = np.concatenate([weight.rows for weight in quantised])
         packed = pack_gguf(QuantisedWeight(quantised[0].type_name, rows), device)
         return GpuLinear(packed, bias, norm_weight)
-    weight = torch.cat([weight for weight in weights if isinstance(weight, torch.Tensor)])
+    weight = as_one(weights)
     folded = weight if norm_weight is None else weight * norm_weight
     return GpuLinear(quantise_fp8(folded) if is_fp8 else folded, bias)
 
@@ -77,32 +78,25 @@ class GpuLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self._weight, bias=self._bias) if len(x) <= MAX_ROWS else self._wide(x)
 
-    def of_norm(self, hidden: Hidden, eps: float) -> torch.Tensor:
-        if len(hidden.values) <= MAX_ROWS:
-            return self._few_of_norm(hidden, eps, is_gated=False)
-        return self._wide(rms_norm(hidden.values, self._norm_weight, eps))
-
-    def gated_of_norm(self, hidden: Hidden, eps: float) -> torch.Tensor:
-        if len(hidden.values) <= MAX_ROWS:
-            return self._few_of_norm(hidden, eps, is_gated=True)
-        return silu_mul(self._wide(rms_norm(hidden.values, self._norm_weight, eps)))
+    def of_norm(self, hidden: Hidden, eps: float, *, is_gated: bool = False) -> torch.Tensor:
+        is_wide = len(hidden.values) > MAX_ROWS
+        if not is_wide and self._norm_weight is None:
+            squares = sum_squares(hidden.values) if hidden.squares is None else hidden.squares
+            return linear(hidden.values, self._weight, bias=self._bias, row_squares=squares, eps=eps, is_gated=is_gated)
+        x = rms_norm(hidden.values, self._norm_weight, eps)
+        if not is_wide:
+            return linear(x, self._weight, bias=self._bias, is_gated=is_gated)
+        return silu_mul(self._wide(x)) if is_gated else self._wide(x)
 
     def added_to(self, x: torch.Tensor, hidden: Hidden) -> Hidden:
         if len(x) <= MAX_ROWS:
-            size = (num_tiles(len(x), self._weight, is_gated=False), len(x))
+            size = (num_tiles(len(x), self._weight), len(x))
             squares = torch.empty(size, dtype=torch.float32, device=x.device)
             values = linear(x, self._weight, bias=self._bias, residual=hidden.values, out_squares=squares)
             return Hidden(values, squares)
         if self._bias is None and isinstance(self._weight, torch.Tensor):
             return Hidden(torch.addmm(hidden.values, x, self._weight.T))
         return Hidden(hidden.values + self._wide(x))
-
-    def _few_of_norm(self, hidden: Hidden, eps: float, *, is_gated: bool) -> torch.Tensor:
-        if self._norm_weight is not None:
-            x = rms_norm(hidden.values, self._norm_weight, eps)
-            return linear(x, self._weight, bias=self._bias, is_gated=is_gated)
-        squares = sum_squares(hidden.values) if hidden.squares is None else hidden.squares
-        return linear(hidden.values, self._weight, bias=self._bias, row_squares=squares, eps=eps, is_gated=is_gated)
 
     def _wide(self, x: torch.Tensor) -> torch.Tensor:
         can_scale = x.is_cuda and all(size % 16 == 0 for size in self._weight.shape)

@@ -24,9 +24,14 @@ def pack_linear(
 ) -> "PackedLinear":
     """A product with these weights, [out, in] each, as one; norms of its input are applied before it."""
     del norm_weight
+    return PackedLinear(as_one(weights), bias)
+
+
+def as_one(weights: Sequence[torch.Tensor | QuantisedWeight]) -> torch.Tensor:
+    """The rows of several weights, none of them quantised; of a single one without a copy."""
     tensors = [weight for weight in weights if isinstance(weight, torch.Tensor)]
     assert len(tensors) == len(weights), "a quantised weight"
-    return PackedLinear(torch.cat(tensors) if len(tensors) > 1 else tensors[0], bias)
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
 class PackedLinear:

@@ -119,11 +119,11 @@ def _block_m(num_rows: int) -> int:
     return max(16, int(triton.next_power_of_2(num_rows)))
 
 
-def num_tiles(num_rows: int, weight: Weight, is_gated: bool) -> int:
-    """Say how many rows `linear`'s `out_squares` have."""
-    num_out = weight.shape[0] // (1 + is_gated)
+def num_tiles(num_rows: int, weight: Weight) -> int:
+    """Say how many rows the `out_squares` of `linear` have, where no gate is in it."""
     device = weight.device if isinstance(weight, torch.Tensor) else weight.values.device
-    return -(-num_out // choose_tiles(num_rows, weight, is_gated, num_sms(device)).block_n)
+    tiles = choose_tiles(num_rows, weight, False, num_sms(device))
+    return int(triton.cdiv(weight.shape[0], tiles.block_n))
 
 
 def linear(

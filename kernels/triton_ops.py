@@ -235,7 +235,7 @@ def norm_linear(hidden: Hidden, norm_weight: torch.Tensor, eps: float, linear: L
 
 def norm_gate_up(hidden: Hidden, norm_weight: torch.Tensor, eps: float, linear: Linear) -> torch.Tensor:
     del norm_weight
-    return _own(linear).gated_of_norm(hidden, eps)
+    return _own(linear).of_norm(hidden, eps, is_gated=True)
 
 
 def linear_add(x: torch.Tensor, linear: Linear, hidden: Hidden) -> Hidden:

@@ -132,61 +132,15 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
     decoder = plan.build(weights, dtype, device, config.quantization) if kernel is None else None
     cache_bytes = _free_bytes(device) if config.kv_cache_bytes is None else config.kv_cache_bytes
     num_blocks = _num_blocks(config, token_bytes, max_model_len, cache_bytes)
-    num_layers = len(plan.shape.kv_shapes)
+    what = f"{hf_config.model_type}, {len(plan.shape.kv_shapes)} layers in"
     backend: Backend
     if kernel is not None:
-        has_wide_copy = _fits_wide_copy(weights)
-        try:
-            backend = CpuBackend(
-                kernel.library,
-                kernel.config,
-                weights,
-                num_blocks=num_blocks,
-                block_size=config.block_size,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                num_threads=torch.get_num_threads(),
-                is_kv_int8=kv_dtype is torch.int8,
-                is_batch_invariant=config.batch_invariant,
-                has_wide_copy=has_wide_copy,
-                touched_ahead_bytes=_TOUCHED_AHEAD_BYTES if config.kv_cache_bytes is None else cache_bytes,
-            )
-        except (OSError, MemoryError) as error:
-            raise CapacityError(
-                f"memory does not suffice for kv_cache_bytes {cache_bytes} and max_num_batched_tokens "
-                f"{config.max_num_batched_tokens}: {error}"
-            ) from error
-        how = (
-            f"packed {hf_config.model_type}, {num_layers} layers in {', '.join(backend.weight_types)}"
-            f"{' (a copy in bfloat16 for wide batches)' if has_wide_copy else ''} on cpu, "
-            f"C++ kernel for {kernel.instruction_set.name}, {torch.get_num_threads()} threads"
-        )
+        backend, how = _with_kernel(config, kernel, weights, num_blocks, cache_bytes, what)
     else:
         assert decoder is not None
         cache = KVCache.allocate(plan.shape, num_blocks, config.block_size, kv_dtype, device)
-        is_packed = isinstance(decoder, Decoder)
-        if device.type == "cuda":
-            from headrace.kernels.gpu_backend import GpuBackend
-
-            backend = GpuBackend(
-                decoder,
-                cache,
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_num_blocks=-(-max_model_len // config.block_size),
-            )
-            if is_packed:  # what else runs in a forward of transformers cannot be known
-                backend.capture()
-            kernels = "Triton kernels, CUDA graphs" if is_packed else "Triton attention"
-            quantised = f", weights in {config.quantization}" if config.quantization != "none" else ""
-        else:
-            backend = TorchBackend(decoder, cache, torch_ops)
-            linears = "prepacked linears" if is_packed and is_reordered(device, dtype) else "plain linears"
-            kernels, quantised = f"torch ops, {linears}", ""
-        maker = "packed" if is_packed else "transformers'"
-        how = (
-            f"{maker} {hf_config.model_type}, {num_layers} layers in {str(dtype).removeprefix('torch.')}{quantised} "
-            f"on {device}, {kernels}{f' (no C++ kernel: {why_not})' if why_not else ''}"
-        )
+        backend, how = _with_decoder(config, decoder, cache, max_model_len, what)
+        how += f" (no C++ kernel: {why_not})" if why_not else ""
     max_context_tokens = min(max_model_len, num_blocks * config.block_size)
     cache_gib = num_blocks * config.block_size * token_bytes / 2**30
     kv_name = "" if config.kv_cache_dtype == "auto" else f" in {config.kv_cache_dtype}"
@@ -212,6 +166,66 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
         has_prefix_cache=config.enable_prefix_caching,
     )
     return scheduler, runner
+
+
+def _with_kernel(
+    config: EngineConfig, kernel: _Kernel, weights: dict[str, Weight], num_blocks: int, cache_bytes: int, what: str
+) -> tuple[Backend, str]:
+    """The C++ kernel's backend, and what is said of it. Raises: CapacityError where memory does not suffice."""
+    has_wide_copy = _fits_wide_copy(weights)
+    try:
+        backend = CpuBackend(
+            kernel.library,
+            kernel.config,
+            weights,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            num_threads=torch.get_num_threads(),
+            is_kv_int8=config.kv_cache_dtype == "int8",
+            is_batch_invariant=config.batch_invariant,
+            has_wide_copy=has_wide_copy,
+            touched_ahead_bytes=_TOUCHED_AHEAD_BYTES if config.kv_cache_bytes is None else cache_bytes,
+        )
+    except (OSError, MemoryError) as error:
+        raise CapacityError(
+            f"memory does not suffice for kv_cache_bytes {cache_bytes} and max_num_batched_tokens "
+            f"{config.max_num_batched_tokens}: {error}"
+        ) from error
+    return backend, (
+        f"packed {what} {', '.join(backend.weight_types)}"
+        f"{' (a copy in bfloat16 for wide batches)' if has_wide_copy else ''} on cpu, "
+        f"C++ kernel for {kernel.instruction_set.name}, {torch.get_num_threads()} threads"
+    )
+
+
+def _with_decoder(
+    config: EngineConfig, decoder: Decoder | HuggingFaceDecoder, cache: KVCache, max_model_len: int, what: str
+) -> tuple[Backend, str]:
+    """The backend of a decoder on its device, and what is said of it."""
+    is_packed = isinstance(decoder, Decoder)
+    dtype, device = decoder.dtype, decoder.device
+    quantised = f", weights in {config.quantization}" if config.quantization != "none" else ""
+    backend: Backend
+    if device.type == "cuda":
+        from headrace.kernels.gpu_backend import GpuBackend
+
+        backend = GpuBackend(
+            decoder,
+            cache,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_blocks=-(-max_model_len // config.block_size),
+        )
+        if is_packed:  # what else runs in a forward of transformers cannot be known
+            backend.capture()
+        kernels = "Triton kernels, CUDA graphs" if is_packed else "Triton attention"
+    else:
+        backend = TorchBackend(decoder, cache, torch_ops)
+        linears = "prepacked linears" if is_packed and is_reordered(device, dtype) else "plain linears"
+        kernels = f"torch ops, {linears}"
+    maker = "packed" if is_packed else "transformers'"
+    return backend, f"{maker} {what} {str(dtype).removeprefix('torch.')}{quantised} on {device}, {kernels}"
 
 
 def _choose_kernel(
@@ -456,8 +470,7 @@ def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) ->
 
     def build(weights: dict[str, Weight], dtype: torch.dtype, device: torch.device, quantization: str) -> Decoder:
         if device.type != "cuda":
-            return Decoder(decoder_config, {**_take_tensors(weights, dtype, device)}, torch_ops)
-        from headrace.kernels import triton_ops
+            return Decoder(decoder_config, {**_take_tensors(weights, dtype, device)}, _ops(device))
         from headrace.kernels.gpu_linear import dense, gpu_linear
 
         quantised = {name: weights.pop(name) for name in [*weights] if isinstance(weights[name], QuantisedWeight)}
@@ -467,7 +480,7 @@ def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) ->
             taken[_EMBEDDING] = dense(embedding, dtype, device)
         make_head = functools.partial(gpu_linear, dtype=dtype, device=device)
         make_linear = functools.partial(make_head, is_fp8=quantization == "fp8")
-        return Decoder(decoder_config, taken, triton_ops, make_linear, make_head)
+        return Decoder(decoder_config, taken, _ops(device), make_linear, make_head)
 
     return ModelPlan(decoder_config.shape, check, build, decoder_config, expected)
 

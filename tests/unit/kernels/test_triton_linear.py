@@ -168,7 +168,7 @@ def test_the_norm_of_a_product_s_output_is_a_factor_of_the_next_one(
     first, exact_first = weight_of(kind, 96, 64, dtype)
     second, exact = weight_of(kind, 80, 96, dtype)
     x, residual = randn(num_rows, 64, seed=2, dtype=dtype), 3 * randn(num_rows, 96, seed=3, dtype=dtype)
-    squares = torch.full((num_tiles(num_rows, first, False), num_rows), float("nan"), device=DEVICE)
+    squares = torch.full((num_tiles(num_rows, first), num_rows), float("nan"), device=DEVICE)
     middle = linear(x, first, residual=residual, out_squares=squares)
     assert_close(middle, expected_product(x, exact_first, residual=residual), dtype)
     assert_close(squares.sum(0), (middle.float() ** 2).sum(1), torch.float32)
@@ -323,7 +323,7 @@ for case in sys.argv[1:]:
     if name == "gate_up":
         linear(x, w, row_squares=sum_squares(x), eps=1e-5, is_gated=True)
     else:
-        squares = empty(num_tiles(int(m), w, False), int(m), dtype=torch.float32)
+        squares = empty(num_tiles(int(m), w), int(m), dtype=torch.float32)
         linear(rms_norm(x, empty(k), 1e-5), w, residual=empty(int(m), n), out_squares=squares)
 triton_linear._is_aligned = lambda rows: True
 linear(empty(1, 4096), empty(28672, 4096), is_gated=True, tiles=Tiles(64, 64, 4, 4, is_tma=True))
