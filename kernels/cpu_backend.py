@@ -78,6 +78,7 @@ class _ModelConfig(ctypes.Structure):
                 "num_threads",
                 "is_kv_int8",
                 "is_batch_invariant",
+                "activation_bits",
             )
         ),
         ("rms_norm_eps", ctypes.c_float),
@@ -137,6 +138,11 @@ def why_not(config: DecoderConfig, block_size: int) -> str | None:
     return None
 
 
+def most_integer_rows(library: ctypes.CDLL, activation_bits: int) -> int:
+    """Up to how many rows of a step quantised weights are multiplied as integers, `is_batch_invariant` apart."""
+    return int(library.headrace_most_integer_rows(activation_bits))
+
+
 def kv_bytes_per_token(config: DecoderConfig, is_kv_int8: bool) -> int:
     """Bytes of KV cache that a token takes in all layers."""
     return len(config.windows) * config.num_kv_heads * _kv_bytes_per_head(config, is_kv_int8)
@@ -173,6 +179,7 @@ class CpuBackend:
         num_threads: int,
         is_kv_int8: bool = False,
         is_batch_invariant: bool = False,
+        activation_bits: int = 8,
         has_wide_copy: bool = False,
         touched_ahead_bytes: int = 0,
     ) -> None:
@@ -203,6 +210,7 @@ class CpuBackend:
             num_threads=num_threads,
             is_kv_int8=is_kv_int8,
             is_batch_invariant=is_batch_invariant,
+            activation_bits=activation_bits,
             rms_norm_eps=config.rms_norm_eps,
             rope_scale=config.rope_scale,
             inv_freq=packer.vector(config.inv_freq),

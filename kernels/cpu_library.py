@@ -174,6 +174,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         ("dequantise", None, (pointer, ctypes.c_int64, ctypes.c_int64, pointer)),
         ("use_wide", ctypes.c_int, (pointer, pointer, pointer)),
         ("profile", None, (pointer, pointer)),
+        ("most_integer_rows", ctypes.c_int64, (ctypes.c_int64,)),
     ):
         function = getattr(library, f"headrace_{name}")
         function.restype, function.argtypes = result, arguments

@@ -16,6 +16,7 @@ class EngineConfig:
     quantization: Literal["none", "fp8"] = "none"
     load_format: Literal["auto", "dummy"] = "auto"
     cpu_kernel: Literal["auto", "amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "torch"] = "auto"
+    cpu_activations: Literal["int8", "int16"] = "int8"
     batch_invariant: bool = False
     max_model_len: int | None = None
     block_size: int = 16

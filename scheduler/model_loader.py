@@ -172,7 +172,9 @@ def _with_kernel(
     config: EngineConfig, kernel: _Kernel, weights: dict[str, Weight], num_blocks: int, cache_bytes: int, what: str
 ) -> tuple[Backend, str]:
     """The C++ kernel's backend, and what is said of it. Raises: CapacityError where memory does not suffice."""
-    has_wide_copy = _fits_wide_copy(weights)
+    activation_bits = int(config.cpu_activations.removeprefix("int"))
+    num_rows = 0 if config.batch_invariant else cpu_backend.most_integer_rows(kernel.library, activation_bits)
+    has_wide_copy = num_rows < config.max_num_batched_tokens and _fits_wide_copy(weights)
     try:
         backend = CpuBackend(
             kernel.library,
@@ -184,6 +186,7 @@ def _with_kernel(
             num_threads=torch.get_num_threads(),
             is_kv_int8=config.kv_cache_dtype == "int8",
             is_batch_invariant=config.batch_invariant,
+            activation_bits=activation_bits,
             has_wide_copy=has_wide_copy,
             touched_ahead_bytes=_TOUCHED_AHEAD_BYTES if config.kv_cache_bytes is None else cache_bytes,
         )

@@ -228,6 +228,7 @@ def _load_engine(settings: Settings, source: ModelSource) -> tuple[Scheduler, Ru
         quantization=settings.quantization,
         load_format=settings.load_format,
         cpu_kernel=settings.cpu_kernel,
+        cpu_activations=settings.cpu_activations,
         batch_invariant=settings.batch_invariant,
         max_model_len=settings.max_model_len,
         block_size=settings.block_size,

@@ -95,6 +95,9 @@ class Settings(BaseSettings):
     cpu_kernel: Literal["auto", "amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "torch"] = Field(
         "auto", description="what computes on a CPU; auto is the best of this machine, torch does without our kernel"
     )
+    cpu_activations: Literal["int8", "int16"] = Field(
+        "int8", description="what our CPU kernel multiplies quantised weights with; int16 is more exact, and slower"
+    )
     batch_invariant: bool = Field(
         False, description="compute each row alike however many there are; quantised weights are slower then"
     )

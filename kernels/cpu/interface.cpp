@@ -85,6 +85,11 @@ int headrace_sample(Model* model, const RowSampling* rows, int64_t num_rows, flo
   }
 }
 
+// Up to how many rows quantised weights are multiplied as integers.
+int64_t headrace_most_integer_rows(int64_t activation_bits) {
+  return HAS_INTEGER_PATH ? most_integer_rows(activation_bits) : 0;
+}
+
 // Dequantise num_panels panels of a weight from `first` on into the bfloat16 layout.
 void headrace_dequantise(const Linear* weight, int64_t first, int64_t num_panels, uint16_t* out) {
   for (int64_t i = 0; i < num_panels; ++i)

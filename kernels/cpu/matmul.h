@@ -33,28 +33,53 @@ struct Linear {
 };
 
 inline bool is_quantised(const Linear& weight) { return weight.format != BF16; }
-inline int quants_bytes(int64_t format) { return format == Q8_0 ? 512 : 256; }
-inline int record_bytes(int64_t format) { return quants_bytes(format) + (format == Q4_1 ? 64 : 32); }
+constexpr int quants_bytes(int64_t format) { return format == Q8_0 ? 512 : 256; }
+constexpr int record_bytes(int64_t format) { return quants_bytes(format) + (format == Q4_1 ? 64 : 32); }
 // A quant stands for scale * (quant - offset), in Q4_1 for scale * quant + minimum.
-inline int offset_of(int64_t format) { return format == Q8_0 ? 128 : format == Q4_0 ? 8 : 0; }
+constexpr int offset_of(int64_t format) { return format == Q8_0 ? 128 : format == Q4_0 ? 8 : 0; }
 
-// Whether narrow batches multiply quants with quants (needs the byte dot product of AVX-512 VNNI).
+// Whether quants can be multiplied with quants (needs the byte dot product of AVX-512 VNNI).
 #if defined(__AVX512VNNI__)
-constexpr bool HAS_NARROW_PATH = true;
+constexpr bool HAS_INTEGER_PATH = true;
 #else
-constexpr bool HAS_NARROW_PATH = false;
+constexpr bool HAS_INTEGER_PATH = false;
 #endif
 
-constexpr int NARROW_ROWS = 16;  // up to so many rows; above, the products of dequantised panels are faster
+// Up to so many rows that is faster than the product of dequantised panels. With 8 bits only AMX's tiles beat it.
+constexpr int most_integer_rows(int64_t activation_bits) {
+#if defined(HEADRACE_HAS_AMX)
+  return 16;
+#else
+  return activation_bits == 8 ? std::numeric_limits<int>::max() : 16;
+#endif
+}
+
+// A block's rows as quants, or some of them: [K / 32][num_rows][32] bytes, of each group its scale and its scaled sum.
+struct Quants {
+  const int8_t* high;
+  const int8_t* low;
+  const float* scales;
+  const float* sums;
+  int num_rows;  // of the whole block: from one group to the next
+
+  Quants from(int row) const { return {high + row * GROUP, low + row * GROUP, scales + row, sums + row, num_rows}; }
+};
 
 // Activations [T, K] as the products read them: as bfloat16 tiles, as quants, or both.
 //
-// As quants a group of 32 is scaled to 16-bit integers, each split into 256 * high + low, which is finer than bfloat16.
+// As quants a group of 32 is scaled to integers: of 8 bits, or of 16, each split into 256 * high + low, which is finer
+// than bfloat16.
 class Operand {
  public:
-  void reserve(int max_rows, int num_inputs) {
-    tiles_.assign(size_t(round_up(max_rows, BLOCK_ROWS)) * num_inputs, 0);
-    reserve_quants(std::min(max_rows, NARROW_ROWS), num_inputs);
+  void reserve(int max_rows, int num_inputs, int64_t activation_bits) {
+    activation_bits_ = activation_bits;
+    tiles_.assign(padded_size(max_rows, num_inputs), 0);
+    if (!HAS_INTEGER_PATH) return;
+    const size_t size = padded_size(std::min(max_rows, most_integer_rows(activation_bits)), num_inputs);
+    high_.assign(size, 0);
+    low_.assign(activation_bits == 16 ? size : 0, 0);
+    scales_.assign(size / GROUP, 0);
+    sums_.assign(size / GROUP, 0);
   }
 
   // Begin to fill `num_rows` rows of `num_inputs`.
@@ -80,51 +105,50 @@ class Operand {
   int rows_in_block(int block) const { return std::min(BLOCK_ROWS, num_rows_ - block * BLOCK_ROWS); }
   const bf16* block(int block) const { return tiles_.data() + block_offset(block); }
 
-  const int8_t* high(int row) const { return high_.data() + size_t(row) * num_inputs_; }
-  const int8_t* low(int row) const { return low_.data() + size_t(row) * num_inputs_; }
-  const float* scales(int row) const { return scales_.data() + size_t(row) * (num_inputs_ / GROUP); }
-  const int32_t* sums(int row) const { return sums_.data() + size_t(row) * (num_inputs_ / GROUP); }
+  Quants quants(int block) const {
+    const size_t offset = block_offset(block), group = offset / GROUP;
+    return {high_.data() + offset, low_.empty() ? nullptr : low_.data() + offset, scales_.data() + group,
+            sums_.data() + group, rows_in_block(block)};
+  }
+  int64_t activation_bits() const { return activation_bits_; }
 
  private:
-  static int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-  size_t block_offset(int block) const { return size_t(block) * BLOCK_ROWS * num_inputs_; }
-
-  void reserve_quants(int max_rows, int num_inputs) {
-    high_.assign(size_t(max_rows) * num_inputs, 0);
-    low_.assign(size_t(max_rows) * num_inputs, 0);
-    scales_.assign(size_t(max_rows) * (num_inputs / GROUP), 0);
-    sums_.assign(size_t(max_rows) * (num_inputs / GROUP), 0);
+  static size_t padded_size(int num_rows, int num_inputs) {
+    return size_t(num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS * num_inputs;
   }
+  size_t block_offset(int block) const { return size_t(block) * BLOCK_ROWS * num_inputs_; }
 
   void set_quants(int row, int k, const float* x) {
     // 32512 = 127 * 256: the largest whose high part is a signed byte however it is rounded.
-    const float limit = magnitude(x, GROUP), scale = limit / 32512.0f;
-    const Vec inverse = splat(limit > SMALLEST ? 32512.0f / limit : 0.0f);
-    Ints total{};
-    alignas(64) int32_t whole[GROUP];
+    const float largest = activation_bits_ == 8 ? 127.0f : 32512.0f, limit = magnitude(x, GROUP);
+    const Vec inverse = splat(limit > SMALLEST ? largest / limit : 0.0f);
+    const int block = row / BLOCK_ROWS;
+    const size_t group =
+        block_offset(block) / GROUP + size_t(k / GROUP) * rows_in_block(block) + size_t(row % BLOCK_ROWS);
+    Vec total{};
     for (int i = 0; i < GROUP; i += LANES) {
-      const Ints quant = to_int(round(load(x + i) * inverse));
-      store_as(whole + i, quant);
-      total += quant;
+      const Vec rounded = round(load(x + i) * inverse);
+      const Ints quant = to_int(rounded);
+      total += rounded;
+      if (activation_bits_ == 8) {
+        store_int8(high_.data() + group * GROUP + i, quant);
+      } else {
+        const Ints high = (quant + 128) >> 8;
+        store_int8(high_.data() + group * GROUP + i, high);
+        store_int8(low_.data() + group * GROUP + i, quant - 256 * high);
+      }
     }
-    int32_t sum = 0;
-    for (int lane = 0; lane < LANES; ++lane) sum += total[lane];
-    int8_t* high = high_.data() + size_t(row) * num_inputs_ + k;
-    int8_t* low = low_.data() + size_t(row) * num_inputs_ + k;
-    for (int i = 0; i < GROUP; ++i) {
-      high[i] = int8_t((whole[i] + 128) >> 8);
-      low[i] = int8_t(whole[i] - 256 * high[i]);
-    }
-    scales_[size_t(row) * (num_inputs_ / GROUP) + k / GROUP] = scale;
-    sums_[size_t(row) * (num_inputs_ / GROUP) + k / GROUP] = sum;
+    const float scale = limit * (activation_bits_ == 8 ? 1 / 127.0f : 1 / 32512.0f);
+    scales_[group] = scale;
+    sums_[group] = scale * sum(total);
   }
 
   int num_rows_ = 0, num_inputs_ = 0;
   bool has_tiles_ = false, has_quants_ = false;
-  std::vector<bf16> tiles_;         // [T / BLOCK_ROWS] blocks, each in the order of `pair_offset`
-  std::vector<int8_t> high_, low_;  // [rows, K]
-  std::vector<float> scales_;       // [rows, K / 32]
-  std::vector<int32_t> sums_;       // [rows, K / 32], of the 16-bit integers
+  int64_t activation_bits_ = 8;
+  std::vector<bf16> tiles_;          // [T / BLOCK_ROWS] blocks, each in the order of `pair_offset`
+  std::vector<int8_t> high_, low_;   // [T / BLOCK_ROWS] blocks, each as `Quants` says
+  std::vector<float> scales_, sums_;
 };
 
 inline int64_t panel_bytes(const Linear& weight) {
@@ -207,28 +231,30 @@ inline Ints dot_quads(Ints acc, Ints unsigned_quads, Ints signed_quads) {
                                                     reinterpret_cast<__m512i>(signed_quads)));
 }
 
-// Rows first .. first + M times 16 columns (half a panel) of a quantised weight: c[m * stride .. + 16]. Integers inside
-// a group.
-template <int M, int64_t FORMAT>
-void narrow_product(const Linear& weight, int64_t half, const Operand& x, int first, float* c, int stride) {
+constexpr int INTEGERS_AHEAD = 1536;  // bytes
+
+// M rows times 16 columns (half a panel) of a quantised weight: c[m * stride .. + 16]. Integers inside a group.
+template <int M, int64_t FORMAT, int BITS>
+void integer_product(const Linear& weight, int64_t half, Quants x, float* c, int stride, Ahead& ahead) {
   const int num_groups = int(weight.num_inputs / GROUP);
-  constexpr int num_loads = FORMAT == Q8_0 ? 8 : 4;
-  const int bytes = record_bytes(FORMAT);
+  constexpr int num_loads = FORMAT == Q8_0 ? 8 : 4, bytes = record_bytes(FORMAT);
   const uint8_t* record = weight.data + half * num_groups * bytes;
   Vec acc[M] = {};
   for (int group = 0; group < num_groups; ++group, record += bytes) {
-    for (int line = 0; line < bytes; line += 64) prefetch(record + 1536 + line);
+    if (ahead.reach == NOWHERE)
+      for (int line = 0; line < bytes; line += 64) prefetch(record + INTEGERS_AHEAD + line);
     Ints high[M] = {}, low[M] = {};
     const auto dot = [&](Ints quants, int k) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        high[m] = dot_quads(high[m], quants, splat_quad(x.high(first + m) + group * GROUP + k));
-        low[m] = dot_quads(low[m], quants, splat_quad(x.low(first + m) + group * GROUP + k));
+        high[m] = dot_quads(high[m], quants, splat_quad(x.high + m * GROUP + k));
+        if constexpr (BITS == 16) low[m] = dot_quads(low[m], quants, splat_quad(x.low + m * GROUP + k));
       }
     };
 #pragma GCC unroll 8
     for (int i = 0; i < num_loads; ++i) {
       const Ints bytes_of_16 = load_as<Ints>(record + i * 64);
+      for (int line = 0; line < 8 / num_loads; ++line) ahead.fetch();
       if constexpr (FORMAT == Q8_0) {
         dot(bytes_of_16, 4 * i);
       } else {
@@ -236,44 +262,51 @@ void narrow_product(const Linear& weight, int64_t half, const Operand& x, int fi
         dot((bytes_of_16 >> 4) & 0x0f0f0f0f, 4 * i + 16);
       }
     }
-    const uint16_t* scales = reinterpret_cast<const uint16_t*>(record + num_loads * 64);
-    const Vec scale = load_fp16(scales);
+    const uint16_t* factors = reinterpret_cast<const uint16_t*>(record + num_loads * 64);
+    const Vec scale = load_fp16(factors);
+    const Vec minimum = FORMAT == Q4_1 ? load_fp16(factors + 16) : scale * float(-offset_of(FORMAT));
+#pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const int32_t sum = x.sums(first + m)[group];
-      const float row_scale = x.scales(first + m)[group];
-      const Ints total = (high[m] << 8) + low[m] - offset_of(FORMAT) * sum;
-      acc[m] = fma(to_float(total), scale * row_scale, acc[m]);
-      if constexpr (FORMAT == Q4_1) acc[m] = fma(load_fp16(scales + 16), splat(row_scale * float(sum)), acc[m]);
+      const Ints total = BITS == 16 ? (high[m] << 8) + low[m] : high[m];
+      acc[m] = fma(to_float(total), scale * x.scales[m], acc[m]);
+      acc[m] = fma(minimum, splat(x.sums[m]), acc[m]);
     }
+    x.high += x.num_rows * GROUP, x.scales += x.num_rows, x.sums += x.num_rows;
+    if constexpr (BITS == 16) x.low += x.num_rows * GROUP;
   }
   for (int m = 0; m < M; ++m) store(c + m * stride, acc[m]);
 }
 
-constexpr int MAX_NARROW_BLOCK = 8;  // 8 x 3 accumulators
+// Rows at once: 12 x 2 accumulators of the 32 registers, or 8 x 3.
+template <int BITS>
+constexpr int MOST_ROWS = BITS == 8 ? 12 : 8;
 
-template <int64_t FORMAT, int M = MAX_NARROW_BLOCK>
-void narrow_product_of(int num_rows, const Linear& weight, int64_t half, const Operand& x, int first, float* c,
-                       int stride) {
+template <int64_t FORMAT, int BITS, int M = MOST_ROWS<BITS>>
+void integer_product_of(int num_rows, const Linear& weight, int64_t half, const Quants& x, float* c, int stride,
+                        Ahead& ahead) {
   if constexpr (M > 1) {
-    if (num_rows < M) return narrow_product_of<FORMAT, M - 1>(num_rows, weight, half, x, first, c, stride);
+    if (num_rows < M)
+      return integer_product_of<FORMAT, BITS, M - 1>(num_rows, weight, half, x, c, stride, ahead);
   }
-  narrow_product<M, FORMAT>(weight, half, x, first, c, stride);
+  integer_product<M, FORMAT, BITS>(weight, half, x, c, stride, ahead);
 }
 
-// Rows first .. first + num_rows times a panel of a quantised weight: c[m * stride .. + 32].
-inline void multiply_quants(int num_rows, const Linear& weight, int64_t panel, const Operand& x, int first, float* c,
-                            int stride) {
-  for (int done = 0; done < num_rows; done += MAX_NARROW_BLOCK)
-    for (int64_t half = 0; half < 2; ++half) {
-      const auto product = weight.format == Q4_1   ? narrow_product_of<Q4_1>
-                           : weight.format == Q4_0 ? narrow_product_of<Q4_0>
-                                                   : narrow_product_of<Q8_0>;
-      product(std::min(MAX_NARROW_BLOCK, num_rows - done), weight, panel * 2 + half, x, first + done,
-              c + done * stride + half * 16, stride);
-    }
+// A block of num_rows rows times a panel of a quantised weight: c[m * stride .. + 32]. What `ahead` shows is fetched on
+// the side, or, where it shows nothing, the panel itself.
+template <int BITS>
+void multiply_quants(int num_rows, const Linear& weight, int64_t panel, const Quants& x, float* c, int stride,
+                     Ahead ahead) {
+  const auto product = weight.format == Q4_1   ? integer_product_of<Q4_1, BITS>
+                       : weight.format == Q4_0 ? integer_product_of<Q4_0, BITS>
+                                               : integer_product_of<Q8_0, BITS>;
+  for (int done = 0; done < num_rows; done += MOST_ROWS<BITS>)
+    for (int64_t half = 0; half < 2; ++half)
+      product(std::min(MOST_ROWS<BITS>, num_rows - done), weight, panel * 2 + half, x.from(done),
+              c + done * stride + half * 16, stride, ahead);
 }
 #else
-inline void multiply_quants(int, const Linear&, int64_t, const Operand&, int, float*, int) {}  // never called
+template <int BITS>
+void multiply_quants(int, const Linear&, int64_t, const Quants&, float*, int, Ahead) {}  // never called
 #endif
 
 // A panel of a weight; a unit of work has one or several. The next unit's panel in its place is `step` further.
@@ -308,9 +341,10 @@ struct ProductSpace {
 constexpr int FETCH_DISTANCE = 2048;  // bytes per row, as more rows take longer over a pair of inputs
 
 // What to fetch during the product of a block of rows. A single block reads its panel from memory, and fetches a little
-// ahead of itself; with several, or where the panel was dequantised, each fetches its share of the next unit's, and
-// something of `soon`.
+// ahead of itself (as quants where the records are); with several, or where the panel was dequantised, each fetches its
+// share of the next unit's, and something of `soon`.
 inline Ahead fetch_ahead(const Panel& panel, const Operand& x, int block, FetchList& soon) {
+  if (x.num_blocks() == 1 && is_quantised(*panel.weight) && x.has_quants()) return {};
   const int64_t num_bytes = panel_bytes(*panel.weight), num_pairs = x.num_inputs() / 2;
   const uint8_t* data = panel.weight->data + panel.index * num_bytes;
   if (x.num_blocks() == 1 && !is_quantised(*panel.weight)) {
@@ -346,11 +380,13 @@ void multiply(const Panel* panels, int num_panels, const Operand& x, ProductSpac
       const Linear& weight = *panels[p].weight;
       float* c = space.columns + p * PANEL;
       const bf16* halves[2] = {weights[p], weights[p] + PANEL};
+      const Ahead ahead = fetch_ahead(panels[p], x, block, space.soon);
       if (is_quantised(weight) && x.has_quants())
-        multiply_quants(num_rows, weight, panels[p].index, x, block * BLOCK_ROWS, c, stride);
+        (x.activation_bits() == 8 ? multiply_quants<8> : multiply_quants<16>)(num_rows, weight, panels[p].index,
+                                                                             x.quants(block), c, stride, ahead);
       else
         tile_product<PAIRS_PER_TILE, 2>(num_rows, x.block(block), 1, num_inputs / 2, {halves, 2, 2 * PANEL}, c, stride,
-                                        fetch_ahead(panels[p], x, block, space.soon));
+                                        ahead);
     }
     for (int m = 0; m < num_rows; ++m) {
       float* columns = space.columns + m * stride;

@@ -37,6 +37,7 @@ struct ModelConfig {
   int64_t num_threads;
   int64_t is_kv_int8;
   int64_t is_batch_invariant;
+  int64_t activation_bits;  // of what is multiplied with quantised weights as integers: 8 or 16
   float rms_norm_eps;
   float rope_scale;
   const float* inv_freq;    // [D / 2]
@@ -99,9 +100,11 @@ class Model {
 
   // The weights to multiply so many rows with. What is quantised stays so for few rows, which it is read for; for many
   // it is better dequantised once and for all.
-  const WeightSet& weights_for(int num_rows) const { return wide == nullptr || is_narrow(num_rows) ? weights : *wide; }
-  bool is_narrow(int num_rows) const {
-    return HAS_NARROW_PATH && !config.is_batch_invariant && num_rows <= NARROW_ROWS;
+  const WeightSet& weights_for(int num_rows) const {
+    return wide == nullptr || uses_integers(num_rows) ? weights : *wide;
+  }
+  bool uses_integers(int num_rows) const {
+    return HAS_INTEGER_PATH && !config.is_batch_invariant && num_rows <= most_integer_rows(config.activation_bits);
   }
 
   const ModelConfig config;

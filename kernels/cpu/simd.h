@@ -26,6 +26,7 @@ constexpr int LANES = 8;
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 template <class Vector, class T>
 inline Vector load_as(const T* p) {
@@ -39,6 +40,7 @@ inline void store_as(T* p, Vector v) {
 }
 inline Vec load(const float* p) { return load_as<Vec>(p); }
 inline void store(float* p, Vec v) { store_as(p, v); }
+inline void store_int8(int8_t* p, Ints v) { store_as(p, __builtin_convertvector(v, Bytes)); }
 inline Vec splat(float x) { return Vec{} + x; }
 inline Ints splat(int32_t x) { return Ints{} + x; }
 inline Vec to_float(Ints x) { return __builtin_convertvector(x, Vec); }

@@ -44,13 +44,13 @@ Model::Model(const ModelConfig& model_config)
   cosines.resize(size_t(max_tokens) * config.head_size / 2);
   sines.resize(cosines.size());
   queries.resize(size_t(max_tokens) * config.num_heads * padded_head);
-  normed.reserve(max_tokens, hidden_size);
-  attended.reserve(max_tokens, attended_size);
-  post_normed.reserve(max_tokens, hidden_size);
-  activated.reserve(max_tokens, int(config.intermediate_size));
-  last_normed.reserve(max_tokens, hidden_size);
+  normed.reserve(max_tokens, hidden_size, config.activation_bits);
+  attended.reserve(max_tokens, attended_size, config.activation_bits);
+  post_normed.reserve(max_tokens, hidden_size, config.activation_bits);
+  activated.reserve(max_tokens, int(config.intermediate_size), config.activation_bits);
+  last_normed.reserve(max_tokens, hidden_size, config.activation_bits);
   for (Workspace& space : spaces) {
-    space.rows.reserve(PRIVATE_ROWS, largest);
+    space.rows.reserve(PRIVATE_ROWS, largest, config.activation_bits);
     space.row.resize(largest);
   }
 }
@@ -61,7 +61,7 @@ template <class List>
 void Step::begin(Operand& operand, int num_rows, const List& weights) const {
   bool has_tiles = false, has_quants = false;
   for (const Linear* weight : weights) {
-    (model_.is_narrow(num_rows) && is_quantised(*weight) ? has_quants : has_tiles) = true;
+    (model_.uses_integers(num_rows) && is_quantised(*weight) ? has_quants : has_tiles) = true;
   }
   operand.begin(num_rows, int((*weights.begin())->num_inputs), has_tiles, has_quants);
 }

@@ -119,13 +119,23 @@ def test_an_int8_cache_stays_close_to_float32(
 
 
 @pytest.mark.parametrize("chunk", [NUM_TOKENS, 8, 1], ids=["wide", "narrow", "one by one"])
-@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("fields", [{"cpu_activations": "int16"}, {"batch_invariant": True}], ids=str)
 def test_weights_as_the_gguf_has_them_agree_with_float32(
-    demo_model: Path, text: list[int], reference: torch.Tensor, chunk: int, batch_invariant: bool
+    demo_model: Path, text: list[int], reference: torch.Tensor, chunk: int, fields: dict[str, Any]
 ) -> None:
-    actual = compute(load(demo_model, batch_invariant=batch_invariant), text[:NUM_TOKENS], [chunk])
+    actual = compute(load(demo_model, **fields), text[:NUM_TOKENS], [chunk])
     assert divergence(reference, actual) < 0.001
     assert agreement(reference, actual) >= 0.98
+
+
+@pytest.mark.parametrize("chunk", [NUM_TOKENS, 8, 1], ids=["wide", "narrow", "one by one"])
+def test_activations_of_8_bits_stay_close_to_float32(
+    demo_model: Path, text: list[int], reference: torch.Tensor, chunk: int
+) -> None:
+    actual = compute(load(demo_model), text[:NUM_TOKENS], [chunk])
+    print("MEASURED", divergence(reference, actual), agreement(reference, actual))
+    assert divergence(reference, actual) < 0.005
+    assert agreement(reference, actual) >= 0.95
 
 
 @pytest.mark.parametrize("chunks", [[1], [7, 1, 33, 64, 5, 1, 1, 100, 13], [NUM_TOKENS - 20, 1], [256, 3]])

@@ -31,7 +31,14 @@ def allocate(num_bytes: int) -> npt.NDArray[np.uint8]:
     return np.zeros(num_bytes, np.uint8)
 
 
-def run_model(library: ctypes.CDLL, model: TinyModel, num_threads: int, is_kv_int8: bool, is_invariant: bool) -> None:
+def run_model(
+    library: ctypes.CDLL,
+    model: TinyModel,
+    num_threads: int,
+    is_kv_int8: bool,
+    is_invariant: bool = False,
+    activation_bits: int = 8,
+) -> None:
     num_blocks = sum(-(-length // 16) for length in LENGTHS)
     backend = cpu_backend(
         library,
@@ -41,6 +48,7 @@ def run_model(library: ctypes.CDLL, model: TinyModel, num_threads: int, is_kv_in
         num_threads=num_threads,
         is_kv_int8=is_kv_int8,
         is_batch_invariant=is_invariant,
+        activation_bits=activation_bits,
         has_wide_copy=True,
         touched_ahead_bytes=2**20,
     )
@@ -84,7 +92,8 @@ def main() -> None:
     for path in sys.argv[1:]:
         library = _declare(ctypes.CDLL(path))
         for i, model in enumerate(MODELS):
-            run_model(library, model, num_threads=1 + i % 2, is_kv_int8=i % 2 == 0, is_invariant=False)
+            run_model(library, model, num_threads=1 + i % 2, is_kv_int8=i % 2 == 0)
+            run_model(library, model, num_threads=2, is_kv_int8=i % 2 == 1, activation_bits=16)
             run_model(library, model, num_threads=5, is_kv_int8=i % 2 == 1, is_invariant=i % 2 == 0)
         print(path)
 

@@ -1,6 +1,7 @@
 """What the C++ kernel promises to the bit: a row depends on its own sequence alone, and memory changes hands clean.
 
-Quantised weights promise it of their own accord but for the batch's width, and with `is_batch_invariant` of that too.
+Quantised weights promise it of their own accord but for the batch's width, and with `is_batch_invariant`, or where all
+widths are multiplied as integers, of that too.
 """
 
 import ctypes
@@ -17,7 +18,7 @@ import torch
 
 from cpu_models import PagedRun, TinyModel, cpu_backend, random_tokens
 from headrace.kernels.backend import StepBatch
-from headrace.kernels.cpu_backend import CpuBackend, kv_bytes_per_token
+from headrace.kernels.cpu_backend import CpuBackend, kv_bytes_per_token, most_integer_rows
 from waiting import until
 
 MODEL: dict[str, Any] = {
@@ -28,11 +29,12 @@ MODEL: dict[str, Any] = {
     "has_head_norms": True,
 }
 MIXED = ("Q4_0", "Q8_0", "bfloat16", "Q4_1", "Q8_0")
-FORMATS = {
-    "bfloat16": (("bfloat16",), False),
-    "bfloat16, int8 cache": (("bfloat16",), True),
-    "quantised": (MIXED, False),
-    "quantised, int8 cache": (MIXED, True),
+FORMATS: dict[str, dict[str, Any]] = {
+    "bfloat16": {"types": ("bfloat16",), "is_kv_int8": False},
+    "bfloat16, int8 cache": {"types": ("bfloat16",), "is_kv_int8": True},
+    "quantised": {"types": MIXED, "is_kv_int8": False, "is_batch_invariant": True},
+    "quantised, int8 cache": {"types": MIXED, "is_kv_int8": True, "is_batch_invariant": True},
+    "quantised, 8-bit activations": {"types": MIXED, "is_kv_int8": False, "activation_bits": 8},
 }
 TOKENS = random_tokens(330)
 NEIGHBOURS = [random_tokens(length, seed=length) for length in (1, 290, 15, 70)]
@@ -47,14 +49,13 @@ SCHEDULES: dict[str, list[dict[int, int]]] = {
 
 
 @pytest.fixture(params=FORMATS)
-def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
+def settings(request: pytest.FixtureRequest, library: ctypes.CDLL) -> dict[str, Any]:
     """What makes a backend of one format batch-invariant."""
-    types, is_kv_int8 = FORMATS[request.param]
-    return {
-        "model": TinyModel(**MODEL, types=types),
-        "is_kv_int8": is_kv_int8,
-        "is_batch_invariant": types != ("bfloat16",),
-    }
+    settings = dict(FORMATS[request.param])
+    num_integer_rows = most_integer_rows(library, settings.get("activation_bits", 16))
+    if "activation_bits" in settings and 0 < num_integer_rows < len(TOKENS):
+        pytest.skip("with AMX many rows are multiplied otherwise")
+    return settings | {"model": TinyModel(**MODEL, types=settings.pop("types"))}
 
 
 def poison(backend: CpuBackend, model: TinyModel, num_tokens: int, is_kv_int8: bool, byte: int) -> None:
@@ -106,8 +107,9 @@ def test_the_width_of_the_batch_changes_no_bit(library: ctypes.CDLL, settings: d
 
 @pytest.mark.parametrize("num_rows", [2, 8, 9, 16, 17, 40])
 @pytest.mark.parametrize("is_kv_int8", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("activation_bits", [8, 16])
 def test_what_the_neighbours_are_changes_no_bit_of_a_narrow_batch_either(
-    library: ctypes.CDLL, num_rows: int, is_kv_int8: bool
+    library: ctypes.CDLL, num_rows: int, is_kv_int8: bool, activation_bits: int
 ) -> None:
     """Even where they are no numbers at all; a fixed width is all that quantised weights ask for."""
     model = TinyModel(**MODEL, types=("bfloat16", *MIXED))
@@ -117,7 +119,15 @@ def test_what_the_neighbours_are_changes_no_bit_of_a_narrow_batch_either(
     embedding[98], embedding[99] = float("inf"), float("nan")
     results = []
     for seed in range(4):
-        backend = cpu_backend(library, model, num_rows, dict(weights), num_threads=1 + seed, is_kv_int8=is_kv_int8)
+        backend = cpu_backend(
+            library,
+            model,
+            num_rows,
+            dict(weights),
+            num_threads=1 + seed,
+            is_kv_int8=is_kv_int8,
+            activation_bits=activation_bits,
+        )
         others = [random_tokens(12, 98, seed * 100 + i) if seed < 2 else [96 + seed] * 12 for i in range(num_rows - 1)]
         own = num_rows // 2
         run = PagedRun(backend, [*others[:own], random_tokens(12, 98), *others[own:]], seed=seed)
@@ -199,9 +209,17 @@ def num_os_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
+@pytest.fixture
+def before(any_library: ctypes.CDLL) -> int:
+    """The threads when no backend of an earlier test is left."""
+    gc.collect()
+    return num_os_threads()
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 7])
-def test_closing_ends_the_threads_and_twice_is_harmless(any_library: ctypes.CDLL, num_threads: int) -> None:
-    before = num_os_threads()
+def test_closing_ends_the_threads_and_twice_is_harmless(
+    any_library: ctypes.CDLL, before: int, num_threads: int
+) -> None:
     backend = cpu_backend(any_library, TinyModel(), 4, num_threads=num_threads)
     assert num_os_threads() == before + num_threads - 1
     PagedRun(backend, [TOKENS[:60]]).all_logits()
@@ -213,8 +231,7 @@ def test_closing_ends_the_threads_and_twice_is_harmless(any_library: ctypes.CDLL
         backend.forward(StepBatch([1], [1], [1], [[0]], [0]))
 
 
-def test_collection_closes(any_library: ctypes.CDLL) -> None:
-    before = num_os_threads()
+def test_collection_closes(any_library: ctypes.CDLL, before: int) -> None:
     backends: list[Any] = [cpu_backend(any_library, TinyModel(), 4, num_threads=3)]
     backends[0].forward(StepBatch([1], [1], [1], [[0]], [0]))
     backends.append(backends)  # a cycle
@@ -225,9 +242,8 @@ def test_collection_closes(any_library: ctypes.CDLL) -> None:
     until(lambda: num_os_threads() == before, "the kernel's threads end")
 
 
-def test_backends_come_and_go_while_others_run(any_library: ctypes.CDLL) -> None:
+def test_backends_come_and_go_while_others_run(any_library: ctypes.CDLL, before: int) -> None:
     """Closed right behind a step, while members may still be on their way through it."""
-    before = num_os_threads()
     lasting = cpu_backend(any_library, TinyModel(), 4)
     batch = StepBatch(TOKENS[:40], [40], [40], [[0, 1, 2]], [39])
     expected = lasting.forward(batch).clone()

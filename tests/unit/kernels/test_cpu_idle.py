@@ -53,7 +53,9 @@ def run(backend: CpuBackend, idle_before: dict[int, int]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"is_batch_invariant": True}, {"is_kv_int8": True}, {"num_threads": 3}], ids=str
+    "settings",
+    [{}, {"activation_bits": 16}, {"is_batch_invariant": True}, {"is_kv_int8": True}, {"num_threads": 3}],
+    ids=str,
 )
 @pytest.mark.parametrize("types", [MIXED, ("Q4_0",), ("Q4_1",), ("Q8_0",), ("bfloat16",)], ids=str)
 def test_idle_work_changes_no_bit_whenever_it_is_done(

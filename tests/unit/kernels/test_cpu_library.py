@@ -18,7 +18,7 @@ from headrace.kernels.cpu_library import (
 
 AVX2 = INSTRUCTION_SETS[-1]
 ANY = InstructionSet("any", frozenset(), ())
-FUNCTIONS = ("create", "destroy", "step", "sample", "dequantise", "use_wide", "profile")
+FUNCTIONS = ("create", "destroy", "step", "sample", "dequantise", "use_wide", "profile", "most_integer_rows")
 
 
 @pytest.fixture

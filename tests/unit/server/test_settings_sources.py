@@ -27,6 +27,7 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "quantization": ("none", "fp8", "none", "fp8"),
     "load_format": ("auto", "dummy", "auto", "dummy"),
     "cpu_kernel": ("auto", "torch", "avx2", "avx512"),
+    "cpu_activations": ("int8", "int16", "int8", "int16"),
     "batch_invariant": (False, True, False, True),
     "max_model_len": (None, 11, 12, 13),
     "block_size": (16, 1, 2, 3),
