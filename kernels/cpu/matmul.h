@@ -146,8 +146,8 @@ class Operand {
   int num_rows_ = 0, num_inputs_ = 0;
   bool has_tiles_ = false, has_quants_ = false;
   int64_t activation_bits_ = 8;
-  std::vector<bf16> tiles_;          // [T / BLOCK_ROWS] blocks, each in the order of `pair_offset`
-  std::vector<int8_t> high_, low_;   // [T / BLOCK_ROWS] blocks, each as `Quants` says
+  std::vector<bf16> tiles_;         // [T / BLOCK_ROWS] blocks, each in the order of `pair_offset`
+  std::vector<int8_t> high_, low_;  // [T / BLOCK_ROWS] blocks, each as `Quants` says
   std::vector<float> scales_, sums_;
 };
 
@@ -285,8 +285,7 @@ template <int64_t FORMAT, int BITS, int M = MOST_ROWS<BITS>>
 void integer_product_of(int num_rows, const Linear& weight, int64_t half, const Quants& x, float* c, int stride,
                         Ahead& ahead) {
   if constexpr (M > 1) {
-    if (num_rows < M)
-      return integer_product_of<FORMAT, BITS, M - 1>(num_rows, weight, half, x, c, stride, ahead);
+    if (num_rows < M) return integer_product_of<FORMAT, BITS, M - 1>(num_rows, weight, half, x, c, stride, ahead);
   }
   integer_product<M, FORMAT, BITS>(weight, half, x, c, stride, ahead);
 }
@@ -383,7 +382,7 @@ void multiply(const Panel* panels, int num_panels, const Operand& x, ProductSpac
       const Ahead ahead = fetch_ahead(panels[p], x, block, space.soon);
       if (is_quantised(weight) && x.has_quants())
         (x.activation_bits() == 8 ? multiply_quants<8> : multiply_quants<16>)(num_rows, weight, panels[p].index,
-                                                                             x.quants(block), c, stride, ahead);
+                                                                              x.quants(block), c, stride, ahead);
       else
         tile_product<PAIRS_PER_TILE, 2>(num_rows, x.block(block), 1, num_inputs / 2, {halves, 2, 2 * PANEL}, c, stride,
                                         ahead);
