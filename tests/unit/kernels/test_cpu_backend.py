@@ -118,7 +118,7 @@ def test_batches_of_every_narrow_width_of_quantised_weights(
     lengths = (30,) * 30
     model = TinyModel(types=TYPES["mixed"], is_tied=is_tied, intermediate_size=160)
     for is_kv_int8 in (False, True):
-        settings = {"is_kv_int8": is_kv_int8, "activation_bits": activation_bits}
+        settings: dict[str, Any] = {"is_kv_int8": is_kv_int8, "activation_bits": activation_bits}
         backend = cpu_backend(library, model, 60, **settings)
         schedule = [dict.fromkeys(range(width), 1) for width in range(1, 31)]
         logits = PagedRun(backend, sequences_of(model, lengths)).all_logits(schedule)
