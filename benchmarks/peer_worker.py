@@ -90,7 +90,7 @@ class Transformers:
         attention = "paged|sdpa" if is_older else "sdpa"
         how: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": attention}
         if glob.glob(f"{model}/*.safetensors"):
-            decoder = AutoModelForCausalLM.from_pretrained(model, device_map=device, **how)
+            decoder = AutoModelForCausalLM.from_pretrained(model, **how).to(device)
         else:
             with torch.device(device):
                 decoder = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), **how).eval()
