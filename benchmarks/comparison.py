@@ -241,7 +241,7 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
     """Take several comparisons' rounds as further rounds of one.
 
     Raises:
-        ValueError: their lengths or loads differ.
+        ValueError: their lengths, loads, CPUs or versions differ.
     """
     first, *others = comparisons
     merged = Comparison(dict(first.settings), dict(first.environment))
@@ -254,6 +254,11 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
         for key in ("model", "prompt_tokens", "max_tokens", "requests_per_stream"):
             if other.settings[key] != first.settings[key]:
                 raise ValueError(f"their {key} differ: {first.settings[key]}, {other.settings[key]}")
+        if other.environment["cpu"] != first.environment["cpu"]:
+            raise ValueError(f"their CPUs differ: {first.environment['cpu']}, {other.environment['cpu']}")
+        for name, version in other.environment["versions"].items():
+            if first.environment["versions"].get(name, version) != version:
+                raise ValueError(f"their versions of {name} differ")
     num_rounds = 0
     for comparison in comparisons:
         for measurement in comparison.measurements:

@@ -19,7 +19,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -158,7 +158,8 @@ class Server:
         seconds = {"loop": 0.0, "engine": 0.0}
         for task in Path(f"/proc/{self.process.pid}/task").iterdir():
             part = "loop" if int(task.name) == self.process.pid else "engine"
-            seconds[part] += int((task / "schedstat").read_text().split()[0]) / 1e9
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                seconds[part] += int((task / "schedstat").read_text().split()[0]) / 1e9
         return seconds
 
 

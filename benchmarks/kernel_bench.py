@@ -64,14 +64,15 @@ class Decode:
     kernel_ms: float
     torch_ms: float | None
     floor_ms: float
-    product_ms: float
+    product_ms: float | None  # None where products are of integers
     goal: float | None
     phases_ms: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt of 512 tokens in one step: `share` is its products' rate over the ceiling."""
+    """A prompt of 512 tokens in one step: `share` is its products' rate over the ceiling in bfloat16, which those of
+    integers can exceed."""
 
     weights: str
     kernel_ms: float
@@ -178,7 +179,7 @@ class Bench:
             kernel_s * 1e3,
             None if torch_s is None else torch_s * 1e3,
             num_bytes / bandwidth * 1e3,
-            2 * self._num_weights(has_head=True) * width / rate * 1e3,
+            2 * self._num_weights(has_head=True) * width / rate * 1e3 if subject.weights == "bfloat16" else None,
             _GOALS.get((subject.weights, width)) if (subject.kv, context) == ("bfloat16", self.contexts[0]) else None,
             phases,
         )
@@ -326,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
         if kv == "bfloat16":
             prompts.append(bench.prompt(subject))
         subject.kernel.close()
-    print(f"\nprompt of {_PROMPT_TOKENS} tokens   kernel ms  torch ms  of the product ceiling  goal")
+    print(f"\nprompt of {_PROMPT_TOKENS} tokens   kernel ms  torch ms  of the bfloat16 ceiling  goal")
     for prompt in prompts:
         in_torch = "-" if prompt.torch_ms is None else f"{prompt.torch_ms:.1f}"
         print(f"{prompt.weights:20} {prompt.kernel_ms:10.1f} {in_torch:>9} {prompt.share:22.0%}  {prompt.goal:.0%}")
@@ -357,10 +358,13 @@ def main(argv: list[str] | None = None) -> int:
 def _decode_line(decode: Decode) -> str:
     in_torch = "-" if decode.torch_ms is None else f"{decode.torch_ms:.2f}"
     goal = "-" if decode.goal is None else f"{decode.goal:.2f}"
+    products, of_both = "-", "-"
+    if decode.product_ms is not None:
+        products = f"{decode.product_ms:.2f}"
+        of_both = f"{decode.kernel_ms / max(decode.floor_ms, decode.product_ms):.2f}"
     return (
         f"{decode.weights:10} {decode.kv:8} {decode.width:5} {decode.context:8} {decode.kernel_ms:10.2f} {in_torch:>9} "
-        f"{decode.floor_ms:9.2f} {decode.kernel_ms / decode.floor_ms:6.2f} {goal:>5} {decode.product_ms:12.2f} "
-        f"{decode.kernel_ms / max(decode.floor_ms, decode.product_ms):8.2f} "
+        f"{decode.floor_ms:9.2f} {decode.kernel_ms / decode.floor_ms:6.2f} {goal:>5} {products:>12} {of_both:>8} "
         f"{decode.width / decode.kernel_ms * 1e3:6.0f}"
     )
 

@@ -195,8 +195,10 @@ def _with_kernel(
             f"memory does not suffice for kv_cache_bytes {cache_bytes} and max_num_batched_tokens "
             f"{config.max_num_batched_tokens}: {error}"
         ) from error
+    has_integers = num_rows > 0 and set(backend.weight_types) != {"bfloat16"}
     return backend, (
         f"packed {what} {', '.join(backend.weight_types)}"
+        f"{f', {activation_bits}-bit activations' if has_integers else ''}"
         f"{' (a copy in bfloat16 for wide batches)' if has_wide_copy else ''} on cpu, "
         f"C++ kernel for {kernel.instruction_set.name}, {torch.get_num_threads()} threads"
     )

@@ -45,7 +45,8 @@ constexpr bool HAS_INTEGER_PATH = true;
 constexpr bool HAS_INTEGER_PATH = false;
 #endif
 
-// Up to so many rows that is faster than the product of dequantised panels. With 8 bits only AMX's tiles beat it.
+// Up to so many rows that is faster than the product of dequantised panels. With 8 bits only AMX's tiles should beat it
+// (it has not been measured on them).
 constexpr int most_integer_rows(int64_t activation_bits) {
 #if defined(HEADRACE_HAS_AMX)
   return 16;
@@ -107,8 +108,9 @@ class Operand {
 
   Quants quants(int block) const {
     const size_t offset = block_offset(block), group = offset / GROUP;
-    return {high_.data() + offset, low_.empty() ? nullptr : low_.data() + offset, scales_.data() + group,
-            sums_.data() + group, rows_in_block(block)};
+    const std::vector<int8_t>& low = activation_bits_ == 16 ? low_ : high_;  // which nobody reads
+    return {high_.data() + offset, low.data() + offset, scales_.data() + group, sums_.data() + group,
+            rows_in_block(block)};
   }
   int64_t activation_bits() const { return activation_bits_; }
 
@@ -254,7 +256,7 @@ void integer_product(const Linear& weight, int64_t half, Quants x, float* c, int
 #pragma GCC unroll 8
     for (int i = 0; i < num_loads; ++i) {
       const Ints bytes_of_16 = load_as<Ints>(record + i * 64);
-      for (int line = 0; line < 8 / num_loads; ++line) ahead.fetch();
+      for (int line = 0; line < 8 / num_loads; ++line) ahead.fetch();  // as often as a product of pairs
       if constexpr (FORMAT == Q8_0) {
         dot(bytes_of_16, 4 * i);
       } else {
@@ -298,7 +300,7 @@ void multiply_quants(int num_rows, const Linear& weight, int64_t panel, const Qu
   const auto product = weight.format == Q4_1   ? integer_product_of<Q4_1, BITS>
                        : weight.format == Q4_0 ? integer_product_of<Q4_0, BITS>
                                                : integer_product_of<Q8_0, BITS>;
-  for (int done = 0; done < num_rows; done += MOST_ROWS<BITS>)
+  for (int done = 0; done < num_rows; done += MOST_ROWS<BITS>, ahead = {})
     for (int64_t half = 0; half < 2; ++half)
       product(std::min(MOST_ROWS<BITS>, num_rows - done), weight, panel * 2 + half, x.from(done),
               c + done * stride + half * 16, stride, ahead);

@@ -98,8 +98,8 @@ class Model {
  public:
   explicit Model(const ModelConfig& model_config);
 
-  // The weights to multiply so many rows with. What is quantised stays so for few rows, which it is read for; for many
-  // it is better dequantised once and for all.
+  // The weights to multiply so many rows with. What is quantised stays so where it is multiplied as integers; else it
+  // is better dequantised once and for all.
   const WeightSet& weights_for(int num_rows) const {
     return wide == nullptr || uses_integers(num_rows) ? weights : *wide;
   }

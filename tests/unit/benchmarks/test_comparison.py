@@ -111,3 +111,10 @@ def test_files_of_different_loads_are_not_merged() -> None:
     other = replace(found, settings={**found.settings, "prompt_tokens": 1000})
     with pytest.raises(ValueError, match="prompt_tokens differ: 154, 1000"):
         merge([found, other])
+
+
+@pytest.mark.parametrize(("key", "value"), [("cpu", "another"), ("versions", {"vllm": "another"})])
+def test_files_of_another_machine_or_version_are_not_merged(key: str, value: object) -> None:
+    found = comparison(measurement("headrace", 100))
+    with pytest.raises(ValueError, match="differ"):
+        merge([found, replace(found, environment={**found.environment, key: value})])

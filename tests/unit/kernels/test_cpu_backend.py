@@ -111,7 +111,7 @@ def test_quantised_weights_stand_for_what_gguf_says(library: ctypes.CDLL, types:
 
 @pytest.mark.parametrize("is_tied", [False, True], ids=["own head", "tied"])
 @pytest.mark.parametrize("activation_bits", [8, 16])
-def test_batches_of_every_narrow_width_of_quantised_weights(
+def test_batches_of_every_width_up_to_30_of_quantised_weights(
     library: ctypes.CDLL, is_tied: bool, activation_bits: int
 ) -> None:
     """One to thirty rows: sixteen, or all, are the most that are multiplied as integers, a dozen at a time."""

@@ -394,13 +394,44 @@ def test_dummy_weights_are_for_families_whose_names_are_known_and_not_for_a_gguf
 
 
 @pytest.mark.parametrize(
-    ("available", "has_copy"), [(None, False), (6 * 2**30, True), (2 * 2**30 + 2**29, False)], ids=str
+    ("available", "settings", "num_integer_rows", "has_copy"),
+    [
+        (None, {}, 16, False),
+        (6 * 2**30, {}, 16, True),
+        (2 * 2**30 + 2**29, {}, 16, False),
+        (6 * 2**30, {}, 256, False),
+        (6 * 2**30, {"max_num_seqs": 16, "max_num_batched_tokens": 16}, 16, False),
+        (6 * 2**30, {"batch_invariant": True}, 256, True),
+    ],
+    ids=str,
 )
-def test_quantised_weights_have_a_wide_copy_where_memory_is_plenty(
-    available: int | None, has_copy: bool, monkeypatch: pytest.MonkeyPatch
+def test_quantised_weights_have_a_wide_copy_where_steps_are_wide_and_memory_is_plenty(
+    available: int | None,
+    settings: dict[str, Any],
+    num_integer_rows: int,
+    has_copy: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     need_program("g++", "the C++ kernel")
     path = resolve_model(None).path  # 269 MB in bfloat16
     monkeypatch.setattr(model_loader, "available_bytes", lambda: available)
-    _, runner = load_engine(EngineConfig(model_path=path, kv_cache_bytes=2**26), lambda line: None)
+    monkeypatch.setattr(model_loader.cpu_backend, "most_integer_rows", lambda library, bits: num_integer_rows)
+    _, runner = load_engine(EngineConfig(model_path=path, kv_cache_bytes=2**26, **settings), lambda line: None)
     assert ("a copy in bfloat16 for wide batches" in runner.description) is has_copy
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({}, "8-bit activations"), ({"cpu_activations": "int16"}, "16-bit activations"), ({"batch_invariant": True}, None)],
+    ids=str,
+)
+def test_what_is_said_of_activations_is_what_the_kernel_does(
+    settings: dict[str, Any], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_program("g++", "the C++ kernel")
+    monkeypatch.setattr(model_loader.cpu_backend, "most_integer_rows", lambda library, bits: 16)
+    _, runner = load_engine(
+        EngineConfig(model_path=resolve_model(None).path, kv_cache_bytes=2**26, **settings), lambda line: None
+    )
+    assert ("activations" in runner.description) is (said is not None)
+    assert said is None or said in runner.description
