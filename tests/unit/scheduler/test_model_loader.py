@@ -422,7 +422,11 @@ def test_quantised_weights_have_a_wide_copy_where_steps_are_wide_and_memory_is_p
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({}, "8-bit activations"), ({"cpu_activations": "int16"}, "16-bit activations"), ({"batch_invariant": True}, None)],
+    [
+        ({}, "8-bit activations"),
+        ({"cpu_activations": "int16"}, "16-bit activations"),
+        ({"batch_invariant": True}, None),
+    ],
     ids=str,
 )
 def test_what_is_said_of_activations_is_what_the_kernel_does(
