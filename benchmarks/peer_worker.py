@@ -90,7 +90,8 @@ class Transformers:
         attention = "paged|sdpa" if is_older else "sdpa"
         how: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": attention}
         if glob.glob(f"{model}/*.safetensors"):
-            decoder = AutoModelForCausalLM.from_pretrained(model, **how).to(device)
+            decoder = AutoModelForCausalLM.from_pretrained(model, **how)
+            decoder.to(device)  # type: ignore[arg-type]  # a wrapper hides `self`
         else:
             with torch.device(device):
                 decoder = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), **how).eval()
