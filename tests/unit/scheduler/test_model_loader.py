@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from headrace.kernels import cpu_backend
 from headrace.kernels.hf_decoder import FAMILIES
 from headrace.scheduler import model_loader
 from headrace.scheduler.config import EngineConfig
@@ -415,7 +416,7 @@ def test_quantised_weights_have_a_wide_copy_where_steps_are_wide_and_memory_is_p
     need_program("g++", "the C++ kernel")
     path = resolve_model(None).path  # 269 MB in bfloat16
     monkeypatch.setattr(model_loader, "available_bytes", lambda: available)
-    monkeypatch.setattr(model_loader.cpu_backend, "most_integer_rows", lambda library, bits: num_integer_rows)
+    monkeypatch.setattr(cpu_backend, "most_integer_rows", lambda library, bits: num_integer_rows)
     _, runner = load_engine(EngineConfig(model_path=path, kv_cache_bytes=2**26, **settings), lambda line: None)
     assert ("a copy in bfloat16 for wide batches" in runner.description) is has_copy
 
@@ -433,7 +434,7 @@ def test_what_is_said_of_activations_is_what_the_kernel_does(
     settings: dict[str, Any], said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need_program("g++", "the C++ kernel")
-    monkeypatch.setattr(model_loader.cpu_backend, "most_integer_rows", lambda library, bits: 16)
+    monkeypatch.setattr(cpu_backend, "most_integer_rows", lambda library, bits: 16)
     _, runner = load_engine(
         EngineConfig(model_path=resolve_model(None).path, kv_cache_bytes=2**26, **settings), lambda line: None
     )
