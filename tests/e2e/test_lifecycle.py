@@ -96,9 +96,9 @@ def test_the_printed_curl_line_works_and_the_server_is_ready_only_once_warm(demo
 
 
 def test_sigterm_lets_running_streams_finish_and_refuses_new_requests(demo_model: Path) -> None:
-    # Time enough for sixty tokens on a machine that is busy with something else.
+    # Tokens enough for the refused requests to find the server draining, and time enough for all on a busy machine.
     with serving("--kv-cache-bytes", "256MiB", "--drain-grace-s", "200") as server:
-        with RawRequest(server.url(), "/v1/completions", dict(LONG, max_tokens=60)) as request:
+        with RawRequest(server.url(), "/v1/completions", dict(LONG, max_tokens=1500)) as request:
             request.read_until(b"data:")
             server.process.send_signal(signal.SIGTERM)
             server.wait_for("draining")
