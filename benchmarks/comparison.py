@@ -256,11 +256,11 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
                 raise ValueError(f"their {key} differ: {first.settings[key]}, {other.settings[key]}")
         if other.environment["cpu"] != first.environment["cpu"]:
             raise ValueError(f"their CPUs differ: {first.environment['cpu']}, {other.environment['cpu']}")
-        for name, version in other.environment["versions"].items():
-            if first.environment["versions"].get(name, version) != version:
-                raise ValueError(f"their versions of {name} differ")
     num_rounds = 0
     for comparison in comparisons:
+        for name, version in comparison.environment["versions"].items():
+            if merged.environment["versions"][name] != version:
+                raise ValueError(f"their versions of {name} differ")
         for measurement in comparison.measurements:
             merged.measurements.append(replace(measurement, round_number=num_rounds + measurement.round_number))
         num_rounds += 1 + max((found.round_number for found in comparison.measurements), default=-1)

@@ -101,7 +101,8 @@ class Operand {
 
   int num_rows() const { return num_rows_; }
   int num_inputs() const { return num_inputs_; }
-  bool has_quants() const { return has_quants_; }
+  // Whether it is multiplied with this weight as integers.
+  bool uses_integers(const Linear& weight) const { return has_quants_ && is_quantised(weight); }
   int num_blocks() const { return (num_rows_ + BLOCK_ROWS - 1) / BLOCK_ROWS; }
   int rows_in_block(int block) const { return std::min(BLOCK_ROWS, num_rows_ - block * BLOCK_ROWS); }
   const bf16* block(int block) const { return tiles_.data() + block_offset(block); }
@@ -345,7 +346,7 @@ constexpr int FETCH_DISTANCE = 2048;  // bytes per row, as more rows take longer
 // ahead of itself (as quants where the records are); with several, or where the panel was dequantised, each fetches its
 // share of the next unit's, and something of `soon`.
 inline Ahead fetch_ahead(const Panel& panel, const Operand& x, int block, FetchList& soon) {
-  if (x.num_blocks() == 1 && is_quantised(*panel.weight) && x.has_quants()) return {};
+  if (x.num_blocks() == 1 && x.uses_integers(*panel.weight)) return {};
   const int64_t num_bytes = panel_bytes(*panel.weight), num_pairs = x.num_inputs() / 2;
   const uint8_t* data = panel.weight->data + panel.index * num_bytes;
   if (x.num_blocks() == 1 && !is_quantised(*panel.weight)) {
@@ -367,8 +368,10 @@ void multiply(const Panel* panels, int num_panels, const Operand& x, ProductSpac
   const bf16* weights[MAX_PANELS];
   for (int p = 0; p < num_panels; ++p) {
     const Linear& weight = *panels[p].weight;
-    weights[p] = reinterpret_cast<const bf16*>(weight.data) + panels[p].index * PANEL * num_inputs;
-    if (is_quantised(weight) && !x.has_quants()) {
+    if (x.uses_integers(weight)) continue;
+    if (!is_quantised(weight)) {
+      weights[p] = reinterpret_cast<const bf16*>(weight.data) + panels[p].index * PANEL * num_inputs;
+    } else {
       const size_t size = size_t(PANEL) * num_inputs;
       if (space.dequantised.size() < size * num_panels) space.dequantised.resize(size * num_panels);
       dequantise(weight, panels[p].index, space.dequantised.data() + p * size);
@@ -380,14 +383,15 @@ void multiply(const Panel* panels, int num_panels, const Operand& x, ProductSpac
     for (int p = 0; p < num_panels; ++p) {
       const Linear& weight = *panels[p].weight;
       float* c = space.columns + p * PANEL;
-      const bf16* halves[2] = {weights[p], weights[p] + PANEL};
       const Ahead ahead = fetch_ahead(panels[p], x, block, space.soon);
-      if (is_quantised(weight) && x.has_quants())
-        (x.activation_bits() == 8 ? multiply_quants<8> : multiply_quants<16>)(num_rows, weight, panels[p].index,
-                                                                              x.quants(block), c, stride, ahead);
-      else
+      if (x.uses_integers(weight)) {
+        const auto product = x.activation_bits() == 8 ? multiply_quants<8> : multiply_quants<16>;
+        product(num_rows, weight, panels[p].index, x.quants(block), c, stride, ahead);
+      } else {
+        const bf16* halves[2] = {weights[p], weights[p] + PANEL};
         tile_product<PAIRS_PER_TILE, 2>(num_rows, x.block(block), 1, num_inputs / 2, {halves, 2, 2 * PANEL}, c, stride,
                                         ahead);
+      }
     }
     for (int m = 0; m < num_rows; ++m) {
       float* columns = space.columns + m * stride;
