@@ -29,6 +29,7 @@ from headrace.scheduler.engine_core import ComputedStep
 from headrace.scheduler.messages import RowResult
 from headrace.scheduler.model_source import resolve_model
 from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
+from headrace.scheduler.step_time import StepShape
 from headrace.server.serve import serve
 from headrace.server.settings import load_settings
 from headrace.server.tokenizer import load_tokenizer
@@ -57,7 +58,8 @@ class PacedRunner:
         self._step_s = step_s
         self._due_s = 0.0
 
-    def warm_up(self) -> None: ...
+    def warm_up(self) -> list[tuple[StepShape, float]]:
+        return []
 
     def use_idle_time(self) -> bool:
         return False

@@ -1,8 +1,27 @@
 """The engine's settings, as the engine needs them: plain values, checked by whoever made them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from headrace.scheduler.messages import Tier
+
+_NEVER = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulingPolicy:
+    """What the scheduler aims at: each tier's weight, and the time between a stream's tokens that steps are sized for.
+
+    A tenant's turn comes up to `locality_tokens` of service early where its prompt begins in the cache.
+    """
+
+    tier_weights: Mapping[Tier, float] = field(
+        default_factory=lambda: {Tier.PREMIUM: 8.0, Tier.STANDARD: 3.0, Tier.BATCH: 1.0}
+    )
+    itl_targets_s: Mapping[Tier, float] = field(default_factory=lambda: dict.fromkeys(Tier, _NEVER))
+    locality_tokens: float = 512
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from headrace.scheduler.messages import (
     StepPauses,
 )
 from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
+from headrace.scheduler.step_time import StepShape
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ class Runner(Protocol):
     @property
     def is_asynchronous(self) -> bool: ...
 
-    def warm_up(self) -> None: ...
+    def warm_up(self) -> Seq[tuple[StepShape, float]]:
+        """Compute some steps for nobody, and say what shape they had and how many seconds they took."""
 
     def use_idle_time(self) -> bool:
         """Do a few milliseconds of what later steps are quicker for; returns whether there was something to do."""
@@ -111,7 +113,8 @@ class EngineCore:
         self._load = load
         self._publish = publish
         self._clock = clock
-        self._inbox: deque[GenerationRequest | int | None] = deque()  # to submit, to cancel, to stop
+        self._inbox: deque[GenerationRequest | None] = deque()  # to submit, to stop
+        self._cancels: deque[int] = deque()
         self._wake = threading.Event()
         self._is_stopping = False
         self._busy_s = 0.0
@@ -129,7 +132,7 @@ class EngineCore:
 
     def cancel(self, request_id: int) -> None:
         """Ask for a request's end; from any thread. A request that is already over is left alone."""
-        self._inbox.append(request_id)
+        self._cancels.append(request_id)
         self._wake.set()
 
     def stop(self) -> None:
@@ -147,7 +150,8 @@ class EngineCore:
         error: Exception | None = None
         try:
             scheduler, runner = self._load()
-            runner.warm_up()
+            for shape, seconds in runner.warm_up():
+                scheduler.observe(shape, seconds)
             ready = EngineReady(
                 runner.max_context_tokens,
                 scheduler.max_num_seqs,
@@ -207,14 +211,15 @@ class EngineCore:
     def _drain_inbox(self, scheduler: Scheduler) -> None:
         # Cleared before draining: what arrives after the last pop sets it again, so no wake-up is lost.
         self._wake.clear()
+        # Taken first and acted on last: whatever they name has been submitted before them.
+        cancels = [self._cancels.popleft() for _ in range(len(self._cancels))]
         while self._inbox:
-            item = self._inbox.popleft()
-            if item is None:
+            request = self._inbox.popleft()
+            if request is None:
                 self._is_stopping = True
-            elif isinstance(item, GenerationRequest):
-                scheduler.add(item)
             else:
-                scheduler.cancel(item)
+                scheduler.add(request)
+        scheduler.cancel(*cancels)
 
     def _launch(self, runner: Runner, output: SchedulerOutput) -> _Step:
         began_s = self._clock()
@@ -239,4 +244,4 @@ class EngineCore:
         self._pauses = StepPauses(gap_s, times.lock_wait_s)
         self._busy_s += times.ended_s - times.began_s
         self._computed_s = times.ended_s
-        return scheduler.update(step.output, results)
+        return scheduler.update(step.output, results, times)

@@ -10,6 +10,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+_NEVER = float("inf")
+
+
+class Tier(StrEnum):
+    """A class of service, from the API key alone. The order is that of rank: the first goes first where two are
+    equal."""
+
+    PREMIUM = "premium"
+    STANDARD = "standard"
+    BATCH = "batch"
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended. Every accepted request ends with exactly one of them."""
@@ -56,14 +67,25 @@ class GenerationRequest:
     """A prompt to continue. `request_id` is the server's own and never reused within a process.
 
     `leader_id` names an earlier request with the same prompt: this one waits until that prompt is computed, and then
-    finds it in the prefix cache. Only requests with equal `cache_salt` share cached blocks.
+    finds it in the prefix cache. Only requests with equal `cache_salt` share cached blocks. A tenant's `weight` is its
+    share among those of its tier. The first token should come by `target_s`; the request ends where the engine has not
+    begun it by `queue_deadline_s`, has no token by `first_token_deadline_s`, none in `stall_timeout_s` after the last,
+    or has not finished by `deadline_s`. `is_paced` allows its decoding to wait while it is ahead of a reader.
     """
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     arrival_s: float
-    deadline_s: float = float("inf")
+    deadline_s: float = _NEVER
+    queue_deadline_s: float = _NEVER
+    first_token_deadline_s: float = _NEVER
+    stall_timeout_s: float = _NEVER
+    target_s: float = _NEVER
+    tier: Tier = Tier.STANDARD
+    tenant: str = ""
+    weight: float = 1.0
+    is_paced: bool = False
     leader_id: int | None = None
     cache_salt: bytes = b""
 
@@ -110,6 +132,10 @@ class LoadSnapshot:
     `num_received` counts the submissions drained so far, so that the loop can add those still in the inbox. Of the
     free blocks `num_cached_blocks` hold a reusable prefix. Of `num_prefix_queries` prompt tokens that were looked up in
     the prefix cache, `num_prefix_hits` were found.
+
+    As steps go now, prompts get `prefill_tokens_per_s`, a step takes `step_s`, and `completions_per_s` sequences end
+    (idle, a prompt would get `idle_tokens_per_s`); 0 where nothing is known yet. `num_prefill_tokens` of running
+    sequences are still to be computed, and `num_startable` more sequences could run at once.
     """
 
     num_waiting: int = 0
@@ -123,6 +149,12 @@ class LoadSnapshot:
     num_preemptions: int = 0
     num_steps: int = 0
     busy_s: float = 0.0
+    num_prefill_tokens: int = 0
+    num_startable: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    idle_tokens_per_s: float = 0.0
+    completions_per_s: float = 0.0
+    step_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

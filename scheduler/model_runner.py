@@ -5,6 +5,7 @@ Owned by the engine thread. It reads sequences and never changes them: the sched
 
 import itertools
 import math
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,7 @@ from headrace.scheduler.errors import ModelSourceError
 from headrace.scheduler.messages import GenerationRequest, RowResult, SamplingParams, TokenLogprobs
 from headrace.scheduler.scheduler import ScheduledRow, SchedulerOutput
 from headrace.scheduler.sequence import Sequence
+from headrace.scheduler.step_time import StepShape
 
 # A row's sampling settings side by side, as they are kept with its sequence.
 _SAMPLING = np.dtype(
@@ -77,22 +79,38 @@ class ModelRunner:
     def use_idle_time(self) -> bool:
         return self.backend.use_idle_time()
 
-    def warm_up(self) -> None:
-        """Run a full prompt chunk, then a decode step, so that the first request pays for no first use.
+    def warm_up(self) -> list[tuple[StepShape, float]]:
+        """Run a full prompt chunk, then a decode step, so that the first request pays for no first use; then some more,
+        whose shapes and seconds are returned.
 
         Raises: ModelSourceError where what comes out is not a number.
         """
-        num_tokens = min(self._max_num_batched_tokens, self.max_context_tokens - 1)
-        sampling = SamplingParams(temperature=1.0, top_p=0.9, num_logprobs=0)
-        request = GenerationRequest(-1, (0,) * num_tokens, sampling, 0.0)
-        sequence = Sequence(request)
-        # The blocks are nobody's yet, and what is written there is overwritten before it can be seen.
-        sequence.block_ids = list(range(-(-(num_tokens + 1) // self._block_size)))
-        [result] = self.run(SchedulerOutput([ScheduledRow.next_of(sequence, num_tokens)], []))
+        most = min(self._max_num_batched_tokens, self.max_context_tokens - 1)
+        [result] = self.run(self._trial([most]))
         if result.logprobs is None or math.isnan(result.logprobs.logprob or 0.0):
             raise ModelSourceError("the model computes no numbers: its weights are damaged, or exceed this dtype")
-        sequence.token_ids.append(0)
-        self.run(SchedulerOutput([ScheduledRow.next_of(sequence, 1)], []))
+        self.run(self._trial([1], start=most))
+        measured = []
+        for query_lens, start in (([most], 0), ([1], most), ([max(1, most // 4)], 0), ([1] * min(8, most), 0)):
+            trial = self._trial(query_lens, start)
+            began_s = time.monotonic()
+            self.run(trial)
+            measured.append((trial.shape, time.monotonic() - began_s))
+        return measured
+
+    def _trial(self, query_lens: list[int], start: int = 0) -> SchedulerOutput:
+        """A step of tokens that nobody asked for, from `start` on. Its blocks are nobody's yet, they may be shared, and
+        what is written there is overwritten before it can be seen."""
+        rows = []
+        for i, num_tokens in enumerate(query_lens):
+            sampling = SamplingParams(temperature=1.0, top_p=0.9, num_logprobs=0)
+            sequence = Sequence(GenerationRequest(-1 - i, (0,) * (start + num_tokens), sampling, 0.0))
+            sequence.block_ids = list(range(-(-(start + num_tokens) // self._block_size)))
+            sequence.num_scheduled_tokens = start
+            rows.append(ScheduledRow.next_of(sequence, num_tokens))
+        if query_lens == [1] * len(query_lens):
+            return SchedulerOutput(rows, [], StepShape(0, len(rows), start * len(rows)))
+        return SchedulerOutput(rows, [], StepShape(sum(query_lens), 0, 0, query_lens[0] / 2))
 
     def _sample(
         self, batch: StepBatch, rows: list[ScheduledRow], sampled: list[ScheduledRow], sampling: np.ndarray

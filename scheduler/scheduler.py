@@ -1,28 +1,64 @@
-"""Who runs in the next step: first come, first served, under a token budget and a batch limit.
+"""Who runs in the next step. The policy's letters, each in one place:
+
+A  prompts get what fits beside the decoding sequences within their inter-token target   _prefill_budget, step_time
+B  who is next: weighted fair queueing over tiers and tenants; J: prefixes in the cache   fair_queue
+D  admitted only if the cache holds everybody's projected peak                           _fits, kv_forecast
+E  preemption by recompute, twice at most, of the lowest tier first                      _make_room
+F  deadlines                                                                             deadlines
+G  cancellation: a set, emptied once per step                                            _drop_cancelled
+I  streams that may wait while they are ahead of their reader                            _is_ahead
+
+(C, admission by prediction, and H are the event loop's: see server/admission.py.)
 
 A pure object: no clock, randomness, thread or tensor inside; the same calls give the same answers. Owned by the engine
-thread. Every step first gives each running sequence what it needs (one token to decode, or the next chunk of its
-prompt), then admits waiting ones while budget, batch limit and blocks last. A sequence that is admitted shares the
-blocks of its longest prefix that some sequence has computed before it. A step can be scheduled while the one before it
-is in flight, but no more than one; they are recorded in their order.
+thread. There is no prefill phase and no decode phase: computed tokens catch up with a sequence's tokens (vLLM v1's
+idea), and each step first gives each decoding sequence its token and then fills the budget with prompts. A step can be
+scheduled while the one before it is in flight, but no more than one; they are recorded in their order.
 
 Papers: Orca (OSDI 2022) for iteration-level batching, PagedAttention (SOSP 2023) for preemption by recompute,
-Sarathi-Serve (OSDI 2024) for chunked prefill beside decode. Deviation: the budget is fixed, not chosen online.
+Sarathi-Serve (OSDI 2024) for chunked prefill beside decode; for the letters see their modules.
 """
 
-import heapq
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from headrace.scheduler.block_pool import BlockPool
-from headrace.scheduler.messages import FinishReason, GenerationRequest, LoadSnapshot, RowResult, SequenceOutput
-from headrace.scheduler.sequence import Sequence, SequenceStatus
+import numpy as np
 
-# How many deadlines of finished requests are kept before the heap is rebuilt, beside as many as there are sequences.
-_MIN_DEADLINES = 64
+from headrace.kernels.step_times import StepTimes
+from headrace.scheduler.block_pool import BlockPool
+from headrace.scheduler.config import SchedulingPolicy
+from headrace.scheduler.deadlines import DeadlineHeap
+from headrace.scheduler.fair_queue import FairQueue, TenantAccount
+from headrace.scheduler.kv_forecast import OutputLengths, projected_peak
+from headrace.scheduler.messages import FinishReason, GenerationRequest, LoadSnapshot, RowResult, SequenceOutput, Tier
+from headrace.scheduler.sequence import Sequence, SequenceStatus
+from headrace.scheduler.step_time import USED_SHARE, StepShape, StepTimeModel
+
 _NONE_SCORED = range(0)
+# A: with nobody decoding, a step of prompts is as long as one who cancels or arrives may have to wait.
+_UNWATCHED_STEP_S = 0.25
+# Where decoding leaves no room for prompts, they get so many tokens in every fourth step.
+_STARVED_CHUNK = 32
+_STARVED_STEPS = 4
+# Of a budget, for prompts that end within two; and so many longer ones at a time.
+_SHORT_SHARE = 0.3
+_MAX_LONG = 2
+# D: what the forecast may fill, and what of it only premium may.
+_USED_BLOCKS = 0.98
+_PREMIUM_RESERVE = 0.1
+# E: one preempted so often is admitted again with all the blocks that it can come to need.
+_MAX_PREEMPTIONS = 2
+# G: cancelled ones that wait hold nothing, so that no step need be longer for them.
+_MAX_DROPPED_WAITING = 256
+# I: reading speed, and how far ahead of it a stream may be computed.
+_READING_TOKENS_PER_S = 15.0
+_AHEAD_S = 2.0
+# How fast averages follow.
+_FOLLOWING = 0.05
+_IDLE = StepShape(0, 0, 0)
+_RANK = {tier: rank for rank, tier in enumerate(Tier)}
 
 
 class ScheduledRow(NamedTuple):
@@ -54,10 +90,11 @@ class ScheduledRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """The rows of one step, and what was dropped before it: cancelled sequences and missed deadlines."""
+    """The rows of one step and its shape, and what was dropped before it: cancelled ones and missed deadlines."""
 
     rows: list[ScheduledRow]
     dropped: list[SequenceOutput]
+    shape: StepShape
 
 
 class Scheduler:
@@ -71,18 +108,32 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         has_prefix_cache: bool = True,
+        policy: SchedulingPolicy | None = None,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs, "every running sequence must get its token in every step"
+        self._policy = policy or SchedulingPolicy()
         self._pool = block_pool
         self._block_size = block_size
         self._max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
         self._has_prefix_cache = has_prefix_cache
         self._sequences: dict[int, Sequence] = {}
-        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
-        self._running: OrderedDict[int, Sequence] = OrderedDict()
-        self._cancelled: list[int] = []
-        self._deadlines: list[tuple[float, int]] = []
+        self._queue = FairQueue(self._policy.tier_weights, self._policy.locality_tokens)
+        self._followers: dict[int, list[Sequence]] = {}  # by the leader whose prompt they wait for
+        self._running: OrderedDict[int, Sequence] = OrderedDict()  # in the order in which they began
+        self._cancelled: set[int] = set()
+        self._deadlines = DeadlineHeap(self._sequences)
+        self._step_time = StepTimeModel()
+        self._lengths = OutputLengths()
+        self._endangered: Sequence | None = None  # E: a premium head that found no room and will miss its target
+        self._has_premium = False
+        self._num_starved_steps = 0
+        self._num_prompt_tokens_left = 0  # of running sequences, when the last step was made
+        self._budget = max_num_batched_tokens  # the last step's
+        self._decoding = _IDLE  # likewise
+        self._mean_prompt_context = 0.0
+        self._mean_prompt_tokens = 128.0
+        self._num_running = dict.fromkeys(Tier, 0)
         self._num_received = 0
         self._num_prefix_queries = 0
         self._num_prefix_hits = 0
@@ -95,30 +146,35 @@ class Scheduler:
 
     @property
     def may_preempt(self) -> bool:
-        """Whether the next `schedule()` could run out of blocks. Then no step may be in flight: a sequence is preempted
-        when all its tokens are known."""
+        """Whether the next `schedule()` could take a running sequence's blocks. Then no step may be in flight: a
+        sequence is preempted when all its tokens are known."""
+        if self._endangered is not None:
+            return True
         num_free = self._pool.num_free
         if len(self._running) <= num_free:  # a prompt has all its blocks, and a token needs one at most
             return False
-        return num_free < sum(self._num_missing_blocks(s, s.num_schedulable_tokens) for s in self._running.values())
+        return num_free < sum(map(self._num_missing_blocks, self._running.values()))
 
     def add(self, request: GenerationRequest) -> None:
-        """Queue a request behind those already waiting."""
+        """Queue a request."""
         sequence = Sequence(request)
+        sequence.is_long = sequence.num_prompt_tokens > 2 * max(self._budget, _STARVED_CHUNK)
         self._num_received += 1
+        self._has_premium |= request.tier is Tier.PREMIUM
         self._sequences[request.request_id] = sequence
-        self._waiting[request.request_id] = sequence
-        if request.deadline_s != float("inf"):
-            heapq.heappush(self._deadlines, (request.deadline_s, request.request_id))
-            if len(self._deadlines) > 2 * len(self._sequences) + _MIN_DEADLINES:
-                # Most of the heap belongs to requests that are over.
-                self._deadlines = [entry for entry in self._deadlines if entry[1] in self._sequences]
-                heapq.heapify(self._deadlines)
+        self._deadlines.watch(sequence)
+        if request.leader_id is not None and self._waits_for_leader(sequence, request.leader_id):
+            self._followers.setdefault(request.leader_id, []).append(sequence)
+        else:
+            self._queue.push(sequence)
 
-    def cancel(self, request_id: int) -> None:
-        """Mark a request. The next `schedule()` frees its blocks; an unknown or finished id is ignored."""
-        if request_id in self._sequences:
-            self._cancelled.append(request_id)
+    def cancel(self, *request_ids: int) -> None:
+        """Mark requests. The next `schedule()` frees their blocks; unknown and finished ids are ignored."""
+        self._cancelled.update(request_ids)
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        """Learn from a step that was computed for nobody, at the start."""
+        self._step_time.observe(shape, seconds)
 
     def schedule(self, now: float) -> SchedulerOutput:
         """Choose the rows of the next step and give each the blocks it needs.
@@ -127,34 +183,31 @@ class Scheduler:
         once: what the next holder writes comes after it.
         """
         dropped = self._drop_cancelled() + self._drop_expired(now)
-        rows: list[ScheduledRow] = []
-        budget = self._max_num_batched_tokens
-        num_preemptions = self._num_preemptions
-
-        for sequence in list(self._running.values()):
-            if budget == 0:
-                break
-            num_tokens = min(sequence.num_schedulable_tokens, budget)
-            is_running = sequence.status is SequenceStatus.RUNNING  # not preempted just now
-            if num_tokens and is_running and self._make_room(sequence, num_tokens):
-                rows.append(ScheduledRow.next_of(sequence, num_tokens))
-                budget -= num_tokens
-
+        has_preempted = self._make_room()
+        rows, prompts = self._decode(now)
+        self._num_prompt_tokens_left = sum(sequence.num_schedulable_tokens for sequence in prompts)
+        budget = self._prefill_budget()
+        num_left, num_long = self._continue_prompts(prompts, budget, rows)
         # A step that preempted admits nobody: a victim that shares a prefix could fit again at once, only to go again.
-        has_room = self._num_preemptions == num_preemptions
-        while has_room and budget > 0 and (head := self._admit_next(now)):
-            num_tokens = min(head.num_schedulable_tokens, budget)
-            rows.append(ScheduledRow.next_of(head, num_tokens))
-            budget -= num_tokens
-
+        while num_left > 0 and not has_preempted:
+            sequence = self._admit_next(now, takes_long=num_long < _MAX_LONG, dropped=dropped)
+            if sequence is None:
+                break
+            num_long += sequence.num_schedulable_tokens > 2 * budget
+            num_left -= self._prefill(sequence, num_left, rows)
         self._num_steps += bool(rows)
-        return SchedulerOutput(rows, dropped)
+        return SchedulerOutput(rows, dropped, self._shape(rows))
 
-    def update(self, output: SchedulerOutput, results: Seq[RowResult]) -> list[SequenceOutput]:
-        """Record what a step computed: `results[i]` is row i's. Steps come here in the order they were scheduled in.
+    def update(
+        self, output: SchedulerOutput, results: Seq[RowResult], times: StepTimes | None = None
+    ) -> list[SequenceOutput]:
+        """Record what a step computed, and when: `results[i]` is row i's. Steps come here in the order they were
+        scheduled in.
 
         What was computed for a sequence that has ended since is nobody's.
         """
+        if times is not None:
+            self._step_time.observe(output.shape, times.ended_s - times.began_s)
         outputs = []
         for row, result in zip(output.rows, results, strict=True):
             sequence = row.sequence
@@ -167,6 +220,8 @@ class Scheduler:
             if result.token_id is not None:
                 sequence.token_ids.append(result.token_id)
                 finish_reason = self._finish_reason(sequence, result.token_id)
+                if times is not None:
+                    self._note_token(sequence, times.ended_s)
             elif sequence.num_uncomputed_tokens == 0:
                 finish_reason = FinishReason.LENGTH  # nothing was to be sampled
             if is_first_run or result.token_id is not None or result.prompt_logprobs or finish_reason is not None:
@@ -207,9 +262,12 @@ class Scheduler:
         return self.fail(list(self._sequences.values()), error)
 
     def load(self, busy_s: float = 0.0) -> LoadSnapshot:
+        num_running = len(self._running)
+        prefill_tokens_per_s, step_s = self._pace(self._decoding if num_running else _IDLE)
+        mean_blocks = (self._mean_prompt_tokens + self._lengths.mean) / self._block_size
         return LoadSnapshot(
-            num_waiting=len(self._waiting),
-            num_running=len(self._running),
+            num_waiting=len(self._sequences) - num_running,
+            num_running=num_running,
             num_received=self._num_received,
             num_free_blocks=self._pool.num_free,
             num_cached_blocks=self._pool.num_cached,
@@ -219,46 +277,227 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             num_steps=self._num_steps,
             busy_s=busy_s,
+            num_prefill_tokens=self._num_prompt_tokens_left,
+            num_startable=min(self.max_num_seqs - num_running, self._pool.num_free / mean_blocks),
+            prefill_tokens_per_s=prefill_tokens_per_s,
+            idle_tokens_per_s=self._pace(_IDLE)[0],
+            completions_per_s=num_running / (self._lengths.mean * step_s) if step_s > 0 else 0.0,
+            step_s=step_s,
         )
 
     def check_books(self) -> None:
         """Assert that the pool's books are those of the running sequences and that nothing waiting holds a block."""
         self._pool.check_books([block_id for sequence in self._running.values() for block_id in sequence.block_ids])
-        assert not any(sequence.block_ids for sequence in self._waiting.values()), "a waiting sequence holds blocks"
-        assert len(self._waiting) + len(self._running) == len(self._sequences), "a sequence is in no list"
+        waiting = [sequence for id, sequence in self._sequences.items() if id not in self._running]
+        assert not any(sequence.block_ids for sequence in waiting), "a waiting sequence holds blocks"
+        followers = [s for group in self._followers.values() for s in group if s.status is SequenceStatus.WAITING]
+        assert len(self._queue) + len(followers) == len(waiting), "a sequence is in no list"
 
-    def _admit_next(self, now: float) -> Sequence | None:
-        """Start the head of the queue if its whole prompt finds blocks; behind it nobody overtakes."""
-        if not self._waiting or len(self._running) >= self.max_num_seqs:
-            return None
-        sequence = next(iter(self._waiting.values()))
-        if self._waits_for_leader(sequence):
-            return None
-        cached = self._find_cached(sequence)
-        num_blocks = -(-len(sequence.token_ids) // self._block_size) - len(cached)
-        if num_blocks > self._pool.num_free - self._pool.num_free_among(cached):
-            return None
+    # A
+
+    def _prefill_budget(self) -> int:
+        """The prompt tokens of this step, so that decoding sequences get their next token in time."""
+        most = self._max_num_batched_tokens - self._decoding.num_decoding
+        self._budget = int(min(most, max(0.0, self._fitting_tokens(self._decoding))))
+        if self._budget >= min(_STARVED_CHUNK, most):
+            self._num_starved_steps = 0
+            return self._budget
+        self._num_starved_steps += 1
+        return min(_STARVED_CHUNK, most) if self._num_starved_steps % _STARVED_STEPS == 0 else self._budget
+
+    def _fitting_tokens(self, decoding: StepShape) -> float:
+        if self._step_time.num_observed == 0:
+            return float("inf")
+        target_s = self._itl_target_s() if decoding.num_decoding else _UNWATCHED_STEP_S
+        return self._step_time.prefill_budget(target_s, decoding, self._mean_prompt_context)
+
+    def _itl_target_s(self) -> float:
+        """The tightest of all running sequences."""
+        targets_s = self._policy.itl_targets_s
+        return min(targets_s[tier] for tier, num in self._num_running.items() if num)
+
+    def _pace(self, decoding: StepShape) -> tuple[float, float]:
+        """(Prompt tokens per second, seconds per step) as long as prompts wait beside these."""
+        most = self._max_num_batched_tokens - decoding.num_decoding
+        num_tokens = max(min(_STARVED_CHUNK, most) / _STARVED_STEPS, min(most, self._fitting_tokens(decoding)))
+        step_s = self._step_time.predict_s(decoding._replace(num_prompt_tokens=num_tokens))
+        return (num_tokens / step_s if step_s > 0 else 0.0), step_s
+
+    def _shape(self, rows: list[ScheduledRow]) -> StepShape:
+        prompts = rows[self._decoding.num_decoding :]
+        num_tokens = sum(row.num_tokens for row in prompts)
+        if num_tokens == 0:
+            return self._decoding
+        context = sum(row.num_tokens * (row.start + row.num_tokens / 2) for row in prompts) / num_tokens
+        self._mean_prompt_context += _FOLLOWING * (context - self._mean_prompt_context)
+        return self._decoding._replace(num_prompt_tokens=num_tokens, prompt_context=context)
+
+    # The step's rows
+
+    def _decode(self, now: float) -> tuple[list[ScheduledRow], list[Sequence]]:
+        """The rows of all sequences that need one token, with a block for it, and those that need more."""
+        rows: list[ScheduledRow] = []
+        prompts: list[Sequence] = []
+        context = 0
+        token_cost, context_cost = self._step_time.decode_cost()
+        costs: dict[TenantAccount, float] = {}
+        is_crowded = len(self._queue) > 0
+        for sequence in self._running.values():
+            num_tokens = sequence.num_schedulable_tokens
+            if num_tokens > 1:
+                prompts.append(sequence)
+            elif num_tokens and not (is_crowded and sequence.request.is_paced and self._is_ahead(sequence, now)):
+                if sequence.num_scheduled_tokens >= len(sequence.block_ids) * self._block_size:
+                    sequence.block_ids += self._pool.allocate(1)  # to the same list
+                row = ScheduledRow.next_of(sequence, 1)
+                rows.append(row)
+                context += row.start
+                if row.start >= sequence.num_charged_tokens:
+                    sequence.num_charged_tokens = row.start + 1
+                    account = sequence.account
+                    assert account is not None
+                    costs[account] = costs.get(account, 0.0) + token_cost + context_cost * row.start
+        for account, cost in costs.items():
+            account.charge(cost)
+        self._decoding = StepShape(0, len(rows), context)
+        return rows, prompts
+
+    def _continue_prompts(self, prompts: list[Sequence], budget: int, rows: list[ScheduledRow]) -> tuple[int, int]:
+        """Add the next chunks of prompts under way, short ones first; returns what is left and how many are long."""
+        short = [sequence for sequence in prompts if sequence.num_schedulable_tokens <= 2 * budget]
+        long = [sequence for sequence in prompts if sequence.num_schedulable_tokens > 2 * budget]
+        num_left = budget
+        for sequence in short:
+            num_left -= self._prefill(sequence, num_left, rows)
+        num_kept = 0
+        if self._queue.has_short and len(self._running) < self.max_num_seqs:
+            num_kept = max(0, int(_SHORT_SHARE * budget) - (budget - num_left))
+        for sequence in long:
+            num_left -= self._prefill(sequence, num_left - num_kept, rows)
+        return num_left, len(long)
+
+    def _prefill(self, sequence: Sequence, most: int, rows: list[ScheduledRow]) -> int:
+        """Add a prompt's next chunk of at most so many tokens; returns how many. Its tenant pays for those that have
+        not been computed for it before."""
+        num_tokens = min(sequence.num_schedulable_tokens, most)
+        if num_tokens <= 0:
+            return 0
+        row = ScheduledRow.next_of(sequence, num_tokens)
+        rows.append(row)
+        num_new = row.start + num_tokens - max(row.start, sequence.num_charged_tokens)
+        if num_new > 0:
+            sequence.num_charged_tokens = row.start + num_tokens
+            assert sequence.account is not None
+            sequence.account.charge(num_new)
+        return num_tokens
+
+    def _is_ahead(self, sequence: Sequence, now: float) -> bool:
+        """I: whether a stream's reader has still two seconds to read. Source: Andes (2024)."""
+        if sequence.first_token_s is None:
+            return False
+        num_read = _READING_TOKENS_PER_S * (now - sequence.first_token_s + _AHEAD_S)
+        return sequence.num_output_tokens > num_read
+
+    # B, D: who is admitted
+
+    def _admit_next(self, now: float, *, takes_long: bool, dropped: list[SequenceOutput]) -> Sequence | None:
+        """Start the next in the queue if there is room for it. Nobody overtakes one that finds none, but premium,
+        for which some is kept."""
+        only: Tier | None = None
+        self._endangered = None
+        while (head := self._queue.pick(self._num_findable_tokens, takes_long=takes_long, only=only)) is not None:
+            if head.request.request_id in self._cancelled:
+                self._cancelled.discard(head.request.request_id)
+                dropped.append(self._drop(head, FinishReason.CANCELLED))
+                continue
+            cached = self._find_cached(head)
+            first_token_s = now + self._prefill_s(head, cached)  # if it began now
+            if head.num_output_tokens == 0 and first_token_s > head.next_deadline_s:  # F
+                dropped.append(self._drop(head, FinishReason.DEADLINE))
+            elif self._fits(head, cached):
+                self._start(head, cached, now)
+                return head
+            elif head.request.tier is Tier.PREMIUM:
+                if first_token_s + self._step_time.predict_s(self._decoding) > head.request.target_s:
+                    self._endangered = head
+                return None
+            else:
+                only = Tier.PREMIUM
+        return None
+
+    def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
+        """D: whether there are a place in the batch, blocks for its tokens, and room for what all will come to hold."""
+        if not self._running:
+            return True
+        if len(self._running) >= self.max_num_seqs:
+            return False
+        decoding = StepShape(0, len(self._running) + 1, self._decoding.decode_context + len(sequence.token_ids))
+        target_s = min(self._itl_target_s(), self._policy.itl_targets_s[sequence.request.tier])
+        if self._step_time.predict_s(decoding) > USED_SHARE * target_s:
+            return False
+        num_reserved = 0
+        if self._has_premium and sequence.request.tier is not Tier.PREMIUM:
+            num_reserved = int(_PREMIUM_RESERVE * self._pool.num_total)
+        num_blocks = self._num_blocks(sequence) - len(cached)
+        if num_blocks > self._pool.num_free - self._pool.num_free_among(cached) - num_reserved:
+            return False
+        return self._projected_peak(sequence, num_blocks) <= _USED_BLOCKS * self._pool.num_total - num_reserved
+
+    def _projected_peak(self, sequence: Sequence, num_blocks: int) -> float:
+        """The most blocks that will be held at once, if a sequence is admitted with so many of its own."""
+        everyone = [*self._running.values(), sequence]
+        held = np.array([len(s.block_ids) - s.num_shared_blocks for s in everyone], np.float64)
+        held[-1] = num_blocks
+        num_output = np.array([s.num_output_tokens for s in everyone])
+        remaining = self._lengths.expected_remaining(num_output) / self._block_size
+        most = np.array([s.num_total_tokens for s in everyone]) / self._block_size
+        most -= held + np.array([s.num_shared_blocks for s in everyone])
+        num_shared = self._pool.num_total - self._pool.num_free - float(held[:-1].sum())
+        return num_shared + projected_peak(held, np.clip(remaining, 0, np.maximum(most, 0)))
+
+    def _num_blocks(self, sequence: Sequence) -> int:
+        """How many blocks a sequence takes when it is admitted: its tokens', or, preempted often, all it may need."""
+        is_pinned = sequence.num_preemptions >= _MAX_PREEMPTIONS
+        num_tokens = sequence.num_total_tokens if is_pinned else len(sequence.token_ids)
+        return -(-num_tokens // self._block_size)
+
+    def _start(self, sequence: Sequence, cached: list[int], now: float) -> None:
+        self._queue.remove(sequence)
         self._pool.share(cached)
-        sequence.block_ids = cached + self._pool.allocate(num_blocks)
+        sequence.block_ids = cached + self._pool.allocate(self._num_blocks(sequence) - len(cached))
+        sequence.num_shared_blocks = len(cached)
         sequence.num_scheduled_tokens = sequence.num_computed_tokens = len(cached) * self._block_size
+        sequence.num_charged_tokens = max(sequence.num_charged_tokens, sequence.num_computed_tokens)
         sequence.status = SequenceStatus.RUNNING
         if sequence.scheduled_s is None:
             sequence.scheduled_s = now
             sequence.num_cached_tokens = sequence.num_computed_tokens
+            self._mean_prompt_tokens += _FOLLOWING * (sequence.num_prompt_tokens - self._mean_prompt_tokens)
             if self._uses_prefix_cache(sequence):
                 self._num_prefix_queries += sequence.num_prompt_tokens
                 self._num_prefix_hits += sequence.num_cached_tokens
-        del self._waiting[sequence.request.request_id]
         self._running[sequence.request.request_id] = sequence
-        return sequence
+        self._num_running[sequence.request.tier] += 1
 
-    def _waits_for_leader(self, sequence: Sequence) -> bool:
+    def _prefill_s(self, sequence: Sequence, cached: list[int]) -> float:
+        """How long its prompt takes at least, 0 where nothing is known."""
+        num_tokens = len(sequence.token_ids) - len(cached) * self._block_size
+        return self._step_time.prompt_token_s() * num_tokens
+
+    # Followers and prefixes
+
+    def _waits_for_leader(self, sequence: Sequence, leader_id: int) -> bool:
         """Whether a prompt that this sequence can find, or whose log probabilities it shares, is still computed."""
-        leader = None if sequence.request.leader_id is None else self._sequences.get(sequence.request.leader_id)
+        leader = self._sequences.get(leader_id)
         if leader is None or leader.num_computed_tokens >= leader.num_prompt_tokens:
             return False
         is_findable = self._has_prefix_cache and sequence.num_prompt_tokens > self._block_size
         return is_findable or leader.request.sampling.num_prompt_logprobs is not None
+
+    def _release_followers(self, leader: Sequence) -> None:
+        for sequence in self._followers.pop(leader.request.request_id, ()):
+            if sequence.status is SequenceStatus.WAITING:
+                self._queue.push(sequence)
 
     def _uses_prefix_cache(self, sequence: Sequence) -> bool:
         """A prompt whose own log probabilities are still wanted has to be computed."""
@@ -277,6 +516,9 @@ class Scheduler:
                 block_ids.append(block_id)
         return block_ids
 
+    def _num_findable_tokens(self, sequence: Sequence) -> int:
+        return len(self._find_cached(sequence)) * self._block_size
+
     def _advance(self, sequence: Sequence, num_tokens: int) -> None:
         """Count tokens as computed, and let others find the blocks they have filled."""
         first = sequence.num_computed_tokens // self._block_size
@@ -284,38 +526,72 @@ class Scheduler:
         if self._has_prefix_cache:
             for index in range(first, sequence.num_computed_tokens // self._block_size):
                 self._pool.register(sequence.block_ids[index], sequence.block_hash(index, self._block_size))
+        if self._followers and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
+            self._release_followers(sequence)
 
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Give a running sequence blocks for its next tokens, preempting the newest if none are left.
+    # E
 
-        Returns False if `sequence` was itself the newest. The oldest always advances, since one request alone fits
-        the pool, so there is no livelock.
+    def _make_room(self) -> bool:
+        """Preempt until each decoding sequence finds a block for its token, and an endangered premium one its place.
+        Returns whether anybody was.
+
+        A sequence that has been preempted twice is admitted with all its blocks, and needs none any more. So there is
+        always somebody to preempt, none of them for the third time, and whoever runs gets to its end.
         """
-        num_blocks = self._num_missing_blocks(sequence, num_tokens)
-        while num_blocks > self._pool.num_free:
-            victim = next(reversed(self._running.values()))
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        if num_blocks:
-            sequence.block_ids += self._pool.allocate(num_blocks)  # to the same list
-        return True
+        num_preemptions = self._num_preemptions
+        if len(self._running) > self._pool.num_free:
+            num_missing = sum(map(self._num_missing_blocks, self._running.values()))
+            while num_missing > self._pool.num_free:
+                victim = self._victim(list(self._running.values()))
+                assert victim is not None, "one that has all its blocks misses some"
+                num_missing -= self._num_missing_blocks(victim)
+                self._preempt(victim)
+        head, self._endangered = self._endangered, None
+        if head is not None and head.status is SequenceStatus.WAITING:
+            while not self._fits(head, self._find_cached(head)):
+                victim = self._victim([s for s in self._running.values() if s.request.tier is not Tier.PREMIUM])
+                if victim is None:
+                    break
+                self._preempt(victim)
+        return self._num_preemptions > num_preemptions
 
-    def _num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
-        num_blocks = -(-(sequence.num_scheduled_tokens + num_tokens) // self._block_size)
-        return max(0, num_blocks - len(sequence.block_ids))
+    def _victim(self, candidates: list[Sequence]) -> Sequence | None:
+        """The one of the lowest tier, of these the one that frees most blocks for what it takes to compute again, of
+        these the newest; None where all have been preempted often enough."""
+        return max(
+            (sequence for sequence in candidates if sequence.num_preemptions < _MAX_PREEMPTIONS),
+            key=lambda s: (
+                _RANK[s.request.tier],
+                (len(s.block_ids) - s.num_shared_blocks) / (1 + s.num_computed_tokens),
+                s.request.request_id,
+            ),
+            default=None,
+        )
+
+    def _num_missing_blocks(self, sequence: Sequence) -> int:
+        """How many blocks a sequence needs for its next token: one or none. A prompt has all of its own."""
+        is_full = sequence.num_scheduled_tokens >= len(sequence.block_ids) * self._block_size
+        return is_full and sequence.num_schedulable_tokens > 0
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's blocks; it keeps its tokens and its place, and computes them again later."""
+        """Take a sequence's blocks; it keeps its tokens, its place and its charge, and computes them again later."""
         assert sequence.num_scheduled_tokens == sequence.num_computed_tokens, "preempted in flight"
         self._free_blocks(sequence)
         sequence.num_scheduled_tokens = sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         self._num_preemptions += 1
+        self._stop_running(sequence)
         sequence.status = SequenceStatus.WAITING
-        del self._running[sequence.request.request_id]
-        self._waiting[sequence.request.request_id] = sequence
-        self._waiting.move_to_end(sequence.request.request_id, last=False)
+        self._queue.push(sequence)
+
+    # F, G, and the other ends
+
+    def _note_token(self, sequence: Sequence, now: float) -> None:
+        sequence.last_token_s = now
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now
+            if sequence.request.stall_timeout_s != float("inf"):
+                self._deadlines.watch(sequence)
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         sampling = sequence.request.sampling
@@ -326,32 +602,41 @@ class Scheduler:
         return None
 
     def _drop_cancelled(self) -> list[SequenceOutput]:
-        dropped = [self._drop(request_id, FinishReason.CANCELLED) for request_id in self._cancelled]
-        self._cancelled.clear()
-        return [output for output in dropped if output]
+        """End all cancelled sequences that run, and some of those that wait; picking skips the others."""
+        if not self._cancelled:
+            return []
+        running = sorted(self._cancelled & self._running.keys())
+        self._cancelled.difference_update(running)
+        dropped = [self._drop(self._running[request_id], FinishReason.CANCELLED) for request_id in running]
+        most = _MAX_DROPPED_WAITING if self._running else len(self._cancelled)
+        for _ in range(min(most, len(self._cancelled))):
+            if (sequence := self._sequences.get(self._cancelled.pop())) is not None:
+                dropped.append(self._drop(sequence, FinishReason.CANCELLED))
+        return dropped
 
     def _drop_expired(self, now: float) -> list[SequenceOutput]:
-        dropped = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, request_id = heapq.heappop(self._deadlines)
-            dropped.append(self._drop(request_id, FinishReason.DEADLINE))
-        return [output for output in dropped if output]
+        return [self._drop(sequence, FinishReason.DEADLINE) for sequence in self._deadlines.pop_expired(now)]
 
-    def _drop(self, request_id: int, reason: FinishReason) -> SequenceOutput | None:
-        sequence = self._sequences.get(request_id)
-        if sequence is None:
-            return None
+    def _drop(self, sequence: Sequence, reason: FinishReason) -> SequenceOutput:
         self._remove(sequence)
-        return SequenceOutput(request_id, finish_reason=reason)
+        return SequenceOutput(sequence.request.request_id, finish_reason=reason)
 
     def _remove(self, sequence: Sequence) -> None:
         """Take a sequence off every list and free its blocks."""
-        request_id = sequence.request.request_id
         self._free_blocks(sequence)
+        if sequence.status is SequenceStatus.RUNNING:
+            self._stop_running(sequence)
+        elif sequence.account is not None:  # else it follows a leader
+            self._queue.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
-        del self._sequences[request_id]
-        self._waiting.pop(request_id, None)
-        self._running.pop(request_id, None)
+        del self._sequences[sequence.request.request_id]
+        if sequence.num_output_tokens:
+            self._lengths.observe(sequence.num_output_tokens)
+        self._release_followers(sequence)
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        del self._running[sequence.request.request_id]
+        self._num_running[sequence.request.tier] -= 1
 
     def _free_blocks(self, sequence: Sequence) -> None:
         """A step in flight may still write to these. It never writes to one that others find, and the steps of whoever

@@ -8,10 +8,14 @@ tokens as scheduled that are not computed yet, among them one that is not even k
 import hashlib
 from array import array
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from headrace.scheduler.messages import GenerationRequest
+
+if TYPE_CHECKING:
+    from headrace.scheduler.fair_queue import TenantAccount
 
 
 class SequenceStatus(Enum):
@@ -27,21 +31,30 @@ class Sequence:
     `num_cached_tokens` is how many tokens its first run found in the prefix cache, `num_prompt_logprobs` how many log
     probabilities of its prompt it has been given, `sampling_record` its sampling settings as the runner packs them.
     Of its tokens `num_scheduled_tokens` are in some step, and `num_computed_tokens` of them in one that is recorded.
-    `block_ids` is one list for as long as it keeps its blocks, and only ever appended to: backends keep copies. With
-    `needs_last_token` the runner has to know all its tokens to sample the next one.
+    Times are None until then: `scheduled_s` of the first run, `first_token_s` and `last_token_s` where the step's times
+    are known. `account` is its tenant's in the fair queue, and tokens up to `num_charged_tokens` cost it nothing more.
+    `num_shared_blocks` of its blocks it found in the cache. `block_ids` is one list for as long as it keeps its blocks,
+    and only ever appended to: backends keep copies. With `needs_last_token` the runner has to know all its tokens to
+    sample the next one. `is_long` where its prompt took more than two steps when it came.
     """
 
     __slots__ = (
         "_block_hashes",
+        "account",
         "biases",
         "block_ids",
+        "first_token_s",
+        "is_long",
+        "last_token_s",
         "needs_last_token",
         "num_cached_tokens",
+        "num_charged_tokens",
         "num_computed_tokens",
         "num_preemptions",
         "num_prompt_logprobs",
         "num_prompt_tokens",
         "num_scheduled_tokens",
+        "num_shared_blocks",
         "request",
         "sampling_record",
         "scheduled_s",
@@ -61,7 +74,13 @@ class Sequence:
         self.block_ids: list[int] = []
         self.status = SequenceStatus.WAITING
         self.num_preemptions = 0
+        self.num_charged_tokens = 0
+        self.num_shared_blocks = 0
+        self.is_long = False
+        self.account: TenantAccount | None = None
         self.scheduled_s: float | None = None
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
         bias = request.sampling.logit_bias
         self.biases = np.array([i for i, _ in bias], np.int64), np.array([value for _, value in bias], np.float32)
         self.stop_token_ids = np.array(sorted(request.sampling.stop_token_ids), np.int64)
@@ -73,6 +92,20 @@ class Sequence:
     def is_fresh(self) -> bool:
         """Whether no step has yet computed any of it."""
         return self.num_computed_tokens == self.num_cached_tokens and self.num_preemptions == 0
+
+    @property
+    def num_total_tokens(self) -> int:
+        """How many tokens it will have at most."""
+        return self.num_prompt_tokens + self.request.sampling.max_tokens
+
+    @property
+    def next_deadline_s(self) -> float:
+        """When it is out of time if nothing happens to it."""
+        request = self.request
+        if self.last_token_s is not None:
+            return min(request.deadline_s, self.last_token_s + request.stall_timeout_s)
+        at_s = min(request.deadline_s, request.first_token_deadline_s)
+        return min(at_s, request.queue_deadline_s) if self.scheduled_s is None else at_s
 
     @property
     def num_uncomputed_tokens(self) -> int:

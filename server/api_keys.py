@@ -7,18 +7,21 @@ the same time whatever they are, and every entry is compared.
 
 import hashlib
 import hmac
+import json
 import os
 import secrets
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.messages import Tier
 
-Tier = Literal["premium", "standard", "batch"]
-TIERS: tuple[Tier, ...] = get_args(Tier)
+TIERS = tuple(tier.value for tier in Tier)
+
+_Limit = Annotated[int, Field(ge=1)] | None
 
 
 class ApiKeysError(HeadraceError):
@@ -26,16 +29,27 @@ class ApiKeysError(HeadraceError):
 
 
 class ApiKey(BaseModel):
-    """An entry: `name` is the tenant, whose streams and tickets are its own."""
+    """An entry: `name` is the tenant, whose streams and tickets are its own.
+
+    `weight` is the tenant's share inside its tier, against those of the tier's others. `tokens_per_minute` counts
+    prompt and output alike, `max_concurrent` the answers that run or wait at once; a limit that is None is none.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    tier: Tier = "standard"
+    tier: Annotated[Tier, Field(strict=False)] = Tier.STANDARD  # in TOML a string
+    weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    requests_per_minute: _Limit = None
+    tokens_per_minute: _Limit = None
+    max_concurrent: _Limit = None
 
     def as_toml(self) -> str:
-        return f'[[keys]]\nname = "{self.name}"\nsha256 = "{self.sha256}"\ntier = "{self.tier}"\n'
+        """Its table, of what is not the default."""
+        fields = self.model_dump(mode="json", exclude_defaults=True)
+        # JSON writes these strings and numbers as TOML does.
+        return "[[keys]]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in fields.items())
 
 
 class ApiKeys:
@@ -44,27 +58,31 @@ class ApiKeys:
     def __init__(self, path: Path) -> None:
         """Raises: ApiKeysError."""
         self._path = path
-        self._keys = read_key_file(path)
+        self.reload()
 
     @property
     def tenants(self) -> frozenset[str]:
-        return frozenset(key.name for key in self._keys)
+        return frozenset(self._keys)
 
     def reload(self) -> None:
         """Read the file again. Raises: ApiKeysError, and the keys stay as they were."""
-        self._keys = read_key_file(self._path)
+        self._keys = {key.name: key for key in read_key_file(self._path)}
+
+    def get(self, tenant: str) -> ApiKey | None:
+        """The entry of a tenant, None where there is none any more."""
+        return self._keys.get(tenant)
 
     def find(self, presented: bytes) -> ApiKey | None:
         """The entry of a key as it stands in a header."""
         digest = hashlib.sha256(presented).hexdigest()
         found = None
-        for key in self._keys:
+        for key in self._keys.values():
             if hmac.compare_digest(key.sha256, digest):
                 found = key
         return found
 
 
-def create_key(name: str, tier: Tier = "standard") -> tuple[str, ApiKey]:
+def create_key(name: str, tier: Tier = Tier.STANDARD) -> tuple[str, ApiKey]:
     """A fresh key, which is kept nowhere, and its entry. Raises: ApiKeysError for a name that is none."""
     secret = f"hr-{secrets.token_urlsafe(32)}"
     digest = hashlib.sha256(secret.encode()).hexdigest()
@@ -115,7 +133,12 @@ _EXPECTED = {
     "name": "name must be 1 to 64 letters, digits and `._-`, a letter or digit first",
     "sha256": "sha256 must be 64 lower-case hexadecimal digits",
     "tier": f"tier must be one of {', '.join(TIERS)}",
+    "weight": "weight must be a number above 0 and at most 1000",
+    "requests_per_minute": "requests_per_minute must be a whole number, at least 1",
+    "tokens_per_minute": "tokens_per_minute must be a whole number, at least 1",
+    "max_concurrent": "max_concurrent must be a whole number, at least 1",
 }
+_TABLE = f"must be a table of nothing but {', '.join(ApiKey.model_fields)}"
 
 
 def _validate(entry: object, place: str) -> ApiKey:
@@ -123,4 +146,4 @@ def _validate(entry: object, place: str) -> ApiKey:
         return ApiKey.model_validate(entry)
     except ValidationError as error:
         field = next(iter(error.errors()[0]["loc"]), None)
-        raise ApiKeysError(place + _EXPECTED.get(str(field), "must be a table of name, sha256 and tier")) from None
+        raise ApiKeysError(place + _EXPECTED.get(str(field), _TABLE)) from None

@@ -106,6 +106,18 @@ class OverloadedError(ApiError):
         super().__init__(message, headers=retry_headers(retry_after_s))
 
 
+class RateLimitError(ApiError):
+    """The tenant has used up a limit of its key's. `retry_after_s` is when it has room again."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message, headers=retry_headers(retry_after_s))
+
+
 class UnavailableError(ApiError):
     """The server is loading, draining, or its engine has ended, where `retry_after_s` is None: a retry cannot help."""
 

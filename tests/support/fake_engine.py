@@ -13,6 +13,7 @@ from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.engine_core import ComputedStep, LaunchedStep
 from headrace.scheduler.messages import RowResult, TokenLogprobs
 from headrace.scheduler.scheduler import ScheduledRow, Scheduler, SchedulerOutput
+from headrace.scheduler.step_time import StepShape
 from headrace.server.tokenizer import Tokenizer
 
 EOS = 256
@@ -87,7 +88,8 @@ class FakeRunner:
         self._num_allowed = 0
         self._changed = threading.Condition()
 
-    def warm_up(self) -> None: ...
+    def warm_up(self) -> list[tuple[StepShape, float]]:
+        return []
 
     def use_idle_time(self) -> bool:
         return False

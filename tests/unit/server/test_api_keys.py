@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace.scheduler.messages import Tier
 from headrace.server.api_keys import ApiKeys, ApiKeysError, append_key, create_key, read_key_file
 from headrace.server.cli import main
 
@@ -21,7 +22,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_a_key_is_found_by_what_was_handed_out_and_by_nothing_else(tmp_path: Path) -> None:
-    secret, bob = create_key("bob", "premium")
+    secret, bob = create_key("bob", Tier.PREMIUM)
     keys = ApiKeys(write(tmp_path, ENTRY + bob.as_toml()))
     alice = keys.find(SECRET.encode())
     assert alice is not None
@@ -30,6 +31,43 @@ def test_a_key_is_found_by_what_was_handed_out_and_by_nothing_else(tmp_path: Pat
     for wrong in (b"", DIGEST.encode(), SECRET.encode() + b" ", SECRET.upper().encode(), b"\xff\x00", b"x" * 100_000):
         assert keys.find(wrong) is None
     assert keys.tenants == {"alice", "bob"}
+    assert (keys.get("alice"), keys.get("bob"), keys.get("carol")) == (alice, bob, None)
+
+
+def test_an_entry_that_says_no_more_has_the_usual_share_and_no_limits(tmp_path: Path) -> None:
+    (alice,) = read_key_file(write(tmp_path, ENTRY))
+    assert (alice.tier, alice.weight) == (Tier.STANDARD, 1.0)
+    assert (alice.requests_per_minute, alice.tokens_per_minute, alice.max_concurrent) == (None, None, None)
+    assert alice.as_toml() == ENTRY, "only what is not the default"
+
+
+def test_what_an_entry_says_is_what_it_says_when_it_is_written_again(tmp_path: Path) -> None:
+    limits = 'tier = "batch"\nweight = 2.5\nrequests_per_minute = 60\ntokens_per_minute = 100000\nmax_concurrent = 4\n'
+    (alice,) = read_key_file(write(tmp_path, ENTRY + limits))
+    assert (alice.tier, alice.weight) == (Tier.BATCH, 2.5)
+    assert (alice.requests_per_minute, alice.tokens_per_minute, alice.max_concurrent) == (60, 100_000, 4)
+    assert alice.as_toml() == ENTRY + limits
+    assert read_key_file(write(tmp_path, alice.as_toml())) == (alice,)
+
+
+@pytest.mark.parametrize(("weight", "read"), [("2", 2.0), ("1000", 1000.0), ("0.001", 0.001), ("1e-9", 1e-9)])
+def test_a_weight_is_any_number_above_zero(tmp_path: Path, weight: str, read: float) -> None:
+    (alice,) = read_key_file(write(tmp_path, f"{ENTRY}weight = {weight}"))
+    assert alice.weight == read
+    assert read_key_file(write(tmp_path, alice.as_toml())) == (alice,)
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "1000.1", "inf", "nan", "true", '"1"'])
+def test_a_weight_that_is_none_is_refused(tmp_path: Path, weight: str) -> None:
+    with pytest.raises(ApiKeysError, match=r"keys\[0\]: weight must be a number above 0 and at most 1000$"):
+        read_key_file(write(tmp_path, f"{ENTRY}weight = {weight}"))
+
+
+@pytest.mark.parametrize("field", ["requests_per_minute", "tokens_per_minute", "max_concurrent"])
+@pytest.mark.parametrize("limit", ["0", "-1", "1.0", "inf", "true", '"1"', "[]"])
+def test_a_limit_that_is_no_whole_number_is_refused(tmp_path: Path, field: str, limit: str) -> None:
+    with pytest.raises(ApiKeysError, match=rf"keys\[0\]: {field} must be a whole number, at least 1$"):
+        read_key_file(write(tmp_path, f"{ENTRY}{field} = {limit}"))
 
 
 def test_fresh_keys_are_256_random_bits_and_all_different() -> None:
@@ -60,7 +98,7 @@ def test_a_file_without_keys_is_good_and_lets_nobody_in(tmp_path: Path) -> None:
         (f'[[keys]]\nsha256 = "{DIGEST}"', r"keys\[0\]: name must be"),
         ('[[keys]]\nname = "alice"', r"keys\[0\]: sha256 must be"),
         (f'{ENTRY}tier = "{SECRET}"', r"keys\[0\]: tier must be one of premium, standard, batch"),
-        (f'{ENTRY}"{SECRET}" = 1', r"keys\[0\]: must be a table of name, sha256 and tier"),
+        (f'{ENTRY}"{SECRET}" = 1', r"keys\[0\]: must be a table of nothing but name, sha256, tier, weight, "),
         (f'{ENTRY}[[keys]]\nname = "alice"\nsha256 = "{"0" * 64}"', r"keys\[1\]: its name is another key's"),
         (f'{ENTRY}[[keys]]\nname = "bob"\nsha256 = "{DIGEST}"', r"keys\[1\]: its sha256 is another key's"),
     ],
@@ -88,6 +126,7 @@ def test_a_reload_takes_the_new_keys_or_keeps_all_the_old_ones(tmp_path: Path) -
     file.write_text(bob.as_toml())
     keys.reload()
     assert (keys.find(SECRET.encode()), keys.find(secret.encode())) == (None, bob)
+    assert (keys.get("alice"), keys.get("bob")) == (None, bob)
     file.write_text(bob.as_toml() + "[[keys")
     with pytest.raises(ApiKeysError):
         keys.reload()

@@ -1,0 +1,110 @@
+"""How long a step takes, learned while steps run; and how many prompt tokens fit beside the decoding ones.
+
+    seconds = a + b P + g D + h K + e P C
+
+with P prompt tokens, D decoding sequences, K the tokens of context these read together, and C the mean context of the
+prompt tokens. Least squares with forgetting: the normal equations fade by 0.995 a step, and a sweep of Gauss-Seidel
+that keeps each coefficient from being negative follows every observation (the equations hardly move between two, so
+that successive sweeps converge).
+Source: the budget is that of Sarathi-Serve (OSDI 2024), chosen online in place of by hand.
+A pure object, fed by the scheduler on the engine thread.
+"""
+
+from collections import deque
+from typing import NamedTuple
+
+_FORGETTING = 0.995
+# Until so many steps are known the coefficients move fast, and no step is taken for an outlier.
+_NUM_YOUNG = 64
+_YOUNG_SWEEPS = 8
+# A longer step is one in which the machine did something else.
+_MAX_OUTLIER = 4.0
+_NUM_RESIDUALS = 256
+# Sorting the residuals costs as much as all else.
+_STEPS_PER_MARGIN = 16
+# What of a target a step may take by its prediction: the rest is the host's.
+USED_SHARE = 0.9
+# Features as they are differ by five orders of magnitude, which squares in the equations.
+_SCALES = (1.0, 1 / 2**8, 1 / 2**6, 1 / 2**14, 1 / 2**18)
+# The prompt tokens first, for they explain most; what is left is constant.
+_SWEEP = (1, 2, 3, 4, 0)
+_UNKNOWN = 1e-9
+
+
+class StepShape(NamedTuple):
+    """What decides how long a step takes. `decode_context` adds up all decoding sequences' tokens, `prompt_context` is
+    the mean over prompt tokens."""
+
+    num_prompt_tokens: float
+    num_decoding: int
+    decode_context: int
+    prompt_context: float = 0.0
+
+
+class StepTimeModel:
+    """The coefficients, and the margin within which 95 % of the steps stay."""
+
+    def __init__(self) -> None:
+        self.num_observed = 0
+        self._products = [[0.0] * 5 for _ in range(5)]
+        self._moments = [0.0] * 5
+        self._coefficients = [0.0] * 5
+        self._residuals_s: deque[float] = deque(maxlen=_NUM_RESIDUALS)
+        self.margin_s = 0.0
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        """Learn from one step."""
+        features = _features(shape)
+        coefficients = self._coefficients
+        predicted_s = sum(map(float.__mul__, features, coefficients))
+        if self.num_observed >= _NUM_YOUNG:
+            seconds = min(seconds, _MAX_OUTLIER * predicted_s)
+        self.num_observed += 1
+        self._residuals_s.append(seconds - predicted_s)
+        if self.num_observed % _STEPS_PER_MARGIN == 0:
+            ordered = sorted(self._residuals_s)
+            self.margin_s = max(0.0, ordered[int(0.95 * len(ordered))])
+        for i, row in enumerate(self._products):
+            feature = features[i]
+            for j in range(5):
+                row[j] = _FORGETTING * row[j] + feature * features[j]
+            self._moments[i] = _FORGETTING * self._moments[i] + feature * seconds
+        for _ in range(_YOUNG_SWEEPS if self.num_observed <= _NUM_YOUNG else 1):
+            for i in _SWEEP:
+                row = self._products[i]
+                if row[i] > _UNKNOWN:
+                    others = sum(map(float.__mul__, row, coefficients)) - row[i] * coefficients[i]
+                    coefficients[i] = max(0.0, (self._moments[i] - others) / row[i])
+
+    def predict_s(self, shape: StepShape) -> float:
+        """Seconds for a step of this shape; 0 as long as nothing is known."""
+        return sum(map(float.__mul__, _features(shape), self._coefficients))
+
+    def prompt_token_s(self, context: float = 0.0) -> float:
+        """Seconds that one more prompt token adds."""
+        return self._coefficients[1] * _SCALES[1] + self._coefficients[4] * _SCALES[4] * context
+
+    def prefill_budget(self, target_s: float, decoding: StepShape, prompt_context: float) -> float:
+        """P* = (0.9 target - margin - a - g D - h K) / (b + e C): the prompt tokens with which a step stays within the
+        target. Below 0 where decoding alone does not."""
+        room_s = USED_SHARE * target_s - self.margin_s - self.predict_s(decoding)
+        token_s = self.prompt_token_s(prompt_context)
+        return room_s / token_s if token_s > 0 else float("inf")
+
+    def decode_cost(self) -> tuple[float, float]:
+        """(g / b, h / b): what a decoded token costs, and each token of its context, in prompt tokens."""
+        token_s = self.prompt_token_s()
+        if token_s <= 0:
+            return 1.0, 0.0
+        return self._coefficients[2] * _SCALES[2] / token_s, self._coefficients[3] * _SCALES[3] / token_s
+
+
+def _features(shape: StepShape) -> tuple[float, ...]:
+    num_prompt, num_decoding, context, prompt_context = shape
+    return (
+        1.0,
+        num_prompt * _SCALES[1],
+        num_decoding * _SCALES[2],
+        context * _SCALES[3],
+        num_prompt * prompt_context * _SCALES[4],
+    )
