@@ -26,7 +26,10 @@ class SchedulingPolicy:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """`kv_cache_bytes` None sizes the cache from free memory; `max_model_len` None takes the model's own limit."""
+    """`kv_cache_bytes` None sizes the cache from free memory; `max_model_len` None takes the model's own limit.
+
+    `tier_weights` and `itl_targets_s` are in the order of tiers; None takes the targets of the device.
+    """
 
     model_path: Path
     device: str = "cpu"
@@ -43,3 +46,5 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 256
     enable_prefix_caching: bool = True
+    tier_weights: tuple[float, ...] = (8.0, 3.0, 1.0)
+    itl_targets_s: tuple[float, ...] | None = None

@@ -44,17 +44,20 @@ from headrace.kernels.ops import Ops
 from headrace.kernels.quantised import GROUP_BYTES, QuantisedWeight
 from headrace.kernels.torch_backend import TorchBackend
 from headrace.scheduler.block_pool import BlockPool
-from headrace.scheduler.config import EngineConfig
+from headrace.scheduler.config import EngineConfig, SchedulingPolicy
 from headrace.scheduler.errors import CapacityError, ModelSourceError, UnsupportedModelError
 from headrace.scheduler.gguf_config import gguf_config
 from headrace.scheduler.gguf_file import GGUFFile, open_gguf
 from headrace.scheduler.memory import available_bytes
+from headrace.scheduler.messages import Tier
 from headrace.scheduler.model_runner import ModelRunner
 from headrace.scheduler.model_source import cache_dir
 from headrace.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
+# Between two tokens of a stream, for premium, standard and batch, where the settings say nothing.
+_ITL_TARGETS_S = {"cpu": (0.15, 0.15, 0.15), "cuda": (0.04, 0.06, 0.25)}
 # How far ahead of what is used the KV cache is touched in idle time, where nobody has said how large it shall be.
 _TOUCHED_AHEAD_BYTES = 2**29
 # How much of the memory that is free when the model has been read a bfloat16 copy of quantised weights may take.
@@ -164,6 +167,10 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
         has_prefix_cache=config.enable_prefix_caching,
+        policy=SchedulingPolicy(
+            tier_weights=dict(zip(Tier, config.tier_weights, strict=True)),
+            itl_targets_s=dict(zip(Tier, config.itl_targets_s or _ITL_TARGETS_S[device.type], strict=True)),
+        ),
     )
     return scheduler, runner
 

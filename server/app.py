@@ -25,10 +25,11 @@ from starlette.staticfiles import StaticFiles
 
 from headrace.scheduler.engine_core import Runner
 from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.messages import Tier
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.api_keys import ApiKeys, ApiKeysError
 from headrace.server.endpoint import Endpoint, error_response, internal_error_response
-from headrace.server.engine_client import EngineClient
+from headrace.server.engine_client import EngineClient, QueueLimits
 from headrace.server.errors import ApiError, UnavailableError, envelope
 from headrace.server.generation import Generation
 from headrace.server.generator import Generator
@@ -38,6 +39,7 @@ from headrace.server.openai_api import OpenAIApi
 from headrace.server.request_log import log_request, log_unaccepted
 from headrace.server.settings import Settings
 from headrace.server.stream_registry import StreamRegistry
+from headrace.server.tenant_limits import TenantLimits
 from headrace.server.tickets import Tickets
 from headrace.server.tokenizer import Tokenizer
 from headrace.server.tracing import Tracing
@@ -71,7 +73,14 @@ class App:
         """Raises: ApiKeysError."""
         self.settings = settings
         self.keys = None if settings.api_keys_file is None else ApiKeys(Path(settings.api_keys_file))
-        self.client = EngineClient(load_engine, model_name=model_name, max_queue_size=settings.max_queue_size)
+        targets_s = settings.ttft_targets_s
+        self.client = EngineClient(
+            load_engine,
+            model_name=model_name,
+            limits=QueueLimits(settings.max_queue_size, settings.max_queue_tokens, settings.max_queue_bytes),
+            tier_weights=dict(zip(Tier, settings.tier_weights, strict=True)),
+            ttft_targets_s=None if targets_s == "auto" else dict(zip(Tier, targets_s, strict=True)),
+        )
         self.client.metrics.watch("event_loop_tasks", "Tasks on the event loop", lambda: len(asyncio.all_tasks()))
         self.registry = StreamRegistry(
             cancel=self.client.cancel,
@@ -81,7 +90,8 @@ class App:
         )
         self.tickets = Tickets(self.client.clock)
         limiter = anyio.CapacityLimiter(settings.tokenizer_threads)
-        self.generator = Generator(self.client, settings, model_name, limiter)
+        self.limits = TenantLimits(self.keys, self.client.clock)
+        self.generator = Generator(self.client, settings, model_name, limiter, self.keys, self.limits)
         self.settled = anyio.Event()  # requests can be served, or never will be
         self._load_tokenizer = load_tokenizer
         self._on_engine_change = on_engine_change
@@ -111,6 +121,7 @@ class App:
             logger.error("the keys stay as they were: %s", error)
             return
         self.tickets.keep_only(self.keys.tenants)
+        self.limits.keep_only(self.keys.tenants)
         logger.info("read the key file again: %d keys", len(self.keys.tenants))
 
     async def drain(self, is_hurried: Callable[[], bool] = lambda: False) -> None:

@@ -11,12 +11,15 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import anyio
 import anyio.to_thread
 
+from headrace.scheduler.config import SchedulingPolicy
 from headrace.scheduler.engine_core import EngineCore, Publication, Runner
 from headrace.scheduler.messages import (
     EngineReady,
@@ -25,8 +28,10 @@ from headrace.scheduler.messages import (
     GenerationRequest,
     LoadSnapshot,
     StepOutput,
+    Tier,
 )
 from headrace.scheduler.scheduler import Scheduler
+from headrace.server.admission import MAX_RETRY_S, Admission, Demand, Prediction
 from headrace.server.errors import ApiError, BadRequestError, EngineFailedError, OverloadedError, UnavailableError
 from headrace.server.generation import Generation
 from headrace.server.gpu_gauges import watch_gpu
@@ -34,8 +39,20 @@ from headrace.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-# How fast the estimate of the queue's pace follows what is seen.
-_PACE_WEIGHT = 0.2
+# Until the device is known: what a tier's first token may take beyond the prompt's own time, on a CPU and on a GPU.
+_CPU_TTFT_TARGETS_S = {Tier.PREMIUM: 2.0, Tier.STANDARD: 8.0, Tier.BATCH: 60.0}
+_GPU_TTFT_TARGETS_S = {Tier.PREMIUM: 0.5, Tier.STANDARD: 2.0, Tier.BATCH: 30.0}
+# Where a full queue gives no better guess.
+_FULL_QUEUE_RETRY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """What may wait at most: sequences, their prompts' tokens, and bytes of requests that are being tokenized."""
+
+    num_requests: int = 1024
+    num_tokens: int = 2**22
+    num_bytes: int = 2**28
 
 
 class EngineClient:
@@ -46,9 +63,13 @@ class EngineClient:
         load_engine: Callable[[], tuple[Scheduler, Runner]],
         *,
         model_name: str,
-        max_queue_size: int,
+        limits: QueueLimits,
+        tier_weights: Mapping[Tier, float] | None = None,
+        ttft_targets_s: Mapping[Tier, float] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        make_engine: Callable[..., EngineCore] = EngineCore,
     ) -> None:
+        """`ttft_targets_s` None takes those of the device."""
         self.clock = clock
         self.ready: EngineReady | None = None
         self.is_draining = False
@@ -56,16 +77,22 @@ class EngineClient:
         self.settled = anyio.Event()  # the engine is ready, or has ended without ever being so
         self.stopped = anyio.Event()
         self.load = LoadSnapshot()
-        self._max_queue_size = max_queue_size
+        self._limits = limits
+        self._ttft_targets_s = ttft_targets_s
+        self.admission = Admission(tier_weights or SchedulingPolicy().tier_weights, clock)
         self._num_submitted = 0
         self._num_reserved = 0
+        self._num_reserved_bytes = 0
         self._ids = itertools.count()
         self._generations: dict[int, Generation] = {}
-        self._queued: dict[int, Generation] = {}  # accepted and not yet scheduled, in order
-        self._pace = _QueuePace()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._engine = EngineCore(load_engine, self._publish, clock)
+        self._engine = make_engine(load_engine, self._publish, clock)
         self.metrics = Metrics(model_name, lambda: self.load, lambda: self.num_waiting)
+        for tier in Tier:
+            self.metrics.watch_waiting(tier, partial(self.admission.num_queued, tier))
+        admission = self.admission
+        self.metrics.watch("queued_prompt_tokens", "Prompt tokens not begun", lambda: admission.num_queued_tokens)
+        self.metrics.watch("ttft_kappa", "How far predictions are stretched", lambda: admission.kappa)
 
     @property
     def num_waiting(self) -> int:
@@ -97,7 +124,7 @@ class EngineClient:
         return not self._engine.join(0)
 
     @contextmanager
-    def reserve(self, num_sequences: int) -> Iterator[None]:
+    def reserve(self, tier: Tier, num_sequences: int, num_bytes: int) -> Iterator[None]:
         """Hold places in the queue while prompts are tokenized, until `submit`.
 
         Raises: UnavailableError while loading, draining or after the engine has ended; OverloadedError where the
@@ -106,18 +133,40 @@ class EngineClient:
         self._check_accepting()
         # Who can start at once does not wait: with nobody in the engine's queue, that is one for each free place.
         assert self.ready is not None
+        limits = self._limits
         num_startable = 0 if self.load.num_waiting else self.ready.max_num_seqs - self.load.num_running
-        if num_sequences > self._max_queue_size + self.ready.max_num_seqs:
+        if num_sequences > limits.num_requests + self.ready.max_num_seqs:
             raise BadRequestError(f"{num_sequences} answers at once are more than this server can queue")
-        if self.num_waiting + num_sequences > self._max_queue_size + num_startable:
-            # Jitter keeps the refused from coming back all at once; clients give up beyond 120 s.
-            wait_s = self._pace.seconds_per_start * self.num_waiting * random.uniform(0.75, 1.25)
-            raise OverloadedError(f"{self.num_waiting} requests are waiting already", min(120.0, max(1.0, wait_s)))
+        full = ""
+        if self.num_waiting + num_sequences > limits.num_requests + num_startable:
+            full = f"{self.num_waiting} requests are waiting already"
+        elif self.admission.num_queued_tokens > limits.num_tokens:
+            full = f"{self.admission.num_queued_tokens} prompt tokens are waiting already"
+        elif self._num_reserved_bytes and self._num_reserved_bytes + num_bytes > limits.num_bytes:
+            full = f"{self._num_reserved_bytes} bytes of requests are being read already"
+        if full:
+            self.metrics.count_shed(tier, "queue_full")
+            predicted_s = self.admission.predict(self.load, Demand(tier, "", 1.0, 0, num_sequences)).ttft_s
+            wait_s = min(MAX_RETRY_S, max(_FULL_QUEUE_RETRY_S, predicted_s * random.uniform(0.75, 1.25)))
+            raise OverloadedError(full, wait_s, code="queue_full", tier=tier, predicted_ttft_s=predicted_s)
         self._num_reserved += num_sequences
+        self._num_reserved_bytes += num_bytes
         try:
             yield
         finally:
             self._num_reserved -= num_sequences
+            self._num_reserved_bytes -= num_bytes
+
+    def admit(self, demand: Demand) -> Prediction:
+        """Decide on a tokenized request; the caller submits its sequences before it awaits anything.
+
+        Raises: OverloadedError where its first token would come too late.
+        """
+        try:
+            return self.admission.admit(self.load, demand)
+        except OverloadedError:
+            self.metrics.count_shed(demand.tier, "predicted_too_late")
+            raise
 
     def next_request_id(self) -> int:
         return next(self._ids)
@@ -131,7 +180,9 @@ class EngineClient:
         generation.stages.submitted_s = self.clock()
         generation.on_end.insert(0, self._forget)
         self._generations[request.request_id] = generation
-        self._queued[request.request_id] = generation
+        num_tokens = generation.num_prompt_tokens if request.leader_id is None else 0
+        demand = Demand(request.tier, request.tenant, request.weight, num_tokens)
+        self.admission.enter(request.request_id, demand)
         self._num_submitted += 1
         if generation.choice == 0:
             self.metrics.prompt_tokens.inc(generation.num_prompt_tokens)
@@ -152,10 +203,8 @@ class EngineClient:
 
     def queue_position(self, generation: Generation) -> tuple[int, float | None] | None:
         """(Place in the queue from 1, estimated seconds to wait or None), None once it has been scheduled."""
-        for position, queued in enumerate(self._queued.values(), start=1):
-            if queued is generation:
-                return position, round(self._pace.seconds_per_start * position, 3) or None
-        return None
+        found = self.admission.position(self.load, generation.request_id)
+        return None if found is None else (found[0], found[1] or None)
 
     def _check_accepting(self) -> None:
         if self.stopped.is_set():
@@ -179,6 +228,8 @@ class EngineClient:
             case EngineReady():
                 self.ready = publication
                 self.load = publication.load
+                on_device = _CPU_TTFT_TARGETS_S if publication.gpu_uuid is None else _GPU_TTFT_TARGETS_S
+                self.admission.targets_s = self._ttft_targets_s or on_device
                 self.settled.set()
                 if publication.gpu_uuid is not None:
                     watch_gpu(self.metrics, publication.gpu_uuid)
@@ -198,21 +249,22 @@ class EngineClient:
         self.load = step.load
         if step.pauses is not None:
             self.metrics.observe_pauses(step.pauses)
-        num_started = num_tokens = 0
-        last_tokens_s: list[float] = []  # of each stream that has one more
+        num_tokens = 0
+        last_tokens_s: list[tuple[Tier, float]] = []  # of each stream that has one more
         for output in step.outputs:
             generation = self._generations.get(output.request_id)
             if generation is None:
                 continue  # cancelled or stopped on this side, and the engine had not heard yet
             if output.scheduled_s is not None:
-                num_started += 1
-                self._observe_start(generation, output.scheduled_s)
+                self.admission.leave(generation.request_id, output.num_cached_tokens)
+                if generation.stages.submitted_s is not None:
+                    self.metrics.queue_time[generation.tier].observe(output.scheduled_s - generation.stages.submitted_s)
             if output.token_ids:
                 num_tokens += len(output.token_ids)
                 if (last_token_s := generation.stages.last_token_s) is not None:
-                    last_tokens_s.append(last_token_s)
+                    last_tokens_s.append((generation.tier, last_token_s))
                 else:
-                    self.metrics.ttft.observe(now - generation.stages.received_s)
+                    self._observe_first_token(generation, now)
             try:
                 generation.receive(output, now)
             except Exception:  # of this one's text: it must not cost the others theirs
@@ -221,33 +273,15 @@ class EngineClient:
             if generation.is_over and output.finish_reason is None:
                 self._engine.cancel(output.request_id)  # a stop string, which the engine cannot see
         self.metrics.generation_tokens.inc(num_tokens)
-        for last_token_s, count in Counter(last_tokens_s).items():
-            self.metrics.itl.observe(now - last_token_s, count)
-        self._pace.observe(now, num_started, is_backlogged=bool(self._queued))
+        for (tier, last_token_s), count in Counter(last_tokens_s).items():
+            self.metrics.itl[tier].observe(now - last_token_s, count)
 
-    def _observe_start(self, generation: Generation, scheduled_s: float) -> None:
-        self._queued.pop(generation.request_id, None)
-        if generation.stages.submitted_s is not None:
-            self.metrics.queue_time.observe(scheduled_s - generation.stages.submitted_s)
+    def _observe_first_token(self, generation: Generation, now: float) -> None:
+        self.metrics.ttft[generation.tier].observe(now - generation.stages.received_s)
+        if generation.predicted_ttft_s is not None and generation.stages.submitted_s is not None:
+            self.admission.observe(generation.predicted_ttft_s, now - generation.stages.submitted_s)
 
     def _forget(self, generation: Generation) -> None:
         del self._generations[generation.request_id]
-        self._queued.pop(generation.request_id, None)
+        self.admission.leave(generation.request_id)
         self.metrics.observe_end(generation)
-
-
-class _QueuePace:
-    """How fast the queue moves: an average of the seconds between starts while others wait."""
-
-    def __init__(self) -> None:
-        self.seconds_per_start = 0.0
-        self._last_start_s: float | None = None
-
-    def observe(self, now: float, num_started: int, is_backlogged: bool) -> None:
-        if num_started:
-            if self._last_start_s is not None:
-                seconds = (now - self._last_start_s) / num_started
-                self.seconds_per_start += _PACE_WEIGHT * (seconds - self.seconds_per_start)
-            self._last_start_s = now
-        if not is_backlogged:
-            self._last_start_s = None  # idle time says nothing of the pace

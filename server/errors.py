@@ -95,15 +95,22 @@ class UnsupportedMediaTypeError(ApiError):
 
 
 class OverloadedError(ApiError):
-    """The queue is full. `retry_after_s` becomes Retry-After, in both spellings clients read."""
+    """Too much waits already. `retry_after_s` becomes Retry-After, in both spellings clients read; `details` are
+    further fields of the envelope: the tier, and the seconds that were predicted and allowed."""
 
     status = 429
     type = "overloaded_error"
-    code = "queue_full"
 
-    def __init__(self, message: str, retry_after_s: float) -> None:
+    def __init__(self, message: str, retry_after_s: float, *, code: str, tier: str, **details: float) -> None:
+        self.code = code
         self.retry_after_s = retry_after_s
+        self.details = {"tier": tier, **{name: round(value, 3) for name, value in details.items()}}
         super().__init__(message, headers=retry_headers(retry_after_s))
+
+    def envelope(self) -> dict[str, Any]:
+        content = super().envelope()
+        content["error"] |= self.details
+        return content
 
 
 class RateLimitError(ApiError):

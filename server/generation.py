@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from headrace.scheduler.messages import FinishReason, SequenceOutput, TokenLogprobs
+from headrace.scheduler.messages import FinishReason, SequenceOutput, Tier, TokenLogprobs
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.errors import ApiError, DeadlineError, EngineFailedError
 from headrace.server.stream_log import StreamLog, Terminal
@@ -33,7 +33,8 @@ class Generation:
     """`id` is what the log calls it, `request_id` what the engine calls it; the prompt is not kept.
 
     `choice` numbers the answers to one prompt. `echo` is text that comes before the answer, with `prompt_logprobs`, a
-    list that all choices of a prompt share and the first one fills. `on_end` is called once the log has closed.
+    list that all choices of a prompt share and the first one fills. `predicted_ttft_s` is the bare prediction that it
+    was admitted with. `on_end` is called once the log has closed.
     """
 
     id: str
@@ -44,6 +45,8 @@ class Generation:
     on_end: list[Callable[["Generation"], None]] = field(default_factory=list)
     choice: int = 0
     echo: str = ""
+    tier: Tier = Tier.STANDARD
+    predicted_ttft_s: float | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     log: StreamLog = field(default_factory=StreamLog)
     num_output_tokens: int = 0
@@ -122,6 +125,7 @@ class Generation:
             "queue_s": _difference(stages.scheduled_s, stages.submitted_s),
             "prefill_s": _difference(stages.first_token_s, stages.scheduled_s),
             "ttft_s": _difference(stages.first_token_s, stages.received_s),
+            "decode_s": _difference(stages.last_token_s, stages.first_token_s),
             "total_s": _difference(stages.end_s, stages.received_s),
         }
 
@@ -149,6 +153,11 @@ def usage(generations: Sequence[Generation], num_output_tokens: int | None = Non
         "total_tokens": num_prompt + num_output,
         "prompt_tokens_details": {"cached_tokens": sum(generation.num_cached_tokens for generation in prompts)},
     }
+
+
+def final_usage(generations: Sequence[Generation]) -> dict[str, Any]:
+    """The same of a request that is over, and the seconds that its first answer spent in each part."""
+    return usage(generations) | {"timings": generations[0].timings()}
 
 
 def _difference(later: float | None, earlier: float | None) -> float | None:

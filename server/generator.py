@@ -5,20 +5,31 @@ number; everything that could hurt the engine is checked here, before it.
 """
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from headrace.scheduler.messages import EngineReady, GenerationRequest, SamplingParams, TokenLogprobs
+from headrace.scheduler.messages import EngineReady, GenerationRequest, SamplingParams, Tier, TokenLogprobs
+from headrace.server.admission import Demand, Prediction
+from headrace.server.api_keys import ApiKeys
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.engine_client import EngineClient
-from headrace.server.errors import BadRequestError, ContextLengthError, ModelNotFoundError, UnavailableError
+from headrace.server.errors import (
+    BadRequestError,
+    ContextLengthError,
+    ModelNotFoundError,
+    RateLimitError,
+    UnavailableError,
+)
 from headrace.server.generation import Generation, Stages
 from headrace.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationParams
 from headrace.server.settings import Settings
+from headrace.server.tenant_limits import TenantLimits
 from headrace.server.tokenizer import Tokenizer
 
 # Below this a temperature is greedy: dividing by it would overflow.
@@ -35,6 +46,8 @@ class Generator:
     settings: Settings
     model_name: str
     limiter: anyio.CapacityLimiter
+    keys: ApiKeys | None
+    limits: TenantLimits
     tokenizer: Tokenizer | None = None
 
     async def start(
@@ -44,17 +57,22 @@ class Generator:
         stages: Stages,
         on_end: Callable[[Generation], None] | None = None,
         tenant: str = "",
+        num_bytes: int = 0,
+        is_paced: bool = False,
     ) -> list[Generation]:
         """Tokenize and submit: one generation per prompt and choice, in the order of OpenAI's indices.
 
         The caller cancels them when its client leaves; `on_end` hears of each one's end. Only requests of one tenant
-        share cached prefixes.
+        share cached prefixes. `num_bytes` is what the request's body holds until then.
 
         Raises: ApiError. A cancellation while tokenizing is counted as a client that left.
         """
         if request.model is not None and request.model != self.model_name:
             raise ModelNotFoundError(f"the model `{request.model}` does not exist", param="model")
-        with self.client.reserve(request.num_sequences):
+        key = self.keys.get(tenant) if self.keys is not None else None
+        tier, weight = (Tier.STANDARD, 1.0) if key is None else (key.tier, key.weight)
+        num_sequences = request.num_sequences
+        with self._within_limits(tenant, tier, num_sequences), self.client.reserve(tier, num_sequences, num_bytes):
             ready = self.client.ready
             if ready is None or self.tokenizer is None:
                 raise UnavailableError("the model is still loading", "loading")
@@ -70,18 +88,45 @@ class Generator:
                 raise
             stages.tokenized_s = self.client.clock()
             samplings = [_sampling_params(request, prompt.token_ids, self.tokenizer, ready) for prompt in prompts]
+            num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+            prediction = self.client.admit(Demand(tier, tenant, weight, num_tokens, request.num_sequences))
+            self.limits.charge(tenant, num_tokens)
+            engine_fields = _EngineFields(tier, tenant, weight, is_paced, prediction)
             salt = f"{tenant}\0{request.cache_salt or ''}".encode("utf-8", "surrogatepass")
             generations: list[Generation] = []
             for prompt, sampling in zip(prompts, samplings, strict=True):
                 leader: Generation | None = None
                 for choice in range(request.num_choices):
                     own = replace(sampling, choice=choice)
-                    generation = self._submit(request, prompt, own, id, replace(stages), salt, leader)
+                    generation = self._submit(request, prompt, own, id, replace(stages), salt, leader, engine_fields)
+                    self.limits.begin(tenant)
+                    generation.on_end.append(partial(self._release, tenant))
                     if on_end is not None:
                         generation.on_end.append(on_end)
                     generations.append(generation)
                     leader = leader or generation
             return generations
+
+    @contextmanager
+    def _within_limits(self, tenant: str, tier: Tier, num_sequences: int) -> Iterator[None]:
+        """Hold a tenant's places inside the block; what begins there takes places of its own.
+
+        Raises: RateLimitError, BadRequestError.
+        """
+        try:
+            self.limits.admit(tenant, num_sequences)
+        except RateLimitError:
+            self.client.metrics.count_shed(tier, "rate_limit")
+            raise
+        self.limits.begin(tenant, num_sequences)
+        try:
+            yield
+        finally:
+            self.limits.end(tenant, num_sequences)
+
+    def _release(self, tenant: str, generation: Generation) -> None:
+        self.limits.end(tenant)
+        self.limits.charge(tenant, generation.num_output_tokens)
 
     def _submit(
         self,
@@ -92,6 +137,7 @@ class Generator:
         stages: Stages,
         salt: bytes,
         leader: Generation | None,
+        engine_fields: "_EngineFields",
     ) -> Generation:
         """Submit one sequence. With a `leader` it waits for that one's prompt, which is its own too."""
         assert self.tokenizer is not None
@@ -109,20 +155,30 @@ class Generator:
             detokenizer,
             choice=sampling.choice,
             echo=prompt.echo,
+            tier=engine_fields.tier,
+            predicted_ttft_s=engine_fields.prediction.raw_s if leader is None else None,
         )
         if leader is not None:
             generation.prompt_logprobs = leader.prompt_logprobs
         elif prompt.echo and sampling.num_logprobs is not None:
             generation.prompt_logprobs.append(TokenLogprobs(prompt.token_ids[0]))
             sampling = replace(sampling, num_prompt_logprobs=sampling.num_logprobs)
-        timeout_s = min(request.timeout or self.settings.request_timeout_s, self.settings.request_timeout_s)
+        received_s, settings = stages.received_s, self.settings
         self.client.submit(
             GenerationRequest(
                 generation.request_id,
                 prompt.token_ids,
                 sampling,
-                arrival_s=stages.received_s,
-                deadline_s=stages.received_s + timeout_s,
+                arrival_s=received_s,
+                deadline_s=received_s + _shorter(request.timeout, settings.request_timeout_s),
+                queue_deadline_s=received_s + _shorter(request.queue_timeout, settings.queue_timeout_s),
+                first_token_deadline_s=received_s + _shorter(request.ttft_timeout, settings.ttft_timeout_s),
+                stall_timeout_s=_shorter(request.stall_timeout, settings.stall_timeout_s),
+                target_s=self.client.clock() + engine_fields.prediction.target_s,
+                tier=engine_fields.tier,
+                tenant=engine_fields.tenant,
+                weight=engine_fields.weight,
+                is_paced=engine_fields.is_paced,
                 leader_id=None if leader is None else leader.request_id,
                 cache_salt=salt,
             ),
@@ -132,11 +188,26 @@ class Generator:
 
 
 @dataclass(frozen=True, slots=True)
+class _EngineFields:
+    """What all sequences of a request tell the scheduler alike."""
+
+    tier: Tier
+    tenant: str
+    weight: float
+    is_paced: bool
+    prediction: Prediction
+
+
+@dataclass(frozen=True, slots=True)
 class _Prompt:
     """A prompt's tokens, and its text where the answer shall begin with it."""
 
     token_ids: tuple[int, ...]
     echo: str = ""
+
+
+def _shorter(asked_s: float | None, most_s: float) -> float:
+    return most_s if asked_s is None else min(asked_s, most_s)
 
 
 def _tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> list[_Prompt]:

@@ -5,7 +5,7 @@ vLLM's `model_name` label. Labels come from closed sets.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
-from headrace.scheduler.messages import FinishReason, LoadSnapshot, StepPauses
+from headrace.scheduler.messages import FinishReason, LoadSnapshot, StepPauses, Tier
 from headrace.server.generation import Generation
 
 # A creation time beside every series would double what is scraped.
@@ -24,6 +24,7 @@ _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 
 _PAUSES = (5e-5, 1e-4, 2e-4, 5e-4, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01, 0.025, 0.1, 0.5, 1, 5)
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
+SHED_REASONS = ("queue_full", "predicted_too_late", "rate_limit")
 PHASES = ("body", "tokenizing", "queued", "prefill", "decode")
 
 _VLLM_NAMES = {
@@ -56,9 +57,10 @@ class Metrics:
         self.rejected = self._counter("requests_rejected", "Requests refused before the first byte", "status")
         self._finished = self._counter("requests_finished", "Answers that ended, by reason", "finished_reason")
         self._cancelled = self._counter("requests_cancelled", "Requests whose client left, by phase", "phase")
-        self.ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token", _LONG)
-        self.itl = self._histogram("inter_token_latency_seconds", "Between a request's tokens", _SHORT)
-        self.queue_time = self._histogram("request_queue_time_seconds", "Submitted to first scheduled", _LONG)
+        self._shed = self._counter("requests_shed", "Requests refused under load, by tier", "tier", "reason")
+        self.ttft = self._tier_histograms("time_to_first_token_seconds", "Arrival to first token", _LONG)
+        self.itl = self._tier_histograms("inter_token_latency_seconds", "Between a request's tokens", _SHORT)
+        self.queue_time = self._tier_histograms("request_queue_time_seconds", "Submitted to first scheduled", _LONG)
         self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to the last token", _LONG)
         self.loop_lag = self._histogram("event_loop_lag_seconds", "How late the event loop wakes a timer", _PAUSES)
         self.step_gap = self._histogram("engine_step_gap_seconds", "From one step's computing to the next's", _PAUSES)
@@ -69,6 +71,10 @@ class Metrics:
             self._finished.labels(reason.value)
         for phase in PHASES:
             self._cancelled.labels(phase)
+        for tier in Tier:
+            for shed_reason in SHED_REASONS:
+                self._shed.labels(tier.value, shed_reason)
+        self._tier_waiting = self._gauge("tier_requests_waiting", "Requests accepted and not begun, by tier", "tier")
         gauges = _LoadCollector(load, num_waiting)
         self._registry.register(gauges)
         self._vllm = CollectorRegistry()
@@ -81,6 +87,14 @@ class Metrics:
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a gauge whose value is asked when scraped."""
         Gauge(f"headrace_{name}", text, registry=self._registry).set_function(value)
+
+    def watch_waiting(self, tier: Tier, value: Callable[[], float]) -> None:
+        """Set where a tier's number of waiting requests is asked when scraped."""
+        self._tier_waiting.labels(tier.value).set_function(value)
+
+    def count_shed(self, tier: Tier, reason: str) -> None:
+        """Count a request that was refused for one of SHED_REASONS."""
+        self._shed.labels(tier.value, reason).inc()
 
     def count_cancelled(self, phase: str) -> None:
         self._cancelled.labels(phase).inc()
@@ -105,35 +119,60 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"headrace_{name}", text, labels, registry=self._registry)
 
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"headrace_{name}", text, labels, registry=self._registry)
+
     def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> "LatencyHistogram":
-        histogram = LatencyHistogram(f"headrace_{name}", text, bounds)
-        self._registry.register(histogram)
+        histogram = LatencyHistogram(bounds)
+        self._registry.register(_HistogramCollector(f"headrace_{name}", text, {None: histogram}))
         return histogram
 
+    def _tier_histograms(self, name: str, text: str, bounds: tuple[float, ...]) -> "Mapping[Tier, LatencyHistogram]":
+        histograms = {tier: LatencyHistogram(bounds) for tier in Tier}
+        self._registry.register(_HistogramCollector(f"headrace_{name}", text, histograms))
+        return histograms
 
-class LatencyHistogram(Collector):
+
+class LatencyHistogram:
     """A histogram that one thread writes, and that takes many equal observations at once: every stream of a step has
     the same gap. The library's locks several times for each."""
 
-    def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
-        self._name = name
-        self._text = text
+    def __init__(self, bounds: tuple[float, ...]) -> None:
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
-        self._sum_s = 0.0
+        self.sum_s = 0.0
 
     def observe(self, seconds: float, count: int = 1) -> None:
         self._counts[bisect_left(self._bounds, seconds)] += count
-        self._sum_s += seconds * count
+        self.sum_s += seconds * count
+
+    def buckets(self) -> list[tuple[str, int]]:
+        """(Upper bound, how many observations are not above it)."""
+        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
+        return list(zip(bounds, accumulate(self._counts), strict=True))
+
+
+_Histograms = Mapping[Tier, LatencyHistogram] | Mapping[None, LatencyHistogram]
+
+
+class _HistogramCollector(Collector):
+    """One metric: a histogram without labels, or one for each tier."""
+
+    def __init__(self, name: str, text: str, histograms: "_Histograms") -> None:
+        self._name = name
+        self._text = text
+        self._histograms = histograms
 
     def describe(self) -> Iterable[Metric]:
         """What the registry knows its name by."""
         return self.collect()
 
     def collect(self) -> Iterable[Metric]:
-        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
-        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
-        yield HistogramMetricFamily(self._name, self._text, buckets, self._sum_s)
+        has_tiers = None not in self._histograms
+        family = HistogramMetricFamily(self._name, self._text, labels=["tier"] if has_tiers else [])
+        for tier, histogram in self._histograms.items():
+            family.add_metric([] if tier is None else [tier.value], histogram.buckets(), histogram.sum_s)
+        yield family
 
 
 class _LoadCollector(Collector):
@@ -167,7 +206,7 @@ class _LoadCollector(Collector):
 
 
 class _VllmCollector(Collector):
-    """The same numbers under vLLM's names."""
+    """The same numbers under vLLM's names, of all tiers together."""
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
         self._registry = registry
@@ -178,11 +217,15 @@ class _VllmCollector(Collector):
             if (name := _VLLM_NAMES.get(metric.name)) is None:
                 continue
             renamed = Metric(name, metric.documentation, metric.type)
+            sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
             for sample in metric.samples:
-                labels = {**sample.labels, "model_name": self._model_name}
+                labels = {key: value for key, value in sample.labels.items() if key != "tier"}
+                labels["model_name"] = self._model_name
                 if (reason := labels.get("finished_reason")) is not None:
                     if reason not in _VLLM_REASONS:
                         continue
                     labels["finished_reason"] = _VLLM_REASONS[reason]
-                renamed.samples.append(Sample(name + sample.name.removeprefix(metric.name), labels, sample.value))
+                series = name + sample.name.removeprefix(metric.name), tuple(labels.items())
+                sums[series] = sums.get(series, 0.0) + sample.value
+            renamed.samples += [Sample(series, dict(labels), value) for (series, labels), value in sums.items()]
             yield renamed

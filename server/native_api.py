@@ -24,6 +24,7 @@ from headrace.server.protocol import (
     UNSUPPORTED,
     ChatCompletionRequest,
     CompletionRequest,
+    Flag,
     Number,
     parse_json_object,
     parse_request,
@@ -43,11 +44,13 @@ OnDisconnect = Literal["cancel", "continue"]
 
 class _StreamChatRequest(ChatCompletionRequest):
     on_disconnect: OnDisconnect | None = None
+    pace: Flag | None = None
     disconnect_grace_s: Number | None = Field(None, ge=0, le=_MAX_GRACE_S)
 
 
 class _StreamCompletionRequest(CompletionRequest):
     on_disconnect: OnDisconnect | None = None
+    pace: Flag | None = None
     disconnect_grace_s: Number | None = Field(None, ge=0, le=_MAX_GRACE_S)
 
 
@@ -79,7 +82,7 @@ class NativeApi:
             params = parse_request(_StreamChatRequest, fields)
         else:
             params = parse_request(_StreamCompletionRequest, fields)
-        stream = await self._start(request, params)
+        stream = await self._start(request, params, len(body))
         urls = _urls(stream.id)
         content = {"id": stream.id, "created": stream.created_s, "model": self._generator.model_name, **urls}
         return JSONResponse(content, 201, {"location": urls["url"]})
@@ -132,7 +135,7 @@ class NativeApi:
             raise UnauthorizedError("an API key is needed, or a ticket from POST /v1/stream/tickets")
         return None
 
-    async def _start(self, request: Request, params: _StreamParams) -> NativeStream:
+    async def _start(self, request: Request, params: _StreamParams, num_bytes: int = 0) -> NativeStream:
         # Not the request's id, which is logged here and by proxies: a stream's id suffices to read it.
         id = secrets.token_hex(16)
         on_end = partial(self._finish, id, request.scope["path"], trace_context(request.headers))
@@ -140,7 +143,13 @@ class NativeApi:
             raise BadRequestError("n: a native stream has one answer to one prompt", param="n")
         stages = Stages(request.state.received_s)
         [generation] = await self._generator.start(
-            params, request.state.id, stages, on_end, tenant=request.state.tenant
+            params,
+            request.state.id,
+            stages,
+            on_end,
+            tenant=request.state.tenant,
+            num_bytes=num_bytes,
+            is_paced=bool(params.pace),
         )
         request.state.is_accepted = True
         stream = NativeStream(

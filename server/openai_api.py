@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from headrace.scheduler.messages import FinishReason
-from headrace.server.generation import Generation, Stages, usage
+from headrace.server.generation import Generation, Stages, final_usage, usage
 from headrace.server.generator import Generator
 from headrace.server.logprobs import chat_logprobs, completion_logprobs, make_off_loop
 from headrace.server.protocol import (
@@ -46,11 +46,11 @@ class OpenAIApi:
 
     async def chat_completions(self, request: Request, body: bytes) -> Response:
         params = parse_request(ChatCompletionRequest, parse_json_object(body))
-        return await self._complete(request, params, _ChatFormat)
+        return await self._complete(request, params, _ChatFormat, len(body))
 
     async def completions(self, request: Request, body: bytes) -> Response:
         params = parse_request(CompletionRequest, parse_json_object(body))
-        return await self._complete(request, params, _CompletionFormat)
+        return await self._complete(request, params, _CompletionFormat, len(body))
 
     async def models(self, request: Request) -> Response:
         ready = self._generator.client.ready
@@ -63,10 +63,12 @@ class OpenAIApi:
         }
         return JSONResponse({"object": "list", "data": [model]})
 
-    async def _complete(self, request: Request, params: GenerationParams, make_format: "type[_Format]") -> Response:
+    async def _complete(
+        self, request: Request, params: GenerationParams, make_format: "type[_Format]", num_bytes: int
+    ) -> Response:
         id = f"{make_format.id_prefix}{request.state.id}"
         stages = Stages(request.state.received_s)
-        generations = await self._generator.start(params, id, stages, tenant=request.state.tenant)
+        generations = await self._generator.start(params, id, stages, tenant=request.state.tenant, num_bytes=num_bytes)
         request.state.is_accepted = True
         request.state.cleanup.callback(self._finish, generations, request)
         assert self._generator.tokenizer is not None
@@ -85,7 +87,7 @@ class OpenAIApi:
         generations[0].stages.first_byte_s = self._generator.client.clock()
         pieces = [generation.log.read() for generation in generations]
         num_scored = sum(len(piece.logprobs) for piece in pieces)
-        return await make_off_loop(lambda: JSONResponse(format.whole(pieces, usage(generations))), num_scored)
+        return await make_off_loop(lambda: JSONResponse(format.whole(pieces, final_usage(generations))), num_scored)
 
     def _finish(self, generations: list[Generation], request: Request) -> None:
         ends = [generation.log.terminal for generation in generations]
@@ -136,7 +138,7 @@ async def _frames(
                 opening = b""
             if num_open == 0:
                 if options.include_usage:
-                    write += format.usage_frame(usage(generations))
+                    write += format.usage_frame(final_usage(generations))
                 write += _DONE
             yield write
 

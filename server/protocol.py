@@ -138,6 +138,9 @@ class GenerationParams(BaseModel):
     ignore_eos: Flag | None = None
     skip_special_tokens: Flag | None = None
     timeout: Number | None = Field(None, gt=0, le=1e6)
+    queue_timeout: Number | None = Field(None, gt=0, le=1e6)
+    ttft_timeout: Number | None = Field(None, gt=0, le=1e6)
+    stall_timeout: Number | None = Field(None, gt=0, le=1e6)
     user: Name | None = None
     cache_salt: Name | None = None
 

@@ -220,6 +220,7 @@ def _settle_garbage_collector() -> None:
 
 
 def _load_engine(settings: Settings, source: ModelSource) -> tuple[Scheduler, Runner]:
+    targets_ms = settings.itl_targets_ms
     config = EngineConfig(
         model_path=source.path,
         device=settings.device,
@@ -236,6 +237,8 @@ def _load_engine(settings: Settings, source: ModelSource) -> tuple[Scheduler, Ru
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         enable_prefix_caching=settings.enable_prefix_caching,
+        tier_weights=settings.tier_weights,
+        itl_targets_s=None if targets_ms == "auto" else tuple(target_ms / 1000 for target_ms in targets_ms),
     )
     with _LOADING:
         # Imported on the engine thread: torch takes a second or two, and the server listens meanwhile.

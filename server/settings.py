@@ -48,6 +48,9 @@ def _parse_bytes(value: Any) -> Any:
         raise ValueError('expected a number of bytes such as 1073741824, "512MiB" or "2GiB"') from None
 
 
+_Positive = Annotated[float, Field(gt=0)]
+_PerTier = tuple[_Positive, _Positive, _Positive]
+
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)]
 
 
@@ -112,8 +115,22 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int = Field(256, ge=1, le=65536, description="token budget of one step")
     enable_prefix_caching: bool = Field(True, description="share the KV blocks of prompts that begin alike")
 
+    tier_weights: _PerTier = Field((8.0, 3.0, 1.0), description="shares of premium, standard and batch under load")
+    itl_targets_ms: _PerTier | Literal["auto"] = Field(
+        "auto", description="between two tokens of a stream, for premium, standard and batch; steps are sized for it"
+    )
+    ttft_targets_s: _PerTier | Literal["auto"] = Field(
+        "auto",
+        description="longest that a first token may be predicted to take, beside its prompt's own time; beyond, 429",
+    )
+
     max_queue_size: int = Field(1024, ge=1, description="most requests waiting; beyond, 429")
+    max_queue_tokens: int = Field(2**22, ge=1, description="most prompt tokens waiting; beyond, 429")
+    max_queue_bytes: Bytes = Field(2**28, ge=1, description="most memory for bodies being tokenized; beyond, 429")
     request_timeout_s: float = Field(600, gt=0, description="longest a request may take in all")
+    queue_timeout_s: float = Field(600, gt=0, description="longest until the engine begins a request")
+    ttft_timeout_s: float = Field(600, gt=0, description="longest until a request's first token")
+    stall_timeout_s: float = Field(60, gt=0, description="longest between two tokens of a request")
     tokenizer_threads: int = Field(2, ge=1, le=64, description="worker threads for templates and tokenizing")
     max_body_bytes: Bytes = Field(4 * 2**20, ge=1, description="largest request body")
     max_header_bytes: Bytes = Field(64 * 2**10, ge=1024, description="largest request line and headers; beyond, 431")

@@ -94,17 +94,17 @@ class TenantLimits:
     def charge(self, tenant: str, num_tokens: int) -> None:
         """Count tokens of a prompt that was let in, or of an answer that is over."""
         key = None if self._keys is None else self._keys.get(tenant)
-        if key is not None and key.tokens_per_minute is not None:
+        if num_tokens and key is not None and key.tokens_per_minute is not None:
             self._tokens.use(tenant, key.tokens_per_minute, num_tokens)
 
-    def begin(self, tenant: str) -> None:
-        """Count an answer as under way, limits or none: a reload may bring some."""
-        self._running[tenant] += 1
+    def begin(self, tenant: str, num_sequences: int = 1) -> None:
+        """Count answers as under way, limits or none: a reload may bring some."""
+        self._running[tenant] += num_sequences
 
-    def end(self, tenant: str) -> None:
-        """Count an answer that began as over."""
-        assert self._running[tenant] > 0
-        self._running[tenant] -= 1
+    def end(self, tenant: str, num_sequences: int = 1) -> None:
+        """Count answers that began as over."""
+        assert self._running[tenant] >= num_sequences
+        self._running[tenant] -= num_sequences
         if not self._running[tenant]:
             del self._running[tenant]
 
