@@ -97,6 +97,20 @@ class _Step(NamedTuple):
     launched_s: float
 
 
+class Engine(Protocol):
+    """What the event loop asks of an engine: this thread, or a simulated one."""
+
+    def start(self) -> None: ...
+
+    def submit(self, request: GenerationRequest) -> None: ...
+
+    def cancel(self, request_id: int) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def join(self, timeout_s: float | None = None) -> bool: ...
+
+
 class EngineCore:
     """Runs a scheduler and a runner on a thread of its own.
 

@@ -127,6 +127,8 @@ class FairQueue:
         self._num_short -= not sequence.is_long
         if tenant.num_waiting == 0:
             del tenant.tier.backlogged[tenant.name]
+            for heap in tenant.heaps:
+                heap.clear()
 
     def pick(
         self, num_cached: Callable[[Sequence], int], *, takes_long: bool = True, only: Tier | None = None

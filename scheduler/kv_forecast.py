@@ -16,6 +16,8 @@ import numpy as np
 _NUM_ANSWERS = 512
 # What is presumed of answers before there were any: as many of each.
 _PRESUMED = (64, 128, 256, 512) * 4
+# Older tokens fade.
+_MAX_COUNTED_TOKENS = 20_000
 
 
 class OutputLengths:
@@ -26,9 +28,12 @@ class OutputLengths:
         self._ordered = sorted(_PRESUMED)
         self._is_real = False
         self._sums: np.ndarray | None = None  # of the lengths from each on
+        self._num_ended = float(len(_PRESUMED))
+        self._num_tokens = float(sum(_PRESUMED))
 
     def observe(self, num_tokens: int) -> None:
         """Learn of an answer that came to its end."""
+        self._num_ended += 1
         if not self._is_real and len(self._recent) >= 2 * len(_PRESUMED):
             self._is_real = True
             for presumed in _PRESUMED:
@@ -40,9 +45,18 @@ class OutputLengths:
         insort(self._ordered, num_tokens)
         self._sums = None
 
+    def count_tokens(self, num_tokens: int) -> None:
+        """Count tokens of answers that may go on."""
+        self._num_tokens += num_tokens
+        if self._num_tokens > _MAX_COUNTED_TOKENS:
+            self._num_tokens /= 2
+            self._num_ended /= 2
+
     @property
     def mean(self) -> float:
-        return float(self._suffix_sums()[0]) / len(self._ordered)
+        """Tokens per end: unlike the mean of those that have ended, it counts the answers that are not over, which are
+        the longer ones."""
+        return self._num_tokens / self._num_ended
 
     def expected_remaining(self, num_tokens: np.ndarray) -> np.ndarray:
         """[N] how many more tokens answers get that have `num_tokens` [N]. One that is longer than any before is

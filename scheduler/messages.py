@@ -135,7 +135,8 @@ class LoadSnapshot:
 
     As steps go now, prompts get `prefill_tokens_per_s`, a step takes `step_s`, and `completions_per_s` sequences end
     (idle, a prompt would get `idle_tokens_per_s`); 0 where nothing is known yet. `num_prefill_tokens` of running
-    sequences are still to be computed, and `num_startable` more sequences could run at once.
+    sequences are still to be computed; `num_startable` more sequences could run at once, and for premium ones
+    `num_preemptable` would give way.
     """
 
     num_waiting: int = 0
@@ -151,6 +152,7 @@ class LoadSnapshot:
     busy_s: float = 0.0
     num_prefill_tokens: int = 0
     num_startable: float = 0.0
+    num_preemptable: int = 0
     prefill_tokens_per_s: float = 0.0
     idle_tokens_per_s: float = 0.0
     completions_per_s: float = 0.0

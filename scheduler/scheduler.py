@@ -184,7 +184,7 @@ class Scheduler:
         """
         dropped = self._drop_cancelled() + self._drop_expired(now)
         has_preempted = self._make_room()
-        rows, prompts = self._decode(now)
+        rows, prompts = self._decode(now, may_hold=len(self._queue) > 0)
         self._num_prompt_tokens_left = sum(sequence.num_schedulable_tokens for sequence in prompts)
         budget = self._prefill_budget()
         num_left, num_long = self._continue_prompts(prompts, budget, rows)
@@ -195,6 +195,8 @@ class Scheduler:
                 break
             num_long += sequence.num_schedulable_tokens > 2 * budget
             num_left -= self._prefill(sequence, num_left, rows)
+        if not rows:
+            rows, _ = self._decode(now, may_hold=False)  # to hold a stream would help nobody
         self._num_steps += bool(rows)
         return SchedulerOutput(rows, dropped, self._shape(rows))
 
@@ -209,6 +211,7 @@ class Scheduler:
         if times is not None:
             self._step_time.observe(output.shape, times.ended_s - times.began_s)
         outputs = []
+        num_tokens = 0
         for row, result in zip(output.rows, results, strict=True):
             sequence = row.sequence
             if sequence.status is SequenceStatus.FINISHED:
@@ -218,6 +221,7 @@ class Scheduler:
             sequence.num_prompt_logprobs += len(result.prompt_logprobs)
             finish_reason = None
             if result.token_id is not None:
+                num_tokens += 1
                 sequence.token_ids.append(result.token_id)
                 finish_reason = self._finish_reason(sequence, result.token_id)
                 if times is not None:
@@ -238,6 +242,7 @@ class Scheduler:
                 )
             if finish_reason is not None:
                 self._remove(sequence)
+        self._lengths.count_tokens(num_tokens)
         return outputs
 
     def fail(self, sequences: list[Sequence], error: str) -> list[SequenceOutput]:
@@ -279,9 +284,10 @@ class Scheduler:
             busy_s=busy_s,
             num_prefill_tokens=self._num_prompt_tokens_left,
             num_startable=min(self.max_num_seqs - num_running, self._pool.num_free / mean_blocks),
+            num_preemptable=num_running - self._num_running[Tier.PREMIUM],
             prefill_tokens_per_s=prefill_tokens_per_s,
             idle_tokens_per_s=self._pace(_IDLE)[0],
-            completions_per_s=num_running / (self._lengths.mean * step_s) if step_s > 0 else 0.0,
+            completions_per_s=self._completions_per_s() if num_running else 0.0,
             step_s=step_s,
         )
 
@@ -303,7 +309,8 @@ class Scheduler:
             self._num_starved_steps = 0
             return self._budget
         self._num_starved_steps += 1
-        return min(_STARVED_CHUNK, most) if self._num_starved_steps % _STARVED_STEPS == 0 else self._budget
+        is_due = self._num_starved_steps % _STARVED_STEPS == 0 or self._budget + self._decoding.num_decoding == 0
+        return min(_STARVED_CHUNK, most) if is_due else self._budget
 
     def _fitting_tokens(self, decoding: StepShape) -> float:
         if self._step_time.num_observed == 0:
@@ -323,6 +330,13 @@ class Scheduler:
         step_s = self._step_time.predict_s(decoding._replace(num_prompt_tokens=num_tokens))
         return (num_tokens / step_s if step_s > 0 else 0.0), step_s
 
+    def _completions_per_s(self) -> float:
+        """How fast sequences end in steps of which each one's end lets in another prompt."""
+        num_ending = self._decoding.num_decoding / self._lengths.mean
+        num_tokens = min(num_ending * self._mean_prompt_tokens, self._budget)
+        step_s = self._step_time.predict_s(self._decoding._replace(num_prompt_tokens=num_tokens))
+        return num_ending / step_s if step_s > 0 else 0.0
+
     def _shape(self, rows: list[ScheduledRow]) -> StepShape:
         prompts = rows[self._decoding.num_decoding :]
         num_tokens = sum(row.num_tokens for row in prompts)
@@ -334,19 +348,20 @@ class Scheduler:
 
     # The step's rows
 
-    def _decode(self, now: float) -> tuple[list[ScheduledRow], list[Sequence]]:
+    def _decode(self, now: float, *, may_hold: bool) -> tuple[list[ScheduledRow], list[Sequence]]:
         """The rows of all sequences that need one token, with a block for it, and those that need more."""
         rows: list[ScheduledRow] = []
         prompts: list[Sequence] = []
         context = 0
         token_cost, context_cost = self._step_time.decode_cost()
         costs: dict[TenantAccount, float] = {}
-        is_crowded = len(self._queue) > 0
         for sequence in self._running.values():
             num_tokens = sequence.num_schedulable_tokens
             if num_tokens > 1:
                 prompts.append(sequence)
-            elif num_tokens and not (is_crowded and sequence.request.is_paced and self._is_ahead(sequence, now)):
+            elif num_tokens and may_hold and sequence.request.is_paced and self._is_ahead(sequence, now):
+                sequence.last_token_s = now  # F: it does not stall
+            elif num_tokens:
                 if sequence.num_scheduled_tokens >= len(sequence.block_ids) * self._block_size:
                     sequence.block_ids += self._pool.allocate(1)  # to the same list
                 row = ScheduledRow.next_of(sequence, 1)
@@ -404,21 +419,27 @@ class Scheduler:
         """Start the next in the queue if there is room for it. Nobody overtakes one that finds none, but premium,
         for which some is kept."""
         only: Tier | None = None
-        self._endangered = None
+        if self._endangered is not None:
+            only = Tier.PREMIUM  # there is room for it, which may be a victim's that would be next
+            self._endangered = None
         while (head := self._queue.pick(self._num_findable_tokens, takes_long=takes_long, only=only)) is not None:
+            if self._running and len(dropped) >= 2 * _MAX_DROPPED_WAITING:
+                return None
             if head.request.request_id in self._cancelled:
                 self._cancelled.discard(head.request.request_id)
                 dropped.append(self._drop(head, FinishReason.CANCELLED))
                 continue
             cached = self._find_cached(head)
             first_token_s = now + self._prefill_s(head, cached)  # if it began now
-            if head.num_output_tokens == 0 and first_token_s > head.next_deadline_s:  # F
+            is_late = first_token_s > min(head.request.deadline_s, head.request.first_token_deadline_s)
+            if head.num_output_tokens == 0 and is_late:  # F
                 dropped.append(self._drop(head, FinishReason.DEADLINE))
             elif self._fits(head, cached):
                 self._start(head, cached, now)
                 return head
             elif head.request.tier is Tier.PREMIUM:
-                if first_token_s + self._step_time.predict_s(self._decoding) > head.request.target_s:
+                is_late = first_token_s + self._step_time.predict_s(self._decoding) > head.request.target_s
+                if is_late and self._victim(self._lower_tiers()) is not None:
                     self._endangered = head
                 return None
             else:
@@ -431,7 +452,8 @@ class Scheduler:
             return True
         if len(self._running) >= self.max_num_seqs:
             return False
-        decoding = StepShape(0, len(self._running) + 1, self._decoding.decode_context + len(sequence.token_ids))
+        context = sum(len(s.token_ids) for s in self._running.values()) + len(sequence.token_ids)
+        decoding = StepShape(0, len(self._running) + 1, context)
         target_s = min(self._itl_target_s(), self._policy.itl_targets_s[sequence.request.tier])
         if self._step_time.predict_s(decoding) > USED_SHARE * target_s:
             return False
@@ -441,18 +463,19 @@ class Scheduler:
         num_blocks = self._num_blocks(sequence) - len(cached)
         if num_blocks > self._pool.num_free - self._pool.num_free_among(cached) - num_reserved:
             return False
-        return self._projected_peak(sequence, num_blocks) <= _USED_BLOCKS * self._pool.num_total - num_reserved
+        return self._projected_peak(sequence, cached) <= _USED_BLOCKS * self._pool.num_total - num_reserved
 
-    def _projected_peak(self, sequence: Sequence, num_blocks: int) -> float:
-        """The most blocks that will be held at once, if a sequence is admitted with so many of its own."""
+    def _projected_peak(self, sequence: Sequence, cached: list[int]) -> float:
+        """The most blocks that will be held at once, if a sequence is admitted that shares these."""
         everyone = [*self._running.values(), sequence]
-        held = np.array([len(s.block_ids) - s.num_shared_blocks for s in everyone], np.float64)
-        held[-1] = num_blocks
+        shared = np.array([*(s.num_shared_blocks for s in self._running.values()), len(cached)], np.float64)
+        held = np.array([*(len(s.block_ids) for s in self._running.values()), self._num_blocks(sequence)]) - shared
         num_output = np.array([s.num_output_tokens for s in everyone])
         remaining = self._lengths.expected_remaining(num_output) / self._block_size
         most = np.array([s.num_total_tokens for s in everyone]) / self._block_size
-        most -= held + np.array([s.num_shared_blocks for s in everyone])
+        most -= held + shared
         num_shared = self._pool.num_total - self._pool.num_free - float(held[:-1].sum())
+        num_shared += self._pool.num_free_among(cached)
         return num_shared + projected_peak(held, np.clip(remaining, 0, np.maximum(most, 0)))
 
     def _num_blocks(self, sequence: Sequence) -> int:
@@ -546,14 +569,20 @@ class Scheduler:
                 assert victim is not None, "one that has all its blocks misses some"
                 num_missing -= self._num_missing_blocks(victim)
                 self._preempt(victim)
-        head, self._endangered = self._endangered, None
-        if head is not None and head.status is SequenceStatus.WAITING:
+        head = self._endangered
+        if head is not None and (head.status is SequenceStatus.FINISHED or head.request.request_id in self._cancelled):
+            head = self._endangered = None
+        if head is not None:
             while not self._fits(head, self._find_cached(head)):
-                victim = self._victim([s for s in self._running.values() if s.request.tier is not Tier.PREMIUM])
+                victim = self._victim(self._lower_tiers())
                 if victim is None:
+                    self._endangered = None
                     break
                 self._preempt(victim)
         return self._num_preemptions > num_preemptions
+
+    def _lower_tiers(self) -> list[Sequence]:
+        return [sequence for sequence in self._running.values() if sequence.request.tier is not Tier.PREMIUM]
 
     def _victim(self, candidates: list[Sequence]) -> Sequence | None:
         """The one of the lowest tier, of these the one that frees most blocks for what it takes to compute again, of

@@ -57,7 +57,7 @@ class StepTimeModel:
         features = _features(shape)
         coefficients = self._coefficients
         predicted_s = sum(map(float.__mul__, features, coefficients))
-        if self.num_observed >= _NUM_YOUNG:
+        if self.num_observed >= _NUM_YOUNG and predicted_s > 0:
             seconds = min(seconds, _MAX_OUTLIER * predicted_s)
         self.num_observed += 1
         self._residuals_s.append(seconds - predicted_s)

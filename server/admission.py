@@ -6,14 +6,16 @@ been begun. A request would wait for
     TTFT = kappa (max((U + u) / mu, wait for the m-th completion) + t)
 
 u are its prompt tokens, U those that weighted fair queueing serves before its last one: all of its own tenant's, of
-each other's at most what that one's weight is worth meanwhile, and the same over tiers, and what running prompts still
-need. mu are prompt tokens per second as steps go now, t is a step. Where fewer places are free than requests come
-before it, m sequences have to end first. kappa is the 90th percentile of what first tokens took, over what was
-predicted for them.
+each other's what waits and what will come meanwhile, at most what its weight is worth, and the same over tiers; and
+what running prompts still need. mu are prompt tokens per second as steps go now, t is a step. Where fewer places are
+free than requests come before it, m sequences have to end first. kappa is the 98th percentile of what first tokens
+took, over what was predicted for them: with the 90th one in a hundred came a fifth after its target, at no more of
+them in all (benchmarks/README.md).
 A request is admitted where that is within its tier's target and the time that its own prompt takes on an idle server.
 Sources: scheduling order of VTC (OSDI 2024) as a fluid; prediction of waiting as in QLM (SoCC 2024).
 """
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -23,15 +25,28 @@ from headrace.scheduler.messages import LoadSnapshot, Tier
 from headrace.server.errors import OverloadedError
 
 _NUM_RATIOS = 128
+# What is presumed at first, of as many first tokens.
+_PRESUMED_RATIOS = (2.0,) * 4
 _RATIOS_PER_KAPPA = 8
+_QUANTILE = 0.98
 _MIN_KAPPA, _MAX_KAPPA = 0.8, 3.0
+# What of a target a prediction may take.
+_USED_SHARE = 0.8
 # What is predicted as less is noise when it is compared with what came.
 _MIN_PREDICTED_S = 0.02
 # How fast a tenant's share of prompts that are found in the prefix cache follows.
 _FOLLOWING = 0.1
-# Clients give up beyond this.
-MAX_RETRY_S = 120.0
-_POSITIONS_AGE_S = 0.5
+# Clients give up beyond the longer one.
+_MIN_RETRY_S, _MAX_RETRY_S = 1.0, 120.0
+_RETRY_JITTER = 0.25
+# How old the places may be that those are told who have one, and those who have come since.
+_POSITIONS_AGE_S, _NEW_POSITIONS_AGE_S = 0.5, 0.05
+# Over how long arrivals are averaged, to tell how many will come.
+_RATE_WINDOW_S = 10.0
+# A tenant that has sent nothing for so long is forgotten.
+_FORGOTTEN_S = 6 * _RATE_WINDOW_S
+_MIN_KNOWN_SHARE = 0.1
+_NUM_ITERATIONS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +78,22 @@ class _TenantQueue:
     requests: dict[int, int] = field(default_factory=dict)
     num_tokens: int = 0
     uncached_share: float = 1.0
+    token_rate: float = 0.0  # of what was admitted lately, per second at `rate_s`
+    request_rate: float = 0.0
+    rate_s: float = 0.0
+    known_share: float = 0.0  # of the window that the rates are averaged over
+
+    def note_arrival(self, now: float, num_tokens: int) -> None:
+        fading = math.exp((self.rate_s - now) / _RATE_WINDOW_S)
+        self.token_rate = self.token_rate * fading + num_tokens / _RATE_WINDOW_S
+        self.request_rate = self.request_rate * fading + 1 / _RATE_WINDOW_S
+        self.known_share = 1 - (1 - self.known_share) * fading
+        self.rate_s = now
+
+    def fading(self, now: float) -> float:
+        """What to multiply the rates with."""
+        fading = math.exp((self.rate_s - now) / _RATE_WINDOW_S)
+        return fading / max(_MIN_KNOWN_SHARE, 1 - (1 - self.known_share) * fading)
 
 
 class Admission:
@@ -70,14 +101,14 @@ class Admission:
 
     def __init__(self, tier_weights: Mapping[Tier, float], clock: Callable[[], float]) -> None:
         self.targets_s: Mapping[Tier, float] = dict.fromkeys(Tier, float("inf"))
-        self.kappa = 1.0
+        self.kappa = max(_PRESUMED_RATIOS)
         self._clock = clock
         self._tier_weights = tier_weights
         self._queues: dict[Tier, dict[str, _TenantQueue]] = {tier: {} for tier in Tier}
         self._demands: dict[int, Demand] = {}
-        self._ratios: deque[float] = deque(maxlen=_NUM_RATIOS)
+        self._ratios: deque[float] = deque(_PRESUMED_RATIOS, maxlen=_NUM_RATIOS)
         self._num_ratios = 0
-        self._positions: dict[int, tuple[int, float]] = {}
+        self._positions: dict[int, tuple[int, float]] = {}  # (place, prompt tokens up to its end)
         self._positions_s = float("-inf")
 
     @property
@@ -89,10 +120,15 @@ class Admission:
 
     def enter(self, request_id: int, demand: Demand) -> None:
         """Count a request of one sequence as waiting."""
-        queue = self._queues[demand.tier].setdefault(demand.tenant, _TenantQueue())
+        now = self._clock()
+        queues = self._queues[demand.tier]
+        if (queue := queues.get(demand.tenant)) is None:
+            self._forget_tenants(now)
+            queue = queues[demand.tenant] = _TenantQueue(rate_s=now)
         queue.weight = demand.weight
         queue.requests[request_id] = demand.num_tokens
         queue.num_tokens += demand.num_tokens
+        queue.note_arrival(now, demand.num_tokens)
         self._demands[request_id] = demand
 
     def leave(self, request_id: int, num_cached: int | None = None) -> None:
@@ -109,11 +145,31 @@ class Admission:
 
     def predict(self, load: LoadSnapshot, demand: Demand) -> Prediction:
         """How soon a request would have its first token if it were submitted now."""
+        if load.prefill_tokens_per_s <= 0:  # no step has been seen
+            return Prediction(0.0, self.targets_s[demand.tier], 0.0)
         queue = self._queues[demand.tier].get(demand.tenant, _TenantQueue())
         num_tokens = demand.num_tokens * queue.uncached_share
-        tokens = self._served_before(demand, lambda q: q.num_tokens * q.uncached_share, num_tokens)
-        requests = self._served_before(demand, lambda q: len(q.requests), demand.num_sequences)
-        raw_s = _wait_s(load, tokens, requests)
+        fadings = {id(q): q.fading(self._clock()) for queues in self._queues.values() for q in queues.values()}
+        raw_s = self._served_after_s(
+            demand,
+            own=num_tokens + queue.num_tokens * queue.uncached_share,
+            first=load.num_prefill_tokens,
+            per_s=load.prefill_tokens_per_s,
+            waiting=lambda q: q.num_tokens * q.uncached_share,
+            rate=lambda q: q.token_rate * q.uncached_share * fadings[id(q)],
+        )
+        if load.completions_per_s > 0:
+            num_places = load.num_startable + (load.num_preemptable if demand.tier is Tier.PREMIUM else 0)
+            completions_s = self._served_after_s(
+                demand,
+                own=demand.num_sequences + len(queue.requests),
+                first=-num_places,
+                per_s=load.completions_per_s,
+                waiting=lambda q: len(q.requests),
+                rate=lambda q: q.request_rate * fadings[id(q)],
+            )
+            raw_s = max(raw_s, completions_s)
+        raw_s += load.step_s
         own_s = num_tokens / load.idle_tokens_per_s if load.idle_tokens_per_s > 0 else 0.0
         return Prediction(self.kappa * raw_s, self.targets_s[demand.tier] + own_s, raw_s)
 
@@ -121,13 +177,11 @@ class Admission:
         """Raises: OverloadedError where the first token would come too late. An idle server takes everything."""
         prediction = self.predict(load, demand)
         is_idle = load.num_running == 0 and not self._demands
-        if prediction.ttft_s > prediction.target_s and not is_idle:
-            # Jitter keeps the refused from coming back all at once.
-            wait_s = (prediction.ttft_s - prediction.target_s) * random.uniform(0.75, 1.25)
+        if prediction.ttft_s > _USED_SHARE * prediction.target_s and not is_idle:
             raise OverloadedError(
                 f"the first token would come after {prediction.ttft_s:.1f} s, and {demand.tier.value} requests of this "
                 f"length are to have theirs within {prediction.target_s:.1f} s",
-                min(MAX_RETRY_S, max(1.0, wait_s)),
+                retry_after_s(prediction.ttft_s - prediction.target_s),
                 code="predicted_too_late",
                 tier=demand.tier,
                 predicted_ttft_s=prediction.ttft_s,
@@ -143,38 +197,58 @@ class Admission:
         self._num_ratios += 1
         if self._num_ratios % _RATIOS_PER_KAPPA == 0:
             ordered = sorted(self._ratios)
-            self.kappa = min(_MAX_KAPPA, max(_MIN_KAPPA, ordered[int(0.9 * len(ordered))]))
+            self.kappa = min(_MAX_KAPPA, max(_MIN_KAPPA, ordered[int(_QUANTILE * len(ordered))]))
 
     def position(self, load: LoadSnapshot, request_id: int) -> tuple[int, float] | None:
         """(Place in the queue from 1, estimated seconds to the first token), None where it does not wait. Readers ask
-        often, so all are found at once and kept for a moment."""
+        often, so all are found at once and kept for a moment; who has come since is told the last place."""
         if request_id not in self._demands:
             return None
         now = self._clock()
-        if request_id not in self._positions or now - self._positions_s > _POSITIONS_AGE_S:
+        most_s = _POSITIONS_AGE_S if request_id in self._positions else _NEW_POSITIONS_AGE_S
+        if now - self._positions_s > most_s:
             self._positions_s = now
-            self._positions = self._find_positions(load)
-        return self._positions[request_id]
+            self._positions = self._find_positions()
+        if (found := self._positions.get(request_id)) is None:
+            queues = [queue for queues in self._queues.values() for queue in queues.values()]
+            found = len(self._demands), sum(queue.num_tokens * queue.uncached_share for queue in queues)
+        place, num_tokens = found
+        return place, round(self.kappa * _wait_s(load, num_tokens, place), 3)
 
-    def _served_before(self, demand: Demand, size: Callable[[_TenantQueue], float], own: float) -> float:
-        """What fair queueing serves up to a request's end: its own tenant's, and others' as far as their weights go."""
-        tenants = self._queues[demand.tier]
-        if (queue := tenants.get(demand.tenant)) is not None:
-            own += size(queue)
-        per_weight = own / demand.weight
-        in_tier = own + sum(
-            min(size(queue), queue.weight * per_weight)
-            for tenant, queue in tenants.items()
-            if tenant != demand.tenant and queue.requests
-        )
-        per_weight = in_tier / self._tier_weights[demand.tier]
-        return in_tier + sum(
-            min(sum(map(size, queues.values())), self._tier_weights[tier] * per_weight)
+    def _forget_tenants(self, now: float) -> None:
+        """Keep those that something waits of, or has come of lately: the others only cost time."""
+        for queues in self._queues.values():
+            for tenant in [name for name, q in queues.items() if not q.requests and now - q.rate_s > _FORGOTTEN_S]:
+                del queues[tenant]
+
+    def _served_after_s(
+        self,
+        demand: Demand,
+        *,
+        own: float,
+        first: float,
+        per_s: float,
+        waiting: Callable[[_TenantQueue], float],
+        rate: Callable[[_TenantQueue], float],
+    ) -> float:
+        """When fair queueing has served `own`, its tenant's work up to a request's end: others' work comes between it
+        as far as it waits now or comes until then, and as their weights go; `first` is served before all."""
+        tenants = [q for name, q in self._queues[demand.tier].items() if name != demand.tenant]
+        others = [(waiting(q), rate(q), q.weight / demand.weight) for q in tenants]
+        own_weight = self._tier_weights[demand.tier]
+        tiers = [
+            (sum(map(waiting, queues.values())), sum(map(rate, queues.values())), self._tier_weights[tier] / own_weight)
             for tier, queues in self._queues.items()
             if tier is not demand.tier
-        )
+        ]
+        seconds = 0.0
+        for _ in range(_NUM_ITERATIONS):  # rises towards where it stays
+            in_tier = own + sum(min(now + per_s_ * seconds, share * own) for now, per_s_, share in others)
+            in_all = in_tier + sum(min(now + per_s_ * seconds, share * in_tier) for now, per_s_, share in tiers)
+            seconds = max(0.0, in_all + first) / per_s
+        return seconds
 
-    def _find_positions(self, load: LoadSnapshot) -> dict[int, tuple[int, float]]:
+    def _find_positions(self) -> dict[int, tuple[int, float]]:
         """Fair queueing played out: requests in the order of what has been served per weight when each is through,
         among the tenants of a tier, and then among tiers."""
         order: list[tuple[float, int, float]] = []  # of tiers: (served per weight, request, tokens)
@@ -193,8 +267,14 @@ class Admission:
         total = 0.0
         for position, (_, request_id, tokens) in enumerate(sorted(order), start=1):
             total += tokens
-            positions[request_id] = position, round(self.kappa * _wait_s(load, total, position), 3)
+            positions[request_id] = position, total
         return positions
+
+
+def retry_after_s(wait_s: float) -> float:
+    """When a refused client is asked to come back. Jitter keeps them from doing so all at once."""
+    most_s = _MAX_RETRY_S / (1 + _RETRY_JITTER)
+    return min(most_s, max(_MIN_RETRY_S, wait_s)) * random.uniform(1 - _RETRY_JITTER, 1 + _RETRY_JITTER)
 
 
 def _wait_s(load: LoadSnapshot, num_tokens: float, num_requests: float) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -268,7 +269,11 @@ class App:
         return JSONResponse({"status": "engine_dead" if self.client.stopped.is_set() else status}, 503)
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(self.client.metrics.expose(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        exposed = bytearray()
+        for part in self.client.metrics.expose_each():
+            exposed += part
+            await anyio.lowlevel.checkpoint()
+        return Response(bytes(exposed), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 class _PageFiles(StaticFiles):

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ import anyio
 import anyio.to_thread
 
 from headrace.scheduler.config import SchedulingPolicy
-from headrace.scheduler.engine_core import EngineCore, Publication, Runner
+from headrace.scheduler.engine_core import Engine, EngineCore, Publication, Runner
 from headrace.scheduler.messages import (
     EngineReady,
     EngineStopped,
@@ -31,7 +30,7 @@ from headrace.scheduler.messages import (
     Tier,
 )
 from headrace.scheduler.scheduler import Scheduler
-from headrace.server.admission import MAX_RETRY_S, Admission, Demand, Prediction
+from headrace.server.admission import Admission, Demand, Prediction, retry_after_s
 from headrace.server.errors import ApiError, BadRequestError, EngineFailedError, OverloadedError, UnavailableError
 from headrace.server.generation import Generation
 from headrace.server.gpu_gauges import watch_gpu
@@ -42,8 +41,6 @@ logger = logging.getLogger(__name__)
 # Until the device is known: what a tier's first token may take beyond the prompt's own time, on a CPU and on a GPU.
 _CPU_TTFT_TARGETS_S = {Tier.PREMIUM: 2.0, Tier.STANDARD: 8.0, Tier.BATCH: 60.0}
 _GPU_TTFT_TARGETS_S = {Tier.PREMIUM: 0.5, Tier.STANDARD: 2.0, Tier.BATCH: 30.0}
-# Where a full queue gives no better guess.
-_FULL_QUEUE_RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +64,7 @@ class EngineClient:
         tier_weights: Mapping[Tier, float] | None = None,
         ttft_targets_s: Mapping[Tier, float] | None = None,
         clock: Callable[[], float] = time.monotonic,
-        make_engine: Callable[..., EngineCore] = EngineCore,
+        make_engine: Callable[..., Engine] = EngineCore,
     ) -> None:
         """`ttft_targets_s` None takes those of the device."""
         self.clock = clock
@@ -147,8 +144,9 @@ class EngineClient:
         if full:
             self.metrics.count_shed(tier, "queue_full")
             predicted_s = self.admission.predict(self.load, Demand(tier, "", 1.0, 0, num_sequences)).ttft_s
-            wait_s = min(MAX_RETRY_S, max(_FULL_QUEUE_RETRY_S, predicted_s * random.uniform(0.75, 1.25)))
-            raise OverloadedError(full, wait_s, code="queue_full", tier=tier, predicted_ttft_s=predicted_s)
+            raise OverloadedError(
+                full, retry_after_s(predicted_s), code="queue_full", tier=tier, predicted_ttft_s=predicted_s
+            )
         self._num_reserved += num_sequences
         self._num_reserved_bytes += num_bytes
         try:
@@ -219,9 +217,10 @@ class EngineClient:
         assert self._loop is not None
         # Where the loop has been closed nobody is left to tell.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._receive, publication)
+            self._loop.call_soon_threadsafe(self.receive, publication)
 
-    def _receive(self, publication: Publication) -> None:
+    def receive(self, publication: Publication) -> None:
+        """Take what the engine publishes; runs on the loop."""
         match publication:
             case StepOutput():
                 self._receive_step(publication)

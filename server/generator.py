@@ -90,7 +90,6 @@ class Generator:
             samplings = [_sampling_params(request, prompt.token_ids, self.tokenizer, ready) for prompt in prompts]
             num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
             prediction = self.client.admit(Demand(tier, tenant, weight, num_tokens, request.num_sequences))
-            self.limits.charge(tenant, num_tokens)
             engine_fields = _EngineFields(tier, tenant, weight, is_paced, prediction)
             salt = f"{tenant}\0{request.cache_salt or ''}".encode("utf-8", "surrogatepass")
             generations: list[Generation] = []
@@ -105,6 +104,7 @@ class Generator:
                         generation.on_end.append(on_end)
                     generations.append(generation)
                     leader = leader or generation
+            self.limits.charge(tenant, num_tokens)
             return generations
 
     @contextmanager

@@ -5,7 +5,7 @@ vLLM's `model_name` label. Labels come from closed sets.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
@@ -77,12 +77,18 @@ class Metrics:
         self._tier_waiting = self._gauge("tier_requests_waiting", "Requests accepted and not begun, by tier", "tier")
         gauges = _LoadCollector(load, num_waiting)
         self._registry.register(gauges)
-        self._vllm = CollectorRegistry()
-        self._vllm.register(_VllmCollector(self._registry, model_name))
+        self._model_name = model_name
 
     def expose(self) -> bytes:
         """The text exposition of all metrics."""
-        return generate_latest(self._registry) + generate_latest(self._vllm)
+        return b"".join(self.expose_each())
+
+    def expose_each(self) -> Iterator[bytes]:
+        """The same metric by metric: all at once would hold up the loop."""
+        for metric in self._registry.collect():
+            yield generate_latest(_Collected(metric))
+            if metric.name in _VLLM_NAMES:
+                yield generate_latest(_Collected(_as_vllms(metric, self._model_name)))
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a gauge whose value is asked when scraped."""
@@ -124,12 +130,12 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> "LatencyHistogram":
         histogram = LatencyHistogram(bounds)
-        self._registry.register(_HistogramCollector(f"headrace_{name}", text, {None: histogram}))
+        self._registry.register(HistogramCollector(f"headrace_{name}", text, {None: histogram}))
         return histogram
 
     def _tier_histograms(self, name: str, text: str, bounds: tuple[float, ...]) -> "Mapping[Tier, LatencyHistogram]":
         histograms = {tier: LatencyHistogram(bounds) for tier in Tier}
-        self._registry.register(_HistogramCollector(f"headrace_{name}", text, histograms))
+        self._registry.register(HistogramCollector(f"headrace_{name}", text, histograms))
         return histograms
 
 
@@ -155,7 +161,7 @@ class LatencyHistogram:
 _Histograms = Mapping[Tier, LatencyHistogram] | Mapping[None, LatencyHistogram]
 
 
-class _HistogramCollector(Collector):
+class HistogramCollector(Collector):
     """One metric: a histogram without labels, or one for each tier."""
 
     def __init__(self, name: str, text: str, histograms: "_Histograms") -> None:
@@ -205,27 +211,29 @@ class _LoadCollector(Collector):
             yield CounterMetricFamily(f"headrace_{name}", text, value=count)
 
 
-class _VllmCollector(Collector):
-    """The same numbers under vLLM's names, of all tiers together."""
+class _Collected(Collector):
+    """A metric that has been collected, as the library writes it out."""
 
-    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
-        self._registry = registry
-        self._model_name = model_name
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
 
     def collect(self) -> Iterable[Metric]:
-        for metric in self._registry.collect():
-            if (name := _VLLM_NAMES.get(metric.name)) is None:
+        return [self._metric]
+
+
+def _as_vllms(metric: Metric, model_name: str) -> Metric:
+    """The same numbers under vLLM's name, of all tiers together."""
+    name = _VLLM_NAMES[metric.name]
+    renamed = Metric(name, metric.documentation, metric.type)
+    sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+    for sample in metric.samples:
+        labels = {key: value for key, value in sample.labels.items() if key != "tier"}
+        labels["model_name"] = model_name
+        if (reason := labels.get("finished_reason")) is not None:
+            if reason not in _VLLM_REASONS:
                 continue
-            renamed = Metric(name, metric.documentation, metric.type)
-            sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-            for sample in metric.samples:
-                labels = {key: value for key, value in sample.labels.items() if key != "tier"}
-                labels["model_name"] = self._model_name
-                if (reason := labels.get("finished_reason")) is not None:
-                    if reason not in _VLLM_REASONS:
-                        continue
-                    labels["finished_reason"] = _VLLM_REASONS[reason]
-                series = name + sample.name.removeprefix(metric.name), tuple(labels.items())
-                sums[series] = sums.get(series, 0.0) + sample.value
-            renamed.samples += [Sample(series, dict(labels), value) for (series, labels), value in sums.items()]
-            yield renamed
+            labels["finished_reason"] = _VLLM_REASONS[reason]
+        series = name + sample.name.removeprefix(metric.name), tuple(labels.items())
+        sums[series] = sums.get(series, 0.0) + sample.value
+    renamed.samples += [Sample(series, dict(labels), value) for (series, labels), value in sums.items()]
+    return renamed

@@ -48,8 +48,12 @@ def _parse_bytes(value: Any) -> Any:
         raise ValueError('expected a number of bytes such as 1073741824, "512MiB" or "2GiB"') from None
 
 
-_Positive = Annotated[float, Field(gt=0)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _PerTier = tuple[_Positive, _Positive, _Positive]
+# A flag that may be a list comes as one.
+_PerTierOrAuto = Annotated[
+    _PerTier | Literal["auto"], BeforeValidator(lambda value: "auto" if value == ["auto"] else value)
+]
 
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)]
 
@@ -116,10 +120,10 @@ class Settings(BaseSettings):
     enable_prefix_caching: bool = Field(True, description="share the KV blocks of prompts that begin alike")
 
     tier_weights: _PerTier = Field((8.0, 3.0, 1.0), description="shares of premium, standard and batch under load")
-    itl_targets_ms: _PerTier | Literal["auto"] = Field(
+    itl_targets_ms: _PerTierOrAuto = Field(
         "auto", description="between two tokens of a stream, for premium, standard and batch; steps are sized for it"
     )
-    ttft_targets_s: _PerTier | Literal["auto"] = Field(
+    ttft_targets_s: _PerTierOrAuto = Field(
         "auto",
         description="longest that a first token may be predicted to take, beside its prompt's own time; beyond, 429",
     )

@@ -30,6 +30,9 @@ def samples(app: LiveApp) -> dict[tuple[str, tuple[str, ...]], float]:
     }
 
 
+STANDARD = ("standard",)  # the tier where there are no keys
+
+
 async def test_gauges_rise_and_fall_with_the_requests() -> None:
     async with live_app(scheduler=make_scheduler(max_num_seqs=1)) as app, anyio.create_task_group() as tasks:
         requests = [exchange(app.asgi, "POST", "/v1/completions") for _ in range(3)]
@@ -43,17 +46,22 @@ async def test_gauges_rise_and_fall_with_the_requests() -> None:
             seen = samples(app)
             assert seen["headrace_num_requests_running", ()] == 1
             assert seen["headrace_num_requests_waiting", ()] == 2
+            assert seen["headrace_tier_requests_waiting", STANDARD] == 2
+            assert seen["headrace_queued_prompt_tokens", ()] == 40
             assert 0 < seen["headrace_kv_cache_usage_ratio", ()] < 1
         for request in requests:
             await request.done.wait()
         seen = samples(app)
         assert seen["headrace_num_requests_running", ()] == seen["headrace_num_requests_waiting", ()] == 0
         assert seen["headrace_kv_cache_usage_ratio", ()] == 0
+        assert seen["headrace_tier_requests_waiting", STANDARD] == seen["headrace_queued_prompt_tokens", ()] == 0
         assert seen["headrace_generation_tokens_total", ()] == 120
         assert seen["headrace_prompt_tokens_total", ()] == 60
         assert seen["headrace_requests_finished_total", ("length",)] == 3
         for name, count in (("time_to_first_token", 3), ("inter_token_latency", 117), ("request_queue_time", 3)):
-            assert seen[f"headrace_{name}_seconds_count", ()] == count
+            assert seen[f"headrace_{name}_seconds_count", STANDARD] == count
+            for tier in ("premium", "batch"):
+                assert seen[f"headrace_{name}_seconds_count", (tier,)] == 0
         assert seen["headrace_e2e_request_latency_seconds_count", ()] == 3
 
 
@@ -68,12 +76,12 @@ async def test_vllms_names_hold_the_same_numbers() -> None:
         "generation_tokens_total": "generation_tokens_total",
         "prompt_tokens_total": "prompt_tokens_total",
         "num_preemptions_total": "num_preemptions_total",
-        "time_to_first_token_seconds_sum": "time_to_first_token_seconds_sum",
-        "inter_token_latency_seconds_count": "inter_token_latency_seconds_count",
         "e2e_request_latency_seconds_sum": "e2e_request_latency_seconds_sum",
     }
     for vllm, own in pairs.items():
         assert seen[f"vllm:{vllm}", ()] == seen[f"headrace_{own}", ()]
+    for name in ("time_to_first_token_seconds_sum", "inter_token_latency_seconds_count"):
+        assert seen[f"vllm:{name}", ()] == seen[f"headrace_{name}", STANDARD] > 0
     assert seen["vllm:request_success_total", ("length",)] == 1
 
 

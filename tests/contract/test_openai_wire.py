@@ -67,6 +67,10 @@ async def test_usage_comes_only_as_asked(has_usage: bool, is_continuous: bool) -
     }
     if has_usage:
         assert read[-1]["choices"] == []
+        timings = read[-1]["usage"].pop("timings")
+        assert list(timings) == ["queue_s", "prefill_s", "ttft_s", "decode_s", "total_s"]
+        assert 0 <= timings["queue_s"] + timings["prefill_s"] <= timings["ttft_s"]
+        assert timings["ttft_s"] + timings["decode_s"] <= timings["total_s"] + 1e-5
         assert read[-1]["usage"] == total
         read = read[:-1]
     if is_continuous:

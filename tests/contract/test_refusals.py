@@ -23,7 +23,8 @@ OK = {"prompt": "hi", "max_tokens": 2, "temperature": 0}
 def assert_refused(answer: Exchange, status: int, *, param: str | None = None, code: str | None = None) -> None:
     assert answer.status == status, answer.body
     error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
+    details = {"tier", "predicted_ttft_s"} if error["code"] == "queue_full" else set()
+    assert set(error) == {"message", "type", "param", "code"} | details
     assert error["message"]
     if param is not None:
         assert error["param"] == param
@@ -221,6 +222,8 @@ async def test_a_full_queue_is_429_before_the_first_byte(stream: bool) -> None:
                     await app.until(lambda: app.client.num_waiting == 0)
             refused = await call(app.asgi, "POST", "/v1/completions", OK | {"stream": stream})
             assert_refused(refused, 429, code="queue_full")
+            assert refused.json()["error"]["tier"] == "standard"
+            assert refused.json()["error"]["predicted_ttft_s"] > 0
             assert 1 <= int(refused.headers["retry-after"]) <= 120
             assert 750 <= int(refused.headers["retry-after-ms"]) <= 120_000
         for i, request in enumerate(accepted):

@@ -7,6 +7,7 @@ from typing import Any
 import anyio
 
 from fake_engine import FakeRunner, byte_tokenizer, make_scheduler
+from headrace.scheduler.messages import Tier
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.app import App
 from headrace.server.settings import Settings, load_settings
@@ -38,7 +39,12 @@ async def live_app(
     tracing: Tracing | None = None,
     **settings: Any,
 ) -> AsyncIterator[LiveApp]:
-    """Start an App, wait until it is ready, stop it; afterwards no block is held and no generation is left."""
+    """Start an App, wait until it is ready, stop it; afterwards no block is held and no generation is left.
+
+    A step takes as long as a test holds it, so nobody is refused for what is predicted of such steps, unless the test
+    sets its own `ttft_targets_s`.
+    """
+    settings = {"ttft_targets_s": "1e6,1e6,1e6"} | settings
     flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in settings.items()]
     app = LiveApp(load_settings(flags, {}), runner or FakeRunner(), scheduler or make_scheduler(), tracing)
     async with app.asgi.router.lifespan_context(app.asgi):
@@ -46,5 +52,6 @@ async def live_app(
         yield app
     app.scheduler.check_books()
     assert not app.scheduler.has_work
-    assert app.client.num_unfinished == 0
+    assert app.client.num_unfinished == app.client.num_waiting == app.client.admission.num_queued_tokens == 0
+    assert not any(app.client.admission.num_queued(tier) for tier in Tier)
     assert app.scheduler.load().num_free_blocks == app.scheduler.load().num_total_blocks

@@ -180,6 +180,8 @@ def run(
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
     )
+    for _ in range(100):
+        scheduler._lengths.observe(1)  # so that more are admitted than will find blocks
     for _ in range(num_rounds):
         answers = generate(scheduler, runner, PROMPTS, [greedy(NUM_TOKENS)] * len(PROMPTS), is_staggered=is_staggered)
     return answers, scheduler.load()

@@ -35,7 +35,13 @@ def reference(model: Any) -> list[list[int]]:
 
 
 def generate_all(
-    path: Path, *, num_blocks: int = 64, block_size: int = 4, budget: int = 64, max_num_seqs: int = 8
+    path: Path,
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    budget: int = 64,
+    max_num_seqs: int = 8,
+    num_short_answers: int = 0,
 ) -> tuple[list[list[int]], int]:
     config = EngineConfig(path, device="cpu", dtype="float32", block_size=block_size, kv_cache_bytes=1 << 20)
     _, runner = load_engine(config)
@@ -43,6 +49,8 @@ def generate_all(
     scheduler = Scheduler(
         BlockPool(num_blocks), block_size=block_size, max_num_batched_tokens=budget, max_num_seqs=max_num_seqs
     )
+    for _ in range(num_short_answers):
+        scheduler._lengths.observe(1)
     outputs = generate(scheduler, runner, prompts(), [greedy(NUM_TOKENS)] * len(prompts()))
     return outputs, scheduler.load().num_preemptions
 
@@ -94,7 +102,10 @@ def test_chunks_of_any_size_change_nothing(tmp_path: Path, budget: int) -> None:
 def test_preemption_changes_nothing(tmp_path: Path, block_size: int) -> None:
     model = tiny_llama()
     model.save_pretrained(tmp_path)
-    outputs, num_preemptions = generate_all(tmp_path, block_size=block_size, num_blocks=-(-56 // block_size))
+    # After short answers more are admitted than will find blocks.
+    outputs, num_preemptions = generate_all(
+        tmp_path, block_size=block_size, num_blocks=-(-96 // block_size), num_short_answers=100
+    )
     assert outputs == reference(model)
     assert num_preemptions > 0
 

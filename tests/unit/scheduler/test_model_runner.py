@@ -75,6 +75,8 @@ class Engine:
             max_num_seqs=max_num_seqs,
             has_prefix_cache=has_prefix_cache,
         )
+        for _ in range(100):
+            self.scheduler._lengths.observe(1)  # so that more are admitted than will find blocks
 
     def generate(
         self, prompts: list[list[int]], samplings: list[SamplingParams], leader_id: int | None = None

@@ -3,27 +3,33 @@
 The model is a fixed function of the tokens before it, so each request's answer alone is known, and so is whether a
 request that was preempted, chunked or batched got the same one. A dictionary stands for the KV cache, so that keys
 written over, not computed again or shared between different prefixes are found out. Steps are computed when they are
-launched, in their order as on a device, and recorded then or after the next one is launched.
+launched, in their order as on a device, and recorded then or after the next one is launched. In some runs they take
+time, so that budgets, forecasts and targets mean something.
 """
 
 import dataclasses
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fake_engine import computed_tokens, drawn_tokens, make_scheduler, next_token, run
-from headrace.scheduler.messages import FinishReason, GenerationRequest, RowResult, SamplingParams, SequenceOutput
+from fake_engine import computed_tokens, drawn_tokens, next_token, run
+from headrace.kernels.step_times import StepTimes
+from headrace.scheduler.block_pool import BlockPool
+from headrace.scheduler.config import SchedulingPolicy
+from headrace.scheduler.messages import FinishReason, GenerationRequest, RowResult, SamplingParams, SequenceOutput, Tier
 from headrace.scheduler.scheduler import ScheduledRow, Scheduler, SchedulerOutput
 from headrace.scheduler.sequence import Sequence, SequenceStatus
+from headrace.scheduler.step_time import StepShape
 
-# What a slot of the cache stands for: a salt, and a token after all those before it.
-Entry = tuple[bytes, tuple[int, ...]]
-
-LETTERS = st.just(frozenset[int]()) | st.frozensets(st.integers(ord("a"), ord("z")), max_size=20)
+LETTERS = st.just(frozenset[int]()) | st.frozensets(st.integers(ord("a"), ord("z")), max_size=3)
+WEIGHTS = {"a": 1.0, "b": 1.0, "c": 2.5}
+TIERS = list(Tier)
+# Here streams are ahead of their readers with three tokens, for answers are short.
+AHEAD_S = 0.2
 
 
 def alone(request: GenerationRequest) -> tuple[list[int], FinishReason]:
@@ -45,10 +51,73 @@ class Record:
     scheduled_s: list[float] = dataclasses.field(default_factory=list)
     ends: list[FinishReason] = dataclasses.field(default_factory=list)
     is_cancelled: bool = False
+    # When it got its last token, or was last made to wait for its reader.
+    last_token_s: float | None = None
+    # Its tokens up to here have been paid for, or were found.
+    num_paid: int = 0
 
     @property
     def is_over(self) -> bool:
         return bool(self.ends)
+
+    @property
+    def place(self) -> tuple[float, int]:
+        """Among those of its tenant."""
+        request = self.request
+        return min(request.deadline_s, request.first_token_deadline_s), request.request_id
+
+
+class WatchedScheduler(Scheduler):
+    """Tells what a step decides on its way."""
+
+    victims: list[int]  # in the order in which they would be preempted
+    is_short_of_blocks: bool
+    endangered: Sequence | None  # a premium prompt for which some may be preempted
+    has_claim: bool  # whether it has its room now
+    looked_at: list[tuple[Sequence, bool]]  # for admission, and whether it fits
+    prefill_budget: int
+    served: Mapping[Any, float]  # each account's counter before the step's rows are made
+
+    def _make_room(self) -> bool:
+        candidates = [s for s in self._running.values() if s.num_preemptions < 2]
+        candidates.sort(
+            key=lambda s: (
+                TIERS.index(s.request.tier),
+                (len(s.block_ids) - s.num_shared_blocks) / (1 + s.num_computed_tokens),
+                s.request.request_id,
+            ),
+            reverse=True,
+        )
+        self.victims = [s.request.request_id for s in candidates]
+        num_missing = sum(
+            s.num_schedulable_tokens > 0 and s.num_scheduled_tokens == len(s.block_ids) * self._block_size
+            for s in self._running.values()
+        )
+        self.is_short_of_blocks = num_missing > self._pool.num_free
+        self.endangered = self._endangered
+        has_preempted = super()._make_room()
+        head = self.endangered
+        self.has_claim = head is not None and head.status is SequenceStatus.WAITING
+        self.has_claim = self.has_claim and head is not None and super()._fits(head, self._find_cached(head))
+        self.looked_at = []
+        self.served = self.counters()
+        return has_preempted
+
+    def _is_ahead(self, sequence: Sequence, now: float) -> bool:
+        return super()._is_ahead(sequence, now - 2 + AHEAD_S)
+
+    def _prefill_budget(self) -> int:
+        self.prefill_budget = super()._prefill_budget()
+        return self.prefill_budget
+
+    def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
+        fits = super()._fits(sequence, cached)
+        self.looked_at.append((sequence, fits))
+        return fits
+
+    def counters(self) -> dict[Any, float]:
+        tiers = self._queue._tiers.values()
+        return {account: account.served for tier in tiers for account in (tier, *tier.tenants.values())}
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -56,11 +125,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(
         data=st.data(),
-        num_blocks=st.integers(2, 16),
+        num_blocks=st.integers(2, 16) | st.integers(17, 50),
         block_size=st.integers(1, 5),
-        budget=st.integers(1, 16),
-        max_num_seqs=st.integers(1, 5),
+        budget=st.integers(1, 16) | st.integers(8, 40),
+        max_num_seqs=st.integers(1, 8),
         has_prefix_cache=st.booleans(),
+        num_short_answers=st.sampled_from((0, 40, 400)),
+        itl_target_s=st.sampled_from((math.inf, 0.02, 0.2, 1.0)),
+        locality_tokens=st.sampled_from((0, 10, 512)),
     )
     def start(
         self,
@@ -70,23 +142,56 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget: int,
         max_num_seqs: int,
         has_prefix_cache: bool,
+        num_short_answers: int,
+        itl_target_s: float,
+        locality_tokens: int,
     ) -> None:
         self.block_size = block_size
         self.capacity = num_blocks * block_size
         self.budget = budget
         self.max_num_seqs = min(max_num_seqs, budget)
-        self.scheduler: Scheduler = make_scheduler(num_blocks, block_size, budget, self.max_num_seqs, has_prefix_cache)
+        targets_s = {Tier.PREMIUM: itl_target_s, Tier.STANDARD: 2 * itl_target_s, Tier.BATCH: 8 * itl_target_s}
+        self.policy = SchedulingPolicy(itl_targets_s=targets_s, locality_tokens=locality_tokens)
+        self.scheduler = WatchedScheduler(
+            BlockPool(num_blocks),
+            block_size=block_size,
+            max_num_batched_tokens=budget,
+            max_num_seqs=self.max_num_seqs,
+            has_prefix_cache=has_prefix_cache,
+            policy=self.policy,
+        )
+        for _ in range(num_short_answers):
+            self.scheduler._lengths.observe(1)
+        # Seconds per step, prompt token, decoding sequence and token of context; None where nobody measures.
+        self.costs_s: tuple[float, ...] | None = None
+        if data.draw(st.booleans(), "is_timed"):
+            scale = data.draw(st.sampled_from((0.001, 0.01, 0.1)), "scale")
+            self.costs_s = tuple(scale * data.draw(st.sampled_from((0, 0.1, 1, 5)), name) for name in "abgh")
+            self.spikes = random.Random(data.draw(st.integers(0, 99), "spikes"))
+            if data.draw(st.booleans(), "is_calibrated"):
+                for i in range(40):
+                    shape = StepShape(i % 7 * 3, i % 3, i % 5 * 4, 5.0 * (i % 2))
+                    self.scheduler.observe(shape, self.seconds(shape))
         self.records: dict[int, Record] = {}
         self.sequences: dict[int, Sequence] = {}
-        # What each slot of the cache holds: the salt and every token up to its own.
-        self.slots: dict[int, Entry] = {}
+        self.has_computed_prompt: set[int] = set()
+        # What each slot of the cache holds: a hash of the salt and every token up to its own.
+        self.slots: dict[int, int] = {}
         # Launched and not recorded, the older first; what the last launched one drew for each request.
-        self.in_flight: list[tuple[SchedulerOutput, list[RowResult]]] = []
+        self.in_flight: list[tuple[SchedulerOutput, list[RowResult], StepTimes | None]] = []
         self.drawn: dict[int, int] = {}
         self.admitted_s: dict[int, float] = {}
         self.num_steps = 0
+        self.num_starved = 0
         self.now = 0.0
-        self.add(data, 4, None)
+        self.ended_s = 0.0  # when the last launched step will have ended
+        self.add(data, 4)
+
+    def seconds(self, shape: StepShape) -> float:
+        assert self.costs_s is not None
+        a, b, g, h = self.costs_s
+        seconds = a + b * shape.num_prompt_tokens + g * shape.num_decoding + h * shape.decode_context
+        return seconds * (1 + 0.05 * self.spikes.random()) * (9 if self.spikes.random() < 0.02 else 1)
 
     @property
     def alive(self) -> list[int]:
@@ -96,14 +201,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     def running(self) -> dict[int, Sequence]:
         return {id: s for id, s in self.sequences.items() if s.status is SequenceStatus.RUNNING}
 
-    @rule(data=st.data(), num_requests=st.integers(1, 4), lifetime_s=st.none() | st.integers(0, 12))
-    def add(self, data: st.DataObject, num_requests: int, lifetime_s: int | None) -> None:
+    @rule(data=st.data(), num_requests=st.integers(1, 4))
+    def add(self, data: st.DataObject, num_requests: int) -> None:
         for _ in range(num_requests):
             # Short and long prompts; of the answers half would fill the pool to its last slot.
-            num_prompt = data.draw(st.integers(1, 3) | st.integers(1, self.capacity), "num_prompt")
+            share = data.draw(st.sampled_from((0.0, 0.1, 0.1, 0.2, 0.5, 1.0)), "share")
+            num_prompt = data.draw(st.integers(1, max(3, int(share * self.capacity))), "num_prompt")
             num_prompt = min(num_prompt, self.capacity - 1)
-            longest = self.capacity - num_prompt
-            max_tokens = data.draw(st.just(longest) | st.integers(0, longest), "max_tokens")
+            longest = min(self.capacity - num_prompt, 60)
+            max_tokens = data.draw(st.sampled_from((longest, longest // 2, min(longest, 4))), "most")
+            max_tokens = data.draw(st.just(max_tokens) | st.integers(0, max_tokens), "max_tokens")
             sampling = SamplingParams(
                 max_tokens=max_tokens,
                 min_tokens=data.draw(st.integers(0, max_tokens), "min_tokens"),
@@ -111,7 +218,6 @@ class SchedulerMachine(RuleBasedStateMachine):
                 presence_penalty=data.draw(st.sampled_from((0.0, 0.0, 1.0)), "presence_penalty"),
             )
             id = len(self.records)
-            deadline_s = math.inf if lifetime_s is None else self.now + lifetime_s
             # Few prompts, so that some are the beginnings of others, or of others' answers.
             base = data.draw(st.integers(0, 2), "prompt")
             prompt = tuple((base + i) % 5 for i in range(num_prompt))
@@ -119,20 +225,51 @@ class SchedulerMachine(RuleBasedStateMachine):
             if self.records and is_next_turn:
                 earlier = self.records[data.draw(st.sampled_from(sorted(self.records)), "earlier")]
                 prompt = (*earlier.request.prompt_token_ids, *earlier.tokens, *prompt)[:num_prompt]
-            salt = data.draw(st.sampled_from((b"", b"other")), "salt")
-            leader_id = data.draw(st.none() | st.integers(0, id - 1) if id else st.none(), "leader_id")
-            self.records[id] = Record(GenerationRequest(id, prompt, sampling, self.now, deadline_s, leader_id, salt))
-            self.scheduler.add(self.records[id].request)
+            tenant = data.draw(st.sampled_from(sorted(WEIGHTS)), "tenant")
+            request = GenerationRequest(
+                id,
+                prompt,
+                sampling,
+                self.now,
+                **self.times(data),
+                tier=data.draw(st.sampled_from(TIERS), "tier"),
+                tenant=tenant,
+                weight=WEIGHTS[tenant],
+                is_paced=data.draw(st.booleans(), "is_paced"),
+                leader_id=data.draw(st.none() | st.integers(0, id - 1) if id else st.none(), "leader_id"),
+                cache_salt=data.draw(st.sampled_from((b"", b"other")), "salt"),
+            )
+            self.records[id] = Record(request)
+            self.scheduler.add(request)
+            self.sequences[id] = self.scheduler._sequences[id]
+
+    def times(self, data: st.DataObject) -> dict[str, float]:
+        """Most requests have all the time in the world, some all kinds of deadlines."""
+        kind = data.draw(st.sampled_from(("none", "none", "total", "all")), "deadlines")
+        after_s = dict.fromkeys(("deadline_s", "queue_deadline_s", "first_token_deadline_s"), math.inf)
+        stall_timeout_s = math.inf
+        if kind != "none":
+            after_s["deadline_s"] = data.draw(st.integers(0, 12), "deadline_s")
+        if kind == "all":
+            after_s["queue_deadline_s"] = data.draw(st.integers(0, 6), "queue_deadline_s")
+            if self.costs_s is not None:  # else nobody knows when a token came
+                after_s["first_token_deadline_s"] = data.draw(st.integers(0, 9), "first_token_deadline_s")
+                stall_timeout_s = data.draw(st.integers(1, 5), "stall_timeout_s")
+        target_s = self.now + data.draw(st.sampled_from((0.0, 1.0, 5.0, math.inf)), "target_s")
+        deadlines_s = {name: self.now + seconds for name, seconds in after_s.items()}
+        return deadlines_s | {"stall_timeout_s": stall_timeout_s, "target_s": target_s}
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         """Of any request, unknown and finished ones included, and perhaps for the second time."""
         id = data.draw(st.integers(0, len(self.records)), "id")
-        self.scheduler.cancel(id)
         if id in self.records:
             self.records[id].is_cancelled |= not self.records[id].is_over
+            self.scheduler.cancel(id)
+        else:
+            self.scheduler.cancel(-1, -2)
 
-    @rule(num_steps=st.integers(1, 6), num_ahead=st.integers(0, 1))
+    @rule(num_steps=st.integers(1, 6) | st.just(20), num_ahead=st.integers(0, 1))
     def step(self, num_steps: int, num_ahead: int) -> None:
         """Perhaps launch each step before what the one before it drew is known."""
         for _ in range(num_steps):
@@ -164,14 +301,29 @@ class SchedulerMachine(RuleBasedStateMachine):
     def launch(self) -> None:
         output = self.schedule()
         if output.rows:
-            self.in_flight.append((output, self.compute(output)))
+            times = None
+            if self.costs_s is not None:
+                began_s = max(self.now, self.ended_s)
+                self.ended_s = began_s + self.seconds(output.shape)
+                times = StepTimes(began_s, self.ended_s, None)
+            self.in_flight.append((output, self.compute(output), times))
         else:
             self.record_all()
 
     def record_all(self, num_ahead: int = 0) -> None:
         """Record the oldest steps in flight, all but so many."""
         while len(self.in_flight) > num_ahead:
-            self.record(self.scheduler.update(*self.in_flight.pop(0)))
+            output, results, times = self.in_flight.pop(0)
+            if times is not None:
+                self.now = max(self.now, times.ended_s)
+            outputs = self.scheduler.update(output, results, times)
+            self.record(outputs)
+            for o in outputs:
+                if o.token_ids and times is not None:
+                    self.records[o.request_id].last_token_s = times.ended_s
+            for row in output.rows:
+                if row.sequence.num_computed_tokens >= row.sequence.num_prompt_tokens:
+                    self.has_computed_prompt.add(row.sequence.request.request_id)
             self.check_books()
 
     def fail(self, output: SchedulerOutput) -> None:
@@ -199,21 +351,21 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def schedule(self) -> SchedulerOutput:
         """Schedule a step and hold what came out against the policy."""
-        if self.scheduler.may_preempt:
+        scheduler = self.scheduler
+        if scheduler.may_preempt:
             self.record_all()
         before = self.running
         schedulable = {id: s.num_schedulable_tokens for id, s in before.items()}
         for id, sequence in before.items():
             self.check_schedulable(sequence, schedulable[id])
         tables = {id: (s.block_ids, list(s.block_ids)) for id, s in before.items()}
-        waiting = [id for id in self.alive if id not in before]
-        num_preemptions = self.scheduler.load().num_preemptions
-        output = self.scheduler.schedule(self.now)
+        paid = {id: self.records[id].num_paid for id in before}
+        num_preemptions = scheduler.load().num_preemptions
+        prompt_context = scheduler._mean_prompt_context
+        output = scheduler.schedule(self.now)
         self.check_dropped(output)
         rows = {row.sequence.request.request_id: row for row in output.rows}
         assert len(rows) == len(output.rows), "one row per sequence"
-        for id, row in rows.items():
-            self.sequences.setdefault(id, row.sequence)
         running = self.running
         admitted = [id for id in rows if id not in before]
         preempted = [id for id in before if not self.records[id].is_over and id not in running]
@@ -226,23 +378,24 @@ class SchedulerMachine(RuleBasedStateMachine):
             if id in schedulable:
                 assert row.num_tokens <= schedulable[id]
         for id in running:
-            if schedulable.get(id) == 1:
-                assert id in rows, "a running sequence that can decode gets its token"
+            assert id in before or id in rows, "admitted for nothing"
+            if schedulable.get(id) == 1 and id not in rows:
+                self.check_held(id, rows)
+            if self.records[id].request.is_paced:  # perhaps just held
+                self.records[id].last_token_s = running[id].last_token_s
             if id in tables:
                 assert running[id].block_ids is tables[id][0], "another list for the same blocks"
                 assert running[id].block_ids[: len(tables[id][1])] == tables[id][1], "a list that is not appended to"
-        if alive := self.alive:
-            assert alive[0] in rows or schedulable[alive[0]] == 0, "the oldest always advances"
-            assert admitted == [id for id in waiting if id in admitted], "admitted in order of arrival"
         assert not (admitted and preempted), "a step that preempts admits nobody"
         for id in admitted:
             self.check_leader(running[id])
-        assert all(victim > id for victim in preempted for id in running), "the newest are preempted"
-        assert not preempted or not self.in_flight, "preempted before all its tokens are known"
-        assert self.scheduler.load().num_preemptions == num_preemptions + len(preempted)
+        self.check_preempted(preempted)
+        assert scheduler.load().num_preemptions == num_preemptions + len(preempted)
         self.admitted_s.update(dict.fromkeys(set(admitted) - set(self.admitted_s), self.now))
-        self.check_no_overtaking()
-        self.check_nobody_waits_for_nothing(output, bool(preempted))
+        self.check_budget(output, prompt_context)
+        self.check_order(admitted, schedulable)
+        self.check_service(output, admitted, paid)
+        self.check_nobody_waits_for_nothing(output, schedulable, is_preempting=bool(preempted))
         self.num_steps += bool(output.rows)
         self.check_books()
         return output
@@ -263,8 +416,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_leader(self, sequence: Sequence) -> None:
         leader_id = sequence.request.leader_id
         if leader_id in self.alive and self.scheduler._has_prefix_cache:
-            leader = self.sequences[leader_id]
-            is_recorded = leader.num_computed_tokens >= leader.num_prompt_tokens
+            is_recorded = leader_id in self.has_computed_prompt
             assert is_recorded or sequence.num_prompt_tokens <= self.block_size, "its leader's prompt is not recorded"
 
     def check_row(self, row: ScheduledRow) -> None:
@@ -274,40 +426,154 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(sequence.block_ids) >= -(-end // self.block_size), "no block for a token"
         assert row.is_sampled == (end >= len(sequence.token_ids) and sequence.request.sampling.max_tokens > 0)
         assert end <= len(sequence.token_ids) + len(self.in_flight), "more than one token is unknown"
+        if sequence.num_preemptions == 2:
+            num_blocks = -(-sequence.num_total_tokens // self.block_size)
+            assert len(sequence.block_ids) == num_blocks, "preempted twice, and not all its blocks"
+
+    def check_held(self, id: int, rows: Mapping[int, ScheduledRow]) -> None:
+        """Only a stream may go without its token, ahead of its reader, where others wait and something is computed."""
+        record = self.records[id]
+        assert record.request.is_paced, "a running sequence that can decode gets its token"
+        first_token_s = self.sequences[id].first_token_s
+        assert first_token_s is not None
+        assert len(record.tokens) > 15 * (self.now - first_token_s + AHEAD_S), "held, though its reader has nothing to read"
+        assert rows, "held for nobody"
+        assert self.sequences[id].last_token_s == self.now, "to be held is no stall"
+
+    def check_preempted(self, preempted: list[int]) -> None:
+        scheduler = self.scheduler
+        assert sorted(preempted) == sorted(scheduler.victims[: len(preempted)]), "another one's turn"
+        assert not preempted or not self.in_flight, "preempted before all its tokens are known"
+        if not scheduler.is_short_of_blocks:
+            assert not preempted or scheduler.endangered is not None, "preempted for nothing"
+            assert all(self.records[id].request.tier is not Tier.PREMIUM for id in preempted)
+        else:
+            assert preempted
+        for id in preempted:
+            assert self.sequences[id].num_preemptions <= 2
+            assert self.sequences[id].block_ids == []
 
     def check_dropped(self, output: SchedulerOutput) -> None:
         expected = {}
         for id in self.alive:
             if self.records[id].is_cancelled:
                 expected[id] = FinishReason.CANCELLED
-            elif self.records[id].request.deadline_s <= self.now:
+            elif self.deadline_s(id) <= self.now:
                 expected[id] = FinishReason.DEADLINE
-        assert {o.request_id: o.finish_reason for o in output.dropped} == expected
+        dropped = {o.request_id: o.finish_reason for o in output.dropped}
+        assert len(dropped) == len(output.dropped)
+        token_s = self.scheduler._step_time.prompt_token_s()
+        for id, reason in dropped.items():
+            record = self.records[id]
+            if id not in expected:
+                assert reason is FinishReason.DEADLINE
+                assert not record.tokens
+                assert self.now + token_s * len(record.request.prompt_token_ids) > record.place[0], "it had the time"
+        assert {id: reason for id, reason in dropped.items() if id in expected} == expected
         self.record(output.dropped)
-        for id in expected:
-            assert id not in self.sequences or self.sequences[id].block_ids == [], "a dropped request holds blocks"
+        for id in dropped:
+            assert self.sequences[id].block_ids == [], "a dropped request holds blocks"
+            assert self.sequences[id].status is SequenceStatus.FINISHED
 
-    def check_no_overtaking(self) -> None:
-        running = self.running
-        waiting = [id for id in self.alive if id not in running]
-        assert not running or not waiting or max(running) < min(waiting)
+    def deadline_s(self, id: int) -> float:
+        record = self.records[id]
+        request = record.request
+        if record.last_token_s is not None:
+            return min(request.deadline_s, record.last_token_s + request.stall_timeout_s)
+        at_s = min(request.deadline_s, request.first_token_deadline_s)
+        return at_s if id in self.admitted_s else min(at_s, request.queue_deadline_s)
 
-    def check_nobody_waits_for_nothing(self, output: SchedulerOutput, has_preempted: bool) -> None:
+    def check_budget(self, output: SchedulerOutput, prompt_context: float) -> None:
+        """Prompts get no more than fits within the tightest target beside those that decode."""
+        shape, model = output.shape, self.scheduler._step_time
+        decoding, prompts = output.rows[: shape.num_decoding], output.rows[shape.num_decoding :]
+        num_prompt_tokens = sum(row.num_tokens for row in prompts)
+        assert all(row.num_tokens == 1 for row in decoding)
+        assert shape.num_prompt_tokens == num_prompt_tokens
+        assert shape.decode_context == sum(row.start for row in decoding)
+        if num_prompt_tokens:
+            context = sum(row.start + i + 0.5 for row in prompts for i in range(row.num_tokens)) / num_prompt_tokens
+            assert math.isclose(shape.prompt_context, context)
+        assert num_prompt_tokens <= self.scheduler.prefill_budget
+        if model.num_observed == 0 or not output.rows:
+            return
+        admitted = {row.sequence.request.request_id for row in prompts if self.admitted_s.get(_id(row)) == self.now}
+        tiers = {s.request.tier for id, s in self.running.items() if id not in admitted}
+        target_s = min((self.policy.itl_targets_s[tier] for tier in tiers), default=math.inf)
+        if not decoding:
+            target_s = 0.25
+        budget = model.prefill_budget(target_s, StepShape(0, len(decoding), shape.decode_context), prompt_context)
+        if num_prompt_tokens > max(0, budget):
+            assert num_prompt_tokens <= 32, "more than fits"
+
+    def check_order(self, admitted: list[int], schedulable: Mapping[int, int]) -> None:
+        """Inside a tenant by deadline and age, but that only two long prompts are computed at a time; and only premium
+        overtakes one that does not fit."""
+        waiting = [id for id in self.alive if self.sequences[id].status is SequenceStatus.WAITING]
+        waiting = [id for id in waiting if self.sequences[id].account is not None]
+        for i, id in enumerate(admitted):
+            request = self.records[id].request
+            for other in [*waiting, *admitted[i + 1 :]]:
+                that = self.records[other].request
+                if (that.tier, that.tenant) == (request.tier, request.tenant):
+                    is_passed = self.sequences[other].is_long and other in waiting
+                    assert self.records[id].place < self.records[other].place or is_passed
+        long = {id for id, num in schedulable.items() if num > max(1, 2 * self.scheduler.prefill_budget)}
+        num_long = len(long & set(self.running))
+        for id in admitted:
+            assert num_long < 2 or not self.sequences[id].is_long, "a third long prompt"
+            num_long += self.sequences[id].num_uncomputed_tokens > 2 * self.scheduler.prefill_budget
+        if self.scheduler.has_claim and self.scheduler.looked_at:
+            assert self.scheduler.looked_at[0][0].request.tier is Tier.PREMIUM, "its room is given to another"
+        has_refused = False
+        for sequence, fits in self.scheduler.looked_at:
+            assert not (has_refused and fits) or sequence.request.tier is Tier.PREMIUM
+            has_refused |= not fits
+
+    def check_service(self, output: SchedulerOutput, admitted: list[int], paid: Mapping[int, int]) -> None:
+        """Each token is paid for once, by its tenant and its tier; what the cache held costs nothing."""
+        token_cost, context_cost = self.scheduler._step_time.decode_cost()
+        expected = dict(self.scheduler.served)
+        for i, row in enumerate(output.rows):
+            record = self.records[_id(row)]
+            if _id(row) in admitted:
+                record.num_paid = max(record.num_paid, row.start)
+            num_new = row.start + row.num_tokens - max(record.num_paid, row.start)
+            if num_new > 0:
+                record.num_paid += num_new
+                cost = token_cost + context_cost * row.start if i < output.shape.num_decoding else num_new
+                account = row.sequence.account
+                assert account is not None
+                assert account.tier is self.scheduler._queue._tiers[record.request.tier]
+                expected[account] = expected.get(account, 0) + cost / WEIGHTS[record.request.tenant]
+                expected[account.tier] += cost / self.policy.tier_weights[record.request.tier]
+        for id in paid:
+            assert self.records[id].num_paid >= paid[id]
+        if not output.dropped:  # else a follower can have come, and lifted a counter
+            counters = self.scheduler.counters()
+            assert all(math.isclose(counters[account], served) for account, served in expected.items())
+
+    def check_nobody_waits_for_nothing(
+        self, output: SchedulerOutput, schedulable: Mapping[int, int], *, is_preempting: bool
+    ) -> None:
         """Where somebody waits, the budget, the batch or the blocks are used up."""
-        running = self.running
-        waiting = [id for id in self.alive if id not in running]
-        if not waiting or has_preempted:
+        scheduler, running = self.scheduler, self.running
+        if is_preempting or not self.alive:
             return
-        leader_id = self.records[waiting[0]].request.leader_id
-        if leader_id in running and running[leader_id].num_computed_tokens < running[leader_id].num_prompt_tokens:
+        if not self.in_flight:
+            assert output.rows, "nothing is computed"
+        num_prompt_tokens = output.shape.num_prompt_tokens
+        for id in running:
+            if schedulable.get(id, 0) > 1 and id not in {_id(row) for row in output.rows}:
+                assert num_prompt_tokens >= int(0.7 * scheduler.prefill_budget), "budget is left"
+        if len(scheduler._queue) == 0:
             return
-        head = self.sequences.get(waiting[0])
-        num_tokens = len(head.token_ids if head else self.records[waiting[0]].request.prompt_token_ids)
         assert (
-            sum(row.num_tokens for row in output.rows) == self.budget
-            or len(running) == self.max_num_seqs
-            or -(-num_tokens // self.block_size) > self.scheduler.load().num_free_blocks
+            num_prompt_tokens == scheduler.prefill_budget
+            or (scheduler.looked_at and not scheduler.looked_at[-1][1])
+            or scheduler._queue.pick(scheduler._num_findable_tokens, takes_long=False) is None
         )
+        assert running, "idle, and somebody waits"
 
     @invariant()
     def check_books(self) -> None:
@@ -323,6 +589,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert load.num_free_blocks == load.num_total_blocks - len(held)
         assert load.num_cached_blocks <= load.num_free_blocks
         assert load.num_prefix_hits <= load.num_prefix_queries
+        own = [set(s.block_ids[s.num_shared_blocks :]) for s in running.values()]
+        assert sum(map(len, own)) == len(set().union(*own)), "a block that two have taken for their own"
+        for tier in Tier:
+            num_running = sum(s.request.tier is tier for s in running.values())
+            assert self.scheduler._num_running[tier] == num_running
 
     def compute(self, output: SchedulerOutput) -> list[RowResult]:
         """Write the rows' keys to the cache, and look whether each finds all those before its own."""
@@ -337,12 +608,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.drawn = drawn_tokens(output, results)
         return results
 
-    def entries(self, row: ScheduledRow) -> Iterator[tuple[int, int, Entry]]:
+    def entries(self, row: ScheduledRow) -> Iterator[tuple[int, int, int]]:
         """(Position, slot, what belongs there) of a row's tokens and all before them."""
-        sequence, token_ids = row.sequence, computed_tokens(row, self.drawn)
-        for i in range(len(token_ids)):
+        sequence = row.sequence
+        entry = len(sequence.request.cache_salt)
+        for i, token_id in enumerate(computed_tokens(row, self.drawn)):
             slot = sequence.block_ids[i // self.block_size] * self.block_size + i % self.block_size
-            yield i, slot, (sequence.request.cache_salt, tuple(token_ids[: i + 1]))
+            entry = hash((entry, token_id))
+            yield i, slot, entry
 
     def record(self, outputs: list[SequenceOutput]) -> None:
         for output in outputs:
@@ -367,6 +640,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.record_all()
         assert not self.scheduler.has_work, "livelock"
         assert self.scheduler.load().num_free_blocks == self.scheduler.load().num_total_blocks
+        assert not self.scheduler._followers
+        assert not any(self.scheduler._num_running.values())
         for record in self.records.values():
             tokens, reason = alone(record.request)
             assert len(record.ends) == 1
@@ -377,6 +652,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert len(record.tokens) < len(tokens) or not tokens
 
 
+def _id(row: ScheduledRow) -> int:
+    return row.sequence.request.request_id
+
+
 TestSchedulerMachine: Any = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
     max_examples=120,
@@ -385,23 +664,3 @@ TestSchedulerMachine.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-
-
-def test_deadlines_are_kept_however_many_requests_came_and_went() -> None:
-    rng = random.Random(1)
-    scheduler = make_scheduler(num_blocks=8, block_size=4, max_num_batched_tokens=4, max_num_seqs=4)
-    due: list[tuple[float, int]] = []
-    for now in range(2000):
-        deadline_s = now + rng.choice([3, 30, 400]) * rng.random()
-        scheduler.add(GenerationRequest(now, (1, 2), SamplingParams(max_tokens=30), float(now), deadline_s))
-        due.append((deadline_s, now))
-        if rng.random() < 0.9:
-            scheduler.cancel(now)
-            due.remove((deadline_s, now))
-        output = scheduler.schedule(now)
-        expired = {o.request_id for o in output.dropped if o.finish_reason is FinishReason.DEADLINE}
-        assert expired == {id for at_s, id in due if at_s <= now}
-        due = [entry for entry in due if entry[0] > now]
-        over = {o.request_id for o in scheduler.update(output, run(output)) if o.finish_reason is not None}
-        due = [entry for entry in due if entry[1] not in over]
-    scheduler.check_books()

@@ -10,6 +10,7 @@ from headrace.server.errors import (
     BadRequestError,
     DeadlineError,
     OverloadedError,
+    RateLimitError,
     UnavailableError,
     retry_headers,
 )
@@ -20,10 +21,24 @@ ERRORS = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issub
 @pytest.mark.parametrize("cls", ERRORS)
 def test_every_error_has_a_status_of_its_own_kind_and_all_four_fields(cls: type[ApiError]) -> None:
     assert 400 <= cls.status < 600
-    error = cls.__new__(cls)
+    error = OverloadedError("", 1, code="queue_full", tier="batch") if cls is OverloadedError else cls.__new__(cls)
     ApiError.__init__(error, "what is wrong", param="field")
-    assert error.envelope() == {
-        "error": {"message": "what is wrong", "type": cls.type, "param": "field", "code": error.code}
+    fields = {"message": "what is wrong", "type": cls.type, "param": "field", "code": error.code}
+    assert error.envelope() == {"error": fields | ({"tier": "batch"} if cls is OverloadedError else {})}
+
+
+def test_an_overload_tells_what_was_predicted_and_allowed_for_whom() -> None:
+    error = OverloadedError(
+        "too late", 2.5, code="predicted_too_late", tier="premium", predicted_ttft_s=3.00049, target_ttft_s=0.5
+    )
+    assert error.envelope()["error"] == {
+        "message": "too late",
+        "type": "overloaded_error",
+        "param": None,
+        "code": "predicted_too_late",
+        "tier": "premium",
+        "predicted_ttft_s": 3.0,
+        "target_ttft_s": 0.5,
     }
 
 
@@ -33,7 +48,10 @@ def test_every_error_has_a_status_of_its_own_kind_and_all_four_fields(cls: type[
 )
 def test_when_to_come_back_is_told_in_both_spellings(seconds: float, expected: tuple[str, str]) -> None:
     assert retry_headers(seconds) == {"retry-after": expected[0], "retry-after-ms": expected[1]}
-    assert OverloadedError("full", seconds).headers == retry_headers(seconds)
+    overloaded = OverloadedError("full", seconds, code="queue_full", tier="standard")
+    for error in (overloaded, RateLimitError("used up", seconds)):
+        assert error.headers == retry_headers(seconds)
+        assert error.retry_after_s == seconds
     assert UnavailableError("loading", "loading", seconds).headers == retry_headers(seconds)
 
 

@@ -202,7 +202,8 @@ def test_every_token_is_counted_with_the_text_it_made(text: str, data: st.DataOb
 def test_stages_follow_the_first_and_the_last_token() -> None:
     generation = make()
     assert generation.phase == "queued"
-    assert generation.timings() == {"queue_s": None, "prefill_s": None, "ttft_s": None, "total_s": None}
+    parts = ("queue_s", "prefill_s", "ttft_s", "decode_s", "total_s")
+    assert generation.timings() == dict.fromkeys(parts)
     generation.receive(step(scheduled_s=11.0), 11.5)
     assert generation.phase == "prefill"
     generation.receive(step("a"), 12.0)
@@ -211,7 +212,7 @@ def test_stages_follow_the_first_and_the_last_token() -> None:
     generation.receive(step("c", finish_reason=FinishReason.LENGTH), 14.25)
     stages = generation.stages
     assert (stages.scheduled_s, stages.first_token_s, stages.last_token_s, stages.end_s) == (11.0, 12.0, 14.25, 14.25)
-    assert generation.timings() == {"queue_s": 0.5, "prefill_s": 1.0, "ttft_s": 2.0, "total_s": 4.25}
+    assert generation.timings() == dict(zip(parts, (0.5, 1.0, 2.0, 2.25, 4.25), strict=True))
 
 
 def test_the_log_line_has_every_stage_and_no_text(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """The exposition, read by Prometheus's own parser."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -9,10 +10,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from fake_engine import byte_tokenizer
-from headrace.scheduler.messages import FinishReason, LoadSnapshot, SequenceOutput
+from headrace.scheduler.messages import FinishReason, LoadSnapshot, SequenceOutput, Tier
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.generation import Generation, Stages
-from headrace.server.metrics import PHASES, LatencyHistogram, Metrics
+from headrace.server.metrics import PHASES, SHED_REASONS, HistogramCollector, LatencyHistogram, Metrics
 
 LOAD = LoadSnapshot(
     num_waiting=1,
@@ -104,9 +105,11 @@ def test_every_vllm_metric_has_the_values_of_its_own_and_the_models_name(model_n
     metrics = make(model_name)
     metrics.prompt_tokens.inc(12)
     metrics.generation_tokens.inc(34)
-    for seconds in (0.003, 0.2, 7.0, 1000.0):
-        for histogram in (metrics.ttft, metrics.itl, metrics.queue_time, metrics.e2e):
-            histogram.observe(seconds)
+    for count, seconds in enumerate((0.003, 0.2, 7.0, 1000.0), start=1):
+        metrics.e2e.observe(seconds)
+        for histograms in (metrics.ttft, metrics.itl, metrics.queue_time):
+            for i, tier in enumerate(Tier):
+                histograms[tier].observe(seconds, count + i)
     for reason in FinishReason:
         metrics.observe_end(over(reason))
     found = families(metrics)
@@ -118,10 +121,16 @@ def test_every_vllm_metric_has_the_values_of_its_own_and_the_models_name(model_n
         renamed = samples([by_name[theirs]])
         if theirs == "vllm:request_success":
             continue
-        for (name, labels), number in renamed.items():
-            assert ("model_name", model_name) in labels
-            assert own[ours + name.removeprefix(theirs), labels - {("model_name", model_name)}] == number
-        assert len(renamed) == len(by_name[ours].samples) > 0
+        assert {("model_name", model_name)} <= frozenset.intersection(*(labels for _, labels in renamed))
+        # Tiers are ours: what they have is added up.
+        sums: Samples = {}
+        for (name, labels), number in own.items():
+            if name in {sample.name for sample in by_name[ours].samples}:
+                labels = frozenset(label for label in labels if label[0] != "tier") | {("model_name", model_name)}
+                key = theirs + name.removeprefix(ours), labels
+                sums[key] = sums.get(key, 0) + number
+        assert renamed == sums
+        assert len(renamed) > 0
     assert {name for name in by_name if not name.startswith("headrace_")} == set(VLLM_NAMES.values())
 
 
@@ -159,13 +168,40 @@ def test_ends_are_counted_by_reason_and_cancellations_by_phase() -> None:
 
 def test_labels_come_from_closed_sets_and_no_creation_times_are_shown() -> None:
     metrics = make()
+    for tier in Tier:
+        metrics.watch_waiting(tier, lambda: 0)
     for status in (400, 429):
         metrics.rejected.labels(str(status)).inc()
     for family in families(metrics):
         for sample in family.samples:
             assert not sample.name.endswith("_created")
-            assert set(sample.labels) <= {"finished_reason", "phase", "status", "le", "model_name"}
+            assert set(sample.labels) <= {"finished_reason", "phase", "status", "le", "model_name", "tier", "reason"}
+            assert sample.labels.get("tier", "batch") in set(Tier)
+            assert sample.labels.get("reason", "queue_full") in SHED_REASONS
     assert value(metrics, "headrace_requests_rejected_total", status="429") == 1
+
+
+def test_each_tier_and_reason_that_a_request_is_shed_for_is_counted_apart_and_there_from_the_start() -> None:
+    metrics = make()
+    for i, tier in enumerate(Tier):
+        for reason in SHED_REASONS[i:]:
+            metrics.count_shed(tier, reason)
+    read = samples(families(metrics))
+    for i, tier in enumerate(Tier):
+        for j, reason in enumerate(SHED_REASONS):
+            key = frozenset({("tier", tier.value), ("reason", reason)})
+            assert read["headrace_requests_shed_total", key] == (1 if j >= i else 0)
+
+
+def test_what_waits_in_each_tier_is_asked_for_when_it_is_shown() -> None:
+    metrics = make()
+    waiting = dict(zip(Tier, (3, 0, 7), strict=True))
+    for tier in Tier:
+        metrics.watch_waiting(tier, partial(waiting.__getitem__, tier))
+    for num in (7, 8):
+        waiting[Tier.BATCH] = num
+        assert value(metrics, "headrace_tier_requests_waiting", tier="batch") == num
+        assert value(metrics, "headrace_tier_requests_waiting", tier="premium") == 3
 
 
 def test_two_servers_in_one_process_do_not_share_their_counts() -> None:
@@ -174,18 +210,27 @@ def test_two_servers_in_one_process_do_not_share_their_counts() -> None:
     assert value(second, "headrace_prompt_tokens_total") == 0
 
 
+_SECONDS = st.sampled_from([0.0, 0.05, 0.1, 0.15, 1.0, 2.5, 3.0, 1e9])
+
+
+@pytest.mark.parametrize("has_tiers", [False, True])
 @settings(max_examples=50, derandomize=True, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([0.0, 0.05, 0.1, 0.15, 1.0, 2.5, 3.0, 1e9]), st.integers(1, 5)), max_size=9))
-def test_a_latency_histogram_is_exposed_as_the_library_s_own(observed: list[tuple[float, int]]) -> None:
+@given(observed=st.lists(st.tuples(_SECONDS, st.integers(1, 5), st.sampled_from(Tier)), max_size=9))
+def test_a_latency_histogram_is_exposed_as_the_library_s_own(
+    has_tiers: bool, observed: list[tuple[float, int, Tier]]
+) -> None:
     bounds = (0.1, 1.0, 2.5)
     theirs, ours = CollectorRegistry(), CollectorRegistry()
-    reference = Histogram("x_seconds", "How long", registry=theirs, buckets=bounds)
-    histogram = LatencyHistogram("x_seconds", "How long", bounds)
-    ours.register(histogram)
-    for seconds, count in observed:
-        histogram.observe(seconds, count)
+    reference = Histogram("x_seconds", "How long", ["tier"] * has_tiers, registry=theirs, buckets=bounds)
+    histogram, by_tier = LatencyHistogram(bounds), {tier: LatencyHistogram(bounds) for tier in Tier}
+    ours.register(HistogramCollector("x_seconds", "How long", by_tier if has_tiers else {None: histogram}))
+    if has_tiers:
+        for tier in Tier:
+            reference.labels(tier.value)
+    for seconds, count, tier in observed:
+        (by_tier[tier] if has_tiers else histogram).observe(seconds, count)
         for _ in range(count):
-            reference.observe(seconds)
+            (reference.labels(tier.value) if has_tiers else reference).observe(seconds)
     expected, exposed = (list(text_string_to_metric_families(generate_latest(r).decode())) for r in (theirs, ours))
     assert samples(exposed) == pytest.approx(samples(expected))
     assert [(family.name, family.type, family.documentation) for family in exposed] == [

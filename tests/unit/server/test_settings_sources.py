@@ -35,8 +35,16 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "max_num_seqs": (256, 1, 2, 3),
     "max_num_batched_tokens": (256, 301, 302, 303),
     "enable_prefix_caching": (True, False, True, False),
+    "tier_weights": ((8.0, 3.0, 1.0), (1.0, 1.0, 1.0), (2.0, 2.0, 2.0), (3.0, 2.0, 1.0)),
+    "itl_targets_ms": ("auto", (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), (7.0, 8.0, 9.0)),
+    "ttft_targets_s": ("auto", (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), (7.0, 8.0, 9.0)),
     "max_queue_size": (1024, 1, 2, 3),
+    "max_queue_tokens": (2**22, 1, 2, 3),
+    "max_queue_bytes": (2**28, 1, 2, 3),
     "request_timeout_s": (600.0, 1.5, 2.5, 3.5),
+    "queue_timeout_s": (600.0, 1.5, 2.5, 3.5),
+    "ttft_timeout_s": (600.0, 1.5, 2.5, 3.5),
+    "stall_timeout_s": (60.0, 1.5, 2.5, 3.5),
     "tokenizer_threads": (2, 1, 3, 4),
     "max_body_bytes": (4 * 2**20, 1, 2, 3),
     "max_header_bytes": (64 * 2**10, 2000, 3000, 4000),
@@ -65,7 +73,7 @@ def test_every_setting_is_tried_here() -> None:
 def as_flags(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{'' if value else 'no-'}{name.replace('_', '-')}"]
-    text = value[0] if isinstance(value, tuple) else str(value)
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return [text] if name == "model" else [f"--{name.replace('_', '-')}", text]
 
 
@@ -156,6 +164,32 @@ def test_one_engine_serves_one_process(workers: str, source: str) -> None:
     with pytest.raises(SettingsError, match="workers"):
         load_settings(args, environ)
     assert load_settings(["--workers", "1"], {}).workers == 1
+
+
+@pytest.mark.parametrize("name", ["itl_targets_ms", "ttft_targets_s"])
+def test_targets_can_be_left_to_the_device_by_every_source(tmp_path: Path, name: str) -> None:
+    config = tmp_path / "headrace.toml"
+    flag, variable = f"--{name.replace('_', '-')}", f"HEADRACE_{name.upper()}"
+    for content, variables, flags in (
+        ('"auto"', {}, []),
+        ("[1, 2, 3]", {variable: "auto"}, []),
+        ("[1, 2, 3]", {variable: "[4, 5, 6]"}, [flag, "auto"]),
+        ("[1, 2, 3]", {variable: "[4, 5, 6]"}, [f"{flag}=auto"]),
+    ):
+        config.write_text(f"{name} = {content}\n")
+        assert getattr(load_settings(["--config", str(config), *flags], variables), name) == "auto"
+
+
+@pytest.mark.parametrize("name", ["tier_weights", "itl_targets_ms", "ttft_targets_s"])
+@pytest.mark.parametrize(
+    "content",
+    ["[1, 2]", "[1, 2, 3, 4]", "[1, 0, 1]", "[1, -1, 1]", "[1, inf, 1]", "[1, nan, 1]", "5", '["a", 1, 1]', "[]"],
+)
+def test_what_is_not_a_positive_number_for_each_tier_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    config = tmp_path / "headrace.toml"
+    config.write_text(f"{name} = {content}\n")
+    with pytest.raises(SettingsError, match=name):
+        load_settings(["--config", str(config)], {})
 
 
 UNITS = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "KiB": 2**10, "M": 2**20, "mib": 2**20, "GB": 2**30, "TiB": 2**40}
