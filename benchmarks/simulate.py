@@ -88,7 +88,7 @@ def make_scenario(seed: int) -> Scenario:
     block_size = rng.choice([1, 4, 16])
     num_blocks = rng.randint(16, 400)
     capacity = num_blocks * block_size
-    num_tokens = rng.choice([8, 32, 256, 1024])
+    num_tokens = rng.choice([8, 64, 256, 1024])
     itl_target_s = rng.choice([0.02, 0.05, 0.15, float("inf")])
     settings = ServerSettings(
         num_blocks=num_blocks,
@@ -119,7 +119,7 @@ def make_scenario(seed: int) -> Scenario:
     for number in range(rng.randint(1, 60)):
         if rng.random() >= burst_share:
             at_s += rng.expovariate(1 / mean_gap_s)
-        num_prompt = min(1 + int(rng.expovariate(4 / longest)), capacity - 1)
+        num_prompt = min(1 + int(rng.expovariate(2 / longest)), capacity - 1)
         max_tokens = min(rng.choice([1, 8, 64, 512]), capacity - num_prompt)
         tenant, tier, weight = rng.choice(tenants)
         job = Job(
@@ -271,9 +271,8 @@ class _World:
             streams = output.rows[: shape.num_decoding]
             target_s = min(policy.itl_targets_s[row.sequence.request.tier] for row in streams)
             planned_s = scheduler._step_time.predict_s(shape)
-            # The forecast of a chunk's context is a mean over chunks.
-            slack = 0.15 * target_s + scheduler._step_time.prompt_token_s(4096) * 32
-            _require(planned_s <= target_s + slack, f"a step planned to take {planned_s:.3f} s of {target_s} s")
+            # A tenth of the target is kept for what the budget does not know: what a prompt finds in the cache.
+            _require(planned_s <= target_s, f"a step planned to take {planned_s:.3f} s of {target_s} s")
         for row in output.rows:
             generation_id = row.sequence.request.request_id
             _require(generation_id not in scheduler._cancelled, "a row of a request whose cancel was drained")

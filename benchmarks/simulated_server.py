@@ -96,7 +96,6 @@ class Job:
     num_shared_tokens: int = 0
     timeout_s: float = float("inf")
     ttft_timeout_s: float = float("inf")
-    is_paced: bool = False
 
     def prompt(self) -> tuple[int, ...]:
         shared = min(self.num_shared_tokens, self.num_prompt_tokens)
@@ -355,7 +354,6 @@ class SimulatedServer:
                         tier=job.tier,
                         tenant=job.tenant,
                         weight=job.weight,
-                        is_paced=job.is_paced,
                         cache_salt=job.tenant.encode(),
                     ),
                     generation,

@@ -12,16 +12,13 @@ _NEVER = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class SchedulingPolicy:
-    """What the scheduler aims at: each tier's weight, and the time between a stream's tokens that steps are sized for.
-
-    A tenant's turn comes up to `locality_tokens` of service early where its prompt begins in the cache.
-    """
+    """What the scheduler aims at: each tier's weight, and the time between a stream's tokens that steps are sized for
+    (none by default)."""
 
     tier_weights: Mapping[Tier, float] = field(
         default_factory=lambda: {Tier.PREMIUM: 8.0, Tier.STANDARD: 3.0, Tier.BATCH: 1.0}
     )
     itl_targets_s: Mapping[Tier, float] = field(default_factory=lambda: dict.fromkeys(Tier, _NEVER))
-    locality_tokens: float = 512
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,12 @@
 """The waiting sequences, and who of them is next: weighted fair queueing over tiers, and over tenants inside a tier.
 
 Owned by the engine thread. Each tier and each tenant has a counter of the service it has had, in prompt tokens, divided
-by its weight. Next is the tier with the smallest counter among those with somebody waiting, inside it a tenant as near
-to the smallest as `locality_tokens`, the one whose first request has the longest prefix in the cache, and of a tenant's
-requests the one with the earliest deadline. Whoever comes back from having nobody waiting is lifted to the smallest
-counter of those that have: idle time is not saved up. So no tier starves: with somebody waiting it gets its weight's
-share at least.
-Papers: VTC (OSDI 2024) for counters and the lift; DLPM (2025) for locality inside fairness. Deviations: two levels;
-a prompt's tokens are charged as they are computed, not when it is picked.
+by its weight. Next is the tier with the smallest counter among those with somebody waiting, inside it the tenant with
+the smallest, and of a tenant's requests the one with the earliest deadline, then the oldest. Whoever comes back from
+having nobody waiting is lifted to the smallest counter of those that have: idle time is not saved up. So no tier
+starves: with somebody waiting it gets its weight's share at least.
+Paper: VTC (OSDI 2024). Deviations: two levels; a prompt's tokens are charged as they are computed, not when it is
+picked.
 """
 
 import heapq
@@ -22,8 +21,6 @@ from headrace.scheduler.sequence import Sequence, SequenceStatus
 
 # A tenant's heap is rebuilt when it has so many entries of sequences that do not wait any more, beside as many as do.
 _MIN_STALE = 64
-# So many tenants' first requests are looked up in the cache per pick, from the smallest counter on.
-_MAX_LOOKUPS = 4
 
 
 @dataclass(slots=True, eq=False)
@@ -78,9 +75,8 @@ class TenantAccount:
 class FairQueue:
     """Waiting sequences by tier and tenant. `pick` only looks: the caller removes who gets to run."""
 
-    def __init__(self, tier_weights: Mapping[Tier, float], locality_tokens: float) -> None:
+    def __init__(self, tier_weights: Mapping[Tier, float]) -> None:
         self._tiers = {tier: _TierAccount(tier_weights[tier]) for tier in Tier}
-        self._locality_tokens = locality_tokens
         self._last_served = 0.0
         self._num_short = 0
         self._num_waiting = 0
@@ -92,9 +88,6 @@ class FairQueue:
     def has_short(self) -> bool:
         """Whether a prompt waits that would end within two steps."""
         return self._num_short > 0
-
-    def has_waiting(self, tier: Tier) -> bool:
-        return bool(self._tiers[tier].backlogged)
 
     def push(self, sequence: Sequence) -> None:
         """Put a sequence where its deadline and its age place it; a preempted one comes back to its place."""
@@ -130,24 +123,14 @@ class FairQueue:
             for heap in tenant.heaps:
                 heap.clear()
 
-    def pick(
-        self, num_cached: Callable[[Sequence], int], *, takes_long: bool = True, only: Tier | None = None
-    ) -> Sequence | None:
-        """Who is next, of all tiers or `only` one. Without `takes_long` long prompts are passed over. `num_cached`
-        tells how many of a sequence's tokens the cache holds."""
+    def pick(self, *, takes_long: bool = True, only: Tier | None = None) -> Sequence | None:
+        """Who is next, of all tiers or `only` one. Without `takes_long` long prompts are passed over."""
         tiers = [tier for name, tier in self._tiers.items() if tier.backlogged and only in (None, name)]
         for tier in sorted(tiers, key=_served):  # of equals the one of higher rank stays first
-            near: list[Sequence] = []
-            smallest = 0.0
             for tenant in sorted(tier.backlogged.values(), key=_served):
-                if near and (tenant.served > smallest + self._locality_tokens or len(near) == _MAX_LOOKUPS):
-                    break
                 if (head := tenant.head(takes_long=takes_long)) is not None:
-                    smallest = smallest if near else tenant.served
-                    near.append(head)
-            if near:
-                self._last_served, tier.last_served = tier.served, smallest
-                return max(near, key=num_cached) if len(near) > 1 else near[0]  # the first of equals
+                    self._last_served, tier.last_served = tier.served, tenant.served
+                    return head
         return None
 
 

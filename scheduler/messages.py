@@ -70,7 +70,7 @@ class GenerationRequest:
     finds it in the prefix cache. Only requests with equal `cache_salt` share cached blocks. A tenant's `weight` is its
     share among those of its tier. The first token should come by `target_s`; the request ends where the engine has not
     begun it by `queue_deadline_s`, has no token by `first_token_deadline_s`, none in `stall_timeout_s` after the last,
-    or has not finished by `deadline_s`. `is_paced` allows its decoding to wait while it is ahead of a reader.
+    or has not finished by `deadline_s`.
     """
 
     request_id: int
@@ -85,7 +85,6 @@ class GenerationRequest:
     tier: Tier = Tier.STANDARD
     tenant: str = ""
     weight: float = 1.0
-    is_paced: bool = False
     leader_id: int | None = None
     cache_salt: bytes = b""
 

@@ -91,7 +91,8 @@ class ModelRunner:
             raise ModelSourceError("the model computes no numbers: its weights are damaged, or exceed this dtype")
         self.run(self._trial([1], start=most))
         measured = []
-        for query_lens, start in (([most], 0), ([1], most), ([max(1, most // 4)], 0), ([1] * min(8, most), 0)):
+        chunk, rows, far = [max(1, most // 4)], [1] * min(8, most), self.max_context_tokens // 8
+        for query_lens, start in (([most], 0), ([1], most), (chunk, 0), (rows, 0), (chunk, far), (rows, far)):
             trial = self._trial(query_lens, start)
             began_s = time.monotonic()
             self.run(trial)
@@ -110,7 +111,7 @@ class ModelRunner:
             rows.append(ScheduledRow.next_of(sequence, num_tokens))
         if query_lens == [1] * len(query_lens):
             return SchedulerOutput(rows, [], StepShape(0, len(rows), start * len(rows)))
-        return SchedulerOutput(rows, [], StepShape(sum(query_lens), 0, 0, query_lens[0] / 2))
+        return SchedulerOutput(rows, [], StepShape(query_lens[0], 0, 0, start + query_lens[0] / 2))
 
     def _sample(
         self, batch: StepBatch, rows: list[ScheduledRow], sampled: list[ScheduledRow], sampling: np.ndarray

@@ -1,14 +1,13 @@
 """Who runs in the next step. The policy's letters, each in one place:
 
 A  prompts get what fits beside the decoding sequences within their inter-token target   _prefill_budget, step_time
-B  who is next: weighted fair queueing over tiers and tenants; J: prefixes in the cache   fair_queue
+B  who is next: weighted fair queueing over tiers and tenants                            fair_queue
 D  admitted only if the cache holds everybody's projected peak                           _fits, kv_forecast
 E  preemption by recompute, twice at most, of the lowest tier first                      _make_room
 F  deadlines                                                                             deadlines
 G  cancellation: a set, emptied once per step                                            _drop_cancelled
-I  streams that may wait while they are ahead of their reader                            _is_ahead
 
-(C, admission by prediction, and H are the event loop's: see server/admission.py.)
+(C, admission by prediction, is the event loop's: see server/admission.py.)
 
 A pure object: no clock, randomness, thread or tensor inside; the same calls give the same answers. Owned by the engine
 thread. There is no prefill phase and no decode phase: computed tokens catch up with a sequence's tokens (vLLM v1's
@@ -52,9 +51,6 @@ _PREMIUM_RESERVE = 0.1
 _MAX_PREEMPTIONS = 2
 # G: cancelled ones that wait hold nothing, so that no step need be longer for them.
 _MAX_DROPPED_WAITING = 256
-# I: reading speed, and how far ahead of it a stream may be computed.
-_READING_TOKENS_PER_S = 15.0
-_AHEAD_S = 2.0
 # How fast averages follow.
 _FOLLOWING = 0.05
 _IDLE = StepShape(0, 0, 0)
@@ -118,7 +114,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self._has_prefix_cache = has_prefix_cache
         self._sequences: dict[int, Sequence] = {}
-        self._queue = FairQueue(self._policy.tier_weights, self._policy.locality_tokens)
+        self._queue = FairQueue(self._policy.tier_weights)
         self._followers: dict[int, list[Sequence]] = {}  # by the leader whose prompt they wait for
         self._running: OrderedDict[int, Sequence] = OrderedDict()  # in the order in which they began
         self._cancelled: set[int] = set()
@@ -131,7 +127,6 @@ class Scheduler:
         self._num_prompt_tokens_left = 0  # of running sequences, when the last step was made
         self._budget = max_num_batched_tokens  # the last step's
         self._decoding = _IDLE  # likewise
-        self._mean_prompt_context = 0.0
         self._mean_prompt_tokens = 128.0
         self._num_running = dict.fromkeys(Tier, 0)
         self._num_received = 0
@@ -184,9 +179,9 @@ class Scheduler:
         """
         dropped = self._drop_cancelled() + self._drop_expired(now)
         has_preempted = self._make_room()
-        rows, prompts = self._decode(now, may_hold=len(self._queue) > 0)
+        rows, prompts = self._decode()
         self._num_prompt_tokens_left = sum(sequence.num_schedulable_tokens for sequence in prompts)
-        budget = self._prefill_budget()
+        budget = self._prefill_budget(max((sequence.num_scheduled_tokens for sequence in prompts), default=0))
         num_left, num_long = self._continue_prompts(prompts, budget, rows)
         # A step that preempted admits nobody: a victim that shares a prefix could fit again at once, only to go again.
         while num_left > 0 and not has_preempted:
@@ -195,8 +190,6 @@ class Scheduler:
                 break
             num_long += sequence.num_schedulable_tokens > 2 * budget
             num_left -= self._prefill(sequence, num_left, rows)
-        if not rows:
-            rows, _ = self._decode(now, may_hold=False)  # to hold a stream would help nobody
         self._num_steps += bool(rows)
         return SchedulerOutput(rows, dropped, self._shape(rows))
 
@@ -301,10 +294,11 @@ class Scheduler:
 
     # A
 
-    def _prefill_budget(self) -> int:
-        """The prompt tokens of this step, so that decoding sequences get their next token in time."""
+    def _prefill_budget(self, prompt_context: int) -> int:
+        """The prompt tokens of this step, behind so many of theirs, so that decoding sequences get their next token in
+        time."""
         most = self._max_num_batched_tokens - self._decoding.num_decoding
-        self._budget = int(min(most, max(0.0, self._fitting_tokens(self._decoding))))
+        self._budget = int(min(most, max(0.0, self._fitting_tokens(self._decoding, prompt_context))))
         if self._budget >= min(_STARVED_CHUNK, most):
             self._num_starved_steps = 0
             return self._budget
@@ -312,11 +306,11 @@ class Scheduler:
         is_due = self._num_starved_steps % _STARVED_STEPS == 0 or self._budget + self._decoding.num_decoding == 0
         return min(_STARVED_CHUNK, most) if is_due else self._budget
 
-    def _fitting_tokens(self, decoding: StepShape) -> float:
+    def _fitting_tokens(self, decoding: StepShape, prompt_context: int = 0) -> float:
         if self._step_time.num_observed == 0:
             return float("inf")
         target_s = self._itl_target_s() if decoding.num_decoding else _UNWATCHED_STEP_S
-        return self._step_time.prefill_budget(target_s, decoding, self._mean_prompt_context)
+        return self._step_time.prefill_budget(target_s, decoding, prompt_context)
 
     def _itl_target_s(self) -> float:
         """The tightest of all running sequences."""
@@ -343,12 +337,11 @@ class Scheduler:
         if num_tokens == 0:
             return self._decoding
         context = sum(row.num_tokens * (row.start + row.num_tokens / 2) for row in prompts) / num_tokens
-        self._mean_prompt_context += _FOLLOWING * (context - self._mean_prompt_context)
         return self._decoding._replace(num_prompt_tokens=num_tokens, prompt_context=context)
 
     # The step's rows
 
-    def _decode(self, now: float, *, may_hold: bool) -> tuple[list[ScheduledRow], list[Sequence]]:
+    def _decode(self) -> tuple[list[ScheduledRow], list[Sequence]]:
         """The rows of all sequences that need one token, with a block for it, and those that need more."""
         rows: list[ScheduledRow] = []
         prompts: list[Sequence] = []
@@ -359,8 +352,6 @@ class Scheduler:
             num_tokens = sequence.num_schedulable_tokens
             if num_tokens > 1:
                 prompts.append(sequence)
-            elif num_tokens and may_hold and sequence.request.is_paced and self._is_ahead(sequence, now):
-                sequence.last_token_s = now  # F: it does not stall
             elif num_tokens:
                 if sequence.num_scheduled_tokens >= len(sequence.block_ids) * self._block_size:
                     sequence.block_ids += self._pool.allocate(1)  # to the same list
@@ -406,13 +397,6 @@ class Scheduler:
             sequence.account.charge(num_new)
         return num_tokens
 
-    def _is_ahead(self, sequence: Sequence, now: float) -> bool:
-        """I: whether a stream's reader has still two seconds to read. Source: Andes (2024)."""
-        if sequence.first_token_s is None:
-            return False
-        num_read = _READING_TOKENS_PER_S * (now - sequence.first_token_s + _AHEAD_S)
-        return sequence.num_output_tokens > num_read
-
     # B, D: who is admitted
 
     def _admit_next(self, now: float, *, takes_long: bool, dropped: list[SequenceOutput]) -> Sequence | None:
@@ -422,7 +406,7 @@ class Scheduler:
         if self._endangered is not None:
             only = Tier.PREMIUM  # there is room for it, which may be a victim's that would be next
             self._endangered = None
-        while (head := self._queue.pick(self._num_findable_tokens, takes_long=takes_long, only=only)) is not None:
+        while (head := self._queue.pick(takes_long=takes_long, only=only)) is not None:
             if self._running and len(dropped) >= 2 * _MAX_DROPPED_WAITING:
                 return None
             if head.request.request_id in self._cancelled:
@@ -452,10 +436,7 @@ class Scheduler:
             return True
         if len(self._running) >= self.max_num_seqs:
             return False
-        context = sum(len(s.token_ids) for s in self._running.values()) + len(sequence.token_ids)
-        decoding = StepShape(0, len(self._running) + 1, context)
-        target_s = min(self._itl_target_s(), self._policy.itl_targets_s[sequence.request.tier])
-        if self._step_time.predict_s(decoding) > USED_SHARE * target_s:
+        if not self._keeps_pace(sequence):
             return False
         num_reserved = 0
         if self._has_premium and sequence.request.tier is not Tier.PREMIUM:
@@ -464,6 +445,15 @@ class Scheduler:
         if num_blocks > self._pool.num_free - self._pool.num_free_among(cached) - num_reserved:
             return False
         return self._projected_peak(sequence, cached) <= _USED_BLOCKS * self._pool.num_total - num_reserved
+
+    def _keeps_pace(self, sequence: Sequence) -> bool:
+        """A: whether all would get their tokens in time with this one beside them. Where not even a lone stream does,
+        its target keeps nobody out."""
+        target_s = USED_SHARE * min(self._itl_target_s(), self._policy.itl_targets_s[sequence.request.tier])
+        context = sum(len(s.token_ids) for s in self._running.values()) + len(sequence.token_ids)
+        if self._step_time.predict_s(StepShape(0, len(self._running) + 1, context)) <= target_s:
+            return True
+        return self._step_time.predict_s(StepShape(0, 1, len(sequence.token_ids))) > target_s
 
     def _projected_peak(self, sequence: Sequence, cached: list[int]) -> float:
         """The most blocks that will be held at once, if a sequence is admitted that shares these."""
@@ -539,9 +529,6 @@ class Scheduler:
                 block_ids.append(block_id)
         return block_ids
 
-    def _num_findable_tokens(self, sequence: Sequence) -> int:
-        return len(self._find_cached(sequence)) * self._block_size
-
     def _advance(self, sequence: Sequence, num_tokens: int) -> None:
         """Count tokens as computed, and let others find the blocks they have filled."""
         first = sequence.num_computed_tokens // self._block_size
@@ -616,11 +603,10 @@ class Scheduler:
     # F, G, and the other ends
 
     def _note_token(self, sequence: Sequence, now: float) -> None:
+        is_first = sequence.last_token_s is None
         sequence.last_token_s = now
-        if sequence.first_token_s is None:
-            sequence.first_token_s = now
-            if sequence.request.stall_timeout_s != float("inf"):
-                self._deadlines.watch(sequence)
+        if is_first and sequence.request.stall_timeout_s != float("inf"):
+            self._deadlines.watch(sequence)
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         sampling = sequence.request.sampling

@@ -31,8 +31,8 @@ class Sequence:
     `num_cached_tokens` is how many tokens its first run found in the prefix cache, `num_prompt_logprobs` how many log
     probabilities of its prompt it has been given, `sampling_record` its sampling settings as the runner packs them.
     Of its tokens `num_scheduled_tokens` are in some step, and `num_computed_tokens` of them in one that is recorded.
-    Times are None until then: `scheduled_s` of the first run, `first_token_s` and `last_token_s` where the step's times
-    are known. `account` is its tenant's in the fair queue, and tokens up to `num_charged_tokens` cost it nothing more.
+    Times are None until then: `scheduled_s` of the first run, `last_token_s` where the step's times are
+    known. `account` is its tenant's in the fair queue, and tokens up to `num_charged_tokens` cost it nothing more.
     `num_shared_blocks` of its blocks it found in the cache. `block_ids` is one list for as long as it keeps its blocks,
     and only ever appended to: backends keep copies. With `needs_last_token` the runner has to know all its tokens to
     sample the next one. `is_long` where its prompt took more than two steps when it came.
@@ -43,7 +43,6 @@ class Sequence:
         "account",
         "biases",
         "block_ids",
-        "first_token_s",
         "is_long",
         "last_token_s",
         "needs_last_token",
@@ -79,7 +78,6 @@ class Sequence:
         self.is_long = False
         self.account: TenantAccount | None = None
         self.scheduled_s: float | None = None
-        self.first_token_s: float | None = None
         self.last_token_s: float | None = None
         bias = request.sampling.logit_bias
         self.biases = np.array([i for i, _ in bias], np.int64), np.array([value for _, value in bias], np.float32)

@@ -10,6 +10,7 @@ Source: the budget is that of Sarathi-Serve (OSDI 2024), chosen online in place 
 A pure object, fed by the scheduler on the engine thread.
 """
 
+import math
 from collections import deque
 from typing import NamedTuple
 
@@ -26,8 +27,9 @@ _STEPS_PER_MARGIN = 16
 USED_SHARE = 0.9
 # Features as they are differ by five orders of magnitude, which squares in the equations.
 _SCALES = (1.0, 1 / 2**8, 1 / 2**6, 1 / 2**14, 1 / 2**18)
-# The prompt tokens first, for they explain most; what is left is constant.
-_SWEEP = (1, 2, 3, 4, 0)
+# What data does not tell apart goes to the first of these. The constant comes before the sequences: with one stream for
+# long, a second that is thought free is soon known better, and one that is thought dear is never tried.
+_SWEEP = (1, 0, 2, 3, 4)
 _UNKNOWN = 1e-9
 
 
@@ -86,10 +88,17 @@ class StepTimeModel:
 
     def prefill_budget(self, target_s: float, decoding: StepShape, prompt_context: float) -> float:
         """P* = (0.9 target - margin - a - g D - h K) / (b + e C): the prompt tokens with which a step stays within the
-        target. Below 0 where decoding alone does not."""
+        target, where `prompt_context` tokens come before them and C is half of themselves more. Below 0 where decoding
+        alone takes longer."""
         room_s = USED_SHARE * target_s - self.margin_s - self.predict_s(decoding)
         token_s = self.prompt_token_s(prompt_context)
-        return room_s / token_s if token_s > 0 else float("inf")
+        growth_s = self._coefficients[4] * _SCALES[4]
+        if room_s <= 0 or room_s == float("inf"):
+            return room_s if room_s > 0 else -1.0
+        if token_s <= 0 and growth_s <= 0:
+            return float("inf")
+        # The root of growth / 2 P^2 + token P = room, in the form that stands growth 0.
+        return 2 * room_s / (token_s + math.sqrt(token_s**2 + 2 * growth_s * room_s))
 
     def decode_cost(self) -> tuple[float, float]:
         """(g / b, h / b): what a decoded token costs, and each token of its context, in prompt tokens."""

@@ -49,7 +49,9 @@ def _create_key(args: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser("headrace create-key", description="Make an API key and show it once.")
     parser.add_argument("name", help="whose it is: the tenant that owns what is done with it")
-    parser.add_argument("--tier", choices=TIERS, default="standard", help="kept for the scheduler; standard by default")
+    parser.add_argument(
+        "--tier", choices=TIERS, default="standard", help="whose share under load is how large; standard by default"
+    )
     parser.add_argument("--file", type=Path, help="add its entry to this key file; shown where there is none")
     options = parser.parse_args(args)
     try:

@@ -58,7 +58,6 @@ class Generator:
         on_end: Callable[[Generation], None] | None = None,
         tenant: str = "",
         num_bytes: int = 0,
-        is_paced: bool = False,
     ) -> list[Generation]:
         """Tokenize and submit: one generation per prompt and choice, in the order of OpenAI's indices.
 
@@ -72,7 +71,7 @@ class Generator:
         key = self.keys.get(tenant) if self.keys is not None else None
         tier, weight = (Tier.STANDARD, 1.0) if key is None else (key.tier, key.weight)
         num_sequences = request.num_sequences
-        with self._within_limits(tenant, tier, num_sequences), self.client.reserve(tier, num_sequences, num_bytes):
+        with self.client.reserve(tier, num_sequences, num_bytes), self._within_limits(tenant, tier, num_sequences):
             ready = self.client.ready
             if ready is None or self.tokenizer is None:
                 raise UnavailableError("the model is still loading", "loading")
@@ -90,7 +89,7 @@ class Generator:
             samplings = [_sampling_params(request, prompt.token_ids, self.tokenizer, ready) for prompt in prompts]
             num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
             prediction = self.client.admit(Demand(tier, tenant, weight, num_tokens, request.num_sequences))
-            engine_fields = _EngineFields(tier, tenant, weight, is_paced, prediction)
+            engine_fields = _EngineFields(tier, tenant, weight, prediction)
             salt = f"{tenant}\0{request.cache_salt or ''}".encode("utf-8", "surrogatepass")
             generations: list[Generation] = []
             for prompt, sampling in zip(prompts, samplings, strict=True):
@@ -178,7 +177,6 @@ class Generator:
                 tier=engine_fields.tier,
                 tenant=engine_fields.tenant,
                 weight=engine_fields.weight,
-                is_paced=engine_fields.is_paced,
                 leader_id=None if leader is None else leader.request_id,
                 cache_salt=salt,
             ),
@@ -194,7 +192,6 @@ class _EngineFields:
     tier: Tier
     tenant: str
     weight: float
-    is_paced: bool
     prediction: Prediction
 
 

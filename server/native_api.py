@@ -24,7 +24,6 @@ from headrace.server.protocol import (
     UNSUPPORTED,
     ChatCompletionRequest,
     CompletionRequest,
-    Flag,
     Number,
     parse_json_object,
     parse_request,
@@ -44,13 +43,11 @@ OnDisconnect = Literal["cancel", "continue"]
 
 class _StreamChatRequest(ChatCompletionRequest):
     on_disconnect: OnDisconnect | None = None
-    pace: Flag | None = None
     disconnect_grace_s: Number | None = Field(None, ge=0, le=_MAX_GRACE_S)
 
 
 class _StreamCompletionRequest(CompletionRequest):
     on_disconnect: OnDisconnect | None = None
-    pace: Flag | None = None
     disconnect_grace_s: Number | None = Field(None, ge=0, le=_MAX_GRACE_S)
 
 
@@ -149,7 +146,6 @@ class NativeApi:
             on_end,
             tenant=request.state.tenant,
             num_bytes=num_bytes,
-            is_paced=bool(params.pace),
         )
         request.state.is_accepted = True
         stream = NativeStream(

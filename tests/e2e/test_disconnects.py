@@ -15,9 +15,10 @@ LONG = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "t
 @pytest.fixture(scope="module")
 def small(demo_model: object) -> Iterator[ServerProcess]:
     """A server that runs two sequences at a time, so that a third one queues."""
-    with serving(
-        "--dtype", "float32", "--kv-cache-bytes", "512MiB", "--max-num-seqs", "2", "--max-num-batched-tokens", "32"
-    ) as process:
+    flags = ["--kv-cache-bytes", "512MiB", "--max-num-seqs", "2", "--max-num-batched-tokens", "32"]
+    # Two, however long a step takes on a busy machine.
+    flags += ["--itl-targets-ms=1e6,1e6,1e6", "--ttft-targets-s=1e6,1e6,1e6"]
+    with serving("--dtype", "float32", *flags) as process:
         yield process
 
 

@@ -21,9 +21,20 @@ MAY_IMPORT_TORCH = {"gguf_config.py", "model_loader.py", "model_runner.py"}
 # Plain values, for whoever must not wait for torch.
 TORCH_FREE = "headrace.kernels.step_times"
 
-# Three measure from inside what the others reach over HTTP; peers are given the model that is served by default, and
-# one file is run by their Python.
-FREE = {"gpu_measurements.py", "http_bench.py", "kernel_bench.py", "peer_worker.py", "peers.py"}
+# Some measure from inside what the others reach over HTTP, or play it on a virtual clock; peers are given the model
+# that is served by default, and one file is run by their Python.
+FREE = {
+    "ablation.py",
+    "gpu_measurements.py",
+    "http_bench.py",
+    "kernel_bench.py",
+    "overload.py",
+    "peer_worker.py",
+    "peers.py",
+    "scheduler_bench.py",
+    "simulate.py",
+    "simulated_server.py",
+}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -29,7 +29,6 @@ LETTERS = st.just(frozenset[int]()) | st.frozensets(st.integers(ord("a"), ord("z
 WEIGHTS = {"a": 1.0, "b": 1.0, "c": 2.5}
 TIERS = list(Tier)
 # Here streams are ahead of their readers with three tokens, for answers are short.
-AHEAD_S = 0.2
 
 
 def alone(request: GenerationRequest) -> tuple[list[int], FinishReason]:
@@ -103,11 +102,8 @@ class WatchedScheduler(Scheduler):
         self.served = self.counters()
         return has_preempted
 
-    def _is_ahead(self, sequence: Sequence, now: float) -> bool:
-        return super()._is_ahead(sequence, now - 2 + AHEAD_S)
-
-    def _prefill_budget(self) -> int:
-        self.prefill_budget = super()._prefill_budget()
+    def _prefill_budget(self, prompt_context: int) -> int:
+        self.prefill_budget = super()._prefill_budget(prompt_context)
         return self.prefill_budget
 
     def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
@@ -116,8 +112,10 @@ class WatchedScheduler(Scheduler):
         return fits
 
     def counters(self) -> dict[Any, float]:
-        tiers = self._queue._tiers.values()
-        return {account: account.served for tier in tiers for account in (tier, *tier.tenants.values())}
+        counters: dict[Any, float] = {tier: tier.served for tier in self._queue._tiers.values()}
+        for tier in self._queue._tiers.values():
+            counters |= {tenant: tenant.served for tenant in tier.tenants.values()}
+        return counters
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -132,7 +130,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         has_prefix_cache=st.booleans(),
         num_short_answers=st.sampled_from((0, 40, 400)),
         itl_target_s=st.sampled_from((math.inf, 0.02, 0.2, 1.0)),
-        locality_tokens=st.sampled_from((0, 10, 512)),
     )
     def start(
         self,
@@ -144,14 +141,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         has_prefix_cache: bool,
         num_short_answers: int,
         itl_target_s: float,
-        locality_tokens: int,
     ) -> None:
         self.block_size = block_size
         self.capacity = num_blocks * block_size
         self.budget = budget
         self.max_num_seqs = min(max_num_seqs, budget)
         targets_s = {Tier.PREMIUM: itl_target_s, Tier.STANDARD: 2 * itl_target_s, Tier.BATCH: 8 * itl_target_s}
-        self.policy = SchedulingPolicy(itl_targets_s=targets_s, locality_tokens=locality_tokens)
+        self.policy = SchedulingPolicy(itl_targets_s=targets_s)
         self.scheduler = WatchedScheduler(
             BlockPool(num_blocks),
             block_size=block_size,
@@ -235,7 +231,6 @@ class SchedulerMachine(RuleBasedStateMachine):
                 tier=data.draw(st.sampled_from(TIERS), "tier"),
                 tenant=tenant,
                 weight=WEIGHTS[tenant],
-                is_paced=data.draw(st.booleans(), "is_paced"),
                 leader_id=data.draw(st.none() | st.integers(0, id - 1) if id else st.none(), "leader_id"),
                 cache_salt=data.draw(st.sampled_from((b"", b"other")), "salt"),
             )
@@ -361,7 +356,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         tables = {id: (s.block_ids, list(s.block_ids)) for id, s in before.items()}
         paid = {id: self.records[id].num_paid for id in before}
         num_preemptions = scheduler.load().num_preemptions
-        prompt_context = scheduler._mean_prompt_context
+        starts = {id: s.num_scheduled_tokens for id, s in before.items() if schedulable[id] > 1}
         output = scheduler.schedule(self.now)
         self.check_dropped(output)
         rows = {row.sequence.request.request_id: row for row in output.rows}
@@ -379,10 +374,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert row.num_tokens <= schedulable[id]
         for id in running:
             assert id in before or id in rows, "admitted for nothing"
-            if schedulable.get(id) == 1 and id not in rows:
-                self.check_held(id, rows)
-            if self.records[id].request.is_paced:  # perhaps just held
-                self.records[id].last_token_s = running[id].last_token_s
+            if schedulable.get(id) == 1:
+                assert id in rows, "a running sequence that can decode gets its token"
             if id in tables:
                 assert running[id].block_ids is tables[id][0], "another list for the same blocks"
                 assert running[id].block_ids[: len(tables[id][1])] == tables[id][1], "a list that is not appended to"
@@ -392,7 +385,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.check_preempted(preempted)
         assert scheduler.load().num_preemptions == num_preemptions + len(preempted)
         self.admitted_s.update(dict.fromkeys(set(admitted) - set(self.admitted_s), self.now))
-        self.check_budget(output, prompt_context)
+        self.check_budget(output, max((start for id, start in starts.items() if id in running), default=0))
         self.check_order(admitted, schedulable)
         self.check_service(output, admitted, paid)
         self.check_nobody_waits_for_nothing(output, schedulable, is_preempting=bool(preempted))
@@ -429,16 +422,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         if sequence.num_preemptions == 2:
             num_blocks = -(-sequence.num_total_tokens // self.block_size)
             assert len(sequence.block_ids) == num_blocks, "preempted twice, and not all its blocks"
-
-    def check_held(self, id: int, rows: Mapping[int, ScheduledRow]) -> None:
-        """Only a stream may go without its token, ahead of its reader, where others wait and something is computed."""
-        record = self.records[id]
-        assert record.request.is_paced, "a running sequence that can decode gets its token"
-        first_token_s = self.sequences[id].first_token_s
-        assert first_token_s is not None
-        assert len(record.tokens) > 15 * (self.now - first_token_s + AHEAD_S), "held, though its reader has nothing to read"
-        assert rows, "held for nobody"
-        assert self.sequences[id].last_token_s == self.now, "to be held is no stall"
 
     def check_preempted(self, preempted: list[int]) -> None:
         scheduler = self.scheduler
@@ -483,7 +466,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         at_s = min(request.deadline_s, request.first_token_deadline_s)
         return at_s if id in self.admitted_s else min(at_s, request.queue_deadline_s)
 
-    def check_budget(self, output: SchedulerOutput, prompt_context: float) -> None:
+    def check_budget(self, output: SchedulerOutput, prompt_context: int) -> None:
         """Prompts get no more than fits within the tightest target beside those that decode."""
         shape, model = output.shape, self.scheduler._step_time
         decoding, prompts = output.rows[: shape.num_decoding], output.rows[shape.num_decoding :]
@@ -561,7 +544,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         if is_preempting or not self.alive:
             return
         if not self.in_flight:
-            assert output.rows, "nothing is computed"
+            assert output.rows, (
+                "nothing is computed",
+                repr(
+                    {
+                        k: v
+                        for k, v in vars(scheduler).items()
+                        if k[:4]
+                        in ("_run", "_que", "_dec", "_bud", "_num", "pref", "look", "_end", "_seq", "_fol", "vict")
+                    }
+                ),
+                self.now,
+                output,
+                [(s.num_schedulable_tokens, s.request, len(s.block_ids)) for s in running.values()],
+            )
         num_prompt_tokens = output.shape.num_prompt_tokens
         for id in running:
             if schedulable.get(id, 0) > 1 and id not in {_id(row) for row in output.rows}:
@@ -571,7 +567,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert (
             num_prompt_tokens == scheduler.prefill_budget
             or (scheduler.looked_at and not scheduler.looked_at[-1][1])
-            or scheduler._queue.pick(scheduler._num_findable_tokens, takes_long=False) is None
+            or scheduler._queue.pick(takes_long=False) is None
         )
         assert running, "idle, and somebody waits"
 

@@ -51,9 +51,8 @@ def found(model: StepTimeModel) -> tuple[float, ...]:
 def test_the_costs_are_recovered_within_a_few_percent(costs_s: tuple[float, ...]) -> None:
     assert found(learned(costs_s, noise=0)) == pytest.approx(costs_s, rel=1e-2)
     model = learned(costs_s)
-    a, b, _, h, e = costs_s
-    assert found(model)[1::2] == pytest.approx((b, h), rel=0.03)
-    assert found(model)[::4] == pytest.approx((a, e), rel=0.15)
+    assert found(model) == pytest.approx(costs_s, rel=0.25)
+    assert model.prompt_token_s() == pytest.approx(costs_s[1], rel=0.03)
     for shape in shapes(random.Random(1), 100):
         assert model.predict_s(shape) == pytest.approx(seconds(costs_s, shape), rel=0.08)
 
@@ -97,7 +96,7 @@ def test_the_budget_keeps_95_of_100_steps_within_the_target(costs_s: tuple[float
         num_decoding = rng.randint(1, 32)
         decoding = StepShape(0, num_decoding, 500 * num_decoding)
         num_prompt = max(0, int(model.prefill_budget(target_s, decoding, 1000.0)))
-        shape = decoding._replace(num_prompt_tokens=num_prompt, prompt_context=1000.0)
+        shape = decoding._replace(num_prompt_tokens=num_prompt, prompt_context=1000 + num_prompt / 2)
         # Skewed, as other processes on the machine make it.
         measured_s = seconds(costs_s, shape) * (0.97 + rng.expovariate(1 / 0.05))
         model.observe(shape, measured_s)
