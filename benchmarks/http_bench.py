@@ -264,7 +264,8 @@ def _num_tokens(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    settings = load_settings(["--port", "0", "--log-level", "warning"], {})
+    flags = ["--port", "0", "--log-level", "warning", "--ttft-targets-s", "[600,600,600]"]  # every request is let in
+    settings = load_settings(flags, {})
     if options.engine == "model":
         return serve(settings)
     text = " The mill stands by the river, and its wheel has not stopped once since the day it was built."

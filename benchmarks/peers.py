@@ -114,7 +114,8 @@ class Installation:
             raise InstallError(f"no {self.python(name)}: run with --install first")
         num_cores = len(os.sched_getaffinity(0))
         if name in _HEADRACE:
-            flags = (*_HEADRACE[name], "--kv-cache-bytes", f"{KV_CACHE_GIB}GiB")
+            # As the others, it lets every request in: see configs/open.toml.
+            flags = (*_HEADRACE[name], "--kv-cache-bytes", f"{KV_CACHE_GIB}GiB", "--ttft-targets-s", "[600,600,600]")
             command = (sys.executable, "-m", "headrace.server", self._model(name), "--port", "{port}", *flags)
             return Recipe(name=name, command=command)
         if name == "vllm":

@@ -328,8 +328,9 @@ class SimulatedServer:
             job = replace(job, tenant="", tier=Tier.STANDARD, weight=1.0)
         client, now = self.client, self.queue.now
         try:
-            with client.reserve(job.tier, 1, 0):
-                prediction = client.admit(Demand(job.tier, job.tenant, job.weight, job.num_prompt_tokens))
+            demand = Demand(job.tier, job.tenant, job.weight, job.num_prompt_tokens)
+            with client.reserve(demand, 0):
+                prediction = client.admit(demand)
                 generation = Generation(
                     str(job.number),
                     client.next_request_id(),

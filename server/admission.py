@@ -118,6 +118,16 @@ class Admission:
     def num_queued(self, tier: Tier) -> int:
         return sum(len(queue.requests) for queue in self._queues[tier].values())
 
+    def num_queued_of(self, demand: Demand) -> int:
+        """How many of the same tenant wait."""
+        queue = self._queues[demand.tier].get(demand.tenant)
+        return 0 if queue is None else len(queue.requests)
+
+    def num_tenants_with(self, demand: Demand) -> int:
+        """How many tenants would have somebody waiting with this one."""
+        others = sum(bool(queue.requests) for queues in self._queues.values() for queue in queues.values())
+        return others + (self.num_queued_of(demand) == 0)
+
     def enter(self, request_id: int, demand: Demand) -> None:
         """Count a request of one sequence as waiting."""
         now = self._clock()

@@ -78,7 +78,7 @@ class EngineClient:
         self._ttft_targets_s = ttft_targets_s
         self.admission = Admission(tier_weights or SchedulingPolicy().tier_weights, clock)
         self._num_submitted = 0
-        self._num_reserved = 0
+        self._num_reserved: Counter[str] = Counter()  # by tenant
         self._num_reserved_bytes = 0
         self._ids = itertools.count()
         self._generations: dict[int, Generation] = {}
@@ -94,7 +94,7 @@ class EngineClient:
     @property
     def num_waiting(self) -> int:
         """Requests accepted and not yet running: the snapshot's, the inbox's, and those still being tokenized."""
-        return self.load.num_waiting + self._num_submitted - self.load.num_received + self._num_reserved
+        return self.load.num_waiting + self._num_submitted - self.load.num_received + self._num_reserved.total()
 
     @property
     def num_unfinished(self) -> int:
@@ -121,8 +121,8 @@ class EngineClient:
         return not self._engine.join(0)
 
     @contextmanager
-    def reserve(self, tier: Tier, num_sequences: int, num_bytes: int) -> Iterator[None]:
-        """Hold places in the queue while prompts are tokenized, until `submit`.
+    def reserve(self, demand: Demand, num_bytes: int) -> Iterator[None]:
+        """Hold places in the queue while prompts are tokenized, until `submit`; how many tokens they have is not known.
 
         Raises: UnavailableError while loading, draining or after the engine has ended; OverloadedError where the
         queue is full; BadRequestError where an empty one would be too short.
@@ -130,30 +130,44 @@ class EngineClient:
         self._check_accepting()
         # Who can start at once does not wait: with nobody in the engine's queue, that is one for each free place.
         assert self.ready is not None
-        limits = self._limits
+        limits, num_sequences = self._limits, demand.num_sequences
         num_startable = 0 if self.load.num_waiting else self.ready.max_num_seqs - self.load.num_running
         if num_sequences > limits.num_requests + self.ready.max_num_seqs:
             raise BadRequestError(f"{num_sequences} answers at once are more than this server can queue")
         full = ""
-        if self.num_waiting + num_sequences > limits.num_requests + num_startable:
+        is_full = self.num_waiting + num_sequences > limits.num_requests + num_startable
+        if is_full and self._is_over_share(demand):
             full = f"{self.num_waiting} requests are waiting already"
         elif self.admission.num_queued_tokens > limits.num_tokens:
             full = f"{self.admission.num_queued_tokens} prompt tokens are waiting already"
         elif self._num_reserved_bytes and self._num_reserved_bytes + num_bytes > limits.num_bytes:
             full = f"{self._num_reserved_bytes} bytes of requests are being read already"
         if full:
-            self.metrics.count_shed(tier, "queue_full")
-            predicted_s = self.admission.predict(self.load, Demand(tier, "", 1.0, 0, num_sequences)).ttft_s
+            self.metrics.count_shed(demand.tier, "queue_full")
+            prediction = self.admission.predict(self.load, demand)
             raise OverloadedError(
-                full, retry_after_s(predicted_s), code="queue_full", tier=tier, predicted_ttft_s=predicted_s
+                full,
+                retry_after_s(prediction.ttft_s),
+                code="queue_full",
+                tier=demand.tier,
+                predicted_ttft_s=prediction.ttft_s,
+                target_ttft_s=prediction.target_s,
             )
-        self._num_reserved += num_sequences
+        self._num_reserved[demand.tenant] += num_sequences
         self._num_reserved_bytes += num_bytes
         try:
             yield
         finally:
-            self._num_reserved -= num_sequences
+            self._num_reserved[demand.tenant] -= num_sequences
+            if not self._num_reserved[demand.tenant]:
+                del self._num_reserved[demand.tenant]
             self._num_reserved_bytes -= num_bytes
+
+    def _is_over_share(self, demand: Demand) -> bool:
+        """Whether a tenant would hold more of a full queue than each of those that wait may: who floods it shuts
+        himself out, and nobody else."""
+        num_own = self.admission.num_queued_of(demand) + self._num_reserved[demand.tenant] + demand.num_sequences
+        return num_own > self._limits.num_requests / self.admission.num_tenants_with(demand)
 
     def admit(self, demand: Demand) -> Prediction:
         """Decide on a tokenized request; the caller submits its sequences before it awaits anything.

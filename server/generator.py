@@ -70,8 +70,8 @@ class Generator:
             raise ModelNotFoundError(f"the model `{request.model}` does not exist", param="model")
         key = self.keys.get(tenant) if self.keys is not None else None
         tier, weight = (Tier.STANDARD, 1.0) if key is None else (key.tier, key.weight)
-        num_sequences = request.num_sequences
-        with self.client.reserve(tier, num_sequences, num_bytes), self._within_limits(tenant, tier, num_sequences):
+        demand = Demand(tier, tenant, weight, 0, request.num_sequences)
+        with self.client.reserve(demand, num_bytes), self._within_limits(demand):
             ready = self.client.ready
             if ready is None or self.tokenizer is None:
                 raise UnavailableError("the model is still loading", "loading")
@@ -88,15 +88,17 @@ class Generator:
             stages.tokenized_s = self.client.clock()
             samplings = [_sampling_params(request, prompt.token_ids, self.tokenizer, ready) for prompt in prompts]
             num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-            prediction = self.client.admit(Demand(tier, tenant, weight, num_tokens, request.num_sequences))
-            engine_fields = _EngineFields(tier, tenant, weight, prediction)
+            demand = replace(demand, num_tokens=num_tokens)
+            prediction = self.client.admit(demand)
             salt = f"{tenant}\0{request.cache_salt or ''}".encode("utf-8", "surrogatepass")
             generations: list[Generation] = []
             for prompt, sampling in zip(prompts, samplings, strict=True):
                 leader: Generation | None = None
                 for choice in range(request.num_choices):
                     own = replace(sampling, choice=choice)
-                    generation = self._submit(request, prompt, own, id, replace(stages), salt, leader, engine_fields)
+                    generation = self._submit(
+                        request, prompt, own, id, replace(stages), salt, leader, demand, prediction
+                    )
                     self.limits.begin(tenant)
                     generation.on_end.append(partial(self._release, tenant))
                     if on_end is not None:
@@ -107,21 +109,21 @@ class Generator:
             return generations
 
     @contextmanager
-    def _within_limits(self, tenant: str, tier: Tier, num_sequences: int) -> Iterator[None]:
+    def _within_limits(self, demand: Demand) -> Iterator[None]:
         """Hold a tenant's places inside the block; what begins there takes places of its own.
 
         Raises: RateLimitError, BadRequestError.
         """
         try:
-            self.limits.admit(tenant, num_sequences)
+            self.limits.admit(demand.tenant, demand.num_sequences)
         except RateLimitError:
-            self.client.metrics.count_shed(tier, "rate_limit")
+            self.client.metrics.count_shed(demand.tier, "rate_limit")
             raise
-        self.limits.begin(tenant, num_sequences)
+        self.limits.begin(demand.tenant, demand.num_sequences)
         try:
             yield
         finally:
-            self.limits.end(tenant, num_sequences)
+            self.limits.end(demand.tenant, demand.num_sequences)
 
     def _release(self, tenant: str, generation: Generation) -> None:
         self.limits.end(tenant)
@@ -136,7 +138,8 @@ class Generator:
         stages: Stages,
         salt: bytes,
         leader: Generation | None,
-        engine_fields: "_EngineFields",
+        demand: Demand,
+        prediction: Prediction,
     ) -> Generation:
         """Submit one sequence. With a `leader` it waits for that one's prompt, which is its own too."""
         assert self.tokenizer is not None
@@ -154,8 +157,8 @@ class Generator:
             detokenizer,
             choice=sampling.choice,
             echo=prompt.echo,
-            tier=engine_fields.tier,
-            predicted_ttft_s=engine_fields.prediction.raw_s if leader is None else None,
+            tier=demand.tier,
+            predicted_ttft_s=prediction.raw_s if leader is None else None,
         )
         if leader is not None:
             generation.prompt_logprobs = leader.prompt_logprobs
@@ -173,26 +176,16 @@ class Generator:
                 queue_deadline_s=received_s + _shorter(request.queue_timeout, settings.queue_timeout_s),
                 first_token_deadline_s=received_s + _shorter(request.ttft_timeout, settings.ttft_timeout_s),
                 stall_timeout_s=_shorter(request.stall_timeout, settings.stall_timeout_s),
-                target_s=self.client.clock() + engine_fields.prediction.target_s,
-                tier=engine_fields.tier,
-                tenant=engine_fields.tenant,
-                weight=engine_fields.weight,
+                target_s=self.client.clock() + prediction.target_s,
+                tier=demand.tier,
+                tenant=demand.tenant,
+                weight=demand.weight,
                 leader_id=None if leader is None else leader.request_id,
                 cache_salt=salt,
             ),
             generation,
         )
         return generation
-
-
-@dataclass(frozen=True, slots=True)
-class _EngineFields:
-    """What all sequences of a request tell the scheduler alike."""
-
-    tier: Tier
-    tenant: str
-    weight: float
-    prediction: Prediction
 
 
 @dataclass(frozen=True, slots=True)

@@ -286,7 +286,23 @@ async def test_a_full_queue_is_429_whatever_it_is_full_of(tmp_path: Path, limit:
             await request.done.wait()
             assert is_ok(request)
         assert is_ok(await server.call())
-        assert server.app.client._num_reserved == server.app.client._num_reserved_bytes == 0
+        assert server.app.client._num_reserved.total() == server.app.client._num_reserved_bytes == 0
+
+
+async def test_who_fills_the_queue_shuts_himself_out_and_nobody_else(tmp_path: Path) -> None:
+    keys = {"flood": "", "other": ""}
+    async with serving(tmp_path, keys, scheduler=slow_scheduler(max_num_seqs=1), max_queue_size=4) as server:
+        with server.app.runner.held():
+            await server.run("flood")
+            waiting = [server.start("flood") for _ in range(4)]
+            await server.app.until(lambda: server.app.client.num_unfinished == 5)
+            assert (await server.call("flood")).status == 429
+            waiting += [server.start("other") for _ in range(2)]
+            await server.app.until(lambda: server.app.client.num_unfinished == 7)
+            assert (await server.call("other")).status == 429, "half of the queue is its share"
+        for request in waiting:
+            await request.done.wait()
+            assert is_ok(request)
 
 
 # Tiers

@@ -23,7 +23,7 @@ OK = {"prompt": "hi", "max_tokens": 2, "temperature": 0}
 def assert_refused(answer: Exchange, status: int, *, param: str | None = None, code: str | None = None) -> None:
     assert answer.status == status, answer.body
     error = answer.json()["error"]
-    details = {"tier", "predicted_ttft_s"} if error["code"] == "queue_full" else set()
+    details = {"tier", "predicted_ttft_s", "target_ttft_s"} if error["code"] == "queue_full" else set()
     assert set(error) == {"message", "type", "param", "code"} | details
     assert error["message"]
     if param is not None:

@@ -510,7 +510,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.scheduler.looked_at[0][0].request.tier is Tier.PREMIUM, "its room is given to another"
         has_refused = False
         for sequence, fits in self.scheduler.looked_at:
-            assert not (has_refused and fits) or sequence.request.tier is Tier.PREMIUM
+            # Where a premium stream's target is out of reach, it keeps nobody out any more.
+            assert not (has_refused and fits) or sequence.request.tier is Tier.PREMIUM or self.costs_s is not None
             has_refused |= not fits
 
     def check_service(self, output: SchedulerOutput, admitted: list[int], paid: Mapping[int, int]) -> None:
