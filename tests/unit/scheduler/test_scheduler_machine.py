@@ -545,20 +545,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if is_preempting or not self.alive:
             return
         if not self.in_flight:
-            assert output.rows, (
-                "nothing is computed",
-                repr(
-                    {
-                        k: v
-                        for k, v in vars(scheduler).items()
-                        if k[:4]
-                        in ("_run", "_que", "_dec", "_bud", "_num", "pref", "look", "_end", "_seq", "_fol", "vict")
-                    }
-                ),
-                self.now,
-                output,
-                [(s.num_schedulable_tokens, s.request, len(s.block_ids)) for s in running.values()],
-            )
+            assert output.rows, "nothing is computed"
         num_prompt_tokens = output.shape.num_prompt_tokens
         for id in running:
             if schedulable.get(id, 0) > 1 and id not in {_id(row) for row in output.rows}:
