@@ -51,9 +51,13 @@ _PREMIUM_RESERVE = 0.1
 _MAX_PREEMPTIONS = 2
 # G: cancelled ones that wait hold nothing, so that no step need be longer for them.
 _MAX_DROPPED_WAITING = 256
+# An idle engine's pace changes slowly.
+_STEPS_PER_PACE = 16
 # How fast averages follow.
 _FOLLOWING = 0.05
 _IDLE = StepShape(0, 0, 0)
+# A named tuple's own constructor is a Python function, which is felt at hundreds of rows.
+_new = tuple.__new__
 _RANK = {tier: rank for rank, tier in enumerate(Tier)}
 
 
@@ -76,12 +80,12 @@ class ScheduledRow(NamedTuple):
         """The row of the next tokens of a sequence, which are scheduled with it."""
         start = sequence.num_scheduled_tokens
         end = sequence.num_scheduled_tokens = start + num_tokens
-        is_sampled = end >= len(sequence.token_ids) and sequence.request.sampling.max_tokens > 0
+        is_sampled = end >= len(sequence.token_ids) and sequence.num_total_tokens > sequence.num_prompt_tokens
         scored_positions = _NONE_SCORED
-        if sequence.request.sampling.num_prompt_logprobs is not None:
+        if sequence.is_scored:
             first = max(start, sequence.num_prompt_logprobs) + 1
             scored_positions = range(first, min(end + 1, sequence.num_prompt_tokens))
-        return ScheduledRow(sequence, start, num_tokens, is_sampled, scored_positions)
+        return _new(ScheduledRow, (sequence, start, num_tokens, is_sampled, scored_positions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,7 @@ class Scheduler:
         self._lengths = OutputLengths()
         self._endangered: Sequence | None = None  # E: a premium head that found no room and will miss its target
         self._has_premium = False
+        self._idle_tokens_per_s = 0.0
         self._num_starved_steps = 0
         self._num_prompt_tokens_left = 0  # of running sequences, when the last step was made
         self._budget = max_num_batched_tokens  # the last step's
@@ -168,8 +173,10 @@ class Scheduler:
         self._cancelled.update(request_ids)
 
     def observe(self, shape: StepShape, seconds: float) -> None:
-        """Learn from a step that was computed for nobody, at the start."""
+        """Learn how long a step took; at the start, of steps that were computed for nobody."""
         self._step_time.observe(shape, seconds)
+        if self._step_time.num_observed <= _STEPS_PER_PACE or self._step_time.num_observed % _STEPS_PER_PACE == 0:
+            self._idle_tokens_per_s = self._pace(_IDLE)[0]
 
     def schedule(self, now: float) -> SchedulerOutput:
         """Choose the rows of the next step and give each the blocks it needs.
@@ -202,37 +209,44 @@ class Scheduler:
         What was computed for a sequence that has ended since is nobody's.
         """
         if times is not None:
-            self._step_time.observe(output.shape, times.ended_s - times.began_s)
+            self.observe(output.shape, times.ended_s - times.began_s)
         outputs = []
         num_tokens = 0
         for row, result in zip(output.rows, results, strict=True):
             sequence = row.sequence
             if sequence.status is SequenceStatus.FINISHED:
                 continue
-            is_first_run = sequence.is_fresh
-            self._advance(sequence, row.num_tokens)
-            sequence.num_prompt_logprobs += len(result.prompt_logprobs)
+            is_first_run = sequence.num_computed_tokens == sequence.num_cached_tokens and sequence.is_fresh
+            sequence.num_computed_tokens += row.num_tokens
+            if sequence.num_computed_tokens % self._block_size < row.num_tokens or self._followers:
+                self._note_computed(sequence, row.num_tokens)
+            token_id, logprobs, prompt_logprobs = result
             finish_reason = None
-            if result.token_id is not None:
+            if token_id is not None:
                 num_tokens += 1
-                sequence.token_ids.append(result.token_id)
-                finish_reason = self._finish_reason(sequence, result.token_id)
+                sequence.token_ids.append(token_id)
+                if token_id in sequence.end_token_ids or len(sequence.token_ids) >= sequence.num_total_tokens:
+                    finish_reason = self._finish_reason(sequence, token_id)
                 if times is not None:
-                    self._note_token(sequence, times.ended_s)
+                    is_first = sequence.last_token_s is None
+                    sequence.last_token_s = times.ended_s
+                    if is_first:
+                        self._deadlines.watch(sequence)  # F: from now on it can stall
             elif sequence.num_uncomputed_tokens == 0:
                 finish_reason = FinishReason.LENGTH  # nothing was to be sampled
-            if is_first_run or result.token_id is not None or result.prompt_logprobs or finish_reason is not None:
-                outputs.append(
-                    SequenceOutput(
-                        sequence.request.request_id,
-                        () if result.token_id is None else (result.token_id,),
-                        finish_reason,
-                        sequence.scheduled_s if is_first_run else None,
-                        sequence.num_cached_tokens if is_first_run else 0,
-                        () if result.logprobs is None else (result.logprobs,),
-                        result.prompt_logprobs,
-                    )
+            if is_first_run or token_id is not None or prompt_logprobs or finish_reason is not None:
+                sequence.num_prompt_logprobs += len(prompt_logprobs)
+                fields = (
+                    sequence.request_id,
+                    () if token_id is None else (token_id,),
+                    finish_reason,
+                    sequence.scheduled_s if is_first_run else None,
+                    sequence.num_cached_tokens if is_first_run else 0,
+                    () if logprobs is None else (logprobs,),
+                    prompt_logprobs,
+                    None,
                 )
+                outputs.append(_new(SequenceOutput, fields))
             if finish_reason is not None:
                 self._remove(sequence)
         self._lengths.count_tokens(num_tokens)
@@ -246,7 +260,7 @@ class Scheduler:
             self._remove(sequence)
         return [
             SequenceOutput(
-                sequence.request.request_id,
+                sequence.request_id,
                 finish_reason=FinishReason.ERROR,
                 scheduled_s=sequence.scheduled_s if sequence.is_fresh else None,
                 num_cached_tokens=sequence.num_cached_tokens if sequence.is_fresh else 0,
@@ -279,7 +293,7 @@ class Scheduler:
             num_startable=min(self.max_num_seqs - num_running, self._pool.num_free / mean_blocks),
             num_preemptable=num_running - self._num_running[Tier.PREMIUM],
             prefill_tokens_per_s=prefill_tokens_per_s,
-            idle_tokens_per_s=self._pace(_IDLE)[0],
+            idle_tokens_per_s=self._idle_tokens_per_s,
             completions_per_s=self._completions_per_s() if num_running else 0.0,
             step_s=step_s,
         )
@@ -349,10 +363,10 @@ class Scheduler:
         token_cost, context_cost = self._step_time.decode_cost()
         costs: dict[TenantAccount, float] = {}
         for sequence in self._running.values():
-            num_tokens = sequence.num_schedulable_tokens
+            num_tokens = len(sequence.token_ids) - sequence.num_scheduled_tokens
             if num_tokens > 1:
                 prompts.append(sequence)
-            elif num_tokens:
+            elif num_tokens or sequence.num_schedulable_tokens:  # the latter asks for a pending one
                 if sequence.num_scheduled_tokens >= len(sequence.block_ids) * self._block_size:
                     sequence.block_ids += self._pool.allocate(1)  # to the same list
                 row = ScheduledRow.next_of(sequence, 1)
@@ -409,15 +423,17 @@ class Scheduler:
         while (head := self._queue.pick(takes_long=takes_long, only=only)) is not None:
             if self._running and len(dropped) >= 2 * _MAX_DROPPED_WAITING:
                 return None
-            if head.request.request_id in self._cancelled:
-                self._cancelled.discard(head.request.request_id)
+            if head.request_id in self._cancelled:
+                self._cancelled.discard(head.request_id)
                 dropped.append(self._drop(head, FinishReason.CANCELLED))
+                only = None  # the place can have been made for it
                 continue
             cached = self._find_cached(head)
             first_token_s = now + self._prefill_s(head, cached)  # if it began now
             is_late = first_token_s > min(head.request.deadline_s, head.request.first_token_deadline_s)
             if head.num_output_tokens == 0 and is_late:  # F
                 dropped.append(self._drop(head, FinishReason.DEADLINE))
+                only = None
             elif self._fits(head, cached):
                 self._start(head, cached, now)
                 return head
@@ -489,7 +505,7 @@ class Scheduler:
             if self._uses_prefix_cache(sequence):
                 self._num_prefix_queries += sequence.num_prompt_tokens
                 self._num_prefix_hits += sequence.num_cached_tokens
-        self._running[sequence.request.request_id] = sequence
+        self._running[sequence.request_id] = sequence
         self._num_running[sequence.request.tier] += 1
 
     def _prefill_s(self, sequence: Sequence, cached: list[int]) -> float:
@@ -505,17 +521,16 @@ class Scheduler:
         if leader is None or leader.num_computed_tokens >= leader.num_prompt_tokens:
             return False
         is_findable = self._has_prefix_cache and sequence.num_prompt_tokens > self._block_size
-        return is_findable or leader.request.sampling.num_prompt_logprobs is not None
+        return is_findable or leader.is_scored
 
     def _release_followers(self, leader: Sequence) -> None:
-        for sequence in self._followers.pop(leader.request.request_id, ()):
+        for sequence in self._followers.pop(leader.request_id, ()):
             if sequence.status is SequenceStatus.WAITING:
                 self._queue.push(sequence)
 
     def _uses_prefix_cache(self, sequence: Sequence) -> bool:
         """A prompt whose own log probabilities are still wanted has to be computed."""
-        is_scored = sequence.request.sampling.num_prompt_logprobs is not None
-        is_missing = is_scored and sequence.num_prompt_logprobs < sequence.num_prompt_tokens - 1
+        is_missing = sequence.is_scored and sequence.num_prompt_logprobs < sequence.num_prompt_tokens - 1
         return self._has_prefix_cache and not is_missing
 
     def _find_cached(self, sequence: Sequence) -> list[int]:
@@ -529,11 +544,10 @@ class Scheduler:
                 block_ids.append(block_id)
         return block_ids
 
-    def _advance(self, sequence: Sequence, num_tokens: int) -> None:
-        """Count tokens as computed, and let others find the blocks they have filled."""
-        first = sequence.num_computed_tokens // self._block_size
-        sequence.num_computed_tokens += num_tokens
+    def _note_computed(self, sequence: Sequence, num_tokens: int) -> None:
+        """Let others find the blocks that its last so many tokens have filled, and followers the prompt."""
         if self._has_prefix_cache:
+            first = (sequence.num_computed_tokens - num_tokens) // self._block_size
             for index in range(first, sequence.num_computed_tokens // self._block_size):
                 self._pool.register(sequence.block_ids[index], sequence.block_hash(index, self._block_size))
         if self._followers and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
@@ -557,7 +571,7 @@ class Scheduler:
                 num_missing -= self._num_missing_blocks(victim)
                 self._preempt(victim)
         head = self._endangered
-        if head is not None and (head.status is SequenceStatus.FINISHED or head.request.request_id in self._cancelled):
+        if head is not None and (head.status is SequenceStatus.FINISHED or head.request_id in self._cancelled):
             head = self._endangered = None
         if head is not None:
             while not self._fits(head, self._find_cached(head)):
@@ -579,7 +593,7 @@ class Scheduler:
             key=lambda s: (
                 _RANK[s.request.tier],
                 (len(s.block_ids) - s.num_shared_blocks) / (1 + s.num_computed_tokens),
-                s.request.request_id,
+                s.request_id,
             ),
             default=None,
         )
@@ -602,19 +616,10 @@ class Scheduler:
 
     # F, G, and the other ends
 
-    def _note_token(self, sequence: Sequence, now: float) -> None:
-        is_first = sequence.last_token_s is None
-        sequence.last_token_s = now
-        if is_first and sequence.request.stall_timeout_s != float("inf"):
-            self._deadlines.watch(sequence)
-
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        sampling = sequence.request.sampling
-        if token_id in sampling.stop_token_ids and sequence.num_output_tokens > sampling.min_tokens:
+        if token_id in sequence.end_token_ids and sequence.num_output_tokens > sequence.request.sampling.min_tokens:
             return FinishReason.STOP
-        if sequence.num_output_tokens >= sampling.max_tokens:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if len(sequence.token_ids) >= sequence.num_total_tokens else None
 
     def _drop_cancelled(self) -> list[SequenceOutput]:
         """End all cancelled sequences that run, and some of those that wait; picking skips the others."""
@@ -634,7 +639,7 @@ class Scheduler:
 
     def _drop(self, sequence: Sequence, reason: FinishReason) -> SequenceOutput:
         self._remove(sequence)
-        return SequenceOutput(sequence.request.request_id, finish_reason=reason)
+        return SequenceOutput(sequence.request_id, finish_reason=reason)
 
     def _remove(self, sequence: Sequence) -> None:
         """Take a sequence off every list and free its blocks."""
@@ -644,13 +649,13 @@ class Scheduler:
         elif sequence.account is not None:  # else it follows a leader
             self._queue.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
-        del self._sequences[sequence.request.request_id]
+        del self._sequences[sequence.request_id]
         if sequence.num_output_tokens:
             self._lengths.observe(sequence.num_output_tokens)
         self._release_followers(sequence)
 
     def _stop_running(self, sequence: Sequence) -> None:
-        del self._running[sequence.request.request_id]
+        del self._running[sequence.request_id]
         self._num_running[sequence.request.tier] -= 1
 
     def _free_blocks(self, sequence: Sequence) -> None:

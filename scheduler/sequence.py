@@ -28,6 +28,7 @@ class Sequence:
     """A request's growing token list and its place in the KV cache.
 
     `biases` (token ids, values) and `stop_token_ids` are the request's, as arrays that no step need make anew.
+    It will have `num_total_tokens` at most; with `is_scored` its prompt's log probabilities are wanted.
     `num_cached_tokens` is how many tokens its first run found in the prefix cache, `num_prompt_logprobs` how many log
     probabilities of its prompt it has been given, `sampling_record` its sampling settings as the runner packs them.
     Of its tokens `num_scheduled_tokens` are in some step, and `num_computed_tokens` of them in one that is recorded.
@@ -43,7 +44,9 @@ class Sequence:
         "account",
         "biases",
         "block_ids",
+        "end_token_ids",
         "is_long",
+        "is_scored",
         "last_token_s",
         "needs_last_token",
         "num_cached_tokens",
@@ -54,7 +57,9 @@ class Sequence:
         "num_prompt_tokens",
         "num_scheduled_tokens",
         "num_shared_blocks",
+        "num_total_tokens",
         "request",
+        "request_id",
         "sampling_record",
         "scheduled_s",
         "status",
@@ -64,8 +69,12 @@ class Sequence:
 
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
+        self.request_id = request.request_id
+        self.end_token_ids = request.sampling.stop_token_ids
         self.token_ids = array("q", request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        self.num_total_tokens = self.num_prompt_tokens + request.sampling.max_tokens
+        self.is_scored = request.sampling.num_prompt_logprobs is not None
         self.num_scheduled_tokens = 0
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
@@ -92,11 +101,6 @@ class Sequence:
         return self.num_computed_tokens == self.num_cached_tokens and self.num_preemptions == 0
 
     @property
-    def num_total_tokens(self) -> int:
-        """How many tokens it will have at most."""
-        return self.num_prompt_tokens + self.request.sampling.max_tokens
-
-    @property
     def next_deadline_s(self) -> float:
         """When it is out of time if nothing happens to it."""
         request = self.request
@@ -117,7 +121,7 @@ class Sequence:
         if num_unscheduled > 0:
             return num_unscheduled
         assert num_unscheduled == 0, "scheduled two steps ahead of what is known"
-        return int(self.num_output_tokens + 1 < self.request.sampling.max_tokens and not self.needs_last_token)
+        return int(len(self.token_ids) + 1 < self.num_total_tokens and not self.needs_last_token)
 
     @property
     def num_output_tokens(self) -> int:

@@ -444,7 +444,7 @@ def test_a_premium_prompt_that_would_miss_its_target_takes_the_place_of_a_lower_
 
 def test_a_place_made_for_a_premium_prompt_that_is_late_after_all_is_anothers_at_once() -> None:
     life = Life(max_num_seqs=1, costs_s=(0.0, 0.1, 0.1, 0.0))
-    life.add(request(0, 4, 50, tier=Tier.BATCH))
+    life.add(request(0, 2, 50, tier=Tier.BATCH))
     life.step()
     life.add(request(1, 4, 3, tier=Tier.PREMIUM, target_s=0.0, first_token_deadline_s=4.2))
     assert [life.step() for _ in range(3)] == [{0: 1}, {}, {0: 2}]
