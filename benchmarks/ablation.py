@@ -50,7 +50,7 @@ _FULL = ServerSettings(
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A policy: the letters that are on. `_` in `settings` is not theirs."""
+    """A policy: which letters are on."""
 
     settings: ServerSettings = _FULL
     forecasts: bool = True  # D

@@ -115,7 +115,7 @@ class Installation:
         num_cores = len(os.sched_getaffinity(0))
         if name in _HEADRACE:
             # As the others, it lets every request in: see configs/open.toml.
-            flags = (*_HEADRACE[name], "--kv-cache-bytes", f"{KV_CACHE_GIB}GiB", "--ttft-targets-s", "[600,600,600]")
+            flags = (*_HEADRACE[name], "--kv-cache-bytes", f"{KV_CACHE_GIB}GiB", "--ttft-targets-s", "[1e6,1e6,1e6]")
             command = (sys.executable, "-m", "headrace.server", self._model(name), "--port", "{port}", *flags)
             return Recipe(name=name, command=command)
         if name == "vllm":

@@ -426,14 +426,13 @@ class Scheduler:
             if head.request_id in self._cancelled:
                 self._cancelled.discard(head.request_id)
                 dropped.append(self._drop(head, FinishReason.CANCELLED))
-                only = None  # the place can have been made for it
                 continue
             cached = self._find_cached(head)
             first_token_s = now + self._prefill_s(head, cached)  # if it began now
             is_late = first_token_s > min(head.request.deadline_s, head.request.first_token_deadline_s)
             if head.num_output_tokens == 0 and is_late:  # F
                 dropped.append(self._drop(head, FinishReason.DEADLINE))
-                only = None
+                only = None  # the place can have been made for it
             elif self._fits(head, cached):
                 self._start(head, cached, now)
                 return head
