@@ -215,7 +215,7 @@ def _full_house(seed: int, capacity: float) -> tuple[list[Job], Callable[[Outcom
 
 
 def _impatient(seed: int, capacity: float) -> tuple[list[Job], Callable[[Outcome], float]]:
-    jobs = [replace(job, ttft_timeout_s=3.0) for job in trace_jobs(1000, 2 * capacity, seed)]
+    jobs = [replace(job, ttft_timeout_s=3.0) for job in trace_jobs(1000, 3 * capacity, seed)]
     return jobs, lambda outcome: outcome.goodput
 
 
@@ -239,7 +239,7 @@ _LETTERS: tuple[tuple[str, _Load, str, bool, Variant], ...] = (
         False,
         Variant(replace(_FULL, num_blocks=8000, max_num_seqs=32, ttft_targets_s=(2.0, 8.0, 1000.0))),
     ),
-    ("F", _impatient, "good jobs per second at 2x, first tokens wanted in 3 s", True, Variant().without("C")),
+    ("F", _impatient, "good jobs per second at 3x, first tokens wanted in 3 s", True, Variant().without("C")),
 )
 
 

@@ -286,7 +286,12 @@ class _World:
         token, context = scheduler._step_time.decode_cost()
         capacity = settings.num_blocks * settings.block_size
         self.dearest_token = max(self.dearest_token, token + context * capacity)
-        for tier in scheduler._queue._tiers.values():
+        tiers = [tier for tier in scheduler._queue._tiers.values() if tier.backlogged]
+        if len(tiers) > 1:
+            bound = 3 * capacity * (1 + self.dearest_token)
+            served = [tier.served for tier in tiers]
+            _require(max(served) - min(served) <= bound, "a tier is served far more than another that waits")
+        for tier in tiers:
             served = [tenant.served for tenant in tier.backlogged.values()]
             if len(served) > 1:
                 bound = 3 * capacity * (1 + self.dearest_token)

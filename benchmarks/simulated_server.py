@@ -144,6 +144,7 @@ class SimulatedEngine:
         self._cancels: deque[int] = deque()
         self._in_flight: deque[tuple[SchedulerOutput, StepTimes, bool]] = deque()
         self._num_steps = 0
+        self._num_empty = 0
         self._is_idle = True
         self._busy_s = 0.0
 
@@ -190,6 +191,8 @@ class SimulatedEngine:
             if len(self._in_flight) > self._num_ahead or (self._in_flight and scheduler.may_preempt):
                 break
             output = scheduler.schedule(self._queue.now)
+            self._num_empty = 0 if output.rows else self._num_empty + 1
+            assert self._num_empty <= 3, "an engine that has work and does nothing"
             if output.rows:
                 self._launch(output)
             if output.dropped or not output.rows:

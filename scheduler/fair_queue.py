@@ -123,6 +123,12 @@ class FairQueue:
             for heap in tenant.heaps:
                 heap.clear()
 
+    def lead(self, tier: Tier, sequence: Sequence) -> float:
+        """How much more a tier has been served than a sequence's own, in prompt tokens of the latter."""
+        assert sequence.account is not None
+        own = sequence.account.tier
+        return (self._tiers[tier].served - own.served) * own.weight
+
     def pick(self, *, takes_long: bool = True, only: Tier | None = None) -> Sequence | None:
         """Who is next, of all tiers or `only` one. Without `takes_long` long prompts are passed over."""
         tiers = [tier for name, tier in self._tiers.items() if tier.backlogged and only in (None, name)]

@@ -115,7 +115,9 @@ class Scheduler:
         self._pool = block_pool
         self._block_size = block_size
         self._max_num_batched_tokens = max_num_batched_tokens
-        self.max_num_seqs = max_num_seqs
+        # A full batch would leave prompts none of the budget.
+        num_kept = _STARVED_CHUNK if max_num_batched_tokens >= 8 * _STARVED_CHUNK else 0
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens - num_kept)
         self._has_prefix_cache = has_prefix_cache
         self._sequences: dict[int, Sequence] = {}
         self._queue = FairQueue(self._policy.tier_weights)
@@ -187,7 +189,6 @@ class Scheduler:
         dropped = self._drop_cancelled() + self._drop_expired(now)
         has_preempted = self._make_room()
         rows, prompts = self._decode()
-        self._num_prompt_tokens_left = sum(sequence.num_schedulable_tokens for sequence in prompts)
         budget = self._prefill_budget(max((sequence.num_scheduled_tokens for sequence in prompts), default=0))
         num_left, num_long = self._continue_prompts(prompts, budget, rows)
         # A step that preempted admits nobody: a victim that shares a prefix could fit again at once, only to go again.
@@ -197,6 +198,8 @@ class Scheduler:
                 break
             num_long += sequence.num_schedulable_tokens > 2 * budget
             num_left -= self._prefill(sequence, num_left, rows)
+            prompts.append(sequence)
+        self._num_prompt_tokens_left = sum(len(s.token_ids) - s.num_scheduled_tokens for s in prompts)
         self._num_steps += bool(rows)
         return SchedulerOutput(rows, dropped, self._shape(rows))
 
@@ -289,7 +292,7 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             num_steps=self._num_steps,
             busy_s=busy_s,
-            num_prefill_tokens=self._num_prompt_tokens_left,
+            num_prefill_tokens=self._num_prompt_tokens_left if num_running else 0,
             num_startable=min(self.max_num_seqs - num_running, self._pool.num_free / mean_blocks),
             num_preemptable=num_running - self._num_running[Tier.PREMIUM],
             prefill_tokens_per_s=prefill_tokens_per_s,
@@ -333,7 +336,7 @@ class Scheduler:
 
     def _pace(self, decoding: StepShape) -> tuple[float, float]:
         """(Prompt tokens per second, seconds per step) as long as prompts wait beside these."""
-        most = self._max_num_batched_tokens - decoding.num_decoding
+        most = max(1, self._max_num_batched_tokens - decoding.num_decoding)
         num_tokens = max(min(_STARVED_CHUNK, most) / _STARVED_STEPS, min(most, self._fitting_tokens(decoding)))
         step_s = self._step_time.predict_s(decoding._replace(num_prompt_tokens=num_tokens))
         return (num_tokens / step_s if step_s > 0 else 0.0), step_s
@@ -414,13 +417,12 @@ class Scheduler:
     # B, D: who is admitted
 
     def _admit_next(self, now: float, *, takes_long: bool, dropped: list[SequenceOutput]) -> Sequence | None:
-        """Start the next in the queue if there is room for it. Nobody overtakes one that finds none, but premium,
-        for which some is kept."""
+        """Start the next in the queue if there is room for it. Nobody overtakes one that finds none, but premium, for
+        which some is kept, and that for no more service than its prompt is."""
         only: Tier | None = None
-        if self._endangered is not None:
-            only = Tier.PREMIUM  # there is room for it, which may be a victim's that would be next
-            self._endangered = None
-        while (head := self._queue.pick(takes_long=takes_long, only=only)) is not None:
+        claimant, self._endangered = self._endangered, None  # there is room for it, which a victim may be picked for
+        while (head := claimant or self._queue.pick(takes_long=takes_long, only=only)) is not None:
+            claimant = None
             if self._running and len(dropped) >= 2 * _MAX_DROPPED_WAITING:
                 return None
             if head.request_id in self._cancelled:
@@ -432,15 +434,16 @@ class Scheduler:
             is_late = first_token_s > min(head.request.deadline_s, head.request.first_token_deadline_s)
             if head.num_output_tokens == 0 and is_late:  # F
                 dropped.append(self._drop(head, FinishReason.DEADLINE))
-                only = None  # the place can have been made for it
             elif self._fits(head, cached):
                 self._start(head, cached, now)
                 return head
             elif head.request.tier is Tier.PREMIUM:
                 is_late = first_token_s + self._step_time.predict_s(self._decoding) > head.request.target_s
-                if is_late and self._victim(self._lower_tiers()) is not None:
+                if is_late and self._could_fit(head, cached):
                     self._endangered = head
                 return None
+            elif self._queue.lead(Tier.PREMIUM, head) > len(head.token_ids):
+                return None  # B: premium has passed it often enough
             else:
                 only = Tier.PREMIUM
         return None
@@ -497,6 +500,9 @@ class Scheduler:
         sequence.num_scheduled_tokens = sequence.num_computed_tokens = len(cached) * self._block_size
         sequence.num_charged_tokens = max(sequence.num_charged_tokens, sequence.num_computed_tokens)
         sequence.status = SequenceStatus.RUNNING
+        if sequence.last_token_s is not None:
+            sequence.last_token_s = now  # F: that it waited was our doing
+            self._deadlines.watch(sequence)
         if sequence.scheduled_s is None:
             sequence.scheduled_s = now
             sequence.num_cached_tokens = sequence.num_computed_tokens
@@ -582,7 +588,20 @@ class Scheduler:
         return self._num_preemptions > num_preemptions
 
     def _lower_tiers(self) -> list[Sequence]:
-        return [sequence for sequence in self._running.values() if sequence.request.tier is not Tier.PREMIUM]
+        """Those that give way to premium."""
+        return [
+            sequence
+            for sequence in self._running.values()
+            if sequence.request.tier is not Tier.PREMIUM and sequence.num_preemptions < _MAX_PREEMPTIONS
+        ]
+
+    def _could_fit(self, sequence: Sequence, cached: list[int]) -> bool:
+        """Whether there were a place and blocks for a sequence, if all lower tiers gave way."""
+        lower = self._lower_tiers()
+        num_freed = sum(len(s.block_ids) - s.num_shared_blocks for s in lower)
+        num_blocks = self._num_blocks(sequence) - len(cached) + self._pool.num_free_among(cached)
+        has_place = len(self._running) - len(lower) < self.max_num_seqs
+        return bool(lower) and has_place and num_blocks <= self._pool.num_free + num_freed
 
     def _victim(self, candidates: list[Sequence]) -> Sequence | None:
         """The one of the lowest tier, of these the one that frees most blocks for what it takes to compute again, of

@@ -105,7 +105,10 @@ class Sequence:
         """When it is out of time if nothing happens to it."""
         request = self.request
         if self.last_token_s is not None:
-            return min(request.deadline_s, self.last_token_s + request.stall_timeout_s)
+            is_running = self.status is SequenceStatus.RUNNING  # a preempted one does not stall
+            return min(
+                request.deadline_s, self.last_token_s + request.stall_timeout_s if is_running else request.deadline_s
+            )
         at_s = min(request.deadline_s, request.first_token_deadline_s)
         return min(at_s, request.queue_deadline_s) if self.scheduled_s is None else at_s
 

@@ -3,7 +3,7 @@
 Lives on the event loop. It knows the engine by its last LoadSnapshot, and by itself what has been submitted and has not
 been begun. A request would wait for
 
-    TTFT = kappa (max((U + u) / mu, wait for the m-th completion) + t)
+    TTFT = kappa (max((U + u) / mu, wait for the m-th completion) + t - u / mu) + u / mu
 
 u are its prompt tokens, U those that weighted fair queueing serves before its last one: all of its own tenant's, of
 each other's what waits and what will come meanwhile, at most what its weight is worth, and the same over tiers; and
@@ -11,7 +11,8 @@ what running prompts still need. mu are prompt tokens per second as steps go now
 free than requests come before it, m sequences have to end first. kappa is the 98th percentile of what first tokens
 took, over what was predicted for them: with the 90th one in a hundred came a fifth after its target, at no more of
 them in all (benchmarks/README.md).
-A request is admitted where that is within its tier's target and the time that its own prompt takes on an idle server.
+A request is admitted where that is within 0.8 of its tier's target and the time that its own prompt takes on an idle
+server.
 Sources: scheduling order of VTC (OSDI 2024) as a fluid; prediction of waiting as in QLM (SoCC 2024).
 """
 
@@ -118,15 +119,13 @@ class Admission:
     def num_queued(self, tier: Tier) -> int:
         return sum(len(queue.requests) for queue in self._queues[tier].values())
 
-    def num_queued_of(self, demand: Demand) -> int:
-        """How many of the same tenant wait."""
+    def num_queued_of(self, demand: Demand) -> tuple[int, int]:
+        """(Requests, their prompts' tokens) that wait of the same tenant."""
         queue = self._queues[demand.tier].get(demand.tenant)
-        return 0 if queue is None else len(queue.requests)
+        return (0, 0) if queue is None else (len(queue.requests), queue.num_tokens)
 
-    def num_tenants_with(self, demand: Demand) -> int:
-        """How many tenants would have somebody waiting with this one."""
-        others = sum(bool(queue.requests) for queues in self._queues.values() for queue in queues.values())
-        return others + (self.num_queued_of(demand) == 0)
+    def waiting_tenants(self) -> set[str]:
+        return {name for queues in self._queues.values() for name, queue in queues.items() if queue.requests}
 
     def enter(self, request_id: int, demand: Demand) -> None:
         """Count a request of one sequence as waiting."""
@@ -180,14 +179,16 @@ class Admission:
             )
             raw_s = max(raw_s, completions_s)
         raw_s += load.step_s
-        own_s = num_tokens / load.idle_tokens_per_s if load.idle_tokens_per_s > 0 else 0.0
-        return Prediction(self.kappa * raw_s, self.targets_s[demand.tier] + own_s, raw_s)
+        own_s = num_tokens / load.prefill_tokens_per_s  # of which there is no doubt
+        idle_s = num_tokens / load.idle_tokens_per_s if load.idle_tokens_per_s > 0 else own_s
+        target_s = _USED_SHARE * self.targets_s[demand.tier] + idle_s
+        return Prediction(self.kappa * (raw_s - own_s) + own_s, target_s, raw_s)
 
     def admit(self, load: LoadSnapshot, demand: Demand) -> Prediction:
         """Raises: OverloadedError where the first token would come too late. An idle server takes everything."""
         prediction = self.predict(load, demand)
         is_idle = load.num_running == 0 and not self._demands
-        if prediction.ttft_s > _USED_SHARE * prediction.target_s and not is_idle:
+        if prediction.ttft_s > prediction.target_s and not is_idle:
             raise OverloadedError(
                 f"the first token would come after {prediction.ttft_s:.1f} s, and {demand.tier.value} requests of this "
                 f"length are to have theirs within {prediction.target_s:.1f} s",
@@ -205,6 +206,9 @@ class Admission:
             return
         self._ratios.append(actual_s / predicted_raw_s)
         self._num_ratios += 1
+        if self._num_ratios == _RATIOS_PER_KAPPA:
+            for _ in _PRESUMED_RATIOS:
+                self._ratios.popleft()
         if self._num_ratios % _RATIOS_PER_KAPPA == 0:
             ordered = sorted(self._ratios)
             self.kappa = min(_MAX_KAPPA, max(_MIN_KAPPA, ordered[int(_QUANTILE * len(ordered))]))

@@ -136,9 +136,13 @@ class EngineClient:
             raise BadRequestError(f"{num_sequences} answers at once are more than this server can queue")
         full = ""
         is_full = self.num_waiting + num_sequences > limits.num_requests + num_startable
-        if is_full and self._is_over_share(demand):
+        num_own, num_own_tokens = self.admission.num_queued_of(demand)
+        num_own += self._num_reserved[demand.tenant] + num_sequences
+        # Of a full queue each tenant that waits may hold its part: who floods it shuts himself out, and nobody else.
+        num_tenants = len(self.admission.waiting_tenants() | {demand.tenant} | self._num_reserved.keys())
+        if is_full and num_own > limits.num_requests / num_tenants:
             full = f"{self.num_waiting} requests are waiting already"
-        elif self.admission.num_queued_tokens > limits.num_tokens:
+        elif self.admission.num_queued_tokens > limits.num_tokens and num_own_tokens > limits.num_tokens / num_tenants:
             full = f"{self.admission.num_queued_tokens} prompt tokens are waiting already"
         elif self._num_reserved_bytes and self._num_reserved_bytes + num_bytes > limits.num_bytes:
             full = f"{self._num_reserved_bytes} bytes of requests are being read already"
@@ -162,12 +166,6 @@ class EngineClient:
             if not self._num_reserved[demand.tenant]:
                 del self._num_reserved[demand.tenant]
             self._num_reserved_bytes -= num_bytes
-
-    def _is_over_share(self, demand: Demand) -> bool:
-        """Whether a tenant would hold more of a full queue than each of those that wait may: who floods it shuts
-        himself out, and nobody else."""
-        num_own = self.admission.num_queued_of(demand) + self._num_reserved[demand.tenant] + demand.num_sequences
-        return num_own > self._limits.num_requests / self.admission.num_tenants_with(demand)
 
     def admit(self, demand: Demand) -> Prediction:
         """Decide on a tokenized request; the caller submits its sequences before it awaits anything.

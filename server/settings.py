@@ -49,6 +49,7 @@ def _parse_bytes(value: Any) -> Any:
 
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=1e-3, le=1e3)]
 _PerTier = tuple[_Positive, _Positive, _Positive]
 # A flag that may be a list comes as one.
 _PerTierOrAuto = Annotated[
@@ -119,7 +120,9 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int = Field(256, ge=1, le=65536, description="token budget of one step")
     enable_prefix_caching: bool = Field(True, description="share the KV blocks of prompts that begin alike")
 
-    tier_weights: _PerTier = Field((8.0, 3.0, 1.0), description="shares of premium, standard and batch under load")
+    tier_weights: tuple[_Share, _Share, _Share] = Field(
+        (8.0, 3.0, 1.0), description="shares of premium, standard and batch under load"
+    )
     itl_targets_ms: _PerTierOrAuto = Field(
         "auto", description="between two tokens of a stream, for premium, standard and batch; steps are sized for it"
     )

@@ -7,7 +7,7 @@ import pytest
 
 from headrace.scheduler.deadlines import DeadlineHeap
 from headrace.scheduler.messages import GenerationRequest, SamplingParams
-from headrace.scheduler.sequence import Sequence
+from headrace.scheduler.sequence import Sequence, SequenceStatus
 
 NEVER = float("inf")
 
@@ -45,7 +45,7 @@ def test_they_run_out_of_time_when_a_look_at_everybody_says_so(seed: int) -> Non
         heap.watch(made)
         for other in rng.sample(list(alive.values()), min(6, len(alive))):
             if other.scheduled_s is None:
-                other.scheduled_s = now
+                other.scheduled_s, other.status = now, SequenceStatus.RUNNING
             elif rng.random() < 0.1:
                 del alive[other.request.request_id]
             else:
@@ -90,7 +90,7 @@ def test_one_that_got_more_time_is_looked_at_once_and_moved() -> None:
     alive = {0: sequence(0, queue_deadline_s=1.0, first_token_deadline_s=4.0, stall_timeout_s=2.0)}
     heap = DeadlineHeap(alive)
     heap.watch(alive[0])
-    alive[0].scheduled_s = 0.5
+    alive[0].scheduled_s, alive[0].status = 0.5, SequenceStatus.RUNNING
     assert list(heap.pop_expired(1.0)) == []
     assert [at_s for at_s, _ in heap._heap] == [4.0]
     alive[0].last_token_s = 1.5
@@ -99,4 +99,8 @@ def test_one_that_got_more_time_is_looked_at_once_and_moved() -> None:
         alive[0].last_token_s = now
         assert list(heap.pop_expired(now + 1.9)) == []
         assert len(heap._heap) <= 2
+    alive[0].status = SequenceStatus.WAITING
+    assert list(heap.pop_expired(7.0)) == [], "one that was preempted does not stall"
+    alive[0].status = SequenceStatus.RUNNING
+    heap.watch(alive[0])
     assert next(heap.pop_expired(7.0)) is alive[0]

@@ -460,6 +460,29 @@ def test_a_premium_prompt_that_would_miss_its_target_takes_the_place_of_a_lower_
     assert life.num_preemptions == 1
 
 
+def test_lower_tiers_stay_where_their_places_would_not_do_for_premium() -> None:
+    life = Life(num_blocks=30, has_short_answers=True)
+    life.add(request(0, 60, 50, tier=Tier.PREMIUM))
+    life.step()
+    life.add(request(1, 12, 20, tier=Tier.BATCH))
+    life.step()
+    life.add(request(2, 60, 3, tier=Tier.PREMIUM, target_s=0.0))
+    while 0 in life.running:
+        assert not life.scheduler.may_preempt
+        life.step()
+    life.finish()
+    assert life.num_preemptions == 0
+
+
+def test_premium_passes_a_large_prompt_of_a_lower_tier_for_no_more_service_than_that_is() -> None:
+    life = Life(num_blocks=50, has_short_answers=True)
+    life.add(*(request(id, 20, 10, tier=Tier.PREMIUM) for id in range(400)), request(400, 120, 1, tier=Tier.BATCH))
+    while 400 not in life.first_scheduled:
+        life.step()
+    assert 0 < len(life.first_scheduled) < 100, "premium goes first, and not for ever"
+    life.finish()
+
+
 def test_a_place_made_for_a_premium_prompt_that_is_late_after_all_is_anothers_at_once() -> None:
     life = Life(max_num_seqs=1, costs_s=(0.0, 0.1, 0.1, 0.0))
     life.add(request(0, 2, 50, tier=Tier.BATCH))
