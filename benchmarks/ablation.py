@@ -219,6 +219,7 @@ def _impatient(seed: int, capacity: float) -> tuple[list[Job], Callable[[Outcome
     return jobs, lambda outcome: outcome.goodput
 
 
+_OVERLOAD_HEADS = "TTFT p99 / target: premium | standard | batch | ITL p99 / target | good jobs/s | of all"
 _Load = Callable[[int, float], tuple[list[Job], Callable[[Outcome], float]]]
 # (Letter, its load, its figure, whether more of it is better, the policy it is taken out of).
 _LETTERS: tuple[tuple[str, _Load, str, bool, Variant], ...] = (
@@ -253,15 +254,10 @@ def ladder(capacity: float, num_jobs: int, seeds: range) -> list[str]:
         for later in "ABCDEF"[i + 1 :]:
             variant = variant.without(later)
         variants.append((f"+ {letter}", variant))
-    lines = ["| policy | TTFT p99 / target: premium | standard | batch | ITL p99 / target | good jobs/s | of all |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = [f"| policy | {_OVERLOAD_HEADS} |", "|---|---|---|---|---|---|---|"]
     for name, variant in variants:
         outcomes = [run(trace_jobs(num_jobs, 2 * capacity, seed), variant) for seed in seeds]
-        figures = [_median(outcome.ttft_ratio(tier) for outcome in outcomes) for tier in Tier]
-        figures.append(_median(float(np.percentile(outcome.gaps_s(), 99)) / _ITL_TARGET_S for outcome in outcomes))
-        figures.append(_median(outcome.goodput for outcome in outcomes))
-        figures.append(_median(outcome.good_share for outcome in outcomes))
-        lines.append(f"| {name} | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |")
+        lines.append(f"| {name} | {_overload_figures(outcomes)} |")
     return lines
 
 
@@ -281,16 +277,19 @@ def letters(capacity: float, seeds: range) -> list[str]:
 
 def overload(capacity: float, num_jobs: int, seeds: range) -> list[str]:
     """The whole policy from 1x to 3x."""
-    lines = ["| load | TTFT p99 / target: premium | standard | batch | ITL p99 / target | good jobs/s | of all |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = [f"| load | {_OVERLOAD_HEADS} |", "|---|---|---|---|---|---|---|"]
     for factor in (1.0, 1.5, 2.0, 3.0):
         outcomes = [run(trace_jobs(num_jobs, factor * capacity, seed), Variant()) for seed in seeds]
-        figures = [_median(outcome.ttft_ratio(tier) for outcome in outcomes) for tier in Tier]
-        figures.append(_median(float(np.percentile(outcome.gaps_s(), 99)) / _ITL_TARGET_S for outcome in outcomes))
-        figures.append(_median(outcome.goodput for outcome in outcomes))
-        figures.append(_median(outcome.good_share for outcome in outcomes))
-        lines.append(f"| {factor:g}x | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |")
+        lines.append(f"| {factor:g}x | {_overload_figures(outcomes)} |")
     return lines
+
+
+def _overload_figures(outcomes: Sequence[Outcome]) -> str:
+    figures = [_median(outcome.ttft_ratio(tier) for outcome in outcomes) for tier in Tier]
+    figures.append(_median(float(np.percentile(outcome.gaps_s(), 99)) / _ITL_TARGET_S for outcome in outcomes))
+    figures.append(_median(outcome.goodput for outcome in outcomes))
+    figures.append(_median(outcome.good_share for outcome in outcomes))
+    return " | ".join(f"{figure:.2f}" for figure in figures)
 
 
 def _median(values: Iterable[float]) -> float:

@@ -315,7 +315,7 @@ class Scheduler:
         """The prompt tokens of this step, behind so many of theirs, so that decoding sequences get their next token in
         time."""
         most = self._max_num_batched_tokens - self._decoding.num_decoding
-        self._budget = int(min(most, max(0.0, self._fitting_tokens(self._decoding, prompt_context))))
+        self._budget = int(min(most, self._fitting_tokens(self._decoding, prompt_context)))
         if self._budget >= min(_STARVED_CHUNK, most):
             self._num_starved_steps = 0
             return self._budget

@@ -31,6 +31,8 @@ _SCALES = (1.0, 1 / 2**8, 1 / 2**6, 1 / 2**14, 1 / 2**18)
 # long, a second that is thought free is soon known better, and one that is thought dear is never tried.
 _SWEEP = (1, 0, 2, 3, 4)
 _UNKNOWN = 1e-9
+# However cheap a prompt's token seems, a decoded one is charged as no more of them.
+_DEAREST_TOKEN = 100.0
 
 
 class StepShape(NamedTuple):
@@ -88,14 +90,14 @@ class StepTimeModel:
 
     def prefill_budget(self, target_s: float, decoding: StepShape, prompt_context: float) -> float:
         """P* = (0.9 target - margin - a - g D - h K) / (b + e C): the prompt tokens with which a step stays within the
-        target, where `prompt_context` tokens come before them and C is half of themselves more. Below 0 where decoding
-        alone takes longer."""
+        target, where `prompt_context` tokens come before them and C is half of themselves more. 0 where decoding alone
+        takes longer."""
         room_s = USED_SHARE * target_s - self.margin_s - self.predict_s(decoding)
         token_s = self.prompt_token_s(prompt_context)
         growth_s = self._coefficients[4] * _SCALES[4]
-        if room_s <= 0 or room_s == float("inf"):
-            return room_s if room_s > 0 else -1.0
-        if token_s <= 0 and growth_s <= 0:
+        if room_s <= 0:
+            return 0.0
+        if room_s == float("inf") or (token_s <= 0 and growth_s <= 0):
             return float("inf")
         # The root of growth / 2 P^2 + token P = room, in the form that stands growth 0.
         return 2 * room_s / (token_s + math.sqrt(token_s**2 + 2 * growth_s * room_s))
@@ -105,7 +107,8 @@ class StepTimeModel:
         token_s = self.prompt_token_s()
         if token_s <= 0:
             return 1.0, 0.0
-        return self._coefficients[2] * _SCALES[2] / token_s, self._coefficients[3] * _SCALES[3] / token_s
+        sequence_s, context_s = self._coefficients[2] * _SCALES[2], self._coefficients[3] * _SCALES[3]
+        return min(_DEAREST_TOKEN, sequence_s / token_s), min(1.0, context_s / token_s)
 
 
 def _features(shape: StepShape) -> tuple[float, ...]:
