@@ -20,6 +20,7 @@ class LiveServer(uvicorn.Server):
     def __init__(self, runner: FakeRunner, scheduler: Scheduler, port: int, settings: dict[str, Any]) -> None:
         self.runner = runner
         self._is_settled = threading.Event()
+        settings = {"ttft_targets_s": "1e6,1e6,1e6"} | settings  # a held step would teach that steps are slow
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
         self.app = App(
             load_settings(flags, {}),

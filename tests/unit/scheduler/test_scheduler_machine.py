@@ -642,7 +642,7 @@ def _id(row: ScheduledRow) -> int:
 
 TestSchedulerMachine: Any = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
-    max_examples=200,
+    max_examples=120,
     stateful_step_count=40,
     derandomize=True,
     deadline=None,
