@@ -13,7 +13,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -96,12 +95,8 @@ class Outcome:
 
     def ttft_ratio(self, tier: Tier, percentile: float = 99) -> float:
         """First tokens' times over their targets."""
-        targets_s = dict(zip(Tier, _TTFT_TARGETS_S, strict=True))
-        ratios = [
-            life.ttft_s / (targets_s[tier] + life.job.num_prompt_tokens * CostModel().prompt_token_s)
-            for life in self.lives
-            if life.job.tier is tier and life.ttft_s is not None
-        ]
+        lives = [life for life in self.lives if life.job.tier is tier]
+        ratios = [life.ttft_s / _target_s(life.job) for life in lives if life.ttft_s is not None]
         return float(np.percentile(ratios, percentile)) if ratios else float("nan")
 
     def gaps_s(self) -> np.ndarray:
@@ -110,13 +105,8 @@ class Outcome:
     def is_good(self, life: Life) -> bool:
         """Whether it finished, and had its first token by its tier's target."""
         terminal = life.generation.log.terminal if life.generation is not None else None
-        targets_s = dict(zip(Tier, _TTFT_TARGETS_S, strict=True))
-        own_s = life.job.num_prompt_tokens * CostModel().prompt_token_s
-        return (
-            terminal is not None
-            and terminal.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-            and (life.ttft_s or 0.0) <= targets_s[life.job.tier] + own_s
-        )
+        is_finished = terminal is not None and terminal.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        return is_finished and (life.ttft_s or 0.0) <= _target_s(life.job)
 
     @property
     def goodput(self) -> float:
@@ -141,6 +131,11 @@ class Outcome:
         return sum(shares) ** 2 / (len(shares) * sum(share**2 for share in shares))
 
 
+def _target_s(job: Job) -> float:
+    """Its tier's, and the time that its prompt takes."""
+    return dict(zip(Tier, _TTFT_TARGETS_S, strict=True))[job.tier] + job.num_prompt_tokens * CostModel().prompt_token_s
+
+
 def run(jobs: Sequence[Job], variant: Variant) -> Outcome:
     """Play jobs on a server of this policy."""
     server = SimulatedServer(variant.settings, CostModel())
@@ -153,9 +148,7 @@ def run(jobs: Sequence[Job], variant: Variant) -> Outcome:
         server.client.submit = lambda request, generation: submit(  # type: ignore[method-assign]
             replace(request, target_s=_NEVER), generation
         )
-    for job in jobs:
-        server.queue.at(job.at_s, partial(server.submit, job))
-    server.queue.run()
+    server.play(jobs)
     return Outcome(server.lives, server.queue.now, server.scheduler.load().num_preemptions)
 
 

@@ -286,16 +286,14 @@ class _World:
         token, context = scheduler._step_time.decode_cost()
         capacity = settings.num_blocks * settings.block_size
         self.dearest_token = max(self.dearest_token, token + context * capacity)
+        bound = 3 * capacity * (1 + self.dearest_token)
         tiers = [tier for tier in scheduler._queue._tiers.values() if tier.backlogged]
-        if len(tiers) > 1:
-            bound = 3 * capacity * (1 + self.dearest_token)
-            served = [tier.served for tier in tiers]
-            _require(max(served) - min(served) <= bound, "a tier is served far more than another that waits")
-        for tier in tiers:
-            served = [tenant.served for tenant in tier.backlogged.values()]
-            if len(served) > 1:
-                bound = 3 * capacity * (1 + self.dearest_token)
-                _require(max(served) - min(served) <= bound, "a tenant is served far more than another that waits")
+        groups = [[tier.served for tier in tiers]]
+        groups += [[tenant.served for tenant in tier.backlogged.values()] for tier in tiers]
+        for served in groups:
+            if served:
+                lead = max(served) - min(served)
+                _require(lead <= bound, "a tier or tenant is served far more than another that waits")
 
     def _drain(self) -> None:
         client = self.server.client

@@ -9,8 +9,9 @@ sleeps, and the same calls give the same run.
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.block_pool import BlockPool
@@ -322,6 +323,12 @@ class SimulatedServer:
         )
         engine.publish = self._receive
         engine.start()
+
+    def play(self, jobs: Iterable[Job]) -> None:
+        """Submit each at its time, and run until nothing is left to do."""
+        for job in jobs:
+            self.queue.at(job.at_s, partial(self.submit, job))
+        self.queue.run()
 
     def submit(self, job: Job) -> Life:
         """What the generator does with a request whose prompt is tokenized."""

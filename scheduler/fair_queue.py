@@ -54,9 +54,8 @@ class TenantAccount:
         self.tier.served += tokens / self.tier.weight
 
     def push(self, sequence: Sequence) -> None:
-        request, heap = sequence.request, self.heaps[sequence.is_long]
-        deadline_s = min(request.deadline_s, request.first_token_deadline_s)
-        heapq.heappush(heap, (deadline_s, request.request_id, next(self.numbers), sequence))
+        heap = self.heaps[sequence.is_long]
+        heapq.heappush(heap, (sequence.first_token_due_s, sequence.request_id, next(self.numbers), sequence))
         if len(heap) > 2 * self.num_waiting + _MIN_STALE:
             heap[:] = [entry for entry in heap if entry[3].status is SequenceStatus.WAITING]
             heapq.heapify(heap)

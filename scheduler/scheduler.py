@@ -219,6 +219,7 @@ class Scheduler:
             sequence = row.sequence
             if sequence.status is SequenceStatus.FINISHED:
                 continue
+            # Here and below, what seldom holds is asked in place: a call per row is felt at hundreds of them.
             is_first_run = sequence.num_computed_tokens == sequence.num_cached_tokens and sequence.is_fresh
             sequence.num_computed_tokens += row.num_tokens
             if sequence.num_computed_tokens % self._block_size < row.num_tokens or self._followers:
@@ -431,8 +432,7 @@ class Scheduler:
                 continue
             cached = self._find_cached(head)
             first_token_s = now + self._prefill_s(head, cached)  # if it began now
-            is_late = first_token_s > min(head.request.deadline_s, head.request.first_token_deadline_s)
-            if head.num_output_tokens == 0 and is_late:  # F
+            if head.num_output_tokens == 0 and first_token_s > head.first_token_due_s:  # F
                 dropped.append(self._drop(head, FinishReason.DEADLINE))
             elif self._fits(head, cached):
                 self._start(head, cached, now)
@@ -598,7 +598,7 @@ class Scheduler:
     def _could_fit(self, sequence: Sequence, cached: list[int]) -> bool:
         """Whether there were a place and blocks for a sequence, if all lower tiers gave way."""
         lower = self._lower_tiers()
-        num_freed = sum(len(s.block_ids) - s.num_shared_blocks for s in lower)
+        num_freed = sum(s.num_own_blocks for s in lower)
         num_blocks = self._num_blocks(sequence) - len(cached) + self._pool.num_free_among(cached)
         has_place = len(self._running) - len(lower) < self.max_num_seqs
         return bool(lower) and has_place and num_blocks <= self._pool.num_free + num_freed
@@ -610,7 +610,7 @@ class Scheduler:
             (sequence for sequence in candidates if sequence.num_preemptions < _MAX_PREEMPTIONS),
             key=lambda s: (
                 _RANK[s.request.tier],
-                (len(s.block_ids) - s.num_shared_blocks) / (1 + s.num_computed_tokens),
+                s.num_own_blocks / (1 + s.num_computed_tokens),
                 s.request_id,
             ),
             default=None,

@@ -101,16 +101,24 @@ class Sequence:
         return self.num_computed_tokens == self.num_cached_tokens and self.num_preemptions == 0
 
     @property
+    def num_own_blocks(self) -> int:
+        """Of its blocks, those that it did not find in the cache."""
+        return len(self.block_ids) - self.num_shared_blocks
+
+    @property
+    def first_token_due_s(self) -> float:
+        return min(self.request.deadline_s, self.request.first_token_deadline_s)
+
+    @property
     def next_deadline_s(self) -> float:
         """When it is out of time if nothing happens to it."""
         request = self.request
-        if self.last_token_s is not None:
-            is_running = self.status is SequenceStatus.RUNNING  # a preempted one does not stall
-            return min(
-                request.deadline_s, self.last_token_s + request.stall_timeout_s if is_running else request.deadline_s
-            )
-        at_s = min(request.deadline_s, request.first_token_deadline_s)
-        return min(at_s, request.queue_deadline_s) if self.scheduled_s is None else at_s
+        if self.last_token_s is None:
+            at_s = self.first_token_due_s
+            return min(at_s, request.queue_deadline_s) if self.scheduled_s is None else at_s
+        if self.status is SequenceStatus.RUNNING:
+            return min(request.deadline_s, self.last_token_s + request.stall_timeout_s)
+        return request.deadline_s  # one that was preempted does not stall
 
     @property
     def num_uncomputed_tokens(self) -> int:

@@ -16,10 +16,11 @@ server.
 Sources: scheduling order of VTC (OSDI 2024) as a fluid; prediction of waiting as in QLM (SoCC 2024).
 """
 
+import itertools
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from headrace.scheduler.messages import LoadSnapshot, Tier
@@ -114,7 +115,7 @@ class Admission:
 
     @property
     def num_queued_tokens(self) -> int:
-        return sum(queue.num_tokens for queues in self._queues.values() for queue in queues.values())
+        return sum(queue.num_tokens for _, queue in self._every_queue())
 
     def num_queued(self, tier: Tier) -> int:
         return sum(len(queue.requests) for queue in self._queues[tier].values())
@@ -125,7 +126,7 @@ class Admission:
         return (0, 0) if queue is None else (len(queue.requests), queue.num_tokens)
 
     def waiting_tenants(self) -> set[str]:
-        return {name for queues in self._queues.values() for name, queue in queues.items() if queue.requests}
+        return {name for name, queue in self._every_queue() if queue.requests}
 
     def enter(self, request_id: int, demand: Demand) -> None:
         """Count a request of one sequence as waiting."""
@@ -158,14 +159,14 @@ class Admission:
             return Prediction(0.0, self.targets_s[demand.tier], 0.0)
         queue = self._queues[demand.tier].get(demand.tenant, _TenantQueue())
         num_tokens = demand.num_tokens * queue.uncached_share
-        fadings = {id(q): q.fading(self._clock()) for queues in self._queues.values() for q in queues.values()}
+        now = self._clock()
         raw_s = self._served_after_s(
             demand,
             own=num_tokens + queue.num_tokens * queue.uncached_share,
             first=load.num_prefill_tokens,
             per_s=load.prefill_tokens_per_s,
             waiting=lambda q: q.num_tokens * q.uncached_share,
-            rate=lambda q: q.token_rate * q.uncached_share * fadings[id(q)],
+            rate=lambda q: q.token_rate * q.uncached_share * q.fading(now),
         )
         if load.completions_per_s > 0:
             num_places = load.num_startable + (load.num_preemptable if demand.tier is Tier.PREMIUM else 0)
@@ -175,7 +176,7 @@ class Admission:
                 first=-num_places,
                 per_s=load.completions_per_s,
                 waiting=lambda q: len(q.requests),
-                rate=lambda q: q.request_rate * fadings[id(q)],
+                rate=lambda q: q.request_rate * q.fading(now),
             )
             raw_s = max(raw_s, completions_s)
         raw_s += load.step_s
@@ -224,10 +225,14 @@ class Admission:
             self._positions_s = now
             self._positions = self._find_positions()
         if (found := self._positions.get(request_id)) is None:
-            queues = [queue for queues in self._queues.values() for queue in queues.values()]
-            found = len(self._demands), sum(queue.num_tokens * queue.uncached_share for queue in queues)
+            num_tokens = sum(queue.num_tokens * queue.uncached_share for _, queue in self._every_queue())
+            found = len(self._demands), num_tokens
         place, num_tokens = found
         return place, round(self.kappa * _wait_s(load, num_tokens, place), 3)
+
+    def _every_queue(self) -> Iterator[tuple[str, _TenantQueue]]:
+        """(Tenant, its queue) in all tiers."""
+        return itertools.chain.from_iterable(queues.items() for queues in self._queues.values())
 
     def _forget_tenants(self, now: float) -> None:
         """Keep those that something waits of, or has come of lately: the others only cost time."""

@@ -61,10 +61,7 @@ def test_a_prompt_of_the_full_context_does_not_hold_up_the_streams(has_target: b
         num_blocks=2048, max_num_batched_tokens=4096, policy=SchedulingPolicy(itl_targets_s=targets_s)
     )
     server = SimulatedServer(settings, CostModel())
-    jobs = [Job(i, 0.0, 60, 1500, 1500) for i in range(8)] + [Job(8, 2.0, 8000, 8, 8)]
-    for job in jobs:
-        server.queue.at(job.at_s, lambda job=job: server.submit(job))  # type: ignore[misc]
-    server.queue.run()
+    server.play([*(Job(i, 0.0, 60, 1500, 1500) for i in range(8)), Job(8, 2.0, 8000, 8, 8)])
     done_s = server.lives[8].token_s[0]
     gaps_s = [
         later - earlier

@@ -23,9 +23,7 @@ def test_a_seed_is_one_scenario_and_one_run() -> None:
     def tokens(seed: int) -> list[list[float]]:
         scenario = make_scenario(seed)
         server = SimulatedServer(scenario.settings, scenario.costs)
-        for client in scenario.clients:
-            server.queue.at(client.job.at_s, lambda job=client.job: server.submit(job))  # type: ignore[misc]
-        server.queue.run()
+        server.play(client.job for client in scenario.clients)
         return [life.token_s for life in server.lives]
 
     assert make_scenario(7) == make_scenario(7)
@@ -118,9 +116,7 @@ def test_a_jobs_answer_is_the_same_on_a_crowded_server() -> None:
     server = SimulatedServer(ServerSettings(num_blocks=24, max_num_batched_tokens=64, max_num_seqs=8), CostModel())
     jobs = [Job(i, 0.0, 40, 30, 100, ttft_timeout_s=600, timeout_s=600) for i in range(30)]
     server.client.admission.targets_s = dict.fromkeys(server.client.admission.targets_s, float("inf"))
-    for job in jobs:
-        server.queue.at(0.0, lambda job=job: server.submit(job))  # type: ignore[misc]
-    server.queue.run()
+    server.play(jobs)
     texts = [life.generation.log.read().text for life in server.lives if life.generation is not None]
     assert texts == [job.text() for job in jobs]
     assert dataclasses.asdict(server.scheduler.load())["num_free_blocks"] == 24
