@@ -22,6 +22,7 @@ from headrace.scheduler.messages import (
     EngineStopped,
     FinishReason,
     GenerationRequest,
+    OneShotBatch,
     RowResult,
     SamplingParams,
     SequenceOutput,
@@ -158,7 +159,8 @@ class SimulatedEngine:
             EngineReady(num_tokens, self.scheduler.max_num_seqs, 10_000, "simulated", None, self.scheduler.load())
         )
 
-    def submit(self, request: GenerationRequest) -> None:
+    def submit(self, request: GenerationRequest | OneShotBatch) -> None:
+        assert isinstance(request, GenerationRequest), "one-shot models are not simulated"
         self._requests.append(request)
         self._wake_up()
 

@@ -1,5 +1,6 @@
 """The engine thread: drain the inbox, schedule, launch, record, publish, once per step.
 
+Between steps, and between the layers of what they compute, one-shot models have their turn (see one_shot_runner).
 A runner that computes while this thread goes on (a GPU's) is given the next step before what the one before sampled is
 read, so that it never waits for this thread; that step is recorded while the next one runs.
 Everything it owns (scheduler, blocks, model runner) is made, used and dropped on this one thread. Others reach it
@@ -11,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -21,17 +22,20 @@ from headrace.scheduler.messages import (
     EngineReady,
     EngineStopped,
     GenerationRequest,
+    OneShotBatch,
+    OneShotOutput,
     RowResult,
     SequenceOutput,
     StepOutput,
     StepPauses,
 )
+from headrace.scheduler.one_shot_runner import SHARE, AbandonedError, OneShotModel, OneShotRunner
 from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
 from headrace.scheduler.step_time import StepShape
 
 logger = logging.getLogger(__name__)
 
-Publication = EngineReady | StepOutput | EngineStopped
+Publication = EngineReady | StepOutput | OneShotOutput | EngineStopped
 
 
 class LaunchedStep(Protocol):
@@ -102,7 +106,7 @@ class Engine(Protocol):
 
     def start(self) -> None: ...
 
-    def submit(self, request: GenerationRequest) -> None: ...
+    def submit(self, request: GenerationRequest | OneShotBatch) -> None: ...
 
     def cancel(self, request_id: int) -> None: ...
 
@@ -112,10 +116,11 @@ class Engine(Protocol):
 
 
 class EngineCore:
-    """Runs a scheduler and a runner on a thread of its own.
+    """Runs a scheduler and a runner on a thread of its own, and one-shot models beside them.
 
-    `load` is called on that thread to build both. `publish` is called on that thread too and must return at once; it
-    gets one EngineReady, then a StepOutput per step, and one EngineStopped as the last thing.
+    `load` is called on that thread to build both, and before it `load_one_shots` for the models by their names: what
+    memory they leave is the KV cache's. `publish` is called on that thread too and must return at once; it gets one
+    EngineReady, then a StepOutput per step and a OneShotOutput per batch, and one EngineStopped as the last thing.
     """
 
     def __init__(
@@ -123,15 +128,18 @@ class EngineCore:
         load: Callable[[], tuple[Scheduler, Runner]],
         publish: Callable[[Publication], None],
         clock: Callable[[], float] = time.monotonic,
+        load_one_shots: Callable[[], Mapping[str, OneShotModel]] = dict,
     ) -> None:
         self._load = load
+        self._load_one_shots = load_one_shots
         self._publish = publish
         self._clock = clock
-        self._inbox: deque[GenerationRequest | None] = deque()  # to submit, to stop
+        self._inbox: deque[GenerationRequest | OneShotBatch | None] = deque()  # to submit, to stop
         self._cancels: deque[int] = deque()
         self._wake = threading.Event()
         self._is_stopping = False
         self._busy_s = 0.0
+        self._before: _Step | None = None  # in flight
         self._computed_s: float | None = None  # when the last step was, unless there has been nothing to do since
         self._pauses: StepPauses | None = None  # around the step recorded last
         self._thread = threading.Thread(target=self._main, name="headrace-engine", daemon=True)
@@ -139,13 +147,13 @@ class EngineCore:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, request: GenerationRequest) -> None:
-        """Hand over a request; from any thread. Its outputs come with later StepOutputs."""
+    def submit(self, request: GenerationRequest | OneShotBatch) -> None:
+        """Hand over a request or a batch; from any thread. A request's outputs come with later StepOutputs."""
         self._inbox.append(request)
         self._wake.set()
 
     def cancel(self, request_id: int) -> None:
-        """Ask for a request's end; from any thread. A request that is already over is left alone."""
+        """Ask for a request's or a batch's end; from any thread. One that is already over is left alone."""
         self._cancels.append(request_id)
         self._wake.set()
 
@@ -163,6 +171,7 @@ class EngineCore:
     def _main(self) -> None:
         error: Exception | None = None
         try:
+            one_shots = OneShotRunner(self._load_one_shots(), self._clock)
             scheduler, runner = self._load()
             for shape, seconds in runner.warm_up():
                 scheduler.observe(shape, seconds)
@@ -175,7 +184,7 @@ class EngineCore:
                 scheduler.load(),
             )
             self._publish(ready)
-            self._loop(scheduler, runner)
+            self._loop(scheduler, runner, one_shots)
         except HeadraceError as exception:
             error = exception  # the operator's to mend, and said where the server ends
         except BaseException as exception:  # whatever ends this thread, the streams must hear of it
@@ -183,37 +192,60 @@ class EngineCore:
             error = exception if isinstance(exception, Exception) else RuntimeError(repr(exception))
         self._publish(EngineStopped(error))
 
-    def _loop(self, scheduler: Scheduler, runner: Runner) -> None:
-        before: _Step | None = None  # in flight
+    def _loop(self, scheduler: Scheduler, runner: Runner, one_shots: OneShotRunner) -> None:
+        def serve_streams() -> None:
+            """Make the steps that are due before a one-shot model's next layer. Raises: AbandonedError at the end."""
+            while True:
+                if self._wake.is_set():
+                    self._drain_inbox(scheduler, one_shots)
+                if self._is_stopping:
+                    raise AbandonedError
+                has_streams = scheduler.has_work or self._before is not None
+                if not has_streams:
+                    self._computed_s = None
+                if one_shots.may_go_on(has_streams=has_streams, is_prompt_waiting=scheduler.has_prompts):
+                    return
+                began_s = self._clock()
+                self._step(scheduler, runner, SHARE)
+                one_shots.earn(self._clock() - began_s)
+
         while True:
-            self._drain_inbox(scheduler)
+            self._drain_inbox(scheduler, one_shots)
             if self._is_stopping:
                 break
-            if not scheduler.has_work and before is None:
+            if one_shots.has_work:
+                self._publish(one_shots.run(serve_streams))
+            elif scheduler.has_work or self._before is not None:
+                self._step(scheduler, runner)
+            else:
                 scheduler.check_books()
                 self._computed_s = None
                 self._use_idle_time(runner)
                 self._wake.wait()
-                continue
-            started_s = self._clock()
-            outputs: list[SequenceOutput] = []
-            self._pauses = None
-            if before is not None and scheduler.may_preempt:
-                outputs += self._record(scheduler, before)
-                before = None
-            output = scheduler.schedule(started_s)
-            outputs += output.dropped
-            step = self._launch(runner, output) if output.rows else None
-            if before is not None:
-                outputs += self._record(scheduler, before)
-            if step is not None and (not runner.is_asynchronous or isinstance(step.launched, _RaisedStep)):
-                outputs += self._record(scheduler, step)
-                step = None
-            before = step
-            self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s), self._pauses))
-        outputs = self._record(scheduler, before) if before is not None else []
+        outputs = self._record(scheduler, self._before) if self._before is not None else []
         outputs += scheduler.fail_all("the server is shutting down")
         self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s)))
+
+    def _step(self, scheduler: Scheduler, runner: Runner, other_share: float = 0.0) -> None:
+        """Make a step and publish it. One-shot models have `other_share` of the time."""
+        before, self._before = self._before, None
+        scheduler.other_share = other_share
+        started_s = self._clock()
+        outputs: list[SequenceOutput] = []
+        self._pauses = None
+        if before is not None and scheduler.may_preempt:
+            outputs += self._record(scheduler, before)
+            before = None
+        output = scheduler.schedule(started_s)
+        outputs += output.dropped
+        step = self._launch(runner, output) if output.rows else None
+        if before is not None:
+            outputs += self._record(scheduler, before)
+        if step is not None and (not runner.is_asynchronous or isinstance(step.launched, _RaisedStep)):
+            outputs += self._record(scheduler, step)
+            step = None
+        self._before = step
+        self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s), self._pauses))
 
     def _use_idle_time(self, runner: Runner) -> None:
         try:
@@ -222,7 +254,7 @@ class EngineCore:
         except Exception:  # of work that nobody has asked for
             logger.exception("what the engine does in idle time failed")
 
-    def _drain_inbox(self, scheduler: Scheduler) -> None:
+    def _drain_inbox(self, scheduler: Scheduler, one_shots: OneShotRunner) -> None:
         # Cleared before draining: what arrives after the last pop sets it again, so no wake-up is lost.
         self._wake.clear()
         # Taken first and acted on last: whatever they name has been submitted before them.
@@ -231,9 +263,12 @@ class EngineCore:
             request = self._inbox.popleft()
             if request is None:
                 self._is_stopping = True
+            elif isinstance(request, OneShotBatch):
+                one_shots.add(request)
             else:
                 scheduler.add(request)
         scheduler.cancel(*cancels)
+        one_shots.cancel(cancels)
 
     def _launch(self, runner: Runner, output: SchedulerOutput) -> _Step:
         began_s = self._clock()

@@ -1,6 +1,6 @@
-"""The waiting sequences, and who of them is next: weighted fair queueing over tiers, and over tenants inside a tier.
+"""Who of those that wait is next: weighted fair queueing over tiers, and over tenants inside a tier.
 
-Owned by the engine thread. Each tier and each tenant has a counter of the service it has had, in prompt tokens, divided
+A pure object: the scheduler's waits hold sequences, a dynamic batcher's hold items. Each tier and each tenant has a counter of the service it has had, in prompt tokens, divided
 by its weight. Next is the tier with the smallest counter among those with somebody waiting, inside it the tenant with
 the smallest, and of a tenant's requests the one with the earliest deadline, then the oldest. Whoever comes back from
 having nobody waiting is lifted to the smallest counter of those that have: idle time is not saved up. So no tier
@@ -11,129 +11,159 @@ picked.
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from headrace.scheduler.messages import Tier
-from headrace.scheduler.sequence import Sequence, SequenceStatus
+from headrace.scheduler.sequence import SequenceStatus
 
-# A tenant's heap is rebuilt when it has so many entries of sequences that do not wait any more, beside as many as do.
+
+class Waiter(Protocol):
+    """Who can wait here. Its `bucket` says who may be picked with it, and does not change while it waits; `account` is
+    set when it is pushed."""
+
+    status: SequenceStatus
+    account: "TenantAccount[Any] | None"
+
+    @property
+    def request_id(self) -> int: ...
+
+    @property
+    def tier(self) -> Tier: ...
+
+    @property
+    def tenant(self) -> str: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def bucket(self) -> Hashable: ...
+
+    @property
+    def first_token_due_s(self) -> float: ...
+
+
+_Waiter = TypeVar("_Waiter", bound=Waiter)
+
+# A tenant's heap is rebuilt when it has so many entries of those that do not wait any more, beside as many as do.
 _MIN_STALE = 64
+_ANY: Hashable = object()
 
 
 @dataclass(slots=True, eq=False)
-class _TierAccount:
+class _TierAccount(Generic[_Waiter]):
     """A tier's counter, and the tenants it has seen; `last_served` is the smallest counter at its last pick."""
 
     weight: float
     served: float = 0.0
-    tenants: "dict[str, TenantAccount]" = field(default_factory=dict)
-    backlogged: "dict[str, TenantAccount]" = field(default_factory=dict)
+    tenants: "dict[str, TenantAccount[_Waiter]]" = field(default_factory=dict)
+    backlogged: "dict[str, TenantAccount[_Waiter]]" = field(default_factory=dict)
     last_served: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
-class TenantAccount:
-    """A tenant's counter and its waiting sequences, as heaps of (deadline, request id, a number of its own,
-    sequence): prompts that end within two steps, and longer ones. Entries of sequences that wait no more are dropped
-    when they come up."""
+class TenantAccount(Generic[_Waiter]):
+    """A tenant's counter and those that wait, as a heap per bucket of (deadline, request id, a number of its own, who
+    waits). Entries of those that wait no more are dropped when they come up."""
 
     name: str
-    tier: _TierAccount
+    tier: _TierAccount[_Waiter]
     weight: float
     served: float = 0.0
     num_waiting: int = 0
     numbers: Iterator[int] = field(default_factory=itertools.count)
-    heaps: tuple[list[tuple[float, int, int, Sequence]], ...] = field(default_factory=lambda: ([], []))
+    heaps: dict[Hashable, list[tuple[float, int, int, _Waiter]]] = field(default_factory=dict)
 
-    def charge(self, tokens: float) -> None:
-        """Count service, in prompt tokens' worth."""
-        self.served += tokens / self.weight
-        self.tier.served += tokens / self.tier.weight
+    def charge(self, cost: float) -> None:
+        """Count service: in prompt tokens' worth, or in a dynamic batcher's unit."""
+        self.served += cost / self.weight
+        self.tier.served += cost / self.tier.weight
 
-    def push(self, sequence: Sequence) -> None:
-        heap = self.heaps[sequence.is_long]
-        heapq.heappush(heap, (sequence.first_token_due_s, sequence.request_id, next(self.numbers), sequence))
+    def push(self, waiter: _Waiter) -> None:
+        heap = self.heaps.setdefault(waiter.bucket, [])
+        heapq.heappush(heap, (waiter.first_token_due_s, waiter.request_id, next(self.numbers), waiter))
         if len(heap) > 2 * self.num_waiting + _MIN_STALE:
             heap[:] = [entry for entry in heap if entry[3].status is SequenceStatus.WAITING]
             heapq.heapify(heap)
 
-    def head(self, *, takes_long: bool) -> Sequence | None:
-        """The first of those that wait; without `takes_long` the first short one."""
-        entries = []
-        for heap in self.heaps[: 1 + takes_long]:
+    def head(self, bucket: Hashable) -> _Waiter | None:
+        """The first of those that wait in a bucket."""
+        first: tuple[float, int, int, _Waiter] | None = None
+        for key in list(self.heaps) if bucket is _ANY else [bucket]:
+            heap = self.heaps.get(key, [])
             while heap and heap[0][3].status is not SequenceStatus.WAITING:
                 heapq.heappop(heap)
             if heap:
-                entries.append(heap[0])
-        return min(entries)[3] if entries else None
+                first = heap[0] if first is None else min(first, heap[0])
+            else:
+                self.heaps.pop(key, None)
+        return None if first is None else first[3]
 
 
-class FairQueue:
-    """Waiting sequences by tier and tenant. `pick` only looks: the caller removes who gets to run."""
+class FairQueue(Generic[_Waiter]):
+    """Those that wait by tier and tenant. `pick` only looks: the caller removes who gets to run."""
 
     def __init__(self, tier_weights: Mapping[Tier, float]) -> None:
-        self._tiers = {tier: _TierAccount(tier_weights[tier]) for tier in Tier}
+        self._tiers: dict[Tier, _TierAccount[_Waiter]] = {tier: _TierAccount(tier_weights[tier]) for tier in Tier}
         self._last_served = 0.0
-        self._num_short = 0
-        self._num_waiting = 0
+        self._buckets: Counter[Hashable] = Counter()
 
     def __len__(self) -> int:
-        return self._num_waiting
+        return self._buckets.total()
 
     @property
-    def has_short(self) -> bool:
-        """Whether a prompt waits that would end within two steps."""
-        return self._num_short > 0
+    def buckets(self) -> Mapping[Hashable, int]:
+        """How many wait in each bucket, those where nobody does left out."""
+        return self._buckets
 
-    def push(self, sequence: Sequence) -> None:
-        """Put a sequence where its deadline and its age place it; a preempted one comes back to its place."""
-        request = sequence.request
-        tier = self._tiers[request.tier]
-        tenant = tier.tenants.get(request.tenant)
+    def push(self, waiter: _Waiter) -> None:
+        """Put one where its deadline and its age place it; a preempted sequence comes back to its place."""
+        tier = self._tiers[waiter.tier]
+        tenant = tier.tenants.get(waiter.tenant)
         if tenant is None:
-            tenant = tier.tenants[request.tenant] = TenantAccount(request.tenant, tier, request.weight)
-        tenant.weight = request.weight
-        sequence.account = tenant
+            tenant = tier.tenants[waiter.tenant] = TenantAccount(waiter.tenant, tier, waiter.weight)
+        tenant.weight = waiter.weight
+        waiter.account = tenant
         if not tier.backlogged:
             others = [other.served for other in self._tiers.values() if other.backlogged]
             tier.served = max(tier.served, min(others, default=self._last_served))
         if tenant.num_waiting == 0:
             smallest = min((other.served for other in tier.backlogged.values()), default=tier.last_served)
             tenant.served = max(tenant.served, smallest)
-            tier.backlogged[request.tenant] = tenant
+            tier.backlogged[waiter.tenant] = tenant
         tenant.num_waiting += 1
-        self._num_waiting += 1
-        self._num_short += not sequence.is_long
-        tenant.push(sequence)
+        self._buckets[waiter.bucket] += 1
+        tenant.push(waiter)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Take out a waiting sequence, which the caller gives another status."""
-        tenant = sequence.account
+    def remove(self, waiter: _Waiter) -> None:
+        """Take out one that waits, which the caller gives another status."""
+        tenant = waiter.account
         assert tenant is not None
         assert tenant.num_waiting > 0, "removed from the queue twice"
         tenant.num_waiting -= 1
-        self._num_waiting -= 1
-        self._num_short -= not sequence.is_long
+        self._buckets[waiter.bucket] -= 1
+        if not self._buckets[waiter.bucket]:
+            del self._buckets[waiter.bucket]
         if tenant.num_waiting == 0:
             del tenant.tier.backlogged[tenant.name]
-            for heap in tenant.heaps:
-                heap.clear()
+            tenant.heaps.clear()
 
-    def lead(self, tier: Tier, sequence: Sequence) -> float:
-        """How much more a tier has been served than a sequence's own, in prompt tokens of the latter."""
-        assert sequence.account is not None
-        own = sequence.account.tier
+    def lead(self, tier: Tier, waiter: _Waiter) -> float:
+        """How much more a tier has been served than one's own, in the unit of cost of the latter."""
+        assert waiter.account is not None
+        own = waiter.account.tier
         return (self._tiers[tier].served - own.served) * own.weight
 
-    def pick(self, *, takes_long: bool = True, only: Tier | None = None) -> Sequence | None:
-        """Who is next, of all tiers or `only` one. Without `takes_long` long prompts are passed over."""
+    def pick(self, *, bucket: Hashable = _ANY, only: Tier | None = None) -> _Waiter | None:
+        """Who is next, of all tiers or `only` one, in all buckets or this one."""
         tiers = [tier for name, tier in self._tiers.items() if tier.backlogged and only in (None, name)]
         for tier in sorted(tiers, key=_served):  # of equals the one of higher rank stays first
             for tenant in sorted(tier.backlogged.values(), key=_served):
-                if (head := tenant.head(takes_long=takes_long)) is not None:
+                if (head := tenant.head(bucket)) is not None:
                     self._last_served, tier.last_served = tier.served, tenant.served
                     return head
         return None

@@ -8,7 +8,7 @@ a third of the time to make.
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _NEVER = float("inf")
 
@@ -121,6 +121,26 @@ class SequenceOutput(NamedTuple):
     num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OneShotBatch:
+    """Inputs for a model that answers in one pass, computed together; of what kind they are is the model's affair. Its
+    id is cancelled like a request's, and is none of theirs."""
+
+    batch_id: int
+    model: str
+    inputs: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OneShotOutput:
+    """A batch's outputs, one per input, or the `error`. `busy_s` is what computing it took, pauses left out."""
+
+    batch_id: int
+    outputs: tuple[Any, ...]
+    busy_s: float
     error: str | None = None
 
 

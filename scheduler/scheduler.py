@@ -36,6 +36,8 @@ from headrace.scheduler.sequence import Sequence, SequenceStatus
 from headrace.scheduler.step_time import USED_SHARE, StepShape, StepTimeModel
 
 _NONE_SCORED = range(0)
+# The bucket of prompts that end within two steps.
+_SHORT = False
 # A: with nobody decoding, a step of prompts is as long as one who cancels or arrives may have to wait.
 _UNWATCHED_STEP_S = 0.25
 # Where decoding leaves no room for prompts, they get so many tokens in every fourth step.
@@ -112,6 +114,7 @@ class Scheduler:
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs, "every running sequence must get its token in every step"
         self._policy = policy or SchedulingPolicy()
+        self.other_share = 0.0  # A: what of the time steps leave to one-shot models
         self._pool = block_pool
         self._block_size = block_size
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -120,7 +123,7 @@ class Scheduler:
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens - num_kept)
         self._has_prefix_cache = has_prefix_cache
         self._sequences: dict[int, Sequence] = {}
-        self._queue = FairQueue(self._policy.tier_weights)
+        self._queue: FairQueue[Sequence] = FairQueue(self._policy.tier_weights)
         self._followers: dict[int, list[Sequence]] = {}  # by the leader whose prompt they wait for
         self._running: OrderedDict[int, Sequence] = OrderedDict()  # in the order in which they began
         self._cancelled: set[int] = set()
@@ -145,6 +148,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._sequences)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether anybody waits for a first token."""
+        return len(self._queue) > 0 or self._num_prompt_tokens_left > 0
 
     @property
     def may_preempt(self) -> bool:
@@ -328,7 +336,7 @@ class Scheduler:
         if self._step_time.num_observed == 0:
             return float("inf")
         target_s = self._itl_target_s() if decoding.num_decoding else _UNWATCHED_STEP_S
-        return self._step_time.prefill_budget(target_s, decoding, prompt_context)
+        return self._step_time.prefill_budget((1 - self.other_share) * target_s, decoding, prompt_context)
 
     def _itl_target_s(self) -> float:
         """The tightest of all running sequences."""
@@ -339,7 +347,7 @@ class Scheduler:
         """(Prompt tokens per second, seconds per step) as long as prompts wait beside these."""
         most = max(1, self._max_num_batched_tokens - decoding.num_decoding)
         num_tokens = max(min(_STARVED_CHUNK, most) / _STARVED_STEPS, min(most, self._fitting_tokens(decoding)))
-        step_s = self._step_time.predict_s(decoding._replace(num_prompt_tokens=num_tokens))
+        step_s = self._step_time.predict_s(decoding._replace(num_prompt_tokens=num_tokens)) / (1 - self.other_share)
         return (num_tokens / step_s if step_s > 0 else 0.0), step_s
 
     def _completions_per_s(self) -> float:
@@ -347,7 +355,7 @@ class Scheduler:
         num_ending = self._decoding.num_decoding / self._lengths.mean
         num_tokens = min(num_ending * self._mean_prompt_tokens, self._budget)
         step_s = self._step_time.predict_s(self._decoding._replace(num_prompt_tokens=num_tokens))
-        return num_ending / step_s if step_s > 0 else 0.0
+        return (1 - self.other_share) * num_ending / step_s if step_s > 0 else 0.0
 
     def _shape(self, rows: list[ScheduledRow]) -> StepShape:
         prompts = rows[self._decoding.num_decoding :]
@@ -365,7 +373,7 @@ class Scheduler:
         prompts: list[Sequence] = []
         context = 0
         token_cost, context_cost = self._step_time.decode_cost()
-        costs: dict[TenantAccount, float] = {}
+        costs: dict[TenantAccount[Sequence], float] = {}
         for sequence in self._running.values():
             num_tokens = len(sequence.token_ids) - sequence.num_scheduled_tokens
             if num_tokens > 1:
@@ -394,7 +402,7 @@ class Scheduler:
         for sequence in short:
             num_left -= self._prefill(sequence, num_left, rows)
         num_kept = 0
-        if self._queue.has_short and len(self._running) < self.max_num_seqs:
+        if self._queue.buckets.get(_SHORT) and len(self._running) < self.max_num_seqs:
             num_kept = max(0, int(_SHORT_SHARE * budget) - (budget - num_left))
         for sequence in long:
             num_left -= self._prefill(sequence, num_left - num_kept, rows)
@@ -422,7 +430,7 @@ class Scheduler:
         which some is kept, and that for no more service than its prompt is."""
         only: Tier | None = None
         claimant, self._endangered = self._endangered, None  # there is room for it, which a victim may be picked for
-        while (head := claimant or self._queue.pick(takes_long=takes_long, only=only)) is not None:
+        while (head := claimant or self._pick(takes_long=takes_long, only=only)) is not None:
             claimant = None
             if self._running and len(dropped) >= 2 * _MAX_DROPPED_WAITING:
                 return None
@@ -447,6 +455,9 @@ class Scheduler:
             else:
                 only = Tier.PREMIUM
         return None
+
+    def _pick(self, *, takes_long: bool, only: Tier | None) -> Sequence | None:
+        return self._queue.pick(only=only) if takes_long else self._queue.pick(bucket=_SHORT, only=only)
 
     def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
         """D: whether there are a place in the batch, blocks for its tokens, and room for what all will come to hold."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from headrace.scheduler.messages import GenerationRequest
+from headrace.scheduler.messages import GenerationRequest, Tier
 
 if TYPE_CHECKING:
     from headrace.scheduler.fair_queue import TenantAccount
@@ -85,7 +85,7 @@ class Sequence:
         self.num_charged_tokens = 0
         self.num_shared_blocks = 0
         self.is_long = False
-        self.account: TenantAccount | None = None
+        self.account: TenantAccount[Sequence] | None = None
         self.scheduled_s: float | None = None
         self.last_token_s: float | None = None
         bias = request.sampling.logit_bias
@@ -94,6 +94,23 @@ class Sequence:
         self.sampling_record = b""
         self.needs_last_token = request.sampling.has_penalties
         self._block_hashes: list[bytes] = []
+
+    @property
+    def tier(self) -> Tier:
+        return self.request.tier
+
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
+
+    @property
+    def weight(self) -> float:
+        return self.request.weight
+
+    @property
+    def bucket(self) -> bool:
+        """In the fair queue: prompts that end within two steps, and longer ones."""
+        return self.is_long
 
     @property
     def is_fresh(self) -> bool:

@@ -1,6 +1,7 @@
 """The simulator: hundreds of seeds hold, the same seed is the same run, and what is broken is found and made small."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -68,7 +69,7 @@ def favour_a_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
 
     charge = TenantAccount.charge
 
-    def charge_some(self: TenantAccount, tokens: float) -> None:
+    def charge_some(self: TenantAccount[Any], tokens: float) -> None:
         if self.name == "t0":
             charge(self, 1e9 * tokens)
 

@@ -23,7 +23,7 @@ def sequence(tier: Tier = Tier.STANDARD, tenant: str = "", *, is_long: bool = Fa
     return made
 
 
-def take(queue: FairQueue, *, cost: float = 0, **fields: Any) -> Sequence:
+def take(queue: FairQueue[Sequence], *, cost: float = 0, **fields: Any) -> Sequence:
     """Run the next one."""
     picked = queue.pick(**fields)
     assert picked is not None
@@ -34,8 +34,8 @@ def take(queue: FairQueue, *, cost: float = 0, **fields: Any) -> Sequence:
     return picked
 
 
-def queue_of(*sequences: Sequence) -> FairQueue:
-    queue = FairQueue(WEIGHTS)
+def queue_of(*sequences: Sequence) -> FairQueue[Sequence]:
+    queue: FairQueue[Sequence] = FairQueue(WEIGHTS)
     for item in sequences:
         queue.push(item)
     return queue
@@ -151,14 +151,14 @@ def test_one_that_is_preempted_comes_back_to_its_place() -> None:
 def test_short_ones_are_found_behind_long_ones_and_tiers_with_none_are_passed_over() -> None:
     long = [sequence(Tier.PREMIUM, is_long=True), sequence(is_long=True), sequence(tenant="b", is_long=True)]
     queue = queue_of(*long)
-    assert not queue.has_short
-    assert queue.pick(takes_long=False) is None
+    assert not queue.buckets.get(False)
+    assert queue.pick(bucket=False) is None
     short = sequence(tenant="b")
     queue.push(short)
-    assert queue.has_short
+    assert queue.buckets.get(False)
     assert queue.pick() is long[0]
-    assert take(queue, takes_long=False) is short
-    assert not queue.has_short
+    assert take(queue, bucket=False) is short
+    assert not queue.buckets.get(False)
     assert [take(queue) for _ in long] == long
 
 
@@ -178,9 +178,9 @@ def test_what_waits_no_more_is_not_kept() -> None:
         item.status = SequenceStatus.FINISHED
     [tenant] = queue._tiers[Tier.STANDARD].tenants.values()
     assert len(queue) == 1
-    assert sum(map(len, tenant.heaps)) <= 2 + 64 + 1
+    assert sum(map(len, tenant.heaps.values())) <= 2 + 64 + 1
     item = take(queue)
-    assert tenant.heaps == ([], []), "not even until its tenant comes again"
+    assert tenant.heaps == {}, "not even until its tenant comes again"
     with pytest.raises(AssertionError, match="twice"):
         queue.remove(item)
 
@@ -190,7 +190,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queue = FairQueue(WEIGHTS)
+        self.queue: FairQueue[Sequence] = FairQueue(WEIGHTS)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
 
@@ -224,7 +224,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(takes_long=st.booleans(), cost=st.integers(0, 20))
     def take(self, *, takes_long: bool, cost: int) -> None:
         candidates = [item for item in self.waiting if takes_long or not item.is_long]
-        picked = self.queue.pick(takes_long=takes_long)
+        picked = self.queue.pick() if takes_long else self.queue.pick(bucket=False)
         if not candidates:
             assert picked is None
             return
@@ -263,7 +263,7 @@ class QueueMachine(RuleBasedStateMachine):
         item.status = status
         self.waiting.remove(item)
         assert len(self.queue) == len(self.waiting)
-        assert self.queue.has_short == any(not other.is_long for other in self.waiting)
+        assert bool(self.queue.buckets.get(False)) == any(not other.is_long for other in self.waiting)
 
 
 TestQueueMachine: Any = QueueMachine.TestCase

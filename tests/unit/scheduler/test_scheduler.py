@@ -599,7 +599,7 @@ def test_nothing_is_kept_of_requests_that_are_over() -> None:
     assert not life.scheduler._cancelled
     assert not life.scheduler._followers
     [tenant] = life.scheduler._queue._tiers[Tier.STANDARD].tenants.values()
-    assert tenant.heaps == ([], [])
+    assert tenant.heaps == {}
 
 
 # G: cancellation

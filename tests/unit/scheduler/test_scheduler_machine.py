@@ -555,7 +555,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert (
             num_prompt_tokens == scheduler.prefill_budget
             or (scheduler.looked_at and not scheduler.looked_at[-1][1])
-            or scheduler._queue.pick(takes_long=False) is None
+            or scheduler._queue.pick(bucket=False) is None
         )
         assert running, "idle, and somebody waits"
 
