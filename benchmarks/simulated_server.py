@@ -321,7 +321,7 @@ class SimulatedServer:
             tier_weights=settings.policy.tier_weights,
             ttft_targets_s=dict(zip(Tier, settings.ttft_targets_s, strict=True)),
             clock=lambda: self.queue.now,
-            make_engine=lambda load, publish, clock: engine,
+            make_engine=lambda load, publish, clock, load_one_shots: engine,
         )
         engine.publish = self._receive
         engine.start()

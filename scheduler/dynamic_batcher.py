@@ -6,11 +6,11 @@ picked together, since a batch costs its number of items times the largest of th
 nobody's.
 
 While a batch is computed the next one fills by itself. Only where whatever computes is free is there something to
-decide: take what there is, or wait for more. It waits as long as as many as came together lately have not come, within
+decide: take what there is, or wait for more. It waits until as many have come as came together lately, within
 `max_wait_s` of the oldest item, and after each arrival for no longer than starting one more batch costs, if items come
-faster than that: idling for what a batch costs anyway at most doubles it, whatever comes (the ski-rental argument). So a
-lone client's items never wait, and those of many clients, who all come back when a batch has been answered, wait for
-each other.
+faster than that: idling for what a batch costs anyway at most doubles it, whatever comes (the ski-rental argument).
+So a lone client's items never wait, and those of many clients, who all come back when a batch has been answered, wait
+for each other.
 Sources: dynamic batching as in Triton Inference Server (maximum size, maximum delay); the step-time model's fit for
 what a batch costs.
 """

@@ -182,6 +182,7 @@ class EngineCore:
                 runner.description,
                 runner.gpu_uuid,
                 scheduler.load(),
+                one_shots.ready,
             )
             self._publish(ready)
             self._loop(scheduler, runner, one_shots)

@@ -199,6 +199,15 @@ class StepOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class OneShotReady:
+    """A one-shot model that is loaded; `num_bytes` are its weights'."""
+
+    name: str
+    num_bytes: int
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
 class EngineReady:
     """The model is loaded and warm. `max_context_tokens` is the longest prompt + output one request can have,
     `gpu_uuid` the driver's name of the GPU that computes, None on a CPU."""
@@ -209,6 +218,7 @@ class EngineReady:
     description: str
     gpu_uuid: str | None
     load: LoadSnapshot
+    one_shots: tuple[OneShotReady, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from typing import Any, Protocol
 
-from headrace.scheduler.messages import OneShotBatch, OneShotOutput
+from headrace.scheduler.messages import OneShotBatch, OneShotOutput, OneShotReady
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,12 @@ _MAX_CREDIT_S = 0.05
 class OneShotModel(Protocol):
     """A loaded model, or a fake. `pause` is called between layers; what it raises ends the pass, and the model stays
     usable."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def description(self) -> str: ...
 
     def run(self, inputs: Seq[Any], pause: Callable[[], None]) -> Seq[Any]:
         """One output per input."""
@@ -43,6 +49,10 @@ class OneShotRunner:
         self._batches: dict[int, OneShotBatch] = {}  # the oldest, which is the one being computed, first
         self._is_cancelled = False  # that one
         self._credit_s = 0.0
+
+    @property
+    def ready(self) -> tuple[OneShotReady, ...]:
+        return tuple(OneShotReady(name, model.num_bytes, model.description) for name, model in self._models.items())
 
     @property
     def has_work(self) -> bool:

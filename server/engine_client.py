@@ -10,10 +10,11 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -26,9 +27,12 @@ from headrace.scheduler.messages import (
     FinishReason,
     GenerationRequest,
     LoadSnapshot,
+    OneShotBatch,
+    OneShotOutput,
     StepOutput,
     Tier,
 )
+from headrace.scheduler.one_shot_runner import OneShotModel
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.admission import Admission, Demand, Prediction, retry_after_s
 from headrace.server.errors import ApiError, BadRequestError, EngineFailedError, OverloadedError, UnavailableError
@@ -65,6 +69,7 @@ class EngineClient:
         ttft_targets_s: Mapping[Tier, float] | None = None,
         clock: Callable[[], float] = time.monotonic,
         make_engine: Callable[..., Engine] = EngineCore,
+        load_one_shots: Callable[[], Mapping[str, OneShotModel]] = dict,
     ) -> None:
         """`ttft_targets_s` None takes those of the device."""
         self.clock = clock
@@ -83,7 +88,8 @@ class EngineClient:
         self._ids = itertools.count()
         self._generations: dict[int, Generation] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._engine = make_engine(load_engine, self._publish, clock)
+        self._batches: dict[int, asyncio.Future[OneShotOutput]] = {}
+        self._engine = make_engine(load_engine, self._publish, clock, load_one_shots)
         self.metrics = Metrics(model_name, lambda: self.load, lambda: self.num_waiting)
         for tier in Tier:
             self.metrics.watch_waiting(tier, partial(self.admission.num_queued, tier))
@@ -127,7 +133,7 @@ class EngineClient:
         Raises: UnavailableError while loading, draining or after the engine has ended; OverloadedError where the
         queue is full; BadRequestError where an empty one would be too short.
         """
-        self._check_accepting()
+        self.check_accepting()
         # Who can start at once does not wait: with nobody in the engine's queue, that is one for each free place.
         assert self.ready is not None
         limits, num_sequences = self._limits, demand.num_sequences
@@ -186,7 +192,7 @@ class EngineClient:
 
         Raises: UnavailableError where the server began to drain, or the engine ended, since `reserve`.
         """
-        self._check_accepting()
+        self.check_accepting()
         generation.stages.submitted_s = self.clock()
         generation.on_end.insert(0, self._forget)
         self._generations[request.request_id] = generation
@@ -197,6 +203,28 @@ class EngineClient:
         if generation.choice == 0:
             self.metrics.prompt_tokens.inc(generation.num_prompt_tokens)
         self._engine.submit(request)
+
+    async def compute(self, model: str, inputs: Sequence[Any]) -> OneShotOutput:
+        """Have a one-shot model compute a batch; where the caller is cancelled, the batch is.
+
+        Raises: UnavailableError where the engine has ended; EngineFailedError where it fails, or ends meanwhile.
+        """
+        if self.stopped.is_set():
+            raise _engine_dead()
+        batch_id = self.next_request_id()
+        future: asyncio.Future[OneShotOutput] = asyncio.get_running_loop().create_future()
+        self._batches[batch_id] = future
+        self._engine.submit(OneShotBatch(batch_id, model, tuple(inputs)))
+        try:
+            output = await future
+        except asyncio.CancelledError:
+            self._engine.cancel(batch_id)
+            raise
+        finally:
+            del self._batches[batch_id]
+        if output.error is not None:
+            raise EngineFailedError(output.error)
+        return output
 
     def cancel(self, generation: Generation, error: ApiError | None = None) -> None:
         """End a generation now; the engine frees its blocks within a step. Without effect on one that is over.
@@ -216,9 +244,10 @@ class EngineClient:
         found = self.admission.position(self.load, generation.request_id)
         return None if found is None else (found[0], found[1] or None)
 
-    def _check_accepting(self) -> None:
+    def check_accepting(self) -> None:
+        """Raises: UnavailableError while loading, draining or after the engine has ended."""
         if self.stopped.is_set():
-            raise UnavailableError("the engine has ended", "engine_dead", retry_after_s=None)
+            raise _engine_dead()
         if self.is_draining:
             raise UnavailableError("the server is shutting down", "draining")
         if self.ready is None:
@@ -236,8 +265,14 @@ class EngineClient:
         match publication:
             case StepOutput():
                 self._receive_step(publication)
+            case OneShotOutput():
+                future = self._batches.get(publication.batch_id)
+                if future is not None and not future.done():
+                    future.set_result(publication)
             case EngineReady():
                 self.ready = publication
+                for one_shot in publication.one_shots:
+                    self.metrics.set_model_bytes(one_shot.name, one_shot.num_bytes)
                 self.load = publication.load
                 on_device = _CPU_TTFT_TARGETS_S if publication.gpu_uuid is None else _GPU_TTFT_TARGETS_S
                 self.admission.targets_s = self._ttft_targets_s or on_device
@@ -254,6 +289,9 @@ class EngineClient:
                 )
                 for generation in list(self._generations.values()):
                     generation.end(FinishReason.ERROR, self.clock(), EngineFailedError("the engine has ended"))
+                for future in self._batches.values():
+                    if not future.done():
+                        future.set_exception(EngineFailedError("the engine has ended"))
 
     def _receive_step(self, step: StepOutput) -> None:
         now = self.clock()
@@ -296,3 +334,7 @@ class EngineClient:
         del self._generations[generation.request_id]
         self.admission.leave(generation.request_id)
         self.metrics.observe_end(generation)
+
+
+def _engine_dead() -> UnavailableError:
+    return UnavailableError("the engine has ended", "engine_dead", retry_after_s=None)

@@ -23,7 +23,6 @@ from headrace.server.errors import (
     BadRequestError,
     ContextLengthError,
     ModelNotFoundError,
-    RateLimitError,
     UnavailableError,
 )
 from headrace.server.generation import Generation, Stages
@@ -110,20 +109,9 @@ class Generator:
 
     @contextmanager
     def _within_limits(self, demand: Demand) -> Iterator[None]:
-        """Hold a tenant's places inside the block; what begins there takes places of its own.
-
-        Raises: RateLimitError, BadRequestError.
-        """
-        try:
-            self.limits.admit(demand.tenant, demand.num_sequences)
-        except RateLimitError:
-            self.client.metrics.count_shed(demand.tier, "rate_limit")
-            raise
-        self.limits.begin(demand.tenant, demand.num_sequences)
-        try:
+        """Raises: RateLimitError, which is counted; BadRequestError."""
+        with self.client.metrics.counting_shed(demand.tier), self.limits.within(demand.tenant, demand.num_sequences):
             yield
-        finally:
-            self.limits.end(demand.tenant, demand.num_sequences)
 
     def _release(self, tenant: str, generation: Generation) -> None:
         self.limits.end(tenant)

@@ -6,7 +6,9 @@ vLLM's `model_name` label. Labels come from closed sets.
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import accumulate
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -15,6 +17,7 @@ from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
 from headrace.scheduler.messages import FinishReason, LoadSnapshot, StepPauses, Tier
+from headrace.server.errors import RateLimitError
 from headrace.server.generation import Generation
 
 # A creation time beside every series would double what is scraped.
@@ -22,9 +25,11 @@ disable_created_metrics()
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10)
 _PAUSES = (5e-5, 1e-4, 2e-4, 5e-4, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01, 0.025, 0.1, 0.5, 1, 5)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 SHED_REASONS = ("queue_full", "predicted_too_late", "rate_limit")
+OUTCOMES = ("ok", "error", "cancelled", "deadline", "refused")
 PHASES = ("body", "tokenizing", "queued", "prefill", "decode")
 
 _VLLM_NAMES = {
@@ -75,6 +80,20 @@ class Metrics:
             for shed_reason in SHED_REASONS:
                 self._shed.labels(tier.value, shed_reason)
         self._tier_waiting = self._gauge("tier_requests_waiting", "Requests accepted and not begun, by tier", "tier")
+        self._lanes: dict[str, LaneMetrics] = {}
+        self._lane_families = {
+            name: self._label_histograms(f"batch_{name}", text, "model")
+            for name, text in (
+                ("size", "Items of a one-shot model's batch"),
+                ("wait_seconds", "An item's arrival until its batch is computed"),
+                ("compute_seconds", "A batch's computing, or the upstream's answer"),
+            )
+        }
+        self._batch_items = self._counter("batch_items", "Items that ended, by how", "model", "outcome")
+        self._batch_cost = self._counter("batch_cost", "Tokens or pixels computed in batches, padding too", "model")
+        self._batch_padding = self._counter("batch_padding", "Of those, the padding", "model")
+        self._batch_queue = self._gauge("batch_queue_depth", "Items that wait for a batch", "model")
+        self._model_bytes = self._gauge("model_bytes", "Memory of a one-shot model's weights", "model")
         gauges = _LoadCollector(load, num_waiting)
         self._registry.register(gauges)
         self._model_name = model_name
@@ -98,9 +117,32 @@ class Metrics:
         """Set where a tier's number of waiting requests is asked when scraped."""
         self._tier_waiting.labels(tier.value).set_function(value)
 
+    def open_lane(self, model: str, num_waiting: Callable[[], int]) -> "LaneMetrics":
+        """The metrics of one dynamic batcher, under the name of its model."""
+        self._batch_queue.labels(model).set_function(num_waiting)
+        size, wait_s, compute_s = (
+            histograms.setdefault(model, LatencyHistogram(bounds))
+            for histograms, bounds in zip(self._lane_families.values(), (_SIZES, _SHORT, _SHORT), strict=True)
+        )
+        items = {outcome: self._batch_items.labels(model, outcome) for outcome in OUTCOMES}
+        cost, padding = self._batch_cost.labels(model), self._batch_padding.labels(model)
+        return LaneMetrics(size, wait_s, compute_s, items, cost, padding)
+
+    def set_model_bytes(self, model: str, num_bytes: int) -> None:
+        self._model_bytes.labels(model).set(num_bytes)
+
     def count_shed(self, tier: Tier, reason: str) -> None:
         """Count a request that was refused for one of SHED_REASONS."""
         self._shed.labels(tier.value, reason).inc()
+
+    @contextmanager
+    def counting_shed(self, tier: Tier) -> Iterator[None]:
+        """Count a request that a tenant's limit refuses inside the block."""
+        try:
+            yield
+        except RateLimitError:
+            self.count_shed(tier, "rate_limit")
+            raise
 
     def count_cancelled(self, phase: str) -> None:
         self._cancelled.labels(phase).inc()
@@ -138,6 +180,22 @@ class Metrics:
         self._registry.register(HistogramCollector(f"headrace_{name}", text, histograms))
         return histograms
 
+    def _label_histograms(self, name: str, text: str, label: str) -> "dict[str, LatencyHistogram]":
+        histograms: dict[str, LatencyHistogram] = {}
+        self._registry.register(HistogramCollector(f"headrace_{name}", text, histograms, label))
+        return histograms
+
+
+class LaneMetrics(NamedTuple):
+    """What one dynamic batcher tells: of each batch its size, cost and padding, of each item its wait and its end."""
+
+    size: "LatencyHistogram"
+    wait_s: "LatencyHistogram"
+    compute_s: "LatencyHistogram"
+    items: Mapping[str, Counter]
+    cost: Counter
+    padding: Counter
+
 
 class LatencyHistogram:
     """A histogram that one thread writes, and that takes many equal observations at once: every stream of a step has
@@ -158,26 +216,24 @@ class LatencyHistogram:
         return list(zip(bounds, accumulate(self._counts), strict=True))
 
 
-_Histograms = Mapping[Tier, LatencyHistogram] | Mapping[None, LatencyHistogram]
-
-
 class HistogramCollector(Collector):
-    """One metric: a histogram without labels, or one for each tier."""
+    """One metric: a histogram without a label, under None, or one for each value of it."""
 
-    def __init__(self, name: str, text: str, histograms: "_Histograms") -> None:
+    def __init__(self, name: str, text: str, histograms: Mapping[Any, LatencyHistogram], label: str = "tier") -> None:
         self._name = name
         self._text = text
         self._histograms = histograms
+        self._label = label
 
     def describe(self) -> Iterable[Metric]:
         """What the registry knows its name by."""
         return self.collect()
 
     def collect(self) -> Iterable[Metric]:
-        has_tiers = None not in self._histograms
-        family = HistogramMetricFamily(self._name, self._text, labels=["tier"] if has_tiers else [])
-        for tier, histogram in self._histograms.items():
-            family.add_metric([] if tier is None else [tier.value], histogram.buckets(), histogram.sum_s)
+        has_label = None not in self._histograms
+        family = HistogramMetricFamily(self._name, self._text, labels=[self._label] if has_label else [])
+        for value, histogram in self._histograms.items():
+            family.add_metric([] if value is None else [str(value)], histogram.buckets(), histogram.sum_s)
         yield family
 
 

@@ -10,7 +10,8 @@ with a whole minute's worth.
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from pyrate_limiter import GCRA, Decision, Rate
 
@@ -90,6 +91,19 @@ class TenantLimits:
             raise RateLimitError(f"this key's limit of {limit} is used up", wait_s)
         if key.requests_per_minute is not None:
             self._requests.use(tenant, key.requests_per_minute, 1)
+
+    @contextmanager
+    def within(self, tenant: str, num_sequences: int) -> Iterator[None]:
+        """Hold a tenant's places inside the block; what begins there takes places of its own.
+
+        Raises: as `admit`.
+        """
+        self.admit(tenant, num_sequences)
+        self.begin(tenant, num_sequences)
+        try:
+            yield
+        finally:
+            self.end(tenant, num_sequences)
 
     def charge(self, tenant: str, num_tokens: int) -> None:
         """Count tokens of a prompt that was let in, or of an answer that is over."""
