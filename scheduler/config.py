@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
@@ -45,3 +46,22 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     tier_weights: tuple[float, ...] = (8.0, 3.0, 1.0)
     itl_targets_s: tuple[float, ...] | None = None
+
+
+class OneShotTask(StrEnum):
+    """What a model that answers in one pass is asked for: a text's vector, a pair's score, an image's labels."""
+
+    EMBED = "embed"
+    SCORE = "score"
+    CLASSIFY = "classify"
+
+
+@dataclass(frozen=True, slots=True)
+class OneShotConfig:
+    """A model that answers in one pass: a Hugging Face directory, and the name it is served under."""
+
+    name: str
+    path: Path
+    task: OneShotTask
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"

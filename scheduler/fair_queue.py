@@ -1,10 +1,11 @@
 """Who of those that wait is next: weighted fair queueing over tiers, and over tenants inside a tier.
 
-A pure object: the scheduler's waits hold sequences, a dynamic batcher's hold items. Each tier and each tenant has a counter of the service it has had, in prompt tokens, divided
-by its weight. Next is the tier with the smallest counter among those with somebody waiting, inside it the tenant with
-the smallest, and of a tenant's requests the one with the earliest deadline, then the oldest. Whoever comes back from
-having nobody waiting is lifted to the smallest counter of those that have: idle time is not saved up. So no tier
-starves: with somebody waiting it gets its weight's share at least.
+A pure object: the scheduler's holds sequences, a dynamic batcher's holds items. Each tier and each tenant has a counter
+of the service it has had, in prompt tokens (or the batcher's unit), divided by its weight. Next is the tier with the
+smallest counter among those with somebody waiting, inside it the tenant with the smallest, and of a tenant's requests
+the one with the earliest deadline, then the oldest. Whoever comes back from having nobody waiting is lifted to the
+smallest counter of those that have: idle time is not saved up. So no tier starves: with somebody waiting it gets its
+weight's share at least.
 Paper: VTC (OSDI 2024). Deviations: two levels; a prompt's tokens are charged as they are computed, not when it is
 picked.
 """

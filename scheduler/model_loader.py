@@ -105,7 +105,7 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
     Raises: UnsupportedModelError, ModelSourceError for the model; CapacityError where memory does not suffice, or the
     settings ask for what this machine has not got.
     """
-    device = _choose_device(config.device)
+    device = choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of this thread: kernels are launched on the current one
     path = config.model_path
@@ -279,7 +279,7 @@ def _choose_kernel(
     return None, why_not if device.type == "cpu" and plan.decoder_config is not None else ""
 
 
-def _choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if device.startswith("cuda") and not has_cuda:
         raise CapacityError(f"device {device} is set, but torch sees no GPU")

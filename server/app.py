@@ -7,7 +7,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from headrace.scheduler.engine_core import Runner
-from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.errors import HeadraceError, ModelSourceError
 from headrace.scheduler.messages import Tier
+from headrace.scheduler.one_shot_runner import OneShotModel
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.api_keys import ApiKeys, ApiKeysError
 from headrace.server.endpoint import Endpoint, error_response, internal_error_response
@@ -36,6 +37,8 @@ from headrace.server.generation import Generation
 from headrace.server.generator import Generator
 from headrace.server.guard import KeyGuard, LoopbackGuard
 from headrace.server.native_api import NativeApi, refuse_event_source
+from headrace.server.one_shot_api import OneShotApi
+from headrace.server.one_shot_models import OneShots, OneShotSource
 from headrace.server.openai_api import OpenAIApi
 from headrace.server.request_log import log_request, log_unaccepted
 from headrace.server.settings import Settings
@@ -58,8 +61,8 @@ _STATIC = Path(__file__).parent / "static"
 class App:
     """One server's parts. `asgi` is the application; the lifespan starts and stops the rest.
 
-    `load_engine` runs on the engine thread, `load_tokenizer` on a worker. `on_engine_change` is called on the loop:
-    with None once requests can be served, with the error if that cannot be or is over.
+    `load_engine` and `load_one_shots` run on the engine thread, `load_tokenizer` on a worker. `on_engine_change` is
+    called on the loop: with None once requests can be served, with the error if that cannot be or is over.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class App:
         load_tokenizer: Callable[[], Tokenizer],
         on_engine_change: Callable[[Exception | None], None] = lambda error: None,
         tracing: Tracing | None = None,
+        one_shots: Sequence[OneShotSource] = (),
+        load_one_shots: Callable[[], Mapping[str, OneShotModel]] = dict,
     ) -> None:
         """Raises: ApiKeysError."""
         self.settings = settings
@@ -81,6 +86,7 @@ class App:
             limits=QueueLimits(settings.max_queue_size, settings.max_queue_tokens, settings.max_queue_bytes),
             tier_weights=dict(zip(Tier, settings.tier_weights, strict=True)),
             ttft_targets_s=None if targets_s == "auto" else dict(zip(Tier, targets_s, strict=True)),
+            load_one_shots=load_one_shots,
         )
         self.client.metrics.watch("event_loop_tasks", "Tasks on the event loop", lambda: len(asyncio.all_tasks()))
         self.registry = StreamRegistry(
@@ -93,6 +99,7 @@ class App:
         limiter = anyio.CapacityLimiter(settings.tokenizer_threads)
         self.limits = TenantLimits(self.keys, self.client.clock)
         self.generator = Generator(self.client, settings, model_name, limiter, self.keys, self.limits)
+        self.one_shots = OneShots(one_shots, self.client, settings, self.keys)
         self.settled = anyio.Event()  # requests can be served, or never will be
         self._load_tokenizer = load_tokenizer
         self._on_engine_change = on_engine_change
@@ -109,7 +116,13 @@ class App:
     def is_ready(self) -> bool:
         client = self.client
         has_engine = client.ready is not None and not client.stopped.is_set()
-        return has_engine and self.generator.tokenizer is not None and not client.is_draining
+        has_inputs = self.generator.tokenizer is not None and self.one_shots.is_ready
+        return has_engine and has_inputs and self.settled.is_set() and not client.is_draining
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that the server has yet to answer."""
+        return self.client.num_unfinished + self.one_shots.num_unfinished
 
     def reload_keys(self) -> None:
         """Read the key file again; where it is not as it should be, the old keys stay."""
@@ -129,7 +142,7 @@ class App:
         """Refuse new requests, let those accepted finish within the grace time, end the rest."""
         self.client.is_draining = True
         with anyio.move_on_after(self.settings.drain_grace_s):
-            while self.client.num_unfinished and not is_hurried():  # noqa: ASYNC110 - a signal handler sets no event
+            while self.num_unfinished and not is_hurried():  # noqa: ASYNC110 - a signal handler sets no event
                 await anyio.sleep(_DRAIN_POLL_S)
         self.client.cancel_all(UnavailableError("the server is shutting down", "draining"))
 
@@ -140,6 +153,8 @@ class App:
             tasks.start_soon(self._watch_engine)
             tasks.start_soon(self._sweep)
             tasks.start_soon(self._measure_lag)
+            for model in self.one_shots.models:
+                tasks.start_soon(model.lane.run)
             yield
             self.client.is_draining = True
             # Loading may take minutes, and nobody waits for it.
@@ -147,15 +162,18 @@ class App:
             tasks.cancel_scope.cancel()
 
     async def _watch_engine(self) -> None:
-        """Load the tokenizer beside the engine, say how both went, and say so if the engine ends by itself."""
+        """Load what reads inputs beside the engine, say how both went, and say so if the engine ends by itself."""
         error: Exception | None = None
         try:
             self.generator.tokenizer = await anyio.to_thread.run_sync(self._load_tokenizer, abandon_on_cancel=True)
+            await anyio.to_thread.run_sync(self.one_shots.load_readers, abandon_on_cancel=True)
         except HeadraceError as exception:
             error = exception
         else:
             await self.client.settled.wait()
             error = self.client.error
+            if error is None:
+                error = await self._warm_up()
         if self.client.is_draining:
             return
         self.settled.set()
@@ -163,6 +181,13 @@ class App:
         await self.client.stopped.wait()
         if not self.client.is_draining and error is None:
             self._on_engine_change(self.client.error or RuntimeError("the engine has ended"))
+
+    async def _warm_up(self) -> Exception | None:
+        try:
+            await self.one_shots.warm_up()
+        except ApiError as error:
+            return self.client.error or ModelSourceError(f"a one-shot model computes nothing: {error}")
+        return None
 
     async def _sweep(self) -> None:
         while True:
@@ -176,16 +201,21 @@ class App:
             self.client.metrics.loop_lag.observe(max(0.0, self.client.clock() - started_s - _LAG_INTERVAL_S))
 
     def _routes(self) -> list[Route | Mount]:
-        openai = OpenAIApi(self.generator, self._report)
+        openai = OpenAIApi(self.generator, self.one_shots, self._report)
+        one_shot = OneShotApi(self.one_shots, self.limits, self.client.metrics, self.settings.request_timeout_s)
         native = NativeApi(self.generator, self.registry, self.tickets, self._report)
         metrics = self.client.metrics
 
         def endpoint(
-            respond: Callable[..., object], refuse: Callable[[ApiError], Response] = error_response
+            respond: Callable[..., object],
+            refuse: Callable[[ApiError], Response] = error_response,
+            max_body_bytes: int = self.settings.max_body_bytes,
+            media_types: tuple[str, ...] = ("application/json",),
         ) -> Endpoint:
             return Endpoint(
                 respond,  # type: ignore[arg-type]
-                max_body_bytes=self.settings.max_body_bytes,
+                max_body_bytes=max_body_bytes,
+                media_types=media_types,
                 receive_timeout_s=self.settings.receive_timeout_s,
                 on_disconnect=lambda: metrics.count_cancelled("body"),
                 on_rejected=self.report_refusal,
@@ -193,7 +223,8 @@ class App:
             )
 
         return [
-            Route("/", _chat_page),
+            Route("/", _page("index.html")),
+            Route("/classify", _page("classify.html")),
             Mount("/static", _PageFiles(directory=_STATIC)),
             Route("/health", self._health),
             Route("/ready", self._ready),
@@ -201,6 +232,18 @@ class App:
             Route("/v1/models", openai.models),
             Route("/v1/chat/completions", endpoint(openai.chat_completions), methods=["POST"]),
             Route("/v1/completions", endpoint(openai.completions), methods=["POST"]),
+            Route("/v1/embeddings", endpoint(one_shot.embeddings), methods=["POST"]),
+            *(Route(path, endpoint(one_shot.rerank), methods=["POST"]) for path in ("/v1/rerank", "/rerank")),
+            *(Route(path, endpoint(one_shot.score), methods=["POST"]) for path in ("/v1/score", "/score")),
+            Route(
+                "/v1/classify",
+                endpoint(
+                    one_shot.classify,
+                    max_body_bytes=self.settings.max_image_bytes,
+                    media_types=("application/json", "multipart/form-data"),
+                ),
+                methods=["POST"],
+            ),
             Route("/v1/stream", endpoint(native.open, refuse_event_source), methods=["GET"]),
             Route("/v1/stream/tickets", native.issue_ticket, methods=["POST"]),
             Route("/v1/streams", endpoint(native.create), methods=["POST"]),
@@ -285,11 +328,14 @@ class _PageFiles(StaticFiles):
         return response
 
 
-async def _chat_page(request: Request) -> Response:
-    return FileResponse(
-        _STATIC / "index.html",
-        headers={"content-security-policy": "default-src 'self'; frame-ancestors 'none'", "cache-control": "no-cache"},
-    )
+def _page(name: str) -> Callable[[Request], Awaitable[Response]]:
+    # Of others' content a page shows the pictures its user drops on it.
+    policy = "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'"
+
+    async def page(request: Request) -> Response:
+        return FileResponse(_STATIC / name, headers={"content-security-policy": policy, "cache-control": "no-cache"})
+
+    return page
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:

@@ -35,9 +35,10 @@ class Endpoint:
     """`respond` gets the request and its body (empty for GET and DELETE) and returns the response.
 
     `request.state` holds `id`, 128 random bits that go out as x-request-id, `received_s`, `is_accepted`, which
-    `respond` sets once a generation will be logged, and `cleanup`, an ExitStack that is unwound after the response, or
-    in its place. `on_disconnect` is told of a client that left while its body was read, `on_rejected` of every
-    refusal; `refuse` makes the response of one that `respond` raised.
+    `respond` sets once the request is logged elsewhere, `stage`, which a client's departure is logged with, and
+    `cleanup`, an ExitStack that is unwound after the response, or in its place. `on_disconnect` is told of a client
+    that left while its body was read, `on_rejected` of every refusal; `refuse` makes the response of one that `respond`
+    raised.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Endpoint:
         on_disconnect: Callable[[], None],
         on_rejected: OnRejected,
         refuse: Callable[[ApiError], Response],
+        media_types: tuple[str, ...] = ("application/json",),
     ) -> None:
         self._respond = respond
         self._max_body_bytes = max_body_bytes
@@ -56,12 +58,14 @@ class Endpoint:
         self._on_disconnect = on_disconnect
         self._on_rejected = on_rejected
         self._refuse = refuse
+        self._media_types = media_types
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         request.state.id = secrets.token_hex(16)
         request.state.received_s = time.monotonic()
         request.state.is_accepted = False
+        request.state.stage = "tokenizing"
         try:
             if request.method == "HEAD":  # which Starlette adds to every GET route, and which must not start anything
                 raise MethodNotAllowedError("HEAD is not allowed here", headers={"allow": "GET"})
@@ -95,7 +99,7 @@ class Endpoint:
             return self._refuse(error)
         except anyio.get_cancelled_exc_class():
             if not request.state.is_accepted:
-                self._log_departure(request, "tokenizing")
+                self._log_departure(request, request.state.stage)
             raise
         except Exception:
             logger.exception("%s %s failed", request.method, request.scope["path"])
@@ -112,9 +116,9 @@ class Endpoint:
     async def _read_body(self, request: Request) -> bytes:
         """Raises: ClientDisconnect; ApiError for what can be told from the headers, or a body over the limit."""
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        # A page on another origin can send other types without asking first, so this also stops drive-by requests.
-        if media_type != "application/json":
-            raise UnsupportedMediaTypeError("content-type must be application/json")
+        # A page on another origin can send some other types without asking first, so this also stops drive-by requests.
+        if media_type not in self._media_types:
+            raise UnsupportedMediaTypeError(f"content-type must be {' or '.join(self._media_types)}")
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise UnsupportedMediaTypeError("compressed bodies are not accepted")
         too_large = BodyTooLargeError(f"the body is larger than {self._max_body_bytes} bytes")

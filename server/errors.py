@@ -164,3 +164,26 @@ def envelope(message: str, *, type: str, param: str | None = None, code: str | N
 
 def retry_headers(retry_after_s: float) -> dict[str, str]:
     return {"retry-after": str(max(1, round(retry_after_s))), "retry-after-ms": str(round(retry_after_s * 1000))}
+
+
+class BadGatewayError(ApiError):
+    """The server behind this one cannot be reached, or its answer cannot be used."""
+
+    status = 502
+    type = "server_error"
+
+    def __init__(self, message: str, code: str) -> None:
+        self.code = code
+        super().__init__(message)
+
+
+class UpstreamError(ApiError):
+    """What the server behind this one refused with: its own `status`, `body` and those headers that clients need."""
+
+    def __init__(self, status: int, body: Any, headers: dict[str, str]) -> None:
+        super().__init__(f"the upstream answered {status}", headers=headers)
+        self.status = status
+        self.body = body
+
+    def envelope(self) -> Any:
+        return self.body

@@ -21,7 +21,7 @@ from headrace.server.request_log import OnRejected
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # Probes, the chat page's files, and a stream's events, where the stream's id is what one must know. GET /v1/stream asks
 # for a ticket by itself.
-_OPEN_PATHS = re.compile(r"/|/health|/ready|/static/.*|/v1/stream|/v1/streams/[^/]+/events")
+_OPEN_PATHS = re.compile(r"/|/classify|/health|/ready|/static/.*|/v1/stream|/v1/streams/[^/]+/events")
 
 
 class _Guard:

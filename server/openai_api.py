@@ -19,6 +19,7 @@ from headrace.scheduler.messages import FinishReason
 from headrace.server.generation import Generation, Stages, final_usage, usage
 from headrace.server.generator import Generator
 from headrace.server.logprobs import chat_logprobs, completion_logprobs, make_off_loop
+from headrace.server.one_shot_models import OneShots
 from headrace.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -39,8 +40,9 @@ _DONE = b"data: [DONE]\n\n"
 class OpenAIApi:
     """The routes of one model. `report` hears of every generation once its response is over too."""
 
-    def __init__(self, generator: Generator, report: Report) -> None:
+    def __init__(self, generator: Generator, one_shots: OneShots, report: Report) -> None:
         self._generator = generator
+        self._one_shots = one_shots
         self._report = report
         self._created_s = int(time.time())
 
@@ -54,14 +56,22 @@ class OpenAIApi:
 
     async def models(self, request: Request) -> Response:
         ready = self._generator.client.ready
-        model = {
-            "id": self._generator.model_name,
-            "object": "model",
-            "created": self._created_s,
-            "owned_by": "headrace",
-            "max_model_len": ready.max_context_tokens if ready else None,
-        }
-        return JSONResponse({"object": "list", "data": [model]})
+        context = ready.max_context_tokens if ready else None
+        models = [(self._generator.model_name, "generate", context)]
+        for model in self._one_shots.models:
+            models.append((model.name, model.task.value, getattr(model.reader, "max_tokens", None)))
+        content = [
+            {
+                "id": name,
+                "object": "model",
+                "created": self._created_s,
+                "owned_by": "headrace",
+                "task": task,
+                "max_model_len": max_tokens,
+            }
+            for name, task, max_tokens in models
+        ]
+        return JSONResponse({"object": "list", "data": content})
 
     async def _complete(
         self, request: Request, params: GenerationParams, make_format: "type[_Format]", num_bytes: int

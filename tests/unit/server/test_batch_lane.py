@@ -82,7 +82,7 @@ async def lane_of(compute: Any, *, max_queue_size: int = 100, **policy: Any) -> 
 
 async def until(predicate: Callable[[], bool]) -> None:
     with anyio.fail_after(10):
-        while not predicate():  # noqa: ASYNC110 - the lane tells nobody of its inner changes
+        while not predicate():
             await checkpoint()
 
 
