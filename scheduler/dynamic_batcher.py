@@ -6,11 +6,12 @@ picked together, since a batch costs its number of items times the largest of th
 nobody's.
 
 While a batch is computed the next one fills by itself. Only where whatever computes is free is there something to
-decide: take what there is, or wait for more. It waits until as many have come as came together lately, within
-`max_wait_s` of the oldest item, and after each arrival for no longer than starting one more batch costs, if items come
-faster than that: idling for what a batch costs anyway at most doubles it, whatever comes (the ski-rental argument).
-So a lone client's items never wait, and those of many clients, who all come back when a batch has been answered, wait
-for each other.
+decide: take what there is, or wait for more, for `max_wait_s` at most. Those whose answers have just been given are
+likely to ask again, so it waits until as many have come as that batch and those waiting beside it were. To wait for one
+more item delays all n that are here, and spares it a batch of its own: so that is done for at most the nth part of what
+a batch of them takes, and only if items come faster than that. What waiting can cost is then no more than what it could
+have spared (the ski-rental argument). A lone client's items never wait, and those of many clients, who all come back
+when a batch has been answered, wait for each other.
 Sources: dynamic batching as in Triton Inference Server (maximum size, maximum delay); the step-time model's fit for
 what a batch costs.
 """
@@ -29,8 +30,8 @@ from headrace.scheduler.step_time import StepShape, StepTimeModel
 _NEVER = float("inf")
 # Costs within this factor share a bucket.
 _BUCKET_FACTOR = 1.1
-# How many batches back it counts how many came together, and how many gaps between arrivals tell their pace.
-_NUM_SIZES, _NUM_GAPS = 8, 16
+# How many gaps between arrivals tell their pace.
+_NUM_GAPS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +86,9 @@ class DynamicBatcher:
         self.waiting_cost = 0.0
         self._queue: FairQueue[BatchItem] = FairQueue(tier_weights)
         self._waiting: dict[int, BatchItem] = {}  # in the order of their arrival
-        self._last_arrival_s = -_NEVER
+        self._last_arrival_s = self._last_end_s = -_NEVER
         self._gaps_s: deque[float] = deque(maxlen=_NUM_GAPS)
-        self._sizes: deque[int] = deque(maxlen=_NUM_SIZES)
+        self._num_expected = 1
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -110,11 +111,14 @@ class DynamicBatcher:
         """When the next batch is to be computed if nothing more comes; never where nothing waits."""
         if not self._waiting:
             return _NEVER
-        num_expected = max(self._sizes, default=1)
-        if len(self._waiting) >= min(num_expected, self.policy.max_size) or self.waiting_cost >= self.policy.max_cost:
+        is_full = len(self._waiting) >= min(self._num_expected, self.policy.max_size)
+        if is_full or self.waiting_cost >= self.policy.max_cost:
             return -_NEVER
-        oldest = next(iter(self._waiting.values()))
-        return min(oldest.arrival_s + self.policy.max_wait_s, self._last_arrival_s + self._patience_s())
+        oldest_s = next(iter(self._waiting.values())).arrival_s
+        return min(
+            max(oldest_s, self._last_end_s) + self.policy.max_wait_s,
+            max(self._last_arrival_s, self._last_end_s) + self._patience_s(),
+        )
 
     def next_batch(self, now: float) -> Batch | None:
         """The next batch, its items taken out; None where it is better to wait, until `due_s`, or nothing waits."""
@@ -135,23 +139,25 @@ class DynamicBatcher:
                 self._take(item, SequenceStatus.RUNNING)
                 items.append(item)
                 largest, total = most, total + item.cost
-        self._sizes.append(len(items) + len(self._waiting))
         cost = largest * len(items)
         return Batch(items, cost, 1 - total / cost if cost else 0.0)
 
-    def observe(self, cost: float, seconds: float) -> None:
-        """Learn how long a batch took."""
-        self.time.observe(StepShape(cost, 0, 0), seconds)
+    def end(self, batch: Batch, now: float, seconds: float | None) -> None:
+        """Learn that a batch is over, and how long it took, where that is known."""
+        self._last_end_s = now
+        self._num_expected = len(batch.items) + len(self._waiting)
+        if seconds is not None:
+            self.time.observe(StepShape(batch.cost, 0, 0), seconds)
 
     def wait_s(self) -> float:
         """How long what waits will take, 0 where nothing is known."""
         return self.time.prompt_token_s() * self.waiting_cost
 
     def _patience_s(self) -> float:
-        """How long the next item is waited for: what starting a batch costs, if items come faster than that."""
-        start_s = self.time.predict_s(StepShape(0, 0, 0))
+        """How long the next item is waited for."""
+        share_s = self.time.predict_s(StepShape(self.waiting_cost, 0, 0)) / len(self._waiting)
         gaps_s = sorted(self._gaps_s)
-        return start_s if gaps_s and gaps_s[len(gaps_s) // 2] <= start_s else 0.0
+        return share_s if gaps_s and gaps_s[len(gaps_s) // 2] <= share_s else 0.0
 
     def _take(self, item: BatchItem, status: SequenceStatus) -> None:
         self._queue.remove(item)

@@ -232,13 +232,14 @@ class BatchLane:
         self._metrics.padding.inc(batch.padding * batch.cost)
         for item in batch.items:
             self._metrics.wait_s.observe(began_s - item.arrival_s)
+        computed_s = None
         try:
             with running.scope:
                 computed_s = await self._compute_items(batch.items)
-                if computed_s is not None:
-                    self._metrics.compute_s.observe(computed_s)
-                    self._batcher.observe(batch.cost, computed_s)
         finally:
+            if computed_s is not None:
+                self._metrics.compute_s.observe(computed_s)
+            self._batcher.end(batch, self._clock(), computed_s)
             for item in batch.items:  # where the lane is closed, or nobody waits any more
                 self._settle(item, UnavailableError("the server is shutting down", "draining"))
             self._num_running -= 1
