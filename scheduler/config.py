@@ -13,13 +13,14 @@ _NEVER = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class SchedulingPolicy:
-    """What the scheduler aims at: each tier's weight, and the time between a stream's tokens that steps are sized for
-    (none by default)."""
+    """What the scheduler aims at: each tier's weight, the time between a stream's tokens that steps are sized for (none
+    by default), and what of the time beside streams is one-shot models'."""
 
     tier_weights: Mapping[Tier, float] = field(
         default_factory=lambda: {Tier.PREMIUM: 8.0, Tier.STANDARD: 3.0, Tier.BATCH: 1.0}
     )
     itl_targets_s: Mapping[Tier, float] = field(default_factory=lambda: dict.fromkeys(Tier, _NEVER))
+    one_shot_share: float = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     tier_weights: tuple[float, ...] = (8.0, 3.0, 1.0)
     itl_targets_s: tuple[float, ...] | None = None
+    one_shot_share: float = 0.25
 
 
 class OneShotTask(StrEnum):

@@ -29,7 +29,7 @@ from headrace.scheduler.messages import (
     StepOutput,
     StepPauses,
 )
-from headrace.scheduler.one_shot_runner import SHARE, AbandonedError, OneShotModel, OneShotRunner
+from headrace.scheduler.one_shot_runner import AbandonedError, OneShotModel, OneShotRunner
 from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
 from headrace.scheduler.step_time import StepShape
 
@@ -171,8 +171,9 @@ class EngineCore:
     def _main(self) -> None:
         error: Exception | None = None
         try:
-            one_shots = OneShotRunner(self._load_one_shots(), self._clock)
+            models = self._load_one_shots()
             scheduler, runner = self._load()
+            one_shots = OneShotRunner(models, self._clock, scheduler.policy.one_shot_share)
             for shape, seconds in runner.warm_up():
                 scheduler.observe(shape, seconds)
             ready = EngineReady(
@@ -207,7 +208,7 @@ class EngineCore:
                 if one_shots.may_go_on(has_streams=has_streams, is_prompt_waiting=scheduler.has_prompts):
                     return
                 began_s = self._clock()
-                self._step(scheduler, runner, SHARE)
+                self._step(scheduler, runner, one_shots.share)
                 one_shots.earn(self._clock() - began_s)
 
         while True:

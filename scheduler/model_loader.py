@@ -170,6 +170,7 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
         policy=SchedulingPolicy(
             tier_weights=dict(zip(Tier, config.tier_weights, strict=True)),
             itl_targets_s=dict(zip(Tier, config.itl_targets_s or _ITL_TARGETS_S[device.type], strict=True)),
+            one_shot_share=config.one_shot_share,
         ),
     )
     return scheduler, runner

@@ -2,7 +2,7 @@
 
 Owned by the engine thread. A batch is computed layer by layer: between two layers `pause` makes the steps that are due.
 With nobody generating a batch has the machine to itself, and whoever comes waits for one layer. Beside streams all
-batches together get `SHARE` of the time: each step earns them credit, their layers use it up. Nothing is saved up while
+batches together get a share of the time: each step earns them credit, their layers use it up. Nothing is saved up while
 there is no batch, and while a prompt waits for its first token the layers wait too, as long as the credit is below its
 most.
 """
@@ -16,9 +16,6 @@ from headrace.scheduler.messages import OneShotBatch, OneShotOutput, OneShotRead
 
 logger = logging.getLogger(__name__)
 
-# Of the time beside streams; what a first token then takes longer by stays well below a quarter.
-SHARE = 0.15
-_CREDIT_PER_S = SHARE / (1 - SHARE)
 _MAX_CREDIT_S = 0.05
 
 
@@ -41,11 +38,14 @@ class AbandonedError(Exception):
 
 
 class OneShotRunner:
-    """Owns the models and the batches that wait for them."""
+    """Owns the models and the batches that wait for them. Beside streams they have `share` of the time."""
 
-    def __init__(self, models: Mapping[str, OneShotModel], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, models: Mapping[str, OneShotModel], clock: Callable[[], float] = time.monotonic, share: float = 0.25
+    ) -> None:
         self._models = models
         self._clock = clock
+        self.share = share
         self._batches: dict[int, OneShotBatch] = {}  # the oldest, which is the one being computed, first
         self._is_cancelled = False  # that one
         self._credit_s = 0.0
@@ -82,7 +82,7 @@ class OneShotRunner:
     def earn(self, step_s: float) -> None:
         """Count a step that streams have had."""
         if self._batches:
-            self._credit_s = min(_MAX_CREDIT_S, self._credit_s + _CREDIT_PER_S * step_s)
+            self._credit_s = min(_MAX_CREDIT_S, self._credit_s + self.share / (1 - self.share) * step_s)
 
     def run(self, serve_streams: Callable[[], None]) -> OneShotOutput:
         """Compute the oldest batch there is; `serve_streams` makes the steps that are due between two layers.

@@ -113,7 +113,7 @@ class Scheduler:
         policy: SchedulingPolicy | None = None,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs, "every running sequence must get its token in every step"
-        self._policy = policy or SchedulingPolicy()
+        self.policy = policy or SchedulingPolicy()
         self.other_share = 0.0  # A: what of the time steps leave to one-shot models
         self._pool = block_pool
         self._block_size = block_size
@@ -123,7 +123,7 @@ class Scheduler:
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens - num_kept)
         self._has_prefix_cache = has_prefix_cache
         self._sequences: dict[int, Sequence] = {}
-        self._queue: FairQueue[Sequence] = FairQueue(self._policy.tier_weights)
+        self._queue: FairQueue[Sequence] = FairQueue(self.policy.tier_weights)
         self._followers: dict[int, list[Sequence]] = {}  # by the leader whose prompt they wait for
         self._running: OrderedDict[int, Sequence] = OrderedDict()  # in the order in which they began
         self._cancelled: set[int] = set()
@@ -340,7 +340,7 @@ class Scheduler:
 
     def _itl_target_s(self) -> float:
         """The tightest of all running sequences."""
-        targets_s = self._policy.itl_targets_s
+        targets_s = self.policy.itl_targets_s
         return min(targets_s[tier] for tier, num in self._num_running.items() if num)
 
     def _pace(self, decoding: StepShape) -> tuple[float, float]:
@@ -478,7 +478,7 @@ class Scheduler:
     def _keeps_pace(self, sequence: Sequence) -> bool:
         """A: whether all would get their tokens in time with this one beside them. Where not even a lone stream does,
         its target keeps nobody out."""
-        target_s = USED_SHARE * min(self._itl_target_s(), self._policy.itl_targets_s[sequence.request.tier])
+        target_s = USED_SHARE * min(self._itl_target_s(), self.policy.itl_targets_s[sequence.request.tier])
         context = sum(len(s.token_ids) for s in self._running.values()) + len(sequence.token_ids)
         if self._step_time.predict_s(StepShape(0, len(self._running) + 1, context)) <= target_s:
             return True

@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Protocol
 
 import uvicorn
+from starlette.applications import Starlette
 
 from headrace.scheduler.config import EngineConfig, OneShotConfig
 from headrace.scheduler.engine_core import Runner
@@ -23,10 +25,11 @@ from headrace.scheduler.gguf_file import open_gguf
 from headrace.scheduler.model_source import ModelSource, resolve_model
 from headrace.scheduler.one_shot_runner import OneShotModel
 from headrace.scheduler.scheduler import Scheduler
+from headrace.server.api_keys import ApiKeys
 from headrace.server.app import App
 from headrace.server.http_protocol import HttpProtocol, watch_peers
 from headrace.server.one_shot_models import OneShotSource
-from headrace.server.settings import OneShotModelSettings, Settings
+from headrace.server.settings import ListenerSettings, OneShotModelSettings, Settings
 from headrace.server.tls import load_tls
 from headrace.server.tokenizer import Tokenizer, load_tokenizer
 from headrace.server.tracing import open_tracing
@@ -53,16 +56,12 @@ def serve(settings: Settings, load_engine: LoadEngine | None = None) -> int:
 
     `load_engine` makes an engine other than the settings' own: one for measuring the server without a model's time.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
+    start_logging(settings)
     started_s = time.monotonic()
     try:
         # First what is quickly told: a port that is taken should not cost the time a model takes to load.
         tls = load_tls(settings)
-        listener = _listen(settings.host, settings.port)
-        watch_peers(listener, settings.peer_timeout_s)
+        listener = listen(settings)
         source = resolve_model(settings.model, say)
         one_shots = [_resolve_one_shot(one_shot) for one_shot in settings.one_shot_models]
         load_engine = load_engine or partial(_load_engine, settings, source)
@@ -73,59 +72,67 @@ def serve(settings: Settings, load_engine: LoadEngine | None = None) -> int:
     return server.serve_until_signal()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def start_logging(settings: ListenerSettings) -> None:
+    logging.basicConfig(
+        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
+
+
+def listen(settings: ListenerSettings) -> socket.socket:
+    """Raises: ListenError."""
+    host, port = settings.host, settings.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise ListenError(f"cannot listen on host {host}, port {port}: {error.strerror or error}") from None
+    watch_peers(listener, settings.peer_timeout_s)
+    return listener
 
 
 def say(line: str) -> None:
     print(f"headrace: {line}", flush=True)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn with a drain of our own: a first signal starts it, a second one cuts it short."""
+class DrainedApp(Protocol):
+    """What is served: this package's App, or the proxy."""
+
+    keys: ApiKeys | None
+    asgi: Starlette
+
+    @property
+    def num_unfinished(self) -> int: ...
+
+    def reload_keys(self) -> None: ...
+
+    def report_refusal(self, id: str, route: str, received_s: float, status: int) -> None: ...
+
+    async def drain(self, is_hurried: Callable[[], bool]) -> None: ...
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn with a drain of our own: a first signal starts it, a second one cuts it short. `url` is its address."""
 
     def __init__(
         self,
-        settings: Settings,
-        source: ModelSource,
-        one_shots: Sequence[OneShotSource],
-        load_engine: LoadEngine,
+        app: DrainedApp,
+        settings: ListenerSettings,
         listener: socket.socket,
-        tls: ssl.SSLContext | None,
-        started_s: float,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._listener = listener
         host, port = listener.getsockname()[:2]
-        self._url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-        self._started_s = started_s
-        self._settings = settings
-        self._error: Exception | None = None
+        self.url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+        self._drained = app
         self._is_hurried = False
         self._is_closing = False
-        name = settings.served_model_name or source.name
-        endpoint = settings.otlp_traces_endpoint
-        self._tracing = None if endpoint is None else open_tracing(endpoint, name)
-        self._app = App(
-            settings,
-            name,
-            load_engine=load_engine,
-            load_tokenizer=lambda: _load_tokenizer(source),
-            on_engine_change=self._report,
-            tracing=self._tracing,
-            one_shots=one_shots,
-            load_one_shots=partial(_load_one_shots, settings, one_shots),
-        )
         config = uvicorn.Config(
-            self._app.asgi,
+            app.asgi,
             backlog=_BACKLOG,
             loop="uvloop",
             # Made of h11, which answers clients that offer HTTP/2, and tells a stream of a disconnect behind a
             # pipelined request: httptools, the faster parser, does neither.
-            http=partial(HttpProtocol, settings, self._app.report_refusal),  # type: ignore[arg-type]  # a class, as far as uvicorn calls it
+            http=partial(HttpProtocol, settings, app.report_refusal),  # type: ignore[arg-type]  # a class, as far as uvicorn calls it
             ws="none",
             lifespan="on",
             log_config=None,
@@ -137,30 +144,13 @@ class _Server(uvicorn.Server):
         )
         super().__init__(config)
 
-    def serve_until_signal(self) -> int:
-        if self._app.keys is None and not self._settings.is_loopback:
-            say("anyone who reaches this address may use it: there are no keys (see api_keys_file)")
-        say(f"version {VERSION}, loading {self._app.generator.model_name}, listening on {self._url}")
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        self.run([self._listener])
-        if self._tracing is not None:
-            self._tracing.close()
-        code = 1 if self._error is not None else 0
-        if self._app.client.has_thread or not self._app.settled.is_set():
-            # A thread is inside the model, where no Python can end it; leaving by the front door would wait for it, or
-            # abort in C++.
-            logging.shutdown()
-            sys.stdout.flush()
-            os._exit(code)
-        return code
-
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """In place of uvicorn's: callbacks on the loop, which may touch what lives there."""
         loop = asyncio.get_running_loop()
         # A terminal that closes ends what it started; a service is told by SIGHUP to read its files again.
-        is_in_terminal = self._app.keys is None and sys.stdin is not None and sys.stdin.isatty()
-        on_hang_up = self._end if is_in_terminal else self._app.reload_keys
+        is_in_terminal = self._drained.keys is None and sys.stdin is not None and sys.stdin.isatty()
+        on_hang_up = self._end if is_in_terminal else self._drained.reload_keys
         callbacks = {signal.SIGINT: self._end, signal.SIGTERM: self._end, signal.SIGHUP: on_hang_up}
         for number, callback in callbacks.items():
             loop.add_signal_handler(number, callback)
@@ -179,9 +169,9 @@ class _Server(uvicorn.Server):
     async def main_loop(self) -> None:
         await super().main_loop()
         # The listener is still open: who asks now is told that the server is going, and /ready says so.
-        if self._app.num_unfinished:
-            say(f"draining {self._app.num_unfinished} requests; a second signal cuts this short")
-        await self._app.drain(lambda: self._is_hurried)
+        if self._drained.num_unfinished:
+            say(f"draining {self._drained.num_unfinished} requests; a second signal cuts this short")
+        await self._drained.drain(lambda: self._is_hurried)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._is_closing = True
@@ -194,6 +184,56 @@ class _Server(uvicorn.Server):
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
+
+class _Server(DrainingServer):
+    """A server of models, from its loading to its end."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        source: ModelSource,
+        one_shots: Sequence[OneShotSource],
+        load_engine: LoadEngine,
+        listener: socket.socket,
+        tls: ssl.SSLContext | None,
+        started_s: float,
+    ) -> None:
+        self._listener = listener
+        self._started_s = started_s
+        self._settings = settings
+        self._error: Exception | None = None
+        name = settings.served_model_name or source.name
+        endpoint = settings.otlp_traces_endpoint
+        self._tracing = None if endpoint is None else open_tracing(endpoint, name)
+        self._app = App(
+            settings,
+            name,
+            load_engine=load_engine,
+            load_tokenizer=lambda: _load_tokenizer(source),
+            on_engine_change=self._report,
+            tracing=self._tracing,
+            one_shots=one_shots,
+            load_one_shots=partial(_load_one_shots, settings, one_shots),
+        )
+        super().__init__(self._app, settings, listener, tls)
+
+    def serve_until_signal(self) -> int:
+        if self._app.keys is None and not self._settings.is_loopback:
+            say("anyone who reaches this address may use it: there are no keys (see api_keys_file)")
+        say(f"version {VERSION}, loading {self._app.generator.model_name}, listening on {self.url}")
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        self.run([self._listener])
+        if self._tracing is not None:
+            self._tracing.close()
+        code = 1 if self._error is not None else 0
+        if self._app.client.has_thread or not self._app.settled.is_set():
+            # A thread is inside the model, where no Python can end it; leaving by the front door would wait for it, or
+            # abort in C++.
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(code)
+        return code
+
     def _report(self, error: Exception | None) -> None:
         if error is not None:
             self._error = error
@@ -204,7 +244,7 @@ class _Server(uvicorn.Server):
         _settle_garbage_collector()
         assert self._app.client.ready is not None
         name = self._app.generator.model_name
-        url = self._url
+        url = self.url
         say(f"{name}: {self._app.client.ready.description}")
         for one_shot in self._app.client.ready.one_shots:
             say(f"{one_shot.description}, {one_shot.num_bytes / 2**20:.0f} MiB")
@@ -246,6 +286,7 @@ def _load_engine(settings: Settings, source: ModelSource) -> tuple[Scheduler, Ru
         max_num_batched_tokens=settings.max_num_batched_tokens,
         enable_prefix_caching=settings.enable_prefix_caching,
         tier_weights=settings.tier_weights,
+        one_shot_share=settings.one_shot_share,
         itl_targets_s=None if targets_ms == "auto" else tuple(target_ms / 1000 for target_ms in targets_ms),
     )
     with _LOADING:

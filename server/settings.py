@@ -11,7 +11,7 @@ import socket
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
@@ -28,6 +28,7 @@ from pydantic_settings import (
 from headrace.scheduler.config import OneShotTask
 
 ENV_PREFIX = "HEADRACE_"
+PROXY_ENV_PREFIX = "HEADRACE_PROXY_"
 # Not settings of a server, but of where downloads go.
 _OTHER_ENV = {"HEADRACE_CACHE"}
 
@@ -77,24 +78,57 @@ class OneShotModelSettings(BaseModel):
     max_queue_size: int = Field(2048, ge=1, description="most items waiting; beyond, 429")
 
 
-class Settings(BaseSettings):
+class ListenerSettings(BaseSettings):
+    """What every server here has settings for: where it listens, what a connection may cost, who may call."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, cli_kebab_case=True, cli_implicit_flags=True)
+
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line shown")
+    max_body_bytes: Bytes = Field(4 * 2**20, ge=1, description="largest request body")
+    max_header_bytes: Bytes = Field(64 * 2**10, ge=1024, description="largest request line and headers; beyond, 431")
+    receive_timeout_s: float = Field(
+        60, gt=0, description="how long a request's headers, and then its body, may take to arrive"
+    )
+    peer_timeout_s: int = Field(
+        60, ge=4, le=3600, description="how long a client may neither acknowledge nor read what it is sent"
+    )
+    keep_alive_s: int = Field(75, ge=1, description="how long an idle connection is kept")
+    drain_grace_s: float = Field(30, ge=0, description="on SIGTERM, how long running requests may go on")
+    api_keys_file: str | None = Field(
+        None,
+        min_length=1,
+        description="TOML file of API keys; with one every request needs a key; SIGHUP reads it again",
+    )
+    open_metrics: bool = Field(False, description="serve /metrics without a key")
+    cors_origins: tuple[str, ...] = Field((), description="other origins whose pages may call this server, or *")
+    allowed_hosts: tuple[str, ...] = Field((), description="further names for the Host header on loopback")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the server; where a name does not resolve, better so."""
+        try:
+            return ipaddress.ip_address(
+                socket.gethostbyname(self.host) if ":" not in self.host else self.host
+            ).is_loopback
+        except (OSError, ValueError):
+            return True
+
+
+class Settings(ListenerSettings):
     """A server's settings. Each field's description is its help text."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, extra="forbid", frozen=True, cli_kebab_case=True, cli_implicit_flags=True
-    )
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, cli_prog_name="headrace serve")
 
     model: CliPositionalArg[str | None] = Field(
         None, description="directory, .gguf file, gemma3-270m or hub id; the demo model where none is named"
     )
     served_model_name: str | None = Field(None, description="name that clients use; the model's own by default")
-    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     workers: int = Field(1, description="must be 1: one engine serves one process")
     tls_cert_file: Path | None = Field(None, description="PEM certificate chain; with it the server speaks HTTPS")
     tls_key_file: Path | None = Field(None, description="PEM private key of the certificate")
     tls_key_password_file: Path | None = Field(None, description="file with the key's password, where it has one")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line shown")
     otlp_traces_endpoint: str | None = Field(
         None,
         pattern=r"^https?://",
@@ -152,6 +186,9 @@ class Settings(BaseSettings):
     one_shot_models: tuple[OneShotModelSettings, ...] = Field(
         (), description="models for embeddings, scores and images beside the generating one"
     )
+    one_shot_share: float = Field(
+        0.25, gt=0, lt=1, description="of the time beside streams, what is theirs; without streams all is"
+    )
     preprocess_threads: int = Field(2, ge=1, le=64, description="worker threads for their texts and images")
     postprocess_threads: int = Field(1, ge=1, le=64, description="worker threads for their answers")
     max_image_bytes: Bytes = Field(16 * 2**20, ge=1, description="largest request body with an image")
@@ -165,31 +202,12 @@ class Settings(BaseSettings):
     ttft_timeout_s: float = Field(600, gt=0, description="longest until a request's first token")
     stall_timeout_s: float = Field(60, gt=0, description="longest between two tokens of a request")
     tokenizer_threads: int = Field(2, ge=1, le=64, description="worker threads for templates and tokenizing")
-    max_body_bytes: Bytes = Field(4 * 2**20, ge=1, description="largest request body")
-    max_header_bytes: Bytes = Field(64 * 2**10, ge=1024, description="largest request line and headers; beyond, 431")
-    receive_timeout_s: float = Field(
-        60, gt=0, description="how long a request's headers, and then its body, may take to arrive"
-    )
-    peer_timeout_s: int = Field(
-        60, ge=4, le=3600, description="how long a client may neither acknowledge nor read what it is sent"
-    )
     heartbeat_s: float = Field(15, ge=1, description="silence on a stream before a comment is sent")
-    keep_alive_s: int = Field(75, ge=1, description="how long an idle connection is kept")
-    drain_grace_s: float = Field(30, ge=0, description="on SIGTERM, how long running requests may go on")
 
     stream_grace_s: float = Field(15, ge=0, description="how long a native stream runs without readers")
     stream_ttl_s: float = Field(600, ge=0, description="how long a finished native stream can be read again")
     stream_log_bytes: Bytes = Field(64 * 2**20, description="most memory for logs of finished native streams")
     stream_retry_ms: int = Field(1000, ge=1, description="reconnection delay that EventSource is told")
-
-    api_keys_file: str | None = Field(
-        None,
-        min_length=1,
-        description="TOML file of API keys; with one every request needs a key; SIGHUP reads it again",
-    )
-    open_metrics: bool = Field(False, description="serve /metrics without a key")
-    cors_origins: tuple[str, ...] = Field((), description="other origins whose pages may call this server, or *")
-    allowed_hosts: tuple[str, ...] = Field((), description="further names for the Host header on loopback")
 
     @model_validator(mode="after")
     def _check(self) -> "Settings":
@@ -212,37 +230,42 @@ class Settings(BaseSettings):
             raise ValueError("one_shot_models: two of them have one name; give each its own `name`")
         return self
 
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach the server; where a name does not resolve, better so."""
-        try:
-            return ipaddress.ip_address(
-                socket.gethostbyname(self.host) if ":" not in self.host else self.host
-            ).is_loopback
-        except (OSError, ValueError):
-            return True
+
+SettingsT = TypeVar("SettingsT", bound=ListenerSettings)
 
 
 def load_settings(args: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Settings:
-    """Read the settings; `args` are the flags behind `headrace serve`.
+    """Read a server's settings; `args` are the flags behind `headrace serve`.
+
+    Raises: SettingsError, naming every key that is wrong.
+    """
+    return read_settings(Settings, "Serve a model.", args, environ)
+
+
+def read_settings(
+    cls: type[SettingsT], summary: str, args: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> SettingsT:
+    """Read the settings of a class from all their sources; `args` are the flags behind its command.
 
     Raises: SettingsError, naming every key that is wrong.
     """
     variables = dict(os.environ if environ is None else environ)
-    parser = argparse.ArgumentParser("headrace serve", add_help=False, allow_abbrev=False)
+    prefix, command = cls.model_config["env_prefix"], cls.model_config["cli_prog_name"]
+    parser = argparse.ArgumentParser(command, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     known, flags = parser.parse_known_args(list(args))
     unknown = [
         name
         for name in variables
-        if name.upper().startswith(ENV_PREFIX)
+        if name.upper().startswith(prefix)
         and name not in _OTHER_ENV
-        and name.upper().removeprefix(ENV_PREFIX).lower() not in Settings.model_fields
+        and (prefix == PROXY_ENV_PREFIX or not name.upper().startswith(PROXY_ENV_PREFIX))
+        and name.upper().removeprefix(prefix).lower() not in cls.model_fields
     ]
     if unknown:
         raise SettingsError("\n".join(f"{name}: no such setting (environment)" for name in unknown))
 
-    class Sourced(Settings):
+    class Sourced(cls):  # type: ignore[valid-type,misc]
         @classmethod
         def settings_customise_sources(
             cls, settings_cls: type[BaseSettings], *_: PydanticBaseSettingsSource, **__: PydanticBaseSettingsSource
@@ -253,7 +276,7 @@ def load_settings(args: Sequence[str] = (), environ: Mapping[str, str] | None = 
                 CliSettingsSource(
                     settings_cls,
                     cli_parse_args=flags,
-                    cli_prog_name="headrace serve",
+                    cli_prog_name=command,
                     cli_hide_none_type=True,
                     formatter_class=argparse.HelpFormatter,
                 ),
@@ -263,11 +286,11 @@ def load_settings(args: Sequence[str] = (), environ: Mapping[str, str] | None = 
                 sources.append(TomlConfigSettingsSource(settings_cls, known.config))
             return tuple(sources)
 
-    Sourced.__doc__ = "Serve a model. --config FILE reads settings from a TOML file; flags win over it."
+    Sourced.__doc__ = f"{summary} --config FILE reads settings from a TOML file; flags win over it."
     if known.config is not None and not known.config.is_file():
         raise SettingsError(f"config: {known.config} is not a file")
     try:
-        return Sourced()
+        return Sourced()  # type: ignore[no-any-return]
     except ValidationError as error:
         # A setting of several types has an error for each, and the first says most.
         details = {detail["loc"][:1]: detail for detail in reversed(error.errors())}

@@ -38,6 +38,11 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "tier_weights": ((8.0, 3.0, 1.0), (1.0, 1.0, 1.0), (2.0, 2.0, 2.0), (3.0, 2.0, 1.0)),
     "itl_targets_ms": ("auto", (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), (7.0, 8.0, 9.0)),
     "ttft_targets_s": ("auto", (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), (7.0, 8.0, 9.0)),
+    "one_shot_share": (0.25, 0.1, 0.2, 0.3),
+    "preprocess_threads": (2, 1, 3, 4),
+    "postprocess_threads": (1, 2, 3, 4),
+    "max_image_bytes": (16 * 2**20, 1, 2, 3),
+    "max_image_pixels": (50_000_000, 1, 2, 3),
     "max_queue_size": (1024, 1, 2, 3),
     "max_queue_tokens": (2**22, 1, 2, 3),
     "max_queue_bytes": (2**28, 1, 2, 3),
@@ -67,7 +72,41 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
 def test_every_setting_is_tried_here() -> None:
     # `workers` has one value only, and the TLS files are of no use one by one.
     tls = {name for name in Settings.model_fields if name.startswith("tls_")}
-    assert set(VALUES) == set(Settings.model_fields) - {"workers"} - tls
+    assert set(VALUES) == set(Settings.model_fields) - {"workers", "one_shot_models"} - tls
+
+
+def test_one_shot_models_are_tables_of_the_file_and_json_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "headrace.toml"
+    path.write_text(
+        '[[one_shot_models]]\nmodel = "a"\ntask = "embed"\n[[one_shot_models]]\nmodel = "b"\ntask = "score"\n'
+    )
+    found = load_settings(["--config", str(path)], {}).one_shot_models
+    assert [(one.model, one.task) for one in found] == [("a", "embed"), ("b", "score")]
+    models = [{"model": "c", "task": "classify", "max_batch_size": 4}]
+    for args, environ in (
+        (["--one-shot-models", json.dumps(models)], {}),
+        ([], {"HEADRACE_ONE_SHOT_MODELS": json.dumps(models)}),
+    ):
+        [one] = load_settings(["--config", str(path), *args], environ).one_shot_models
+        assert (one.model, one.task, one.max_batch_size) == ("c", "classify", 4)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('model = "a"', "one_shot_models[0].task: Field required"),
+        ('model = "a"\ntask = "sing"', "one_shot_models[0].task: Input should be"),
+        ('model = "a"\ntask = "embed"\nmax_bach_size = 3', "one_shot_models[0].max_bach_size: no such setting"),
+        ('model = "a"\ntask = "embed"\nmax_wait_ms = -1', "one_shot_models[0].max_wait_ms: "),
+        ('model = "a"\ntask = "embed"\n[[one_shot_models]]\nmodel = "a"\ntask = "embed"', "two of them have one name"),
+    ],
+)
+def test_what_is_wrong_in_a_one_shot_models_table_is_named(tmp_path: Path, table: str, message: str) -> None:
+    path = tmp_path / "headrace.toml"
+    path.write_text(f"[[one_shot_models]]\n{table}\n")
+    with pytest.raises(SettingsError) as error:
+        load_settings(["--config", str(path)], {})
+    assert message in str(error.value)
 
 
 def as_flags(name: str, value: Any) -> list[str]:
