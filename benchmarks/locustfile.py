@@ -72,6 +72,7 @@ class ChatUser(_LaneUser):
     """One who reads a streamed answer to its end."""
 
     model_task = "generate"
+    fixed_count = int(os.environ.get("LANES_NUM_STREAMS", "0"))
 
     @task
     def chat(self) -> None:
@@ -123,9 +124,10 @@ class ScoreUser(_LaneUser):
 
 
 class PictureUser(_LaneUser):
-    """A picture, as a file or in JSON."""
+    """A picture, as a file or in JSON; one after the other."""
 
     model_task = "classify"
+    wait_time = constant(0)
 
     @task(3)
     def upload(self) -> None:

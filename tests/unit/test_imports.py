@@ -28,12 +28,14 @@ FREE = {
     "gpu_measurements.py",
     "http_bench.py",
     "kernel_bench.py",
+    "lanes.py",
     "overload.py",
     "peer_worker.py",
     "peers.py",
     "scheduler_bench.py",
     "simulate.py",
     "simulated_server.py",
+    "unbatched_server.py",
 }
 
 
