@@ -17,8 +17,6 @@ import anyio.lowlevel
 import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
@@ -35,7 +33,7 @@ from headrace.server.engine_client import EngineClient, QueueLimits
 from headrace.server.errors import ApiError, UnavailableError, envelope
 from headrace.server.generation import Generation
 from headrace.server.generator import Generator
-from headrace.server.guard import KeyGuard, LoopbackGuard
+from headrace.server.guard import guards
 from headrace.server.native_api import NativeApi, refuse_event_source
 from headrace.server.one_shot_api import OneShotApi
 from headrace.server.one_shot_models import OneShots, OneShotSource
@@ -106,7 +104,7 @@ class App:
         self._tracing = tracing
         self.asgi = Starlette(
             routes=self._routes(),
-            middleware=self._middleware(),
+            middleware=guards(settings, self.keys, self.report_refusal),
             exception_handlers={HTTPException: self._http_error, Exception: _internal_error},
             lifespan=self._lifespan,
         )
@@ -250,34 +248,6 @@ class App:
             Route("/v1/streams/{id}", endpoint(native.snapshot_or_cancel), methods=["GET", "DELETE"]),
             Route("/v1/streams/{id}/events", endpoint(native.events), methods=["GET"]),
         ]
-
-    def _middleware(self) -> list[Middleware]:
-        settings = self.settings
-        middleware = []
-        if self.keys is None and settings.is_loopback:
-            guard = Middleware(
-                LoopbackGuard,
-                allowed_hosts=settings.allowed_hosts,
-                cors_origins=settings.cors_origins,
-                on_rejected=self.report_refusal,
-            )
-            middleware.append(guard)
-        if settings.cors_origins:
-            cors = Middleware(
-                CORSMiddleware,
-                allow_origins=settings.cors_origins,
-                allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["*"],  # client libraries send headers of their own
-                expose_headers=["x-request-id", "retry-after", "retry-after-ms", "location"],
-            )
-            middleware.append(cors)
-        # Inside CORS: a preflight carries no key, and a page of another origin may read why it was refused.
-        middleware.append(
-            Middleware(
-                KeyGuard, keys=self.keys, has_open_metrics=settings.open_metrics, on_rejected=self.report_refusal
-            )
-        )
-        return middleware
 
     def report_refusal(self, id: str, route: str, received_s: float, status: int) -> None:
         """Count and log a request that was refused, wherever that was."""

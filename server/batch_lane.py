@@ -125,7 +125,19 @@ class BatchLane:
         return len(self._batcher) + len(self._running)
 
     async def run(self) -> None:
-        """Form batches and have them computed, until cancelled."""
+        """Form batches and have them computed, until cancelled; what then waits or is computed is told."""
+        try:
+            await self._run_batches()
+        finally:
+            while len(self._batcher):
+                batch = self._batcher.next_batch(float("inf"))
+                assert batch is not None
+                for item in batch.items:
+                    self._leave_queue(item)
+                    self._running[item] = _Running(1)
+                    self._settle(item, UnavailableError("the server is shutting down", "draining"))
+
+    async def _run_batches(self) -> None:
         async with anyio.create_task_group() as tasks:
             while True:
                 batch = self._batcher.next_batch(self._clock()) if self._num_running < self._num_at_once else None

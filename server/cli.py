@@ -1,4 +1,4 @@
-"""The `headrace` command: `serve`, `bench` and `create-key`."""
+"""The `headrace` command: `serve`, `proxy`, `bench` and `create-key`."""
 
 import argparse
 import signal
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 USAGE = """usage: headrace serve [MODEL] [--config FILE] [--port PORT ...]   serve a model; see headrace serve --help
+       headrace proxy --upstream URL [--port PORT ...]             merge requests to a server; see headrace proxy --help
        headrace bench [--url URL ...]                              measure a server; see headrace bench --help
        headrace create-key NAME [--tier TIER] [--file FILE]        make an API key; see headrace create-key --help"""
 
@@ -28,9 +29,18 @@ def _run(args: Sequence[str] | None) -> int:
         try:
             settings = load_settings(rest)
         except SettingsError as error:
-            print("\n".join(f"headrace: setting {line}" for line in str(error).splitlines()), file=sys.stderr)
-            return 2
+            return _refuse_settings(error)
         return serve(settings)
+    if command == "proxy":
+        from headrace.server.proxy import serve_proxy
+        from headrace.server.proxy_settings import load_proxy_settings
+        from headrace.server.settings import SettingsError
+
+        try:
+            proxy_settings = load_proxy_settings(rest)
+        except SettingsError as error:
+            return _refuse_settings(error)
+        return serve_proxy(proxy_settings)
     if command == "bench":
         from headrace.benchmarks.bench import main as bench
 
@@ -42,6 +52,11 @@ def _run(args: Sequence[str] | None) -> int:
         USAGE if is_help else f"headrace: no command {command!r}\n{USAGE}", file=sys.stdout if is_help else sys.stderr
     )
     return 0 if is_help else 2
+
+
+def _refuse_settings(error: Exception) -> int:
+    print("\n".join(f"headrace: setting {line}" for line in str(error).splitlines()), file=sys.stderr)
+    return 2
 
 
 def _create_key(args: Sequence[str]) -> int:

@@ -11,12 +11,15 @@ import time
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.server.api_keys import ApiKeys
 from headrace.server.endpoint import error_response
 from headrace.server.errors import ApiError, ForbiddenError, UnauthorizedError
 from headrace.server.request_log import OnRejected
+from headrace.server.settings import ListenerSettings
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # Probes, the chat page's files, and a stream's events, where the stream's id is what one must know. GET /v1/stream asks
@@ -118,6 +121,31 @@ class LoopbackGuard(_Guard):
                 raise ForbiddenError("pages of other origins may not call this server; see the setting cors_origins")
         elif _split(origin).netloc != host:
             raise ForbiddenError(f"pages of {origin[:200]!r} may not call this server; see the setting cors_origins")
+
+
+def guards(settings: ListenerSettings, keys: ApiKeys | None, on_rejected: OnRejected) -> list[Middleware]:
+    """What stands before a server's routes, the outermost first."""
+    middleware = []
+    if keys is None and settings.is_loopback:
+        guard = Middleware(
+            LoopbackGuard,
+            allowed_hosts=settings.allowed_hosts,
+            cors_origins=settings.cors_origins,
+            on_rejected=on_rejected,
+        )
+        middleware.append(guard)
+    if settings.cors_origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],  # client libraries send headers of their own
+            expose_headers=["x-request-id", "retry-after", "retry-after-ms", "location"],
+        )
+        middleware.append(cors)
+    # Inside CORS: a preflight carries no key, and a page of another origin may read why it was refused.
+    middleware.append(Middleware(KeyGuard, keys=keys, has_open_metrics=settings.open_metrics, on_rejected=on_rejected))
+    return middleware
 
 
 def _split(url: str) -> SplitResult:

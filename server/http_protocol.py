@@ -19,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from headrace.server.errors import envelope
 from headrace.server.request_log import OnRejected
-from headrace.server.settings import Settings
+from headrace.server.settings import ListenerSettings
 from headrace.server.sse import WRITE_CHUNK
 
 _MAX_HEADERS = 100
@@ -33,7 +33,7 @@ class HttpProtocol(H11Protocol):
 
     conn: "_BoundedConnection"
 
-    def __init__(self, settings: Settings, on_rejected: OnRejected, **uvicorn_arguments: Any) -> None:
+    def __init__(self, settings: ListenerSettings, on_rejected: OnRejected, **uvicorn_arguments: Any) -> None:
         super().__init__(**uvicorn_arguments)
         self._on_rejected = on_rejected
         self._settings = settings

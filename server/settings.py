@@ -290,7 +290,7 @@ def read_settings(
     if known.config is not None and not known.config.is_file():
         raise SettingsError(f"config: {known.config} is not a file")
     try:
-        return Sourced()  # type: ignore[no-any-return]
+        return Sourced()
     except ValidationError as error:
         # A setting of several types has an error for each, and the first says most.
         details = {detail["loc"][:1]: detail for detail in reversed(error.errors())}

@@ -16,11 +16,14 @@ import httpx
 class ServerProcess:
     """The process and its address. `wait_for` waits for a line of its output."""
 
+    command: tuple[str, ...] = ("-m", "headrace.server")
+    ready = r"chat page: (https?://\S+)/"
+
     def __init__(self, args: list[str], env: dict[str, str] | None = None) -> None:
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "headrace.server", "--port", "0", *args],
+            [sys.executable, *self.command, "--port", "0", *args],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -50,7 +53,7 @@ class ServerProcess:
 
     def url(self) -> str:
         """The server's address, once it is ready."""
-        return self.wait_for(r"chat page: (https?://\S+)/")[1]
+        return self.wait_for(self.ready)[1]
 
     def stop(self, sig: int = signal.SIGTERM, timeout_s: float = 60) -> int:
         """Signal the process and wait for its end; returns its exit code."""
@@ -95,6 +98,13 @@ class ServerProcess:
             self._changed.notify_all()
 
 
+class ProxyProcess(ServerProcess):
+    """`headrace proxy`, likewise; it is ready as soon as it listens."""
+
+    command = ("-c", "import sys; from headrace.server.cli import main; sys.exit(main())", "proxy")
+    ready = r"listening on (\S+)"
+
+
 @contextmanager
 def serving(*args: str, env: dict[str, str] | None = None) -> Iterator[ServerProcess]:
     """A server that is ready, stopped afterwards."""
@@ -104,3 +114,14 @@ def serving(*args: str, env: dict[str, str] | None = None) -> Iterator[ServerPro
         yield server
     finally:
         server.stop()
+
+
+@contextmanager
+def proxying(upstream: str, *args: str) -> Iterator[ProxyProcess]:
+    """A proxy before a server, stopped afterwards."""
+    proxy = ProxyProcess(["--upstream", upstream, *args])
+    try:
+        proxy.url()
+        yield proxy
+    finally:
+        proxy.stop()

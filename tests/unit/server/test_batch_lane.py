@@ -208,7 +208,7 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
         await until(lambda: lane.num_unfinished == 0)
 
 
-async def test_a_lane_that_is_closed_tells_those_it_has() -> None:
+async def test_a_lane_that_is_closed_tells_those_it_computes_and_those_that_wait() -> None:
     doubler = Doubler(is_held=True)
     lane = Lane(doubler, Metrics("fake", LoadSnapshot, lambda: 0), BatchPolicy(), 10)
     async with anyio.create_task_group() as tasks:
@@ -225,4 +225,7 @@ async def test_a_lane_that_is_closed_tells_those_it_has() -> None:
         tasks.start_soon(run)
         tasks.start_soon(client)
         await until(lambda: len(doubler.batches) == 1)
+        tasks.start_soon(client)
+        await until(lambda: lane.num_unfinished == 2)
         lane_scope.cancel()
+    assert lane.num_unfinished == 0

@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from headrace.server.settings import Settings, SettingsError, load_settings
 
-CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.toml"))
+CONFIGS = sorted(path for path in (Path(__file__).parents[3] / "configs").glob("*.toml") if path.name != "proxy.toml")
 
 # Four different, acceptable values per setting: default, file, environment, flag.
 VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
