@@ -93,6 +93,11 @@ class DynamicBatcher:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def waiting(self) -> list[BatchItem]:
+        """In the order of their arrival."""
+        return list(self._waiting.values())
+
     def add(self, item: BatchItem) -> None:
         """Queue an item; they come in the order of their arrival."""
         if self._last_arrival_s > -_NEVER:

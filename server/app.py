@@ -142,7 +142,10 @@ class App:
         with anyio.move_on_after(self.settings.drain_grace_s):
             while self.num_unfinished and not is_hurried():  # noqa: ASYNC110 - a signal handler sets no event
                 await anyio.sleep(_DRAIN_POLL_S)
-        self.client.cancel_all(UnavailableError("the server is shutting down", "draining"))
+        error = UnavailableError("the server is shutting down", "draining")
+        self.client.cancel_all(error)
+        for model in self.one_shots.models:
+            model.lane.fail_all(error)
 
     @asynccontextmanager
     async def _lifespan(self, asgi: Starlette) -> AsyncIterator[None]:

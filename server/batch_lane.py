@@ -25,7 +25,7 @@ from headrace.server.errors import (
     OverloadedError,
     UnavailableError,
 )
-from headrace.server.metrics import Metrics
+from headrace.server.metrics import RequestMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class BatchLane:
         *,
         tier_weights: Mapping[Tier, float],
         max_queue_size: int,
-        metrics: Metrics,
+        metrics: RequestMetrics,
         clock: Callable[[], float],
         num_at_once: int = 1,
         is_divisible: Callable[[ApiError], bool] = lambda error: isinstance(error, EngineFailedError),
@@ -129,13 +129,17 @@ class BatchLane:
         try:
             await self._run_batches()
         finally:
-            while len(self._batcher):
-                batch = self._batcher.next_batch(float("inf"))
-                assert batch is not None
-                for item in batch.items:
-                    self._leave_queue(item)
-                    self._running[item] = _Running(1)
-                    self._settle(item, UnavailableError("the server is shutting down", "draining"))
+            self.fail_all(UnavailableError("the server is shutting down", "draining"))
+
+    def fail_all(self, error: ApiError) -> None:
+        """End whatever waits or is computed."""
+        for item in self._batcher.waiting:
+            self._batcher.remove(item)
+            self._leave_queue(item)
+            self._hand_over(item, error)
+        for item, running in list(self._running.items()):
+            running.scope.cancel()
+            self._settle(item, error)
 
     async def _run_batches(self) -> None:
         async with anyio.create_task_group() as tasks:
@@ -252,8 +256,6 @@ class BatchLane:
             if computed_s is not None:
                 self._metrics.compute_s.observe(computed_s)
             self._batcher.end(batch, self._clock(), computed_s)
-            for item in batch.items:  # where the lane is closed, or nobody waits any more
-                self._settle(item, UnavailableError("the server is shutting down", "draining"))
             self._num_running -= 1
             self._changed.set()
 
@@ -288,5 +290,8 @@ class BatchLane:
             return
         item.status = SequenceStatus.FINISHED
         self._running.pop(item).num_wanted -= 1
+        self._hand_over(item, outcome)
+
+    def _hand_over(self, item: BatchItem, outcome: Any) -> None:
         self._metrics.items["error" if isinstance(outcome, ApiError) else "ok"].inc()
         item.content.request.settle(item.content.place, outcome)

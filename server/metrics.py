@@ -52,51 +52,26 @@ _VLLM_NAMES = {
 _VLLM_REASONS = {"stop": "stop", "length": "length", "cancelled": "abort"}
 
 
-class Metrics:
-    """All metrics of one server. `load` and `num_waiting` are asked at scrape time."""
+class RequestMetrics:
+    """What every server of ours counts, the proxy too: refusals, departures, and batches by model."""
 
-    def __init__(self, model_name: str, load: Callable[[], LoadSnapshot], num_waiting: Callable[[], int]) -> None:
-        self._registry = CollectorRegistry()
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
         self.rejected = self._counter("requests_rejected", "Requests refused before the first byte", "status")
-        self._finished = self._counter("requests_finished", "Answers that ended, by reason", "finished_reason")
         self._cancelled = self._counter("requests_cancelled", "Requests whose client left, by phase", "phase")
-        self._shed = self._counter("requests_shed", "Requests refused under load, by tier", "tier", "reason")
-        self.ttft = self._tier_histograms("time_to_first_token_seconds", "Arrival to first token", _LONG)
-        self.itl = self._tier_histograms("inter_token_latency_seconds", "Between a request's tokens", _SHORT)
-        self.queue_time = self._tier_histograms("request_queue_time_seconds", "Submitted to first scheduled", _LONG)
-        self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to the last token", _LONG)
-        self.loop_lag = self._histogram("event_loop_lag_seconds", "How late the event loop wakes a timer", _PAUSES)
-        self.step_gap = self._histogram("engine_step_gap_seconds", "From one step's computing to the next's", _PAUSES)
-        self.lock_wait = self._histogram(
-            "engine_lock_wait_seconds", "From a step's end until the engine has the interpreter's lock", _PAUSES
-        )
-        for reason in FinishReason:
-            self._finished.labels(reason.value)
         for phase in PHASES:
             self._cancelled.labels(phase)
+        self._shed = self._counter("requests_shed", "Requests refused under load, by tier", "tier", "reason")
         for tier in Tier:
             for shed_reason in SHED_REASONS:
                 self._shed.labels(tier.value, shed_reason)
-        self._tier_waiting = self._gauge("tier_requests_waiting", "Requests accepted and not begun, by tier", "tier")
-        self._lanes: dict[str, LaneMetrics] = {}
-        self._lane_families = {
-            name: self._label_histograms(f"batch_{name}", text, "model")
-            for name, text in (
-                ("size", "Items of a one-shot model's batch"),
-                ("wait_seconds", "An item's arrival until its batch is computed"),
-                ("compute_seconds", "A batch's computing, or the upstream's answer"),
-            )
-        }
+        self._batch_size = self._label_histograms("batch_size", "Items of a batch", "model")
+        self._batch_wait = self._label_histograms("batch_wait_seconds", "An item's arrival to its batch", "model")
+        self._batch_compute = self._label_histograms("batch_compute_seconds", "What a batch took", "model")
         self._batch_items = self._counter("batch_items", "Items that ended, by how", "model", "outcome")
-        self._batch_cost = self._counter("batch_cost", "Tokens or pixels computed in batches, padding too", "model")
+        self._batch_cost = self._counter("batch_cost", "Tokens or images of batches, padding too", "model")
         self._batch_padding = self._counter("batch_padding", "Of those, the padding", "model")
         self._batch_queue = self._gauge("batch_queue_depth", "Items that wait for a batch", "model")
-        self._model_bytes = self._gauge("model_bytes", "Memory of a one-shot model's weights", "model")
-        gauges = _LoadCollector(load, num_waiting)
-        self._registry.register(gauges)
-        self._model_name = model_name
 
     def expose(self) -> bytes:
         """The text exposition of all metrics."""
@@ -104,32 +79,20 @@ class Metrics:
 
     def expose_each(self) -> Iterator[bytes]:
         """The same metric by metric: all at once would hold up the loop."""
-        for metric in self._registry.collect():
+        for metric in self.registry.collect():
             yield generate_latest(_Collected(metric))
-            if metric.name in _VLLM_NAMES:
-                yield generate_latest(_Collected(_as_vllms(metric, self._model_name)))
-
-    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Add a gauge whose value is asked when scraped."""
-        Gauge(f"headrace_{name}", text, registry=self._registry).set_function(value)
-
-    def watch_waiting(self, tier: Tier, value: Callable[[], float]) -> None:
-        """Set where a tier's number of waiting requests is asked when scraped."""
-        self._tier_waiting.labels(tier.value).set_function(value)
 
     def open_lane(self, model: str, num_waiting: Callable[[], int]) -> "LaneMetrics":
         """The metrics of one dynamic batcher, under the name of its model."""
         self._batch_queue.labels(model).set_function(num_waiting)
-        size, wait_s, compute_s = (
-            histograms.setdefault(model, LatencyHistogram(bounds))
-            for histograms, bounds in zip(self._lane_families.values(), (_SIZES, _SHORT, _SHORT), strict=True)
+        return LaneMetrics(
+            self._batch_size.setdefault(model, LatencyHistogram(_SIZES)),
+            self._batch_wait.setdefault(model, LatencyHistogram(_SHORT)),
+            self._batch_compute.setdefault(model, LatencyHistogram(_SHORT)),
+            {outcome: self._batch_items.labels(model, outcome) for outcome in OUTCOMES},
+            self._batch_cost.labels(model),
+            self._batch_padding.labels(model),
         )
-        items = {outcome: self._batch_items.labels(model, outcome) for outcome in OUTCOMES}
-        cost, padding = self._batch_cost.labels(model), self._batch_padding.labels(model)
-        return LaneMetrics(size, wait_s, compute_s, items, cost, padding)
-
-    def set_model_bytes(self, model: str, num_bytes: int) -> None:
-        self._model_bytes.labels(model).set(num_bytes)
 
     def count_shed(self, tier: Tier, reason: str) -> None:
         """Count a request that was refused for one of SHED_REASONS."""
@@ -146,6 +109,65 @@ class Metrics:
 
     def count_cancelled(self, phase: str) -> None:
         self._cancelled.labels(phase).inc()
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"headrace_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"headrace_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> "LatencyHistogram":
+        histogram = LatencyHistogram(bounds)
+        self.registry.register(HistogramCollector(f"headrace_{name}", text, {None: histogram}))
+        return histogram
+
+    def _label_histograms(self, name: str, text: str, label: str) -> "dict[str, LatencyHistogram]":
+        histograms: dict[str, LatencyHistogram] = {}
+        self.registry.register(HistogramCollector(f"headrace_{name}", text, histograms, label))
+        return histograms
+
+
+class Metrics(RequestMetrics):
+    """All metrics of a server with an engine. `load` and `num_waiting` are asked at scrape time."""
+
+    def __init__(self, model_name: str, load: Callable[[], LoadSnapshot], num_waiting: Callable[[], int]) -> None:
+        super().__init__()
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
+        self._finished = self._counter("requests_finished", "Answers that ended, by reason", "finished_reason")
+        self.ttft = self._tier_histograms("time_to_first_token_seconds", "Arrival to first token", _LONG)
+        self.itl = self._tier_histograms("inter_token_latency_seconds", "Between a request's tokens", _SHORT)
+        self.queue_time = self._tier_histograms("request_queue_time_seconds", "Submitted to first scheduled", _LONG)
+        self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to the last token", _LONG)
+        self.loop_lag = self._histogram("event_loop_lag_seconds", "How late the event loop wakes a timer", _PAUSES)
+        self.step_gap = self._histogram("engine_step_gap_seconds", "From one step's computing to the next's", _PAUSES)
+        self.lock_wait = self._histogram(
+            "engine_lock_wait_seconds", "From a step's end until the engine has the interpreter's lock", _PAUSES
+        )
+        for reason in FinishReason:
+            self._finished.labels(reason.value)
+        self._tier_waiting = self._gauge("tier_requests_waiting", "Requests accepted and not begun, by tier", "tier")
+        self._model_bytes = self._gauge("model_bytes", "Memory of a one-shot model's weights", "model")
+        gauges = _LoadCollector(load, num_waiting)
+        self.registry.register(gauges)
+        self._model_name = model_name
+
+    def expose_each(self) -> Iterator[bytes]:
+        for metric in self.registry.collect():
+            yield generate_latest(_Collected(metric))
+            if metric.name in _VLLM_NAMES:
+                yield generate_latest(_Collected(_as_vllms(metric, self._model_name)))
+
+    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Add a gauge whose value is asked when scraped."""
+        Gauge(f"headrace_{name}", text, registry=self.registry).set_function(value)
+
+    def watch_waiting(self, tier: Tier, value: Callable[[], float]) -> None:
+        """Set where a tier's number of waiting requests is asked when scraped."""
+        self._tier_waiting.labels(tier.value).set_function(value)
+
+    def set_model_bytes(self, model: str, num_bytes: int) -> None:
+        self._model_bytes.labels(model).set(num_bytes)
 
     def observe_pauses(self, pauses: StepPauses) -> None:
         if pauses.gap_s is not None:
@@ -164,25 +186,9 @@ class Metrics:
         if stages.end_s is not None:
             self.e2e.observe(stages.end_s - stages.received_s)
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"headrace_{name}", text, labels, registry=self._registry)
-
-    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(f"headrace_{name}", text, labels, registry=self._registry)
-
-    def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> "LatencyHistogram":
-        histogram = LatencyHistogram(bounds)
-        self._registry.register(HistogramCollector(f"headrace_{name}", text, {None: histogram}))
-        return histogram
-
     def _tier_histograms(self, name: str, text: str, bounds: tuple[float, ...]) -> "Mapping[Tier, LatencyHistogram]":
         histograms = {tier: LatencyHistogram(bounds) for tier in Tier}
-        self._registry.register(HistogramCollector(f"headrace_{name}", text, histograms))
-        return histograms
-
-    def _label_histograms(self, name: str, text: str, label: str) -> "dict[str, LatencyHistogram]":
-        histograms: dict[str, LatencyHistogram] = {}
-        self._registry.register(HistogramCollector(f"headrace_{name}", text, histograms, label))
+        self.registry.register(HistogramCollector(f"headrace_{name}", text, histograms))
         return histograms
 
 

@@ -23,7 +23,6 @@ import anyio
 import anyio.abc
 import httpx
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
-from prometheus_client import generate_latest
 from pydantic_core import from_json, to_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -34,7 +33,6 @@ from starlette.routing import Route
 from headrace.scheduler.config import SchedulingPolicy
 from headrace.scheduler.dynamic_batcher import BatchPolicy
 from headrace.scheduler.errors import HeadraceError
-from headrace.scheduler.messages import LoadSnapshot
 from headrace.server.api_keys import ApiKeys, ApiKeysError
 from headrace.server.batch_lane import Asker, BatchLane, Computed, LaneInput
 from headrace.server.circuit_breaker import CircuitBreaker
@@ -49,7 +47,7 @@ from headrace.server.errors import (
     envelope,
 )
 from headrace.server.guard import guards
-from headrace.server.metrics import Metrics
+from headrace.server.metrics import RequestMetrics
 from headrace.server.protocol import parse_json_object
 from headrace.server.proxy_protocols import (
     WRONG_COUNT,
@@ -94,8 +92,6 @@ _BINARY_HEADER = "inference-header-content-length"
 _CREDENTIALS = ("authorization", "x-api-key")
 # Statuses of a batch that one of its items may be to blame for.
 _ITEMS_STATUSES = frozenset({400, 413, 422, 500})
-# Of a server's metrics those that a proxy has too: no engine is here.
-_METRICS = tuple(f"# HELP headrace_{name}".encode() for name in ("batch_", "requests_rejected", "requests_cancelled"))
 _READ_PATHS = (
     "/v1/models",
     "/v1/models/{model}",
@@ -139,6 +135,7 @@ class Proxy:
         self.is_draining = False
         self.num_unfinished = 0
         self._num_bytes = 0  # of their bodies
+        self._metrics = RequestMetrics()
         self.upstream = Upstream(
             settings.upstream,
             timeout_s=settings.timeout_s,
@@ -147,11 +144,11 @@ class Proxy:
             breaker=CircuitBreaker(settings.breaker_failures, settings.breaker_reset_s),
             max_response_bytes=settings.max_response_bytes,
             clock=time.monotonic,
+            registry=self._metrics.registry,
             transport=transport,
         )
         self._upstream_key = None if settings.upstream_key_file is None else _read_key(settings.upstream_key_file)
         self._limits = TenantLimits(self.keys, time.monotonic)
-        self._metrics = Metrics("proxy", LoadSnapshot, lambda: 0)
         self._lanes: dict[tuple[str, ...], _OpenLane] = {}  # the one used longest ago first
         self._lane_names: set[str] = set()
         self._tasks: anyio.abc.TaskGroup
@@ -447,9 +444,7 @@ class Proxy:
         return JSONResponse({"status": "ready" if is_reachable else "upstream_down"}, 200 if is_reachable else 503)
 
     async def _expose(self, request: Request) -> Response:
-        own = [part for part in self._metrics.expose_each() if part.startswith(_METRICS)]
-        exposed = b"".join([*own, generate_latest(self.upstream.registry)])
-        return Response(exposed, media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self._metrics.expose(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def serve_proxy(settings: ProxySettings) -> int:

@@ -76,7 +76,7 @@ class Call:
 
 
 class Upstream:
-    """One server. `registry` holds its metrics."""
+    """One server. `registry` gets its metrics."""
 
     def __init__(
         self,
@@ -88,11 +88,11 @@ class Upstream:
         breaker: CircuitBreaker,
         max_response_bytes: int,
         clock: Callable[[], float],
+        registry: CollectorRegistry,
         transport: httpx.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
     ) -> None:
         self.breaker = breaker
-        self.registry = CollectorRegistry()
         self._timeout_s = timeout_s
         self._retries = retries
         self._budget = RetryBudget(retry_budget)
@@ -107,12 +107,10 @@ class Upstream:
             transport=transport or httpx.AsyncHTTPTransport(limits=limits),
             headers={"accept-encoding": "identity", "user-agent": "headrace-proxy"},
         )
-        attempts = Counter("headrace_upstream_attempts", "Requests sent, by end", ["outcome"], registry=self.registry)
+        attempts = Counter("headrace_upstream_attempts", "Requests sent, by end", ["outcome"], registry=registry)
         self._attempts = {outcome: attempts.labels(outcome) for outcome in _OUTCOMES}
-        self._num_retries = Counter(
-            "headrace_upstream_retries", "Of those, second and later tries", registry=self.registry
-        )
-        is_open = Gauge("headrace_upstream_breaker_open", "1 while nothing is asked", registry=self.registry)
+        self._num_retries = Counter("headrace_upstream_retries", "Of those, second and later tries", registry=registry)
+        is_open = Gauge("headrace_upstream_breaker_open", "1 while nothing is asked", registry=registry)
         is_open.set_function(lambda: float(breaker.retry_in_s(clock()) > 0))
 
     async def close(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry
 
 from headrace.server.circuit_breaker import CircuitBreaker, RetryBudget
 from headrace.server.errors import (
@@ -37,6 +38,7 @@ class Server:
         self.upstream = Upstream(
             "http://upstream/base",
             breaker=breaker,
+            registry=CollectorRegistry(),
             clock=lambda: self.now,
             transport=httpx.MockTransport(self._answer),
             sleep=self._sleep,
