@@ -8,6 +8,7 @@ Sources: OpenAI's API reference (embeddings), Jina's and Cohere's (rerank), vLLM
 
 import base64
 import math
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from starlette.responses import Response
 
 from headrace.scheduler.config import OneShotTask
 from headrace.server.batch_lane import Asker
-from headrace.server.errors import BadRequestError
+from headrace.server.errors import BadRequestError, OverloadedError
 from headrace.server.metrics import Metrics
 from headrace.server.one_shot_models import OneShot, OneShots
 from headrace.server.one_shot_protocol import (
@@ -75,11 +76,12 @@ class OneShotApi:
     async def rerank(self, request: Request, body: bytes) -> Response:
         params = validate(RerankRequest, parse_json_object(body))
         model = self._models.find(OneShotTask.SCORE, params.model)
-        texts = params.texts
+        texts = params.documents
 
         def write(logits: Sequence[np.ndarray], num_tokens: int) -> bytes:
             scores = [_score(row) for row in logits]
-            best = sorted(range(len(scores)), key=lambda i: -scores[i])[: params.top_n]
+            # By the logits: large ones' scores are all 1.
+            best = sorted(range(len(scores)), key=lambda i: -float(logits[i][0]))[: params.top_n]
             results: list[dict[str, Any]] = [{"index": i, "relevance_score": scores[i]} for i in best]
             if params.return_documents is not False:
                 for result in results:
@@ -144,12 +146,16 @@ class OneShotApi:
         deadline_s = state.received_s + min(timeout_s or self._request_timeout_s, self._request_timeout_s)
         stages = {"received_s": state.received_s}
         with self._metrics.counting_shed(asker.tier), self._limits.within(asker.tenant, 1):
-            arrays = await self._models.read(read, len(body), asker)
-            stages["tokenized_s"] = time.monotonic()
-            is_text = model.task is not OneShotTask.CLASSIFY
-            num_tokens = sum(array.shape[-1] for array in arrays) if is_text else 0
-            self._limits.charge(asker.tenant, num_tokens)
-            outputs = await self._compute(request, model, arrays, asker, deadline_s - time.monotonic())
+            try:
+                arrays = await self._models.read(read, len(body), asker)
+                stages["tokenized_s"] = time.monotonic()
+                is_text = model.task is not OneShotTask.CLASSIFY
+                num_tokens = sum(array.shape[-1] for array in arrays) if is_text else 0
+                timeout_left_s = max(0.0, deadline_s - time.monotonic())
+                outputs = await self._compute(request, model, arrays, num_tokens, asker, timeout_left_s)
+            except OverloadedError:
+                self._metrics.count_shed(asker.tier, "queue_full")
+                raise
             stages["computed_s"] = time.monotonic()
             content = await self._models.write(lambda: write(outputs, num_tokens))
         state.is_accepted = True
@@ -158,14 +164,38 @@ class OneShotApi:
         return Response(content, media_type="application/json")
 
     async def _compute(
-        self, request: Request, model: OneShot, arrays: list[np.ndarray], asker: Asker, timeout_s: float
+        self,
+        request: Request,
+        model: OneShot,
+        arrays: list[np.ndarray],
+        num_tokens: int,
+        asker: Asker,
+        timeout_s: float,
     ) -> list[Any]:
+        """Have the model compute them, and charge for it whatever comes of it, unless they are not let in."""
         request.state.stage = "queued"
+        is_let_in = True
         try:
-            return await model.lane.submit([model.as_input(array) for array in arrays], asker, max(0.0, timeout_s))
+            return await model.lane.submit([model.as_input(array) for array in arrays], asker, timeout_s)
+        except (OverloadedError, BadRequestError):
+            is_let_in = False
+            raise
         except anyio.get_cancelled_exc_class():
             self._metrics.count_cancelled("queued")
             raise
+        finally:
+            if is_let_in:
+                self._limits.charge(asker.tenant, num_tokens)
+
+
+class _FormParser(MultiPartParser):
+    """Keeps files in memory, where the body is anyway, and knows whether it has seen the form's end."""
+
+    spool_max_size = sys.maxsize
+    has_ended = False
+
+    def on_end(self) -> None:
+        self.has_ended = True
 
 
 async def _read_classify_body(request: Request, body: bytes) -> tuple[ClassifyRequest | ClassifyForm, bytes]:
@@ -175,15 +205,16 @@ async def _read_classify_body(request: Request, body: bytes) -> tuple[ClassifyRe
 
     async def whole() -> Any:
         yield body
+        if not parser.has_ended:  # from inside, so that the parser closes the file that it has begun
+            raise MultiPartException("it is cut short")
 
     try:
-        parser = MultiPartParser(
+        parser = _FormParser(
             Headers(scope=request.scope), whole(), max_files=1, max_fields=_MAX_FIELDS, max_part_size=2**16
         )
         form: FormData = await parser.parse()
-    except (MultiPartException, KeyError) as error:
-        reason = error.message if isinstance(error, MultiPartException) else "it has no boundary"
-        raise BadRequestError(f"the body is not valid multipart/form-data: {reason}") from None
+    except MultiPartException as error:
+        raise BadRequestError(f"the body is not valid multipart/form-data: {error.message}") from None
     try:
         files = [(name, value) for name, value in form.multi_items() if isinstance(value, UploadFile)]
         if [name for name, _ in files] not in (["image"], ["file"]):

@@ -1,23 +1,43 @@
 """The request bodies of the one-shot routes: embeddings, rerank, score, classify.
 
-Null means absent, unknown fields are ignored, as on the generation routes.
+Null means absent, unknown fields are ignored, and a known one that cannot be honoured is refused by name unless its
+value asks for nothing, as on the generation routes.
 Sources: OpenAI's API reference (embeddings), Jina's and Cohere's (rerank), vLLM's (score, truncate_prompt_tokens).
 """
 
 import base64
 import binascii
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from headrace.server.errors import BadRequestError
+from headrace.server.errors import BadRequestError, UnsupportedParameterError
 from headrace.server.protocol import Count, Flag, Name, Number, TokenIds
 
 # As OpenAI has it.
 MAX_INPUTS = 2048
 
+
+def _kind(value: Any) -> str:
+    """Which of several types is meant, so that only that one's error is told."""
+    if not isinstance(value, list):
+        return "str"
+    if value and isinstance(value[0], str):
+        return "list[str]"
+    return "list[list]" if value and isinstance(value[0], list) else "list[int]"
+
+
+def _text_of(document: Any) -> Any:
+    return document.get("text") if isinstance(document, dict) else document
+
+
 Text = Annotated[str, Field(strict=True)]
 Texts = Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
+_TokenIds = Annotated[TokenIds, Field(min_length=1)]
+OneOrMoreTexts = Annotated[
+    Annotated[Text, Tag("str")] | Annotated[Texts, Tag("list[str]")],
+    Discriminator(lambda value: "list[str]" if isinstance(value, list) else "str"),
+]
 
 
 class OneShotParams(BaseModel):
@@ -29,11 +49,24 @@ class OneShotParams(BaseModel):
     timeout: Number | None = Field(None, gt=0, le=1e6)
     user: Name | None = None
 
+    # With the values that ask for what is done anyway.
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_supported(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        for name, neutral in cls.unsupported.items():
+            if fields.get(name) is not None and fields[name] not in neutral:
+                raise UnsupportedParameterError(f"`{name}` is not supported", param=name)
+        return fields
+
 
 class TextParams(OneShotParams):
     """`truncate_prompt_tokens` cuts what is longer, -1 to what the model takes; without it that is refused."""
 
-    truncate_prompt_tokens: Count | None = Field(None, ge=-1)
+    truncate_prompt_tokens: Count | None = Field(None, ge=-1, lt=2**31)
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"add_special_tokens": (True,)}
 
     @model_validator(mode="after")
     def _check_truncation(self) -> Self:
@@ -51,14 +84,23 @@ class TextParams(OneShotParams):
 class EmbeddingRequest(TextParams):
     """`input` is a text or a list of token ids, or a list of either."""
 
-    input: (
-        Text
-        | Annotated[TokenIds, Field(min_length=1)]
-        | Texts
-        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
-    )
+    input: Annotated[
+        Annotated[Text, Tag("str")]
+        | Annotated[_TokenIds, Tag("list[int]")]
+        | Annotated[Texts, Tag("list[str]")]
+        | Annotated[list[_TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS), Tag("list[list]")],
+        Discriminator(_kind),
+    ]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Count | None = Field(None, ge=1)
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **TextParams.unsupported,
+        "messages": (),
+        "normalize": (),
+        "embed_dtype": ("float32",),
+        "endianness": ("native", "little"),
+    }
 
     @property
     def inputs(self) -> list[str] | list[list[int]]:
@@ -67,26 +109,31 @@ class EmbeddingRequest(TextParams):
         return [self.input]  # type: ignore[return-value]
 
 
-class RerankDocument(BaseModel):
-    text: Text
+class _PairParams(TextParams):
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **TextParams.unsupported,
+        "activation": (True,),
+        "use_activation": (True,),
+    }
 
 
-class RerankRequest(TextParams):
+class RerankRequest(_PairParams):
+    """`documents` are texts, bare or as `{"text": ...}`."""
+
     query: Text
-    documents: Annotated[list[Text | RerankDocument], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
+    documents: Annotated[
+        list[Annotated[Text, BeforeValidator(_text_of)]],
+        Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS),
+    ]
     top_n: Count | None = Field(None, ge=1)
     return_documents: Flag | None = None
 
-    @property
-    def texts(self) -> list[str]:
-        return [document if isinstance(document, str) else document.text for document in self.documents]
 
-
-class ScoreRequest(TextParams):
+class ScoreRequest(_PairParams):
     """`text_1` with each of `text_2`, or pair by pair where both are lists of one length."""
 
-    text_1: Text | Texts
-    text_2: Text | Texts
+    text_1: OneOrMoreTexts
+    text_2: OneOrMoreTexts
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -116,10 +163,11 @@ class ClassifyRequest(OneShotParams):
         head, comma, rest = self.image.partition(",")
         if head.lower().startswith(("http:", "https:", "file:", "ftp:")):
             raise BadRequestError("image: URLs are not fetched; send the image itself, as base64", param="image")
-        if comma and not (head.startswith("data:") and head.endswith(";base64")):
+        if comma and not (head.lower().startswith("data:") and head.lower().endswith(";base64")):
             raise BadRequestError("image: must be base64, or a data URL of base64", param="image")
         try:
-            return base64.b64decode(rest if comma else head, validate=True)
+            # In lines, as many tools write it.
+            return base64.b64decode("".join((rest if comma else head).split()), validate=True)
         except (binascii.Error, ValueError):
             raise BadRequestError("image: is not valid base64", param="image") from None
 
@@ -127,6 +175,7 @@ class ClassifyRequest(OneShotParams):
 class ClassifyForm(OneShotParams):
     """The fields beside the file of a multipart body, which are strings."""
 
+    timeout: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=1)
 
     @model_validator(mode="before")

@@ -35,6 +35,8 @@ class TextReader:
             raise ModelSourceError(f"{path}: the tokenizer cannot be loaded: {error}") from error
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._is_cut_left = wrapper.truncation_side == "left"
+        self._special_ids = frozenset(wrapper.all_special_ids)
         self.vocab_size = int(config.get("vocab_size") or self._backend.get_vocab_size(with_added_tokens=True))
         self.max_tokens = _max_tokens(path, config, wrapper)
 
@@ -42,26 +44,30 @@ class TextReader:
         """int64 [L] for each text; token ids are taken as they are. What is longer than `max_tokens` is cut to it,
         with None it is refused.
 
-        Raises: ContextLengthError; BadRequestError for token ids that are none.
+        Raises: ContextLengthError, also where not even the special tokens fit; BadRequestError for token ids that are
+        none.
         """
         rows = []
         for begin in range(0, len(texts), _NUM_AT_ONCE):
-            part = texts[begin : begin + _NUM_AT_ONCE]
+            part: Sequence[Any] = texts[begin : begin + _NUM_AT_ONCE]
             strings = [text for text in part if isinstance(text, str)]
             for i, text in enumerate(part):
                 if isinstance(text, str):
                     self._check_length(text, f"{field}[{begin + i}]")
             encodings = iter(self._backend.encode_batch_fast(strings, add_special_tokens=True)) if strings else iter(())
-            rows += [next(encodings).ids if isinstance(text, str) else list(text) for text in part]
-        arrays = []
-        for i, row in enumerate(rows):
-            ids = np.array(self._cut(row, f"{field}[{i}]", max_tokens), np.int64)
-            if not len(ids):
-                raise BadRequestError(f"{field}[{i}]: is empty", param=field)
-            if ids.max() >= self.vocab_size:
-                raise BadRequestError(f"{field}[{i}]: token ids must be below {self.vocab_size}", param=field)
-            arrays.append(ids)
-        return arrays
+            for i, text in enumerate(part):
+                place = f"{field}[{begin + i}]"
+                if isinstance(text, str):
+                    encoding = next(encodings)
+                    ids = np.array(encoding.ids, np.int64)[self._kept(encoding, 0, place, max_tokens)]
+                else:
+                    ids = np.array(self._cut_ids(text, place, max_tokens), np.int64)
+                if not len(ids):
+                    raise BadRequestError(f"{place}: is empty", param=field)
+                if ids.max() >= self.vocab_size:
+                    raise BadRequestError(f"{place}: token ids must be below {self.vocab_size}", param=field)
+                rows.append(ids)
+        return rows
 
     def read_pairs(self, pairs: Sequence[tuple[str, str]], field: str, *, max_tokens: int | None) -> list[Any]:
         """int64 [2, L] for each pair: token ids and token type ids. What is longer than `max_tokens` has its second
@@ -76,31 +82,34 @@ class TextReader:
                 self._check_length(first, f"{field}[{begin + i}]")
                 self._check_length(second, f"{field}[{begin + i}]")
             for i, encoding in enumerate(self._backend.encode_batch(part, add_special_tokens=True)):
-                ids, types = list(encoding.ids), list(encoding.type_ids)
-                limit = min(self.max_tokens, max_tokens or self.max_tokens)
-                num_over = len(ids) - limit
-                if num_over > 0:
-                    # Its last tokens are special ones, and before them come the second text's.
-                    places = [at for at, sequence in enumerate(encoding.sequence_ids) if sequence == 1]
-                    if max_tokens is None or len(places) <= num_over:
-                        raise self._too_long(f"{field}[{begin + i}]", len(ids), limit)
-                    dropped = set(places[-num_over:])
-                    ids = [token_id for at, token_id in enumerate(ids) if at not in dropped]
-                    types = [type_id for at, type_id in enumerate(types) if at not in dropped]
-                arrays.append(np.array([ids, types], np.int64))
+                kept = self._kept(encoding, 1, f"{field}[{begin + i}]", max_tokens)
+                arrays.append(np.array([encoding.ids, encoding.type_ids], np.int64)[:, kept])
         return arrays
 
-    def _cut(self, ids: list[int], place: str, max_tokens: int | None) -> list[int]:
+    def _kept(self, encoding: Any, sequence: int, place: str, max_tokens: int | None) -> list[int] | slice:
+        """Which of a text's tokens, or of a pair's, stay when the text numbered `sequence` is cut: never a special one,
+        and of a pair's second text at least one."""
+        limit = min(self.max_tokens, max_tokens or self.max_tokens)
+        num_over = len(encoding.ids) - limit
+        if num_over <= 0:
+            return slice(None)
+        places = [at for at, of in enumerate(encoding.sequence_ids) if of == sequence]
+        if max_tokens is None or len(places) < num_over + sequence:
+            raise self._too_long(place, len(encoding.ids), limit)
+        dropped = set(places[:num_over] if self._is_cut_left else places[-num_over:])
+        return [at for at in range(len(encoding.ids)) if at not in dropped]
+
+    def _cut_ids(self, ids: Sequence[int], place: str, max_tokens: int | None) -> Sequence[int]:
+        """Token ids with what special ones they end with, cut before these."""
         limit = min(self.max_tokens, max_tokens or self.max_tokens)
         if len(ids) <= limit:
             return ids
         if max_tokens is None:
             raise self._too_long(place, len(ids), limit)
         num_closing = 0
-        special = {token_id for token_id, token in self._backend.get_added_tokens_decoder().items() if token.special}
-        while num_closing < limit - 1 and ids[-1 - num_closing] in special:
+        while num_closing < limit - 1 and ids[-1 - num_closing] in self._special_ids:
             num_closing += 1
-        return ids[: limit - num_closing] + ids[len(ids) - num_closing :]
+        return [*ids[: limit - num_closing], *ids[len(ids) - num_closing :]]
 
     def _check_length(self, text: str, place: str) -> None:
         """A text that cannot fit, however it is tokenized and cut, is not tokenized."""

@@ -30,7 +30,7 @@ async function show(file) {
   const image = element('img');
   image.alt = file.name;
   image.src = URL.createObjectURL(file);
-  image.addEventListener('load', () => URL.revokeObjectURL(image.src));
+  for (const end of ['load', 'error']) image.addEventListener(end, () => URL.revokeObjectURL(image.src));
   const outcome = element('p', 'Looking …');
   item.append(image, outcome);
   pictures.prepend(item);
@@ -53,7 +53,7 @@ async function show(file) {
 }
 
 function showAll(files) {
-  for (const file of files) if (file.type.startsWith('image/')) show(file);
+  for (const file of files) show(file);
 }
 
 input.addEventListener('change', () => {

@@ -4,7 +4,7 @@ import itertools
 import logging
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence as Seq
 from typing import Any
 
 import pytest
@@ -18,11 +18,35 @@ from headrace.scheduler.messages import (
     EngineStopped,
     FinishReason,
     GenerationRequest,
+    OneShotBatch,
+    OneShotOutput,
+    OneShotReady,
     SamplingParams,
     StepOutput,
     StepPauses,
 )
 from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
+
+
+class Layers:
+    """A one-shot model that doubles numbers, once it has paused between its layers; what is to be done before the n-th
+    of all its layers can be said."""
+
+    num_bytes = 8
+    description = "layers"
+
+    def __init__(self, num_layers: int = 3) -> None:
+        self.events: dict[int, Callable[[], None]] = {}
+        self.num_computed = 0
+        self._num_layers = num_layers
+
+    def run(self, inputs: Seq[int], pause: Callable[[], None]) -> list[int]:
+        for _ in range(self._num_layers):
+            pause()
+            if event := self.events.pop(self.num_computed, None):
+                event()
+            self.num_computed += 1
+        return [2 * number for number in inputs]
 
 
 class Script:
@@ -34,14 +58,23 @@ class Script:
         *,
         scheduler: Scheduler | None = None,
         runner: FakeRunner | None = None,
-        num_requests: int | None = None,
+        num_requests: int = 0,
+        one_shot: Layers | None = None,
+        num_batches: int = 0,
     ) -> None:
         self.runner = runner or FakeRunner()
         self.scheduler = scheduler or make_scheduler()
         self.publications: list[Publication] = []
-        self.core = EngineCore(lambda: (self.scheduler, self.runner), self.hear, map(float, itertools.count()).__next__)
+        self.core = EngineCore(
+            lambda: (self.scheduler, self.runner),
+            self.hear,
+            map(float, itertools.count()).__next__,
+            lambda: {} if one_shot is None else {"layers": one_shot},
+        )
         self._events = events
-        self._num_requests = num_requests  # after whose end the engine is stopped
+        # After whose ends the engine is stopped.
+        self._num_requests = num_requests
+        self._num_batches = num_batches
 
     def run(self) -> None:
         self.core._main()
@@ -51,11 +84,19 @@ class Script:
         num_steps = sum(isinstance(p, StepOutput) for p in self.publications)
         if not isinstance(publication, EngineStopped) and (event := self._events.pop(num_steps, None)):
             event(self)
-        if sum(o.finish_reason is not None for step in self.steps for o in step.outputs) == self._num_requests:
+        num_ended = sum(o.finish_reason is not None for step in self.steps for o in step.outputs)
+        if (num_ended, len(self.batches)) == (self._num_requests, self._num_batches) != (0, 0):
             self.core.stop()
 
     def submit(self, id: int, max_tokens: int = 5, **fields: Any) -> None:
         self.core.submit(GenerationRequest(id, (id, 1, 2), SamplingParams(max_tokens=max_tokens, **fields), 0.0))
+
+    def submit_batch(self, id: int, *inputs: int) -> None:
+        self.core.submit(OneShotBatch(id, "layers", inputs))
+
+    @property
+    def batches(self) -> list[OneShotOutput]:
+        return [p for p in self.publications if isinstance(p, OneShotOutput)]
 
     @property
     def steps(self) -> list[StepOutput]:
@@ -409,3 +450,191 @@ def test_books_that_do_not_add_up_end_the_engine_aloud(caplog: pytest.LogCapture
     assert isinstance(last, EngineStopped)
     assert isinstance(last.error, AssertionError)
     assert "blocks do not add up" in caplog.text
+
+
+def test_a_batch_is_computed_where_there_is_nothing_else_to_do() -> None:
+    script = Script({}, one_shot=Layers(), num_batches=2)
+    script.submit_batch(1, 3, 4)
+    script.submit_batch(2, 5)
+    script.run()
+    ready, first, second, _, stopped = script.publications
+    assert isinstance(ready, EngineReady)
+    assert ready.one_shots == (OneShotReady("layers", 8, "layers"),)
+    assert [(p.batch_id, p.outputs, p.error) for p in (first, second) if isinstance(p, OneShotOutput)] == [
+        (1, (6, 8), None),
+        (2, (10,), None),
+    ]
+    assert stopped == EngineStopped(None)
+    assert script.runner.num_steps == 0
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_streams_and_batches_beside_each_other_are_what_they_are_alone(seed: int, *, ahead: bool) -> None:
+    rng = random.Random(seed)
+    layers = Layers(rng.randint(1, 20))
+    num_requests, num_batches = rng.randint(1, 8), rng.randint(1, 8)
+    lengths = {id: rng.randint(1, 12) for id in range(num_requests)}
+
+    class Life(Script):
+        def hear(self, publication: Publication) -> None:
+            super().hear(publication)
+            for ids, submit in ((requests, submit_request), (batches, submit_batch)):
+                if ids and rng.random() < 0.5:
+                    submit(ids.pop(0))
+
+    def submit_request(id: int) -> None:
+        script.submit(id, max_tokens=lengths[id])
+
+    def submit_batch(id: int) -> None:
+        script.submit_batch(id, id, 7)
+
+    requests, batches = list(range(num_requests)), [100 + i for i in range(num_batches)]
+    runner = AsynchronousFakeRunner() if ahead else FakeRunner()
+    script = Life({}, runner=runner, num_requests=num_requests, one_shot=layers, num_batches=num_batches)
+    for submit, ids in ((submit_request, requests), (submit_batch, batches)):
+        submit(ids.pop(0))
+
+    def submit_next() -> None:
+        if requests:
+            submit_request(requests.pop(0))
+        elif batches:
+            submit_batch(batches.pop(0))
+
+    script.scheduler.check_books = submit_next  # type: ignore[method-assign]  # where all is quiet what is left comes
+    script.run()
+    assert script.publications[-1] == EngineStopped(None)
+    for id, length in lengths.items():
+        assert (script.tokens(id), script.ends(id)) == (alone(id, length), [FinishReason.LENGTH])
+    assert sorted((output.batch_id, output.outputs, output.error) for output in script.batches) == [
+        (100 + i, (200 + 2 * i, 14), None) for i in range(num_batches)
+    ]
+    assert script.steps[-1].load.num_free_blocks == 64
+
+
+def test_who_comes_while_a_batch_is_computed_waits_for_one_layer() -> None:
+    layers = Layers(1000)
+    script = Script({1: lambda s: s.core.stop()}, one_shot=layers)
+    layers.events[10] = lambda: script.submit(1)
+    script.submit_batch(7, 1)
+    script.run()
+    assert layers.num_computed == 11
+    assert script.tokens(1) == alone(1)[:1]
+
+
+def test_beside_streams_layers_take_turns_with_steps_and_the_scheduler_knows_of_it() -> None:
+    layers = Layers(30)
+    shares: list[float] = []
+    script = Script({}, one_shot=layers, num_requests=1, num_batches=1)
+    schedule = script.scheduler.schedule
+
+    def noting(now: float) -> SchedulerOutput:
+        shares.append(script.scheduler.other_share)
+        return schedule(now)
+
+    script.scheduler.schedule = noting  # type: ignore[method-assign]
+    script.submit(1, max_tokens=300)
+    script.submit_batch(7, 1)
+    script.run()
+    done = script.publications.index(script.batches[0])
+    steps = [p for p in script.publications[:done] if isinstance(p, StepOutput)]
+    assert 30 < len(steps) < 300, "steps were made between its layers, and the batch did not wait for the stream's end"
+    assert shares == [script.scheduler.policy.one_shot_share] * len(steps) + [0.0] * (300 - len(steps))
+    assert script.tokens(1) == alone(1, 300)
+
+
+def test_a_batch_is_cancelled_like_a_request_whether_it_waits_or_is_computed() -> None:
+    layers = Layers(5)
+    script = Script({}, one_shot=layers, num_batches=2)
+    for id in (1, 2, 3):
+        script.submit_batch(id, id)
+
+    def cancel() -> None:
+        for id in (1, 2, 99):
+            script.core.cancel(id)
+
+    layers.events[2] = cancel
+    script.run()
+    first, last = script.batches
+    assert (first.batch_id, first.outputs, last.batch_id, last.outputs) == (1, (), 3, (6,))
+    assert first.error is not None
+    assert layers.num_computed == 3 + 5, "the layer under way is the last"
+
+
+@pytest.mark.parametrize("has_stream", [False, True])
+def test_stopping_in_the_middle_of_a_batch_ends_it_and_the_streams(*, has_stream: bool) -> None:
+    layers = Layers(5)
+    script = Script({}, one_shot=layers)
+    layers.events[2] = script.core.stop
+    if has_stream:
+        script.submit(9, max_tokens=400)
+    for id in (1, 2):
+        script.submit_batch(id, id)
+    script.run()
+    [output] = script.batches
+    assert (output.batch_id, output.outputs) == (1, ())
+    assert output.error is not None
+    assert layers.num_computed == 3
+    assert script.publications[-1] == EngineStopped(None)
+    assert script.ends(9) == [FinishReason.ERROR] * has_stream
+    assert script.steps[-1].load.num_free_blocks == 64
+
+
+def test_a_one_shot_model_that_raises_costs_its_batch_and_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        raise MemoryError("of the model")
+
+    layers = Layers(5)
+    layers.events[2] = fail
+    script = Script({}, one_shot=layers, num_requests=1, num_batches=2)
+    script.submit(9, max_tokens=30)
+    script.submit_batch(1, 1)
+    script.submit_batch(2, 2)
+    script.run()
+    failed, answered = script.batches
+    assert failed.error is not None
+    assert "of the model" not in failed.error
+    assert (answered.outputs, answered.error) == ((4,), None)
+    assert script.tokens(9) == alone(9, 30)
+    assert "of the model" in caplog.text
+
+
+def test_a_step_that_raises_between_two_layers_costs_its_sequences_and_not_the_batch() -> None:
+    layers = Layers(5)
+    script = Script({}, one_shot=layers, num_requests=1, num_batches=1)
+    layers.events[2] = lambda: setattr(script.runner, "fail_next", True)
+    script.submit(9, max_tokens=400)
+    script.submit_batch(1, 1)
+    script.run()
+    assert script.ends(9) == [FinishReason.ERROR]
+    assert [(output.outputs, output.error) for output in script.batches] == [((2,), None)]
+
+
+def test_what_is_wrong_with_the_engine_itself_ends_it_though_a_batch_is_computed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def break_books(*args: Any) -> None:
+        raise LookupError("the books are wrong")
+
+    layers = Layers(5)
+    script = Script({}, one_shot=layers)
+    layers.events[2] = lambda: monkeypatch.setattr(script.scheduler, "schedule", break_books)
+    script.submit(9, max_tokens=400)
+    script.submit_batch(1, 1)
+    script.run()
+    last = script.publications[-1]
+    assert isinstance(last, EngineStopped)
+    assert isinstance(last.error, LookupError)
+    assert script.batches == []
+    assert "the engine thread ended" in caplog.text
+
+
+def test_a_one_shot_model_that_cannot_be_loaded_is_the_only_thing_said() -> None:
+    error = CapacityError("too large")
+    published: list[Publication] = []
+
+    def load() -> dict[str, Layers]:
+        raise error
+
+    EngineCore(lambda: (make_scheduler(), FakeRunner()), published.append, load_one_shots=load)._main()
+    assert published == [EngineStopped(error)]
