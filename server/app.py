@@ -234,7 +234,10 @@ class App:
             Route("/v1/chat/completions", endpoint(openai.chat_completions), methods=["POST"]),
             Route("/v1/completions", endpoint(openai.completions), methods=["POST"]),
             Route("/v1/embeddings", endpoint(one_shot.embeddings), methods=["POST"]),
-            *(Route(path, endpoint(one_shot.rerank), methods=["POST"]) for path in ("/v1/rerank", "/rerank")),
+            *(
+                Route(path, endpoint(one_shot.rerank), methods=["POST"])
+                for path in ("/v1/rerank", "/v2/rerank", "/rerank")
+            ),
             *(Route(path, endpoint(one_shot.score), methods=["POST"]) for path in ("/v1/score", "/score")),
             Route(
                 "/v1/classify",

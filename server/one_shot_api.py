@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import numpy as np
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -201,7 +202,8 @@ class _FormParser(MultiPartParser):
 async def _read_classify_body(request: Request, body: bytes) -> tuple[ClassifyRequest | ClassifyForm, bytes]:
     """The fields, and the image where it came as a file. Raises: BadRequestError."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        return validate(ClassifyRequest, parse_json_object(body)), b""
+        # Its image makes it large.
+        return await anyio.to_thread.run_sync(lambda: validate(ClassifyRequest, parse_json_object(body))), b""
 
     async def whole() -> Any:
         yield body

@@ -64,6 +64,7 @@ def serve(settings: Settings, load_engine: LoadEngine | None = None) -> int:
         listener = listen(settings)
         source = resolve_model(settings.model, say)
         one_shots = [_resolve_one_shot(one_shot) for one_shot in settings.one_shot_models]
+        _check_names([settings.served_model_name or source.name, *(one_shot.name for one_shot in one_shots)])
         load_engine = load_engine or partial(_load_engine, settings, source)
         server = _Server(settings, source, one_shots, load_engine, listener, tls, started_s)
     except HeadraceError as error:
@@ -302,6 +303,13 @@ def _resolve_one_shot(settings: OneShotModelSettings) -> OneShotSource:
     if source.is_gguf:
         raise ModelSourceError(f"{settings.model}: a one-shot model is a Hugging Face directory, not a .gguf file")
     return OneShotSource(settings.name or source.name, source.path, settings)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raises: ModelSourceError where two models have one name."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ModelSourceError(f"two models are served as {name}: give one of them another `name`")
 
 
 def _load_one_shots(settings: Settings, sources: Sequence[OneShotSource]) -> Mapping[str, OneShotModel]:

@@ -225,9 +225,6 @@ class Settings(ListenerSettings):
             raise ValueError("tls_cert_file, tls_key_file: one is of no use without the other")
         if self.tls_key_password_file is not None and self.tls_key_file is None:
             raise ValueError("tls_key_password_file: there is no tls_key_file that it could open")
-        names = [one_shot.name or one_shot.model for one_shot in self.one_shot_models]
-        if len(set(names)) < len(names):
-            raise ValueError("one_shot_models: two of them have one name; give each its own `name`")
         return self
 
 

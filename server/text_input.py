@@ -14,6 +14,8 @@ import numpy as np
 from headrace.scheduler.errors import ModelSourceError
 from headrace.server.errors import BadRequestError, ContextLengthError
 
+# Families that number positions from the padding token's id on, and have none for tokens before it.
+_COUNT_FROM_PADDING = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl"})
 # Texts tokenized in one call, between which other threads have their turn.
 _NUM_AT_ONCE = 64
 
@@ -126,7 +128,10 @@ class TextReader:
 
 def _max_tokens(path: Path, config: dict[str, Any], wrapper: Any) -> int:
     """The shortest of what the directory's files allow."""
-    limits = [wrapper.model_max_length, config.get("max_position_embeddings")]
+    num_positions = config.get("max_position_embeddings")
+    if num_positions is not None and config.get("model_type") in _COUNT_FROM_PADDING:
+        num_positions -= config.get("pad_token_id", 1) + 1
+    limits = [wrapper.model_max_length, num_positions]
     if (card := path / "sentence_bert_config.json").is_file():
         limits.append(json.loads(card.read_text()).get("max_seq_length"))
     known = [int(limit) for limit in limits if limit is not None and 0 < limit < 2**31]

@@ -51,7 +51,7 @@ def test_an_unknown_key_in_the_config_file_is_named(tmp_path: Path) -> None:
     assert "prot" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["default", "cpu", "gpu", "soak"])
+@pytest.mark.parametrize("name", ["default", "cpu", "gpu", "lanes", "soak"])
 def test_the_profiles_in_configs_are_valid(name: str) -> None:
     from headrace.server.settings import Settings, load_settings
 
@@ -66,6 +66,17 @@ def test_a_model_that_is_not_there_is_an_error_of_one_line() -> None:
     assert result.returncode == 1
     assert "/no/such/model.gguf" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_two_models_of_one_name_are_an_error_before_anything_loads(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    path = str(tmp_path / "model")
+    one_shots = f'[{{"model": "{path}", "task": "embed"}}]'
+    result = _headrace(path, "--one-shot-models", one_shots)
+    assert result.returncode == 1
+    assert "two models are served as model" in result.stderr
+    assert "loading" not in result.stdout
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:

@@ -98,7 +98,6 @@ def test_one_shot_models_are_tables_of_the_file_and_json_elsewhere(tmp_path: Pat
         ('model = "a"\ntask = "sing"', "one_shot_models[0].task: Input should be"),
         ('model = "a"\ntask = "embed"\nmax_bach_size = 3', "one_shot_models[0].max_bach_size: no such setting"),
         ('model = "a"\ntask = "embed"\nmax_wait_ms = -1', "one_shot_models[0].max_wait_ms: "),
-        ('model = "a"\ntask = "embed"\n[[one_shot_models]]\nmodel = "a"\ntask = "embed"', "two of them have one name"),
     ],
 )
 def test_what_is_wrong_in_a_one_shot_models_table_is_named(tmp_path: Path, table: str, message: str) -> None:

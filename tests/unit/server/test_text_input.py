@@ -139,6 +139,7 @@ def test_token_ids_that_are_none_are_refused(reader: TextReader, ids: list[int],
         ({"tokenizer_config.json": {"model_max_length": 30}}, 30),
         ({"tokenizer_config.json": {"model_max_length": 1e30}}, MAX_TOKENS),
         ({"config.json": {"max_position_embeddings": 12}}, 12),
+        ({"config.json": {"model_type": "roberta", "max_position_embeddings": 12, "pad_token_id": 1}}, 10),
     ],
     ids=str,
 )
