@@ -43,6 +43,9 @@ _BACKLOG = 2048
 _SWITCH_INTERVAL_S = 0.001
 # transformers imports its parts when they are first named, and fails where two threads do so at once.
 _LOADING = threading.Lock()
+# How often torch's threads look for work before they sleep: by default for milliseconds, on the cores that the next
+# step of streams needs.
+_OPENMP_SPINS = "2000"
 
 LoadEngine = Callable[[], tuple[Scheduler, Runner]]
 
@@ -64,6 +67,8 @@ def serve(settings: Settings, load_engine: LoadEngine | None = None) -> int:
         listener = listen(settings)
         source = resolve_model(settings.model, say)
         one_shots = [_resolve_one_shot(one_shot) for one_shot in settings.one_shot_models]
+        if one_shots:
+            os.environ.setdefault("GOMP_SPINCOUNT", _OPENMP_SPINS)  # read when torch is imported
         _check_names([settings.served_model_name or source.name, *(one_shot.name for one_shot in one_shots)])
         load_engine = load_engine or partial(_load_engine, settings, source)
         server = _Server(settings, source, one_shots, load_engine, listener, tls, started_s)
