@@ -4,7 +4,10 @@ One server for all of them; the last test ends it.
 """
 
 import base64
+import json
+import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -208,6 +211,21 @@ def test_pictures_can_be_chosen_by_keyboard(page: Page, photographs: Path) -> No
         page.keyboard.press("Enter")
     chooser.value.set_files(photographs / "coffee.png")
     expect(page.locator("#pictures ol > li").first).to_contain_text("espresso", timeout=30_000)
+
+
+@pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
+def test_locusts_users_load_every_lane_that_the_server_has(server: ServerProcess) -> None:
+    locust = Path(__file__).parent / "clients" / ".venvs" / "locust" / "bin" / "locust"
+    need(locust.exists(), "what `make setup-clients` installs")
+    file = Path(__file__).parents[2] / "benchmarks" / "locustfile.py"
+    command = [str(locust), "-f", str(file), "--host", server.url(), "--headless", "--json", "-u", "12", "-r", "12"]
+    done = subprocess.run([*command, "-t", "8s"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    entries = {entry["name"]: entry for entry in json.loads(done.stdout)}
+    asked = {"/v1/chat/completions", "/v1/embeddings", "/v1/classify"}
+    assert set(entries) == asked | {"first token", "between tokens"}
+    assert all(entry["num_requests"] > 0 and entry["num_failures"] == 0 for entry in entries.values())
+    assert entries["between tokens"]["num_requests"] > 10 * entries["first token"]["num_requests"]
 
 
 def test_sigterm_lets_those_accepted_finish_and_ends_cleanly(server: ServerProcess, client: OpenAI) -> None:
