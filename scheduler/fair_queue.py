@@ -50,7 +50,7 @@ class Waiter(Protocol):
 
 _Waiter = TypeVar("_Waiter", bound=Waiter)
 
-# A tenant's heap is rebuilt when it has so many entries of those that do not wait any more, beside as many as do.
+# A tenant's heaps are rebuilt when they have so many entries of those that do not wait any more, beside as many as do.
 _MIN_STALE = 64
 _ANY: Hashable = object()
 
@@ -76,6 +76,7 @@ class TenantAccount(Generic[_Waiter]):
     weight: float
     served: float = 0.0
     num_waiting: int = 0
+    num_entries: int = 0  # of all heaps
     numbers: Iterator[int] = field(default_factory=itertools.count)
     heaps: dict[Hashable, list[tuple[float, int, int, _Waiter]]] = field(default_factory=dict)
 
@@ -87,9 +88,19 @@ class TenantAccount(Generic[_Waiter]):
     def push(self, waiter: _Waiter) -> None:
         heap = self.heaps.setdefault(waiter.bucket, [])
         heapq.heappush(heap, (waiter.first_token_due_s, waiter.request_id, next(self.numbers), waiter))
-        if len(heap) > 2 * self.num_waiting + _MIN_STALE:
+        self.num_entries += 1
+        if self.num_entries > 2 * self.num_waiting + _MIN_STALE:
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Drop the entries of those that wait no more."""
+        self.num_entries = 0
+        for bucket, heap in list(self.heaps.items()):
             heap[:] = [entry for entry in heap if entry[3].status is SequenceStatus.WAITING]
             heapq.heapify(heap)
+            self.num_entries += len(heap)
+            if not heap:
+                del self.heaps[bucket]
 
     def head(self, bucket: Hashable) -> _Waiter | None:
         """The first of those that wait in a bucket."""
@@ -98,6 +109,7 @@ class TenantAccount(Generic[_Waiter]):
             heap = self.heaps.get(key, [])
             while heap and heap[0][3].status is not SequenceStatus.WAITING:
                 heapq.heappop(heap)
+                self.num_entries -= 1
             if heap:
                 first = heap[0] if first is None else min(first, heap[0])
             else:
@@ -152,6 +164,7 @@ class FairQueue(Generic[_Waiter]):
         if tenant.num_waiting == 0:
             del tenant.tier.backlogged[tenant.name]
             tenant.heaps.clear()
+            tenant.num_entries = 0
 
     def lead(self, tier: Tier, waiter: _Waiter) -> float:
         """How much more a tier has been served than one's own, in the unit of cost of the latter."""

@@ -30,7 +30,7 @@ from headrace.scheduler.errors import ModelSourceError, UnsupportedModelError
 _MOST_PAUSES = 100
 
 # What a CPU computes in one pass: more at once is no faster there, and streams wait for each layer.
-_CPU_IMAGES, _CPU_TOKENS = 4, 512
+_CPU_IMAGES, _CPU_TOKENS = 2, 256
 
 _CLASSES: dict[OneShotTask, Any] = {
     OneShotTask.EMBED: AutoModel,

@@ -161,6 +161,7 @@ class App:
             # Loading may take minutes, and nobody waits for it.
             await self.client.stop(0 if self.client.ready is None else _STOP_TIMEOUT_S)
             tasks.cancel_scope.cancel()
+        self.one_shots.close()
 
     async def _watch_engine(self) -> None:
         """Load what reads inputs beside the engine, say how both went, and say so if the engine ends by itself."""

@@ -137,6 +137,7 @@ class BatchLane:
             self._batcher.remove(item)
             self._leave_queue(item)
             self._hand_over(item, error)
+            item.content = None
         for item, running in list(self._running.items()):
             running.scope.cancel()
             self._settle(item, error)
@@ -231,6 +232,7 @@ class BatchLane:
         if item.status is SequenceStatus.WAITING:
             self._batcher.remove(item)
             self._leave_queue(item)
+            item.content = None  # the queue forgets it later
         elif item.status is SequenceStatus.RUNNING:
             item.status = SequenceStatus.FINISHED
             running = self._running.pop(item)

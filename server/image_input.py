@@ -16,6 +16,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from headrace.scheduler.errors import ModelSourceError
 from headrace.server.errors import BadRequestError
 
+# Encoders make a dozen.
+_MOST_SCANS = 100
+# What of the most pixels an animation may have.
+_ANIMATED_SHARE = 0.05
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # The shortest side is what is brought to the model's size: a long strip would become a huge image.
 _MOST_TIMES_LONGER = 50
@@ -51,6 +55,7 @@ class ImageReader:
         """
         if not data:
             raise BadRequestError("the image is empty", param="image")
+        self._check_work(data)
         try:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 self._check_size(*image.size)
@@ -61,6 +66,16 @@ class ImageReader:
             raise BadRequestError("the image is no JPEG, PNG, WebP, GIF or BMP file", param="image") from error
         except Exception as error:  # Pillow's readers raise whatever they stumble over
             raise BadRequestError(f"the image is damaged: {error}", param="image") from error
+
+    def _check_work(self, data: bytes) -> None:
+        """Refuse what takes far longer than its size tells: a JPEG is decoded once per scan, and an animated WebP's
+        canvas is made when it is opened, with the interpreter's lock."""
+        if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MOST_SCANS:
+            raise BadRequestError(f"the image has more than {_MOST_SCANS} scans", param="image")
+        if data.startswith(b"RIFF") and data[8:16] == b"WEBPVP8X" and len(data) >= 30 and data[20] & 2:
+            width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+            if width * height > self._max_pixels * _ANIMATED_SHARE:
+                raise BadRequestError(f"an animation of {width} x {height} pixels is too large", param="image")
 
     def _check_size(self, width: int, height: int) -> None:
         size = f"the image has {width} x {height} pixels"

@@ -23,7 +23,7 @@ from starlette.responses import Response
 
 from headrace.scheduler.config import OneShotTask
 from headrace.server.batch_lane import Asker
-from headrace.server.errors import BadRequestError, OverloadedError
+from headrace.server.errors import BadRequestError, DeadlineError, OverloadedError
 from headrace.server.metrics import Metrics
 from headrace.server.one_shot_models import OneShot, OneShots
 from headrace.server.one_shot_protocol import (
@@ -40,6 +40,8 @@ from headrace.server.sse import to_json
 from headrace.server.tenant_limits import TenantLimits
 
 _DEFAULT_TOP_K = 5
+# Of a JSON body with an image.
+_MOST_COMMAS = 1000
 # Fields of a multipart body beside its file.
 _MAX_FIELDS = 8
 
@@ -154,6 +156,9 @@ class OneShotApi:
                 num_tokens = sum(array.shape[-1] for array in arrays) if is_text else 0
                 timeout_left_s = max(0.0, deadline_s - time.monotonic())
                 outputs = await self._compute(request, model, arrays, num_tokens, asker, timeout_left_s)
+            except DeadlineError:
+                allowed_s = deadline_s - state.received_s
+                raise DeadlineError(f"the request was not answered within {allowed_s:g} s") from None
             except OverloadedError:
                 self._metrics.count_shed(asker.tier, "queue_full")
                 raise
@@ -202,7 +207,9 @@ class _FormParser(MultiPartParser):
 async def _read_classify_body(request: Request, body: bytes) -> tuple[ClassifyRequest | ClassifyForm, bytes]:
     """The fields, and the image where it came as a file. Raises: BadRequestError."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        # Its image makes it large.
+        # Its image makes it large, and nothing else may: a parser holds the interpreter's lock.
+        if body.count(b",") > _MOST_COMMAS:
+            raise BadRequestError("the body has more fields than any request of this kind")
         return await anyio.to_thread.run_sync(lambda: validate(ClassifyRequest, parse_json_object(body))), b""
 
     async def whole() -> Any:
@@ -217,6 +224,8 @@ async def _read_classify_body(request: Request, body: bytes) -> tuple[ClassifyRe
         form: FormData = await parser.parse()
     except MultiPartException as error:
         raise BadRequestError(f"the body is not valid multipart/form-data: {error.message}") from None
+    except (LookupError, UnicodeError):  # of the charset in its content type
+        raise BadRequestError("the body is not valid multipart/form-data: its charset") from None
     try:
         files = [(name, value) for name, value in form.multi_items() if isinstance(value, UploadFile)]
         if [name for name, _ in files] not in (["image"], ["file"]):

@@ -4,14 +4,18 @@ Lives on the event loop; readers are used on worker threads, at most `preprocess
 made on others, at most `postprocess_threads`.
 """
 
+import asyncio
 import json
+import os
+import sys
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
-import anyio.lowlevel
 import anyio.to_thread
 import numpy as np
 
@@ -35,6 +39,7 @@ _T = TypeVar("_T")
 
 _WARM_UP_SIZES = (1, 1, 4, 8, 2, 1)
 _WARM_UP_S = 600
+_NICENESS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +100,17 @@ class OneShots:
         self._client = client
         self._settings = settings
         self._keys = keys
-        self._reading = anyio.CapacityLimiter(settings.preprocess_threads)
-        self._writing = anyio.CapacityLimiter(settings.postprocess_threads)
+        self._readers = ThreadPoolExecutor(settings.preprocess_threads, "headrace-read", _step_back)
+        self._writers = ThreadPoolExecutor(settings.postprocess_threads, "headrace-write", _step_back)
         self._num_reading_bytes = 0
+        self._num_busy = 0
         weights = dict(zip(Tier, settings.tier_weights, strict=True))
         self.models = [OneShot(source, self._open_lane(source, weights)) for source in sources]
 
     @property
     def num_unfinished(self) -> int:
-        return sum(model.lane.num_unfinished for model in self.models)
+        """Items in lanes, and requests that are read or written."""
+        return self._num_busy + sum(model.lane.num_unfinished for model in self.models)
 
     @property
     def is_ready(self) -> bool:
@@ -157,19 +164,28 @@ class OneShots:
             raise OverloadedError(message, 1.0, code="queue_full", tier=asker.tier)
         self._num_reading_bytes += num_bytes
         try:
-            # Not abandoned when the client leaves: the limiter would count the thread as free while it runs on.
-            outcome = await anyio.to_thread.run_sync(read, limiter=self._reading)
-            await anyio.lowlevel.checkpoint_if_cancelled()
+            return await self._run(self._readers, read)
         except anyio.get_cancelled_exc_class():
             self._client.metrics.count_cancelled("tokenizing")
             raise
         finally:
             self._num_reading_bytes -= num_bytes
-        return outcome
 
     async def write(self, write: Callable[[], _T]) -> _T:
         """Run what makes an answer on a worker."""
-        return await anyio.to_thread.run_sync(write, limiter=self._writing)
+        return await self._run(self._writers, write)
+
+    async def _run(self, pool: ThreadPoolExecutor, work: Callable[[], _T]) -> _T:
+        """Who leaves is not held up: what a worker has not begun it never does, what it has begun it ends alone."""
+        self._num_busy += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, work)
+        finally:
+            self._num_busy -= 1
+
+    def close(self) -> None:
+        for pool in (self._readers, self._writers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _open_lane(self, source: OneShotSource, weights: dict[Tier, float]) -> BatchLane:
         settings = source.settings
@@ -197,3 +213,9 @@ class OneShots:
 
 def _checked(answer: np.ndarray) -> Any:
     return answer if np.isfinite(answer).all() else EngineFailedError("the model's answer is not a number")
+
+
+def _step_back() -> None:
+    """Have this thread leave the cores to the engine's and the loop's where they are wanted."""
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -12,11 +12,11 @@ import math
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import anyio
@@ -40,6 +40,7 @@ from headrace.server.endpoint import Endpoint, error_response, internal_error_re
 from headrace.server.errors import (
     ApiError,
     BadGatewayError,
+    BadRequestError,
     NotFoundError,
     OverloadedError,
     UnavailableError,
@@ -120,9 +121,21 @@ class _Item:
     stream: MemoryObjectSendStream[Any] | None = None
 
 
-class _OpenLane(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _OpenLane:
+    """A lane, its task, and how many requests are on their way to it or in it."""
+
     lane: BatchLane
     scope: anyio.CancelScope
+    num_requests: int = 0
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        self.num_requests += 1
+        try:
+            yield
+        finally:
+            self.num_requests -= 1
 
 
 class Proxy:
@@ -269,7 +282,9 @@ class Proxy:
         fields = {} if is_binary else parse_json_object(body)
         ask = None if is_binary else protocol.read(fields)
         model = fields.get("model") if isinstance(fields.get("model"), str) else ""
-        lane = self._lane(protocol, path, str(model)[:128])
+        opened = self._lane(protocol, path, str(model)[:128])
+        request.state.cleanup.enter_context(opened.in_use())
+        lane = opened.lane
         asker = self._asker(request)
         if ask is None:
             is_streamed = isinstance(protocol, Completions) and bool(fields.get("stream"))
@@ -308,7 +323,9 @@ class Proxy:
                 try:
                     await lane.submit(inputs, asker, timeout_s)
                 except ApiError as error:
-                    send.send_nowait(error)
+                    # Its reader may have left at the same time, and this task is not the request's own.
+                    with suppress(anyio.BrokenResourceError):
+                        send.send_nowait(error)
 
         request.state.cleanup.callback(receive.close)
         request.state.cleanup.callback(scope.cancel)
@@ -362,6 +379,9 @@ class Proxy:
         if self.keys is None:  # else they are for this server
             names += _CREDENTIALS
         passed = {name: request.headers[name] for name in names if name in request.headers}
+        for name, value in passed.items():
+            if not value.isascii():
+                raise BadRequestError(f"the header {name} holds more than ASCII", param=name)
         if self._upstream_key is not None:
             passed["authorization"] = f"Bearer {self._upstream_key}"
         return {"content-type": "application/json", **passed}
@@ -375,7 +395,7 @@ class Proxy:
         key = None if self.keys is None else self.keys.get(request.state.tenant)
         return Asker() if key is None else Asker(key.tier, key.name, key.weight)
 
-    def _lane(self, protocol: MergedProtocol, path: str, model: str) -> BatchLane:
+    def _lane(self, protocol: MergedProtocol, path: str, model: str) -> _OpenLane:
         """The lane of a model, opened if need be in place of one that has nothing to do. Raises: OverloadedError."""
         key = (protocol.name, path, model)
         found = self._lanes.pop(key, None)
@@ -385,11 +405,11 @@ class Proxy:
             found = _OpenLane(self._make_lane(f"{protocol.name}:{model or path}"), anyio.CancelScope())
             self._tasks.start_soon(_run, found)
         self._lanes[key] = found
-        return found.lane
+        return found
 
     def _close_idle_lane(self) -> None:
         for key, idle in self._lanes.items():
-            if idle.lane.num_unfinished == 0:
+            if idle.num_requests == 0 and idle.lane.num_unfinished == 0:
                 idle.scope.cancel()
                 del self._lanes[key]
                 return

@@ -31,7 +31,12 @@ TIMEOUT_HEADER = "x-request-timeout"
 # Of a refusal or an answer, what clients act on.
 _PASSED_HEADERS = ("content-type", "inference-header-content-length")
 _PASSED_REFUSAL_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry", "www-authenticate", "allow")
-_RETRIED_STATUSES = frozenset({429, 502, 503, 504})
+# Not 429: whom that is for has used up his own share, and others would wait behind his retries.
+_RETRIED_STATUSES = frozenset({502, 503, 504})
+# The longest that an upstream which asks for a wait is waited for: a lane's others wait too.
+_LONGEST_WAIT_S = 2.0
+# The longest line of a stream.
+_MOST_LINE_BYTES = 2**20
 _OUTCOMES = ("ok", "refused", "failed", "unreachable", "timeout", "unusable", "cancelled")
 _CONNECT_TIMEOUT_S = 5.0
 _MAX_IDLE_CONNECTIONS = 64
@@ -39,7 +44,7 @@ _MAX_IDLE_CONNECTIONS = 64
 _TELLING_SHARE = 0.5
 # What has ended this near to its deadline has ended of it.
 _DEADLINE_SLACK_S = 0.05
-_MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 5.0
+_MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 1.0
 
 UNREACHABLE = "upstream_unreachable"
 TOO_LARGE = "upstream_answer_too_large"
@@ -173,7 +178,7 @@ class Upstream:
 
         def stop(state: RetryCallState) -> bool:
             now = self._clock()
-            is_late = now + state.upcoming_sleep >= call.due_s
+            is_late = now + state.upcoming_sleep >= call.due_s or state.upcoming_sleep > _LONGEST_WAIT_S
             return state.attempt_number > self._retries or is_late or not self._budget.take(now)
 
         retrying = AsyncRetrying(
@@ -246,7 +251,7 @@ class Upstream:
         """Raises: UpstreamError unless it is a 2xx."""
         if response.is_success:
             return
-        if response.status_code < 400:
+        if not 400 <= response.status_code < 600:
             raise BadGatewayError(f"the upstream answered {response.status_code}", BAD_ANSWER)
         content = b"".join([chunk async for chunk in self._chunks(response)])
         try:
@@ -287,6 +292,8 @@ async def event_data(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
         for line in lines:
             if line.startswith(b"data:"):
                 yield line.removeprefix(b"data:").strip()
+        if len(buffered) > _MOST_LINE_BYTES:
+            raise BadGatewayError("a line of the upstream's stream is too long", BAD_ANSWER)
 
 
 def _passed(response: httpx.Response, names: tuple[str, ...]) -> dict[str, str]:

@@ -3,10 +3,12 @@
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import anyio
+import anyio.lowlevel
+import httpx
 import pytest
 import uvicorn
 from starlette.applications import Starlette
@@ -468,6 +470,56 @@ async def test_an_answer_too_large_for_all_is_asked_for_in_halves() -> None:
         assert answer.status == 200
         assert len(answer.json()["data"]) == 8
         assert len(live.upstream.bodies) > 1
+
+
+class Refusal(httpx.AsyncByteStream):
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b'{"error": {"message": "bad"}}'
+
+
+async def test_a_client_that_leaves_as_its_stream_fails_takes_nothing_else_along() -> None:
+    """However near to each other both come."""
+    gate = anyio.Event()
+
+    async def fail(request: httpx.Request) -> httpx.Response:
+        await gate.wait()
+        for _ in range(20):
+            await anyio.lowlevel.checkpoint()
+        return httpx.Response(400, stream=Refusal())
+
+    proxy = Proxy(load_proxy_settings(["--upstream=http://upstream"], {}), httpx.MockTransport(fail))
+    async with proxy.asgi.router.lifespan_context(proxy.asgi), anyio.create_task_group() as tasks:
+        for num_turns in range(45):
+            gate = anyio.Event()
+            leaving = exchange(proxy.asgi, "POST", COMPLETE)
+            leaving.send_body(json.dumps({"model": "m", "prompt": "x", "stream": True}).encode())
+            tasks.start_soon(leaving.run)
+            await until(lambda: any(lane.lane._running for lane in proxy._lanes.values()))
+            gate.set()
+            for _ in range(num_turns):
+                await anyio.lowlevel.checkpoint()
+            with suppress(anyio.ClosedResourceError):  # it is over
+                leaving.disconnect()
+            await leaving.done.wait()
+            await until(lambda: all(lane.lane.num_unfinished == 0 for lane in proxy._lanes.values()))
+            assert not proxy._tasks.cancel_scope.cancel_called
+
+
+async def test_a_lane_that_a_request_is_on_its_way_to_is_not_closed() -> None:
+    async with rig(max_models=1) as live:
+        for _ in range(5):
+            one = live.start(COMPLETE, {"model": "a", "prompt": "x", "stream": True})
+            two = live.start(COMPLETE, {"model": "b", "prompt": "x", "stream": True})
+            for request in (one, two):
+                await request.done.wait()
+            assert {one.status, two.status} <= {200, 429}
+            assert 200 in (one.status, two.status)
+
+
+async def test_credentials_beyond_ascii_are_refused_by_name() -> None:
+    async with rig() as live:
+        refused = await live.post(*embed("x"), authorization="Bearer é")
+        assert (refused.status, refused.json()["error"]["param"]) == (400, "authorization")
 
 
 async def test_idle_lanes_make_room_and_busy_ones_do_not() -> None:

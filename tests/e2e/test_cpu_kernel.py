@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from requirements import lack, need_program
 from server_process import ServerProcess, serving
 
 TEXT = Path(__file__).parent / "texts" / "mill.txt"
+is_long = pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
+
 NUM_TOKENS = 600
 MAX_TOKENS = 1024
 
@@ -141,7 +144,15 @@ def test_activations_of_8_bits_stay_close_to_float32(
     assert agreement(reference, actual) >= 0.93
 
 
-@pytest.mark.parametrize("chunks", [[1], [7, 1, 33, 64, 5, 1, 1, 100, 13], [NUM_TOKENS - 20, 1], [256, 3]])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        pytest.param([1], marks=is_long),
+        [7, 1, 33, 64, 5, 1, 1, 100, 13],
+        [NUM_TOKENS - 20, 1],
+        [256, 3],
+    ],
+)
 def test_however_a_text_is_cut_its_logits_agree_with_one_prefill(
     demo_model: Path, bfloat16_model: Path, text: list[int], chunks: list[int]
 ) -> None:
@@ -154,6 +165,7 @@ def test_however_a_text_is_cut_its_logits_agree_with_one_prefill(
         assert torch.equal(whole, cut) or (has_amx() and divergence(whole, cut) < 0.005)
 
 
+@is_long
 def test_it_agrees_up_to_the_full_context(demo_model: Path, bfloat16_model: Path, text: list[int]) -> None:
     tokens = (text * 14)[:8192]
     assert len(tokens) == 8192

@@ -31,7 +31,7 @@ from server_process import ServerProcess, serving
 from waiting import until
 
 CONFIG = Path(__file__).parents[2] / "configs" / "soak.toml"
-DURATION_S = float(os.environ.get("TESTS_SOAK_S") or (600 if os.environ.get("TESTS_LONG") else 15))
+DURATION_S = float(os.environ.get("TESTS_SOAK_S") or (600 if os.environ.get("TESTS_LONG") else 8))
 IS_LONG = DURATION_S >= 60
 # The same load before anything is measured: threads start, allocators and caches fill.
 WARM_UP_S = DURATION_S / 4

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from headrace.scheduler.config import SchedulingPolicy
 from headrace.scheduler.dynamic_batcher import Batch, BatchItem, BatchPolicy, DynamicBatcher
@@ -59,7 +59,7 @@ def test_groups_never_mix() -> None:
     assert groups == [{"a"}, {"b"}, {("b",)}]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(costs=st.lists(st.floats(1, 600), min_size=1, max_size=60), most=st.sampled_from([0.0, 0.1, 0.3]))
 def test_padding_is_bounded_and_everybody_is_taken_once(costs: list[float], most: float) -> None:
     made = batcher(max_size=8, max_padding=most)
@@ -129,6 +129,19 @@ def taught(**policy: Any) -> DynamicBatcher:
     assert batch is not None
     made.end(batch, 1.132, 0.13)
     return made
+
+
+def test_what_has_left_is_not_kept_however_many_groups_it_was_of() -> None:
+    made = batcher()
+    made.add(item())
+    for group in range(1000):
+        gone = item(group=group)
+        made.add(gone)
+        made.remove(gone)
+    [tenant] = made._queue._tiers[Tier.STANDARD].tenants.values()
+    assert sum(map(len, tenant.heaps.values())) == tenant.num_entries < 80
+    assert len(tenant.heaps) < 80
+    assert taken(made) == [1.0]
 
 
 def test_a_lone_clients_items_do_not_wait() -> None:

@@ -145,6 +145,17 @@ def header(width: int, height: int) -> bytes:
     return bytes(data)
 
 
+def animation(width: int, height: int) -> bytes:
+    frames = [Image.new("RGB", (width, height), color) for color in ("red", "blue")]
+    return encode(frames[0], "WEBP", save_all=True, append_images=frames[1:])
+
+
+def test_of_an_animation_the_first_frame_is_read(tmp_path: Path) -> None:
+    red, blue = (reader(tmp_path).read(encode(Image.new("RGB", (64, 48), color))) for color in ("red", "blue"))
+    read = reader(tmp_path).read(animation(64, 48))
+    assert abs(read - red).mean() < abs(read - blue).mean() / 10
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -157,8 +168,10 @@ def header(width: int, height: int) -> bytes:
         (encode(photograph(), "ICO"), "the image is no JPEG, PNG, WebP, GIF or BMP file"),
         (encode(photograph(), "JPEG")[:-200], "the image is damaged: image file is truncated"),
         (encode(photograph())[:-200], "the image is damaged"),
+        (encode(photograph(), "JPEG", progressive=True) + 100 * b"\xff\xda", "the image has more than 100 scans"),
+        (animation(300, 200), "an animation of 300 x 200 pixels is too large"),
     ],
-    ids=["too many", "a bomb", "a strip", "empty", "text", "tiff", "ico", "cut jpeg", "cut png"],
+    ids=["too many", "a bomb", "a strip", "empty", "text", "tiff", "ico", "cut jpeg", "cut png", "scans", "animation"],
 )
 def test_what_cannot_be_read_is_a_bad_request(tmp_path: Path, data: bytes, message: str) -> None:
     with pytest.raises(BadRequestError) as caught:
