@@ -8,6 +8,7 @@ the same time whatever they are, and every entry is compared.
 import hashlib
 import hmac
 import json
+import logging
 import os
 import secrets
 import tomllib
@@ -18,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.messages import Tier
+
+logger = logging.getLogger(__name__)
 
 TIERS = tuple(tier.value for tier in Tier)
 
@@ -80,6 +83,20 @@ class ApiKeys:
             if hmac.compare_digest(key.sha256, digest):
                 found = key
         return found
+
+
+def reload_keys(keys: ApiKeys | None) -> bool:
+    """Read the key file again, if there is one, and log how that went; returns whether it went well."""
+    if keys is None:
+        logger.info("there is no key file to read again")
+        return False
+    try:
+        keys.reload()
+    except ApiKeysError as error:
+        logger.error("the keys stay as they were: %s", error)
+        return False
+    logger.info("read the key file again: %d keys", len(keys.tenants))
+    return True
 
 
 def create_key(name: str, tier: Tier = Tier.STANDARD) -> tuple[str, ApiKey]:

@@ -27,7 +27,7 @@ from headrace.scheduler.errors import HeadraceError, ModelSourceError
 from headrace.scheduler.messages import Tier
 from headrace.scheduler.one_shot_runner import OneShotModel
 from headrace.scheduler.scheduler import Scheduler
-from headrace.server.api_keys import ApiKeys, ApiKeysError
+from headrace.server.api_keys import ApiKeys, reload_keys
 from headrace.server.endpoint import Endpoint, error_response, internal_error_response
 from headrace.server.engine_client import EngineClient, QueueLimits
 from headrace.server.errors import ApiError, UnavailableError, envelope
@@ -124,17 +124,9 @@ class App:
 
     def reload_keys(self) -> None:
         """Read the key file again; where it is not as it should be, the old keys stay."""
-        if self.keys is None:
-            logger.info("there is no key file to read again")
-            return
-        try:
-            self.keys.reload()
-        except ApiKeysError as error:
-            logger.error("the keys stay as they were: %s", error)
-            return
-        self.tickets.keep_only(self.keys.tenants)
-        self.limits.keep_only(self.keys.tenants)
-        logger.info("read the key file again: %d keys", len(self.keys.tenants))
+        if reload_keys(self.keys) and self.keys is not None:
+            self.tickets.keep_only(self.keys.tenants)
+            self.limits.keep_only(self.keys.tenants)
 
     async def drain(self, is_hurried: Callable[[], bool] = lambda: False) -> None:
         """Refuse new requests, let those accepted finish within the grace time, end the rest."""

@@ -33,7 +33,7 @@ from starlette.routing import Route
 from headrace.scheduler.config import SchedulingPolicy
 from headrace.scheduler.dynamic_batcher import BatchPolicy
 from headrace.scheduler.errors import HeadraceError
-from headrace.server.api_keys import ApiKeys, ApiKeysError
+from headrace.server.api_keys import ApiKeys, reload_keys
 from headrace.server.batch_lane import Asker, BatchLane, Computed, LaneInput
 from headrace.server.circuit_breaker import CircuitBreaker
 from headrace.server.endpoint import Endpoint, error_response, internal_error_response
@@ -176,16 +176,8 @@ class Proxy:
 
     def reload_keys(self) -> None:
         """Read the key file again; where it is not as it should be, the old keys stay."""
-        if self.keys is None:
-            logger.info("there is no key file to read again")
-            return
-        try:
-            self.keys.reload()
-        except ApiKeysError as error:
-            logger.error("the keys stay as they were: %s", error)
-            return
-        self._limits.keep_only(self.keys.tenants)
-        logger.info("read the key file again: %d keys", len(self.keys.tenants))
+        if reload_keys(self.keys) and self.keys is not None:
+            self._limits.keep_only(self.keys.tenants)
 
     def report_refusal(self, id: str, route: str, received_s: float, status: int) -> None:
         """Count and log a request that was refused, wherever that was."""

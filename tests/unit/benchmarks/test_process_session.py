@@ -8,9 +8,17 @@ import sys
 from headrace.benchmarks.process_session import ProcessSession, ProcessStat
 
 STAT = "41 (a (b) c) S 40 39 38 0 -1 4194560 1 2 3 4 150 50 25 75 20 0 3 0 100 1000 10"
-PARENT = """
+# The system counts in ticks of 10 ms, of which a start can take none.
+CHILD = """
+import signal, time
+while time.process_time() < 0.1:
+    pass
+print("up", flush=True)
+signal.pause()
+"""
+PARENT = f"""
 import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "print('up', flush=True); import signal; signal.pause()"])
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}])
 child.wait()
 """
 
