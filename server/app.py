@@ -5,8 +5,6 @@ Made on the main thread, run on the event loop. It wires the parts together and 
 
 import asyncio
 import logging
-import secrets
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +14,6 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
@@ -28,9 +25,9 @@ from headrace.scheduler.messages import Tier
 from headrace.scheduler.one_shot_runner import OneShotModel
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.api_keys import ApiKeys, reload_keys
-from headrace.server.endpoint import Endpoint, error_response, internal_error_response
+from headrace.server.endpoint import Endpoint, error_response, exception_handlers
 from headrace.server.engine_client import EngineClient, QueueLimits
-from headrace.server.errors import ApiError, UnavailableError, envelope
+from headrace.server.errors import ApiError, UnavailableError
 from headrace.server.generation import Generation
 from headrace.server.generator import Generator
 from headrace.server.guard import guards
@@ -105,7 +102,7 @@ class App:
         self.asgi = Starlette(
             routes=self._routes(),
             middleware=guards(settings, self.keys, self.report_refusal),
-            exception_handlers={HTTPException: self._http_error, Exception: _internal_error},
+            exception_handlers=exception_handlers(self.report_refusal),
             lifespan=self._lifespan,
         )
         self.asgi.router.redirect_slashes = False  # to a URL made of the Host header, which may be none
@@ -259,15 +256,6 @@ class App:
         if self._tracing is not None:
             self._tracing.record(generations, route, trace_context)
 
-    async def _http_error(self, request: Request, error: Exception) -> Response:
-        """The router's own refusals (no such route, wrong method) in the envelope."""
-        assert isinstance(error, HTTPException)
-        id, path = secrets.token_hex(16), request.scope["path"]
-        self.report_refusal(id, path, time.monotonic(), error.status_code)
-        code = "not_found" if error.status_code == 404 else None
-        content = envelope(f"{request.method} {path[:200]}: {error.detail}", type="invalid_request_error", code=code)
-        return JSONResponse(content, error.status_code, {**(error.headers or {}), "x-request-id": id})
-
     async def _health(self, request: Request) -> Response:
         """Alive: the loop answers and the engine thread has not ended."""
         is_alive = not self.client.stopped.is_set()
@@ -305,7 +293,3 @@ def _page(name: str) -> Callable[[Request], Awaitable[Response]]:
         return FileResponse(_STATIC / name, headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
     return page
-
-
-async def _internal_error(request: Request, error: Exception) -> Response:
-    return internal_error_response()

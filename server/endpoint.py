@@ -11,8 +11,10 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import anyio
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -152,3 +154,21 @@ def error_response(error: ApiError) -> Response:
 def internal_error_response() -> Response:
     # No detail: an internal error's text may hold a prompt or a path.
     return JSONResponse(envelope("internal server error", type="server_error", code="internal_error"), 500)
+
+
+def exception_handlers(on_rejected: OnRejected) -> dict[Any, Callable[[Request, Exception], Awaitable[Response]]]:
+    """What answers in the envelope where no endpoint does: the router's refusals (no such route, wrong method), and
+    what goes wrong outside of one."""
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        id, path = secrets.token_hex(16), request.scope["path"]
+        on_rejected(id, path, time.monotonic(), error.status_code)
+        code = "not_found" if error.status_code == 404 else None
+        content = envelope(f"{request.method} {path[:200]}: {error.detail}", type="invalid_request_error", code=code)
+        return JSONResponse(content, error.status_code, {**(error.headers or {}), "x-request-id": id})
+
+    async def fail(request: Request, error: Exception) -> Response:
+        return internal_error_response()
+
+    return {HTTPException: refuse, Exception: fail}

@@ -9,7 +9,6 @@ single generator answers a request with `temperature` above 0, with a `seed` or 
 
 import logging
 import math
-import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -25,7 +24,6 @@ import httpx
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from pydantic_core import from_json, to_json
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -36,7 +34,7 @@ from headrace.scheduler.errors import HeadraceError
 from headrace.server.api_keys import ApiKeys, reload_keys
 from headrace.server.batch_lane import Asker, BatchLane, Computed, LaneInput
 from headrace.server.circuit_breaker import CircuitBreaker
-from headrace.server.endpoint import Endpoint, error_response, internal_error_response
+from headrace.server.endpoint import Endpoint, error_response, exception_handlers
 from headrace.server.errors import (
     ApiError,
     BadGatewayError,
@@ -45,7 +43,6 @@ from headrace.server.errors import (
     OverloadedError,
     UnavailableError,
     UpstreamError,
-    envelope,
 )
 from headrace.server.guard import guards
 from headrace.server.metrics import RequestMetrics
@@ -169,7 +166,7 @@ class Proxy:
         self.asgi = Starlette(
             routes=self._routes(),
             middleware=guards(settings, self.keys, self.report_refusal),
-            exception_handlers={HTTPException: self._http_error, Exception: _internal_error},
+            exception_handlers=exception_handlers(self.report_refusal),
             lifespan=self._lifespan,
         )
         self.asgi.router.redirect_slashes = False
@@ -429,15 +426,6 @@ class Proxy:
             is_divisible=_may_be_one_items,
         )
 
-    async def _http_error(self, request: Request, error: Exception) -> Response:
-        """The router's own refusals (no such route, wrong method) in the envelope."""
-        assert isinstance(error, HTTPException)
-        id, path = secrets.token_hex(16), request.scope["path"]
-        self.report_refusal(id, path, time.monotonic(), error.status_code)
-        code = "not_found" if error.status_code == 404 else None
-        content = envelope(f"{request.method} {path[:200]}: {error.detail}", type="invalid_request_error", code=code)
-        return JSONResponse(content, error.status_code, {**(error.headers or {}), "x-request-id": id})
-
     async def _health(self, request: Request) -> Response:
         """Alive: the loop answers."""
         return JSONResponse({"status": "ok"})
@@ -572,7 +560,3 @@ def _read_key(path: Path) -> str:
     if not key or not key.isprintable() or not key.isascii():
         raise UpstreamKeyError(f"upstream_key_file: {path} holds no key")
     return key
-
-
-async def _internal_error(request: Request, error: Exception) -> Response:
-    return internal_error_response()
