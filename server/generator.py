@@ -14,9 +14,9 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from headrace.scheduler.messages import EngineReady, GenerationRequest, SamplingParams, Tier, TokenLogprobs
+from headrace.scheduler.messages import EngineReady, GenerationRequest, SamplingParams, TokenLogprobs
 from headrace.server.admission import Demand, Prediction
-from headrace.server.api_keys import ApiKeys
+from headrace.server.api_keys import ApiKeys, standing_of
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.engine_client import EngineClient
 from headrace.server.errors import (
@@ -67,8 +67,7 @@ class Generator:
         """
         if request.model is not None and request.model != self.model_name:
             raise ModelNotFoundError(f"the model `{request.model}` does not exist", param="model")
-        key = self.keys.get(tenant) if self.keys is not None else None
-        tier, weight = (Tier.STANDARD, 1.0) if key is None else (key.tier, key.weight)
+        tier, weight = standing_of(self.keys, tenant)
         demand = Demand(tier, tenant, weight, 0, request.num_sequences)
         with self.client.reserve(demand, num_bytes), self._within_limits(demand):
             ready = self.client.ready

@@ -22,7 +22,7 @@ import numpy as np
 from headrace.scheduler.config import OneShotTask
 from headrace.scheduler.dynamic_batcher import BatchPolicy
 from headrace.scheduler.messages import Tier
-from headrace.server.api_keys import ApiKeys
+from headrace.server.api_keys import ApiKeys, standing_of
 from headrace.server.batch_lane import Asker, BatchLane, Computed, LaneInput
 from headrace.server.engine_client import EngineClient
 from headrace.server.errors import (
@@ -150,8 +150,8 @@ class OneShots:
         return model
 
     def asker(self, tenant: str) -> Asker:
-        key = self._keys.get(tenant) if self._keys is not None else None
-        return Asker(tenant=tenant) if key is None else Asker(key.tier, tenant, key.weight)
+        tier, weight = standing_of(self._keys, tenant)
+        return Asker(tier, tenant, weight)
 
     async def read(self, read: Callable[[], _T], num_bytes: int, asker: Asker) -> _T:
         """Run what reads inputs of so many bytes on a worker.

@@ -31,7 +31,7 @@ from starlette.routing import Route
 from headrace.scheduler.config import SchedulingPolicy
 from headrace.scheduler.dynamic_batcher import BatchPolicy
 from headrace.scheduler.errors import HeadraceError
-from headrace.server.api_keys import ApiKeys, reload_keys
+from headrace.server.api_keys import ApiKeys, reload_keys, standing_of
 from headrace.server.batch_lane import Asker, BatchLane, Computed, LaneInput
 from headrace.server.circuit_breaker import CircuitBreaker
 from headrace.server.endpoint import Endpoint, error_response, exception_handlers
@@ -381,8 +381,9 @@ class Proxy:
         return received_s + timeout_s
 
     def _asker(self, request: Request) -> Asker:
-        key = None if self.keys is None else self.keys.get(request.state.tenant)
-        return Asker() if key is None else Asker(key.tier, key.name, key.weight)
+        tenant = request.state.tenant
+        tier, weight = standing_of(self.keys, tenant)
+        return Asker(tier, tenant, weight)
 
     def _lane(self, protocol: MergedProtocol, path: str, model: str) -> _OpenLane:
         """The lane of a model, opened if need be in place of one that has nothing to do. Raises: OverloadedError."""

@@ -117,6 +117,20 @@ async def held(app: LiveApp, **headers: str) -> AsyncIterator[tuple[Exchange, Fa
         await request.done.wait()
 
 
+def hold_reading(app: LiveApp) -> tuple[threading.Event, threading.Event]:
+    """Have the one model's inputs read no further than the second event allows; the first says that one is read."""
+    [model] = app.one_shots.models
+    is_reading, may_finish, read = threading.Event(), threading.Event(), model.reader.read
+
+    def slow_read(*args: Any, **kwargs: Any) -> Any:
+        is_reading.set()
+        may_finish.wait(10)
+        return read(*args, **kwargs)
+
+    model.reader.read = slow_read
+    return is_reading, may_finish
+
+
 def num_waiting(app: LiveApp, name: str = EMBEDDER) -> int:
     [model] = [model for model in app.one_shots.models if model.name == name]
     return len(model.lane._batcher)
@@ -657,15 +671,7 @@ async def test_who_leaves_a_shared_batch_takes_nobody_along(folders: Folders) ->
 
 async def test_who_leaves_while_the_input_is_read_reaches_no_queue(folders: Folders) -> None:
     async with serving(folders, EMBEDDER) as app, anyio.create_task_group() as tasks:
-        [model] = app.one_shots.models
-        may_finish, is_reading, read = threading.Event(), threading.Event(), model.reader.read
-
-        def slow_read(*args: Any, **kwargs: Any) -> Any:
-            is_reading.set()
-            may_finish.wait(10)
-            return read(*args, **kwargs)
-
-        model.reader.read = slow_read
+        is_reading, may_finish = hold_reading(app)
         before = samples(app)
         leaving = begin_embedding(app, tasks, "river")
         await app.until(is_reading.is_set)
@@ -767,15 +773,7 @@ async def test_who_fills_the_queue_shuts_himself_out_and_nobody_else(folders: Fo
 
 async def test_too_many_bytes_being_read_at_once_are_429(folders: Folders) -> None:
     async with serving(folders, EMBEDDER, max_queue_bytes=1000) as app, anyio.create_task_group() as tasks:
-        [model] = app.one_shots.models
-        may_finish, is_reading, read = threading.Event(), threading.Event(), model.reader.read
-
-        def slow_read(*args: Any, **kwargs: Any) -> Any:
-            is_reading.set()
-            may_finish.wait(10)
-            return read(*args, **kwargs)
-
-        model.reader.read = slow_read
+        is_reading, may_finish = hold_reading(app)
         first = begin_embedding(app, tasks, ["river"] * 150)  # who comes alone is read, whatever it is
         await app.until(is_reading.is_set)
         refused = await embed(app, "mill")

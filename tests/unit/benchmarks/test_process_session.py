@@ -46,6 +46,7 @@ def test_a_signal_reaches_the_children_too() -> None:
         finally:
             session.signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
+        assert process.stdout.read() == ""  # the child has let go of it
     # A process that ends lets go of its files some moments before it counts as ended.
     until = time.monotonic() + 10
     while session.members() and time.monotonic() < until:
