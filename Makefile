@@ -9,16 +9,19 @@ BIN := $(VENV)/bin
 CLIENTS := tests/e2e/clients
 CLIENT_VENVS := $(CLIENTS)/.venvs
 ARGS ?=
+FUZZ_TARGETS ?= request_parser sse_encoder gguf_reader stop_strings
+FUZZ_S ?= 60
 # pip, with a line per package instead of its dozens.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
 PIP_PROGRESS := sed -un 's/^Collecting \([^ ]*\).*/  \1/p; s/^ *Downloading \(.*\)/    downloading \1/p; s/^Installing.*/  installing/p'
 
-.PHONY: help setup setup-test setup-clients serve test test-all check lint clean
+.PHONY: help setup setup-test setup-clients serve test test-all fuzz check lint clean
 
 help:
 	@echo "make serve     install and serve the demo model on 127.0.0.1:8000 (ARGS='--port 9000' for more)"
 	@echo "make test      install with the test extras and run the tests (no GPU needed)"
 	@echo "make test-all  the same and the long ones: clients in environments of their own (700 MB), a soak of ten minutes"
+	@echo "make fuzz      fuzz what reads others' bytes, FUZZ_S seconds each (60), where Python has a wheel of atheris"
 	@echo "make check     format, lint, types, tests"
 
 setup: $(VENV)/.installed
@@ -71,6 +74,15 @@ test: setup-test
 
 test-all: setup-test setup-clients
 	@TESTS_LONG=1 $(BIN)/python -m pytest tests $(ARGS)
+
+# What finds new coverage stays in tests/fuzz/found; what fails is written beside it.
+fuzz: setup-test
+	@$(PIP_INSTALL) -e '.[fuzz]' | $(PIP_PROGRESS)
+	@for target in $(FUZZ_TARGETS); do \
+		mkdir -p tests/fuzz/found; \
+		$(BIN)/python tests/fuzz/fuzz.py $$target -max_total_time=$(FUZZ_S) -timeout=20 -rss_limit_mb=3000 \
+			-max_len=4096 -artifact_prefix=tests/fuzz/found/$$target- $(ARGS); \
+	done
 
 check: lint test
 

@@ -64,6 +64,9 @@ class PacedRunner:
     def use_idle_time(self) -> bool:
         return False
 
+    def recover(self) -> None:
+        pass
+
     def launch(self, output: SchedulerOutput) -> ComputedStep:
         now = time.monotonic()
         self._due_s = max(self._due_s + self._step_s, now)  # a late step delays those behind it

@@ -174,6 +174,10 @@ class SimulatedEngine:
     def join(self, timeout_s: float | None = None) -> bool:
         return True
 
+    @property
+    def busy_since_s(self) -> None:
+        return None  # it takes none of its clock's time to compute
+
     def _wake_up(self) -> None:
         if self._is_idle:
             self._is_idle = False

@@ -22,7 +22,7 @@ class StepBatch:
 
     - token_ids: T ints, one sequence's after the other's. For an asynchronous backend -1 - r stands for a token that
       may be unknown yet: the one drawn for row r of the step before, which is what its last `argmax` or `sample`
-      returned at r
+      returned at r (where that is -1, any token will do)
     - query_lens: B ints, how many of them each sequence has
     - context_lens: B ints, the tokens of each up to its last one here; they lie in order in its blocks
     - block_tables: B lists of block numbers, each at least ceil(context_lens[b] / S) long: a sequence's is the same
@@ -61,7 +61,11 @@ class HostRead:
 
 class Backend(Protocol):
     """A model with its KV cache, ready to run; used by one thread. A step is one `argmax`, or one `forward` and one
-    `sample`, and then one `read`. Tensors are on the backend's device."""
+    `sample`, and then one `read`. Tensors are on the backend's device.
+
+    A row of logits that has a NaN or +inf has no likeliest token, and none is drawn from it: its token is -1, whatever
+    is masked. What a NaN in the cache reaches becomes one.
+    """
 
     @property
     def is_asynchronous(self) -> bool: ...
@@ -76,10 +80,13 @@ class Backend(Protocol):
         """Compute the batch; return only the likeliest token of each row, the lowest of equal ones: int64 [R]."""
 
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-        """Draw a token per row of logits, as `sampling.sample` does: int64 [rows]."""
+        """Draw a token per row of logits, the first of the step's, as `sampling.sample` does: int64 [rows]."""
 
     def read(self, tensors: Sequence[torch.Tensor]) -> PendingRead:
         """Begin to copy a step's results, all that is wanted of them, to the host."""
 
     def use_idle_time(self) -> bool:
         """Do a few milliseconds of what later steps are quicker for; returns whether there was something to do."""
+
+    def recover(self) -> None:
+        """Make ready for the next step after one that raised. Raises: RuntimeError where the device is lost."""

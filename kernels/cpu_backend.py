@@ -290,6 +290,9 @@ class CpuBackend:
         assert self.close.alive, "the backend is closed"
         return next(self._idle_work, False)
 
+    def recover(self) -> None:
+        pass
+
     def _check(self, token_ids: npt.NDArray[np.int64]) -> None:
         if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < self._vocab_size:
             raise IndexError(f"a token id is not within 0 .. {self._vocab_size - 1}")

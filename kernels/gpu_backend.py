@@ -228,20 +228,18 @@ class GpuBackend:
         settings = np.zeros((5, -(-len(logits) // 4) * 4), np.float32)
         settings[:, : len(logits)] = batch.temperature, batch.top_p, batch.min_p, uniform, top_k
         temperature, top_p, min_p, uniform_on_device, top_k_on_device = upload(settings, self._device)[:, : len(logits)]
-        kept = self._drawn[: len(logits)]
-        kept.copy_(
-            triton_sampling.sample(
-                logits,
-                temperature,
-                top_k_on_device.view(torch.int32),
-                top_p,
-                min_p,
-                uniform_on_device,
-                has_filters=bool(((batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0)).any()),
-                is_all_greedy=not (batch.temperature > 0).any(),
-            )
+        drawn = triton_sampling.sample(
+            logits,
+            temperature,
+            top_k_on_device.view(torch.int32),
+            top_p,
+            min_p,
+            uniform_on_device,
+            has_filters=bool(((batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0)).any()),
+            is_all_greedy=not (batch.temperature > 0).any(),
         )
-        return kept
+        kept = self._drawn[: len(logits)]  # the argmax of the logits as they were, -1 where they are no numbers
+        return torch.where(kept < 0, kept, drawn, out=kept)
 
     def read(self, tensors: Sequence[torch.Tensor]) -> PendingRead:
         return PendingRead(tensors, self._began, self._clock)
@@ -249,6 +247,13 @@ class GpuBackend:
     def use_idle_time(self) -> bool:
         self._clock.restart()
         return False
+
+    def recover(self) -> None:
+        if self._is_cuda:
+            torch.cuda.synchronize(self._device)
+        self._clock.restart()
+        # A launch that raised half-way may not have sent what these say was written.
+        self._tables.clear()
 
     def _padded_size(self, batch: StepBatch) -> _Size:
         num_tokens, num_sequences, num_rows = len(batch.token_ids), len(batch.query_lens), len(batch.logit_rows)
@@ -407,7 +412,8 @@ def _prepare(  # type: ignore[no-untyped-def]
             pending = tl.load(drawn - 1 - token_id, mask=mask & (token_id < 0), other=0)
             position = context_len - end + token
             block = tl.load(table + position // S, mask=mask, other=0).to(tl.int64)
-            tl.store(token_ids + token, tl.where(token_id < 0, pending, token_id), mask=mask)
+            # A row that came to no numbers has drawn -1; what follows it is nobody's, but has to be a token.
+            tl.store(token_ids + token, tl.where(token_id < 0, tl.maximum(pending, 0), token_id), mask=mask)
             tl.store(positions + token, position.to(tl.int64), mask=mask)
             tl.store(slots + token, block * S + position % S, mask=mask)
     elif sequence < padded_sequences:

@@ -55,7 +55,7 @@ class SamplingBatch:
 
 class LogProbabilities(NamedTuple):
     """Of R rows the log probability of its token, float32 [R], and the K likeliest tokens, best first: their log
-    probabilities, float32 [R, K], and ids, int64 [R, K]."""
+    probabilities, float32 [R, K], and ids, int64 [R, K]. NaN where a logit of the row is NaN or +inf."""
 
     own: torch.Tensor
     top: torch.Tensor
@@ -71,7 +71,8 @@ class LogProbabilities(NamedTuple):
 @torch.inference_mode()
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """Draw one token id per row of logits, float32 [R, V], which are written to where a setting changes them: int64
-    [R]."""
+    [R]. As with `argmax` it is -1 where the logits, as they come, are no numbers."""
+    is_nan = argmax(logits) < 0  # before a mask can hide it
     modify_logits(logits, batch)
     token_ids = logits.argmax(dim=-1)
     random_rows = np.flatnonzero(batch.temperature > 0)
@@ -89,7 +90,14 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
             pick(batch.min_p),
             pick(uniforms(batch.seed, batch.choice, batch.position)),
         )
-    return token_ids
+    return token_ids.masked_fill_(is_nan, -1)
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """The likeliest token of each row of logits [R, V], the lowest of equal ones, -1 where one is NaN or +inf: int64
+    [R]."""
+    largest, token_ids = logits.max(dim=-1)
+    return token_ids.masked_fill_(~(largest < float("inf")), -1)
 
 
 def modify_logits(logits: torch.Tensor, batch: SamplingBatch) -> None:
@@ -119,7 +127,8 @@ def log_probabilities(logits: torch.Tensor, token_ids: torch.Tensor) -> LogProba
     own = (logits.gather(1, token_ids[:, None]) - total).flatten()
     # The same number for all rows: `topk` orders ties differently for another one.
     values, top_ids = logits.topk(min(MAX_TOP_LOGPROBS, logits.shape[-1]), dim=-1)
-    return LogProbabilities(own, values - total, top_ids)
+    top = values - total
+    return LogProbabilities(own + 0 * top[:, 0], top, top_ids)  # finite minus +inf is -inf, which is a number
 
 
 def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:

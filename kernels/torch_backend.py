@@ -9,7 +9,7 @@ from headrace.kernels.backend import HostRead, PendingRead, StepBatch
 from headrace.kernels.decoder import Decoder, KVCache, PackedBatch
 from headrace.kernels.hf_decoder import HuggingFaceDecoder
 from headrace.kernels.ops import AttentionMetadata, Ops
-from headrace.kernels.sampling import SamplingBatch, sample
+from headrace.kernels.sampling import SamplingBatch, argmax, sample
 
 
 class TorchBackend:
@@ -27,7 +27,7 @@ class TorchBackend:
         return self._decoder.forward(self._pack(batch), self._cache)
 
     def argmax(self, batch: StepBatch) -> torch.Tensor:
-        return self.forward(batch).argmax(dim=-1)
+        return argmax(self.forward(batch))
 
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         return sample(logits, batch)
@@ -37,6 +37,9 @@ class TorchBackend:
 
     def use_idle_time(self) -> bool:
         return False
+
+    def recover(self) -> None:
+        pass
 
     def _pack(self, batch: StepBatch) -> PackedBatch:
         assert min(batch.token_ids, default=0) >= 0, "a token that is not known"

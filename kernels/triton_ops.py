@@ -107,14 +107,15 @@ def _store_heads(  # type: ignore[no-untyped-def]
     if scales is not None:
         first, second = first.to(tl.float32), second.to(tl.float32)
         largest = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
-        scale = largest / 127.0
+        # NaN where one of the numbers is NaN or infinite, which neither `max` nor integers tell.
+        scale = largest / 127.0 + tl.sum(first * 0.0 + second * 0.0, axis=1)
         tl.store(scales + slot * G + head, scale, mask=has_head)
         divisor = tl.where(scale > 0, scale, 1.0)[:, None]
         first = (first / divisor + _ROUNDING) - _ROUNDING
         second = (second / divisor + _ROUNDING) - _ROUNDING
     elif cache.dtype.element_ty == tl.float8e4nv:
-        first = tl.clamp(first.to(tl.float32), -_FP8_MAX, _FP8_MAX)
-        second = tl.clamp(second.to(tl.float32), -_FP8_MAX, _FP8_MAX)
+        first = tl.clamp(first.to(tl.float32), -_FP8_MAX, _FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+        second = tl.clamp(second.to(tl.float32), -_FP8_MAX, _FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
     tl.store(place, first.to(cache.dtype.element_ty), mask=in_first)
     tl.store(place + SECOND, second.to(cache.dtype.element_ty), mask=in_second)
 

@@ -4,7 +4,8 @@ The vocabulary is cut into chunks of a fixed size, so that a row's sums, hence i
 One pass finds each chunk's maximum and sum; where top-k or top-p cuts, a second adds up what lies above a few pivots, a
 third keeps the logits between the two pivots around the cut, and one program per row bisects those and draws.
 FlashInfer (Ye et al., MLSys 2025) has no sort either but rejects draws; here one uniform number decides the token by
-the inverse of the cumulative distribution. Logits that are NaN count as -inf; a row of nothing else gives token 0.
+the inverse of the cumulative distribution. Logits that are NaN count as -inf where tokens are drawn, and a row of
+nothing else gives token 0: `argmax`, of the logits as the model left them, is what tells such rows.
 """
 
 import torch
@@ -25,7 +26,8 @@ _NEGLIGIBLE = tl.constexpr(2.0**-24)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """The index of the largest of each row, the lowest of equal ones. logits [R, V] -> int32 [R]."""
+    """The index of the largest of each row, the lowest of equal ones, -1 where one is NaN or +inf. logits [R, V] ->
+    int32 [R]."""
     chunks = _Chunks(logits)
     token_ids = torch.empty(chunks.num_rows, dtype=torch.int32, device=logits.device)
     if chunks.num_rows:
@@ -169,7 +171,8 @@ class _Chunks:
     def reduce(
         self, temperature: torch.Tensor | None, has_sum: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Each chunk's maximum, sum of exp((logit - maximum) / temperature) and least finite logit: float32 [R, C]."""
+        """Each chunk's maximum, sum of exp((logit - maximum) / temperature) and least finite logit: float32 [R, C].
+        Without sums the maximum is +inf where a logit is NaN or that."""
         tables = torch.empty((3, self.num_rows, self.width), device=self._logits.device)
         _reduce_chunks[(self.num_chunks, self.num_rows)](
             self._logits,
@@ -189,16 +192,16 @@ class _Chunks:
 
 
 @triton.jit
-def _load_chunk(logits, row, chunk, row_stride, vocab_size, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A chunk in float32 without NaN and +inf; beyond the vocabulary is -inf. -> float32 [CHUNK]."""
+def _load_raw_chunk(logits, row, chunk, row_stride, vocab_size, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
     index = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits + row.to(tl.int64) * row_stride + index, mask=index < vocab_size, other=float("-inf"))
-    return _clean(x)
+    return x.to(tl.float32)
 
 
 @triton.jit
-def _clean(x):  # type: ignore[no-untyped-def]
-    x = x.to(tl.float32)
+def _load_chunk(logits, row, chunk, row_stride, vocab_size, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A chunk in float32 without NaN and +inf; beyond the vocabulary is -inf. -> float32 [CHUNK]."""
+    x = _load_raw_chunk(logits, row, chunk, row_stride, vocab_size, CHUNK)
     return tl.minimum(tl.where(x == x, x, float("-inf")), _LARGEST)
 
 
@@ -236,7 +239,11 @@ def _reduce_chunks(  # type: ignore[no-untyped-def]
     HAS_TEMPERATURE: tl.constexpr,
 ):
     chunk, row = tl.program_id(0), tl.program_id(1)
-    x = _load_chunk(logits, row, chunk, row_stride, vocab_size, CHUNK)
+    if HAS_SUM:
+        x = _load_chunk(logits, row, chunk, row_stride, vocab_size, CHUNK)
+    else:
+        x = _load_raw_chunk(logits, row, chunk, row_stride, vocab_size, CHUNK)
+        x = tl.where(x < float("inf"), x, float("inf"))
     largest = tl.max(x, axis=0)
     tl.store(chunk_max + row * C + chunk, largest)
     if HAS_SUM:
@@ -259,7 +266,8 @@ def _pick_largest(logits, chunk_max, token_ids, row_stride, vocab_size, CHUNK: t
     largest = tl.max(maxima, axis=0)
     chunk = tl.min(tl.where(maxima == largest, chunks, C), axis=0)
     x = _load_chunk(logits, row, chunk, row_stride, vocab_size, CHUNK)
-    tl.store(token_ids + row, chunk * CHUNK + tl.min(tl.where(x == largest, tl.arange(0, CHUNK), CHUNK), axis=0))
+    token_id = chunk * CHUNK + tl.min(tl.where(x == largest, tl.arange(0, CHUNK), CHUNK), axis=0)
+    tl.store(token_ids + row, tl.where(largest < float("inf"), token_id, -1))
 
 
 @triton.jit

@@ -61,6 +61,14 @@ class BlockPool:
             self._hashes[block_id] = block_hash
             self._block_ids[block_hash] = block_id
 
+    def forget(self, block_ids: list[int]) -> None:
+        """Let nobody find these held blocks any more; who shares them keeps them."""
+        for block_id in block_ids:
+            assert self._num_holders[block_id] > 0, f"block {block_id} forgotten and not held"
+            block_hash, self._hashes[block_id] = self._hashes[block_id], None
+            if block_hash is not None:
+                del self._block_ids[block_hash]
+
     def free(self, block_ids: list[int]) -> None:
         """Let go of blocks. A sequence's last block is evicted first: without it the others still serve."""
         for block_id in reversed(block_ids):

@@ -30,12 +30,16 @@ from headrace.scheduler.messages import (
     StepPauses,
 )
 from headrace.scheduler.one_shot_runner import AbandonedError, OneShotModel, OneShotRunner
-from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
+from headrace.scheduler.scheduler import ScheduledRow, Scheduler, SchedulerOutput
+from headrace.scheduler.sequence import SequenceStatus
 from headrace.scheduler.step_time import StepShape
 
 logger = logging.getLogger(__name__)
 
 Publication = EngineReady | StepOutput | OneShotOutput | EngineStopped
+
+_FAILED = "the model failed while computing this request"
+_UNKNOWN_SHAPE = StepShape(0, 0, 0)  # of rows taken out of their step
 
 
 class LaunchedStep(Protocol):
@@ -92,6 +96,9 @@ class Runner(Protocol):
     def launch(self, output: SchedulerOutput) -> LaunchedStep:
         """Begin to compute all rows. What of the sequences it needs it reads before it returns."""
 
+    def recover(self) -> None:
+        """Make ready for the next step after one that raised. Raises: DeviceLostError where there can be none."""
+
 
 class _Step(NamedTuple):
     """A launched step that is not recorded yet."""
@@ -101,8 +108,27 @@ class _Step(NamedTuple):
     launched_s: float
 
 
+def _wait(step: _Step, *, is_logged: bool) -> Seq[RowResult] | None:
+    """What a step computed, None where it raised."""
+    try:
+        return step.launched.wait()
+    except Exception as error:
+        if is_logged:
+            logger.exception("a step of %d sequences raised", len(step.output.rows))
+        # Its frames hold what was computed until then, and the memory may be what the next try lacks.
+        error.__traceback__ = None
+        return None
+
+
 class Engine(Protocol):
-    """What the event loop asks of an engine: this thread, or a simulated one."""
+    """What the event loop asks of an engine: this thread, or a simulated one.
+
+    `busy_since_s` is since when, on its clock, it has been at what it computes now, a step, a layer of a one-shot model
+    or a piece of idle work; None while it waits, before it is ready and after its end.
+    """
+
+    @property
+    def busy_since_s(self) -> float | None: ...
 
     def start(self) -> None: ...
 
@@ -138,6 +164,7 @@ class EngineCore:
         self._cancels: deque[int] = deque()
         self._wake = threading.Event()
         self._is_stopping = False
+        self.busy_since_s: float | None = None  # written by the engine thread, read by any
         self._busy_s = 0.0
         self._before: _Step | None = None  # in flight
         self._computed_s: float | None = None  # when the last step was, unless there has been nothing to do since
@@ -192,6 +219,7 @@ class EngineCore:
         except BaseException as exception:  # whatever ends this thread, the streams must hear of it
             logger.exception("the engine thread ended")
             error = exception if isinstance(exception, Exception) else RuntimeError(repr(exception))
+        self.busy_since_s = None
         self._publish(EngineStopped(error))
 
     def _loop(self, scheduler: Scheduler, runner: Runner, one_shots: OneShotRunner) -> None:
@@ -206,6 +234,7 @@ class EngineCore:
                 if not has_streams:
                     self._computed_s = None
                 if one_shots.may_go_on(has_streams=has_streams, is_prompt_waiting=scheduler.has_prompts):
+                    self.busy_since_s = self._clock()
                     return
                 began_s = self._clock()
                 self._step(scheduler, runner, one_shots.share)
@@ -223,8 +252,9 @@ class EngineCore:
                 scheduler.check_books()
                 self._computed_s = None
                 self._use_idle_time(runner)
+                self.busy_since_s = None
                 self._wake.wait()
-        outputs = self._record(scheduler, self._before) if self._before is not None else []
+        outputs = self._record(scheduler, runner, self._before) if self._before is not None else []
         outputs += scheduler.fail_all("the server is shutting down")
         self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s)))
 
@@ -232,27 +262,29 @@ class EngineCore:
         """Make a step and publish it. One-shot models have `other_share` of the time."""
         before, self._before = self._before, None
         scheduler.other_share = other_share
-        started_s = self._clock()
+        self.busy_since_s = started_s = self._clock()
         outputs: list[SequenceOutput] = []
         self._pauses = None
         if before is not None and scheduler.may_preempt:
-            outputs += self._record(scheduler, before)
+            outputs += self._record(scheduler, runner, before)
             before = None
         output = scheduler.schedule(started_s)
         outputs += output.dropped
         step = self._launch(runner, output) if output.rows else None
         if before is not None:
-            outputs += self._record(scheduler, before)
+            outputs += self._record(scheduler, runner, before)
         if step is not None and (not runner.is_asynchronous or isinstance(step.launched, _RaisedStep)):
-            outputs += self._record(scheduler, step)
+            outputs += self._record(scheduler, runner, step)
             step = None
         self._before = step
         self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s), self._pauses))
 
     def _use_idle_time(self, runner: Runner) -> None:
         try:
-            while not self._wake.is_set() and runner.use_idle_time():
-                pass
+            while not self._wake.is_set():
+                self.busy_since_s = self._clock()
+                if not runner.use_idle_time():
+                    break
         except Exception:  # of work that nobody has asked for
             logger.exception("what the engine does in idle time failed")
 
@@ -279,15 +311,17 @@ class EngineCore:
         except Exception as error:
             return _Step(output, _RaisedStep(error), began_s)
 
-    def _record(self, scheduler: Scheduler, step: _Step) -> list[SequenceOutput]:
-        """Wait for a step and record it. One that raises ends its own sequences; the engine goes on."""
-        try:
-            results = step.launched.wait()
-        except Exception:
-            sequences = [row.sequence for row in step.output.rows]
-            logger.exception("a step of %d sequences raised", len(sequences))
+    def _record(self, scheduler: Scheduler, runner: Runner, step: _Step) -> list[SequenceOutput]:
+        """Wait for a step and record it. One that raises ends those of its own sequences that it raises for; the engine
+        goes on. Raises: DeviceLostError."""
+        results = _wait(step, is_logged=True)
+        if results is None:
             self._pauses = self._computed_s = None
-            return scheduler.fail(sequences, "the model failed while computing this request")
+            runner.recover()
+            if runner.is_asynchronous and not isinstance(step.launched, _RaisedStep):
+                # The device's own error, heard of late: the next step may be in flight, made of what this one left.
+                return scheduler.fail([row.sequence for row in step.output.rows], _FAILED)
+            return self._compute_again(scheduler, runner, step.output.rows)
         ended_s = self._clock()
         # The caller can tell no more than that a step begins when it is launched and the one before it has ended.
         times = step.launched.times or StepTimes(max(step.launched_s, self._computed_s or 0.0), ended_s, None)
@@ -296,3 +330,29 @@ class EngineCore:
         self._busy_s += times.ended_s - times.began_s
         self._computed_s = times.ended_s
         return scheduler.update(step.output, results, times)
+
+    def _compute_again(self, scheduler: Scheduler, runner: Runner, rows: list[ScheduledRow]) -> list[SequenceOutput]:
+        """Record rows of a step that raised, computed in halves, and these in halves where they raise again, down to
+        the rows that raise alone, whose sequences end. Raises: DeviceLostError.
+
+        Nothing is in flight: all tokens are known, and a row writes to the cache what it has written there before.
+        """
+        # What the step before ended has no blocks any more.
+        rows = [row for row in rows if row.sequence.status is not SequenceStatus.FINISHED]
+        middle = len(rows) // 2
+        outputs: list[SequenceOutput] = []
+        for half in filter(None, (rows[:middle], rows[middle:])):
+            self.busy_since_s = began_s = self._clock()
+            step = self._launch(runner, SchedulerOutput(half, [], _UNKNOWN_SHAPE))
+            results = _wait(step, is_logged=False)
+            if results is not None:
+                times = StepTimes(began_s, self._clock(), None)
+                self._busy_s += times.ended_s - began_s
+                outputs += scheduler.update(step.output, results, times, is_observed=False)
+                continue
+            runner.recover()
+            if len(half) > 1:
+                outputs += self._compute_again(scheduler, runner, half)
+            else:
+                outputs += scheduler.fail([half[0].sequence], _FAILED)
+        return outputs

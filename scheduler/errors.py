@@ -15,3 +15,7 @@ class UnsupportedModelError(HeadraceError):
 
 class CapacityError(HeadraceError):
     """The configured sizes do not fit the memory of the device."""
+
+
+class DeviceLostError(HeadraceError):
+    """The device computes nothing any more, whatever it is given; only a new process can have it back."""

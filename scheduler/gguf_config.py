@@ -43,11 +43,14 @@ def _read_config(file: GGUFFile) -> Any:
         raise UnsupportedModelError(f"{file.path} has no token embedding")
     num_heads, num_kv_heads = file.head_counts()
     hidden_size = int(file.require(f"{architecture}.embedding_length"))
+    num_layers = int(file.require(f"{architecture}.block_count"))
+    if num_layers > (num_tensors := len(list(file.names))):  # of which transformers would make lists first
+        raise ModelSourceError(f"{file.path}: {num_tensors} tensors cannot be {num_layers} layers")
     fields: dict[str, Any] = {
         "vocab_size": file.num_rows("model.embed_tokens.weight"),
         "hidden_size": hidden_size,
         "intermediate_size": int(file.require(f"{architecture}.feed_forward_length")),
-        "num_hidden_layers": int(file.require(f"{architecture}.block_count")),
+        "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
         "head_dim": int(file.arch("attention.key_length", hidden_size // num_heads)),

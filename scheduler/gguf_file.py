@@ -54,7 +54,7 @@ class _PlainReader(gguf.GGUFReader):
         if isinstance(self.data, np.memmap):
             self.data = self.data.view(np.ndarray)  # type: ignore[assignment]
         if self.byte_order != "I":
-            return super()._get(offset, dtype, count, override_order)
+            raise ValueError("the file is of a machine with another byte order")
         end = offset + np.dtype(dtype).itemsize * int(count)
         if end > len(self.data):
             raise ValueError("the file ends too early")
@@ -64,7 +64,7 @@ class _PlainReader(gguf.GGUFReader):
         self, orig_offs: int, raw_type: int
     ) -> tuple[int, list[npt.NDArray[Any]], list[int], list[gguf.GGUFValueType]]:
         """(Bytes, parts, which of the parts are values, types) of a metadata value."""
-        if raw_type != _ARRAY or self.byte_order != "I":
+        if raw_type != _ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
         head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
         kind, count, start = gguf.GGUFValueType(head[0][0]), int(head[1][0]), orig_offs + 12
@@ -92,11 +92,21 @@ class GGUFFile:
         except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError, OverflowError) as error:
             raise ModelSourceError(f"{path} is not a readable GGUF file: {error}") from error
         self.path = path
+        self._check_tensors()
         self._is_gemma = str(self.get("general.architecture")).startswith("gemma")
         names = _GEMMA_TENSOR_NAMES if self._is_gemma else _TENSOR_NAMES
         self._tensors = {_hugging_face_name(tensor.name, names): tensor for tensor in self._reader.tensors}
         if len(self._tensors) < len(self._reader.tensors):
             raise ModelSourceError(f"{path} has two tensors of one name")
+
+    def _check_tensors(self) -> None:
+        """Raises: ModelSourceError for a tensor without values, and where tensors share bytes: a small file would fill
+        any memory."""
+        for tensor in self._reader.tensors:
+            if len(tensor.shape) == 0 or tensor.n_elements == 0:
+                raise ModelSourceError(f"{self.path}: the tensor {tensor.name} cannot be read: it has no values")
+        if sum(tensor.n_bytes for tensor in self._reader.tensors) > len(self._reader.data):
+            raise ModelSourceError(f"{self.path} has more tensors than bytes for them")
 
     def get(self, key: str, default: Any = None) -> Any:
         """A metadata value as a Python object, `default` where it is absent."""

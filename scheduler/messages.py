@@ -64,7 +64,8 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A prompt to continue. `request_id` is the server's own and never reused within a process.
+    """A prompt to continue. `request_id` is the server's own and never reused within a process. Where the answer was
+    begun before, `output_token_ids` is what there is of it.
 
     `leader_id` names an earlier request with the same prompt: this one waits until that prompt is computed, and then
     finds it in the prefix cache. Only requests with equal `cache_salt` share cached blocks. A tenant's `weight` is its
@@ -87,6 +88,7 @@ class GenerationRequest:
     weight: float = 1.0
     leader_id: int | None = None
     cache_salt: bytes = b""
+    output_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +102,13 @@ class TokenLogprobs:
 
 
 class RowResult(NamedTuple):
-    """What a step computed for one row. `token_id` is None where the row stops short of its sequence's last token."""
+    """What a step computed for one row. `token_id` is None where the row stops short of its sequence's last token, and
+    where `is_nan`: the model came to no numbers."""
 
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    is_nan: bool = False
 
 
 class SequenceOutput(NamedTuple):

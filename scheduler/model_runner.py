@@ -14,7 +14,7 @@ import torch
 from headrace.kernels.backend import Backend, PendingRead, StepBatch
 from headrace.kernels.sampling import LogProbabilities, Penalties, SamplingBatch, log_probabilities, upload
 from headrace.kernels.step_times import StepTimes
-from headrace.scheduler.errors import ModelSourceError
+from headrace.scheduler.errors import DeviceLostError, ModelSourceError
 from headrace.scheduler.messages import GenerationRequest, RowResult, SamplingParams, TokenLogprobs
 from headrace.scheduler.scheduler import ScheduledRow, SchedulerOutput
 from headrace.scheduler.sequence import Sequence
@@ -29,6 +29,7 @@ _SAMPLING = np.dtype(
         *((name, np.bool_) for name in ("has_penalties", "has_bias", "has_logprobs")),
     ]
 )
+_NO_NUMBERS = RowResult(is_nan=True)
 
 
 class ModelRunner:
@@ -79,6 +80,13 @@ class ModelRunner:
     def use_idle_time(self) -> bool:
         return self.backend.use_idle_time()
 
+    def recover(self) -> None:
+        """Make ready for the next step after one that raised. Raises: DeviceLostError."""
+        try:
+            self.backend.recover()
+        except RuntimeError as error:
+            raise DeviceLostError(f"the device is lost: {str(error).partition(chr(10))[0]}") from error
+
     def warm_up(self) -> list[tuple[StepShape, float]]:
         """Run a full prompt chunk, then a decode step, so that the first request pays for no first use; then some more,
         whose shapes and seconds are returned.
@@ -87,7 +95,7 @@ class ModelRunner:
         """
         most = min(self._max_num_batched_tokens, self.max_context_tokens - 1)
         [result] = self.run(self._trial([most]))
-        if result.logprobs is None or math.isnan(result.logprobs.logprob or 0.0):
+        if result.is_nan:
             raise ModelSourceError("the model computes no numbers: its weights are damaged, or exceed this dtype")
         self.run(self._trial([1], start=most))
         measured = []
@@ -123,7 +131,7 @@ class ModelRunner:
         drawn = self.backend.sample(logits[: len(sampled)], _sampling_batch(sampled, sampling))
         tensors = [drawn]
         if index is not None and unmodified is not None:
-            tensors += log_probabilities(unmodified, drawn[index])
+            tensors += log_probabilities(unmodified, drawn[index].clamp(min=0))
         scored = [(row.sequence, i) for row in rows for i in row.scored_positions]
         if scored:
             token_ids = np.array([sequence.token_ids[i] for sequence, i in scored], np.int64)
@@ -170,8 +178,8 @@ class _LaunchedStep:
         drawn, *found = self.read.wait()
         token_ids = drawn.tolist()
         if not found:
-            following = iter(token_ids)
-            return [RowResult(next(following)) if row.is_sampled else RowResult() for row in self.rows]
+            following = iter([RowResult(token_id) if token_id >= 0 else _NO_NUMBERS for token_id in token_ids])
+            return [next(following) if row.is_sampled else RowResult() for row in self.rows]
         logprobs: dict[int, TokenLogprobs] = {}
         if self.observed:
             sampled = [row.sequence for row in self.rows if row.is_sampled]
@@ -180,12 +188,19 @@ class _LaunchedStep:
             made = _token_logprobs(LogProbabilities(*found[:3]), observed_ids, num_top)
             logprobs = dict(zip(self.observed, made, strict=True))
         scored = iter(self._prompt_logprobs(found[3:] if self.observed else found))
-        rows_drawn = iter([RowResult(token_id, logprobs.get(i)) for i, token_id in enumerate(token_ids)])
+        rows_drawn = iter(
+            [
+                RowResult(token_id, logprobs.get(i)) if token_id >= 0 else _NO_NUMBERS
+                for i, token_id in enumerate(token_ids)
+            ]
+        )
         results = []
         for row in self.rows:
             result = next(rows_drawn) if row.is_sampled else RowResult()
             if row.scored_positions:
-                result = result._replace(prompt_logprobs=tuple(itertools.islice(scored, len(row.scored_positions))))
+                prompt_logprobs = tuple(itertools.islice(scored, len(row.scored_positions)))
+                is_nan = result.is_nan or any(math.isnan(each.logprob or 0.0) for each in prompt_logprobs)
+                result = _NO_NUMBERS if is_nan else result._replace(prompt_logprobs=prompt_logprobs)
             results.append(result)
         return results
 

@@ -23,6 +23,9 @@ from typing import Literal
 
 from headrace.scheduler.errors import ModelSourceError
 
+# Of each end of a file.
+_FINGERPRINT_BYTES = 2**20
+
 _Parts = tuple[tuple[str, str], ...]
 
 
@@ -134,6 +137,20 @@ class ModelSource:
     @property
     def is_gguf(self) -> bool:
         return self.path.is_file()
+
+    def fingerprint(self) -> str:
+        """What tells it from other models in a moment: its files' names and sizes, and both ends of each. Whatever
+        changes weights changes all of them, or how many there are."""
+        digest = hashlib.sha256()
+        paths = [self.path] if self.is_gguf else sorted(path for path in self.path.iterdir() if path.is_file())
+        for path in paths:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
+            with path.open("rb") as file:
+                digest.update(file.read(_FINGERPRINT_BYTES))
+                file.seek(max(0, size - _FINGERPRINT_BYTES))
+                digest.update(file.read())
+        return digest.hexdigest()
 
 
 def resolve_model(model: str | None, say: Callable[[str], None] = print) -> ModelSource:

@@ -168,7 +168,7 @@ class Scheduler:
     def add(self, request: GenerationRequest) -> None:
         """Queue a request."""
         sequence = Sequence(request)
-        sequence.is_long = sequence.num_prompt_tokens > 2 * max(self._budget, _STARVED_CHUNK)
+        sequence.is_long = len(sequence.token_ids) > 2 * max(self._budget, _STARVED_CHUNK)
         self._num_received += 1
         self._has_premium |= request.tier is Tier.PREMIUM
         self._sequences[request.request_id] = sequence
@@ -212,14 +212,19 @@ class Scheduler:
         return SchedulerOutput(rows, dropped, self._shape(rows))
 
     def update(
-        self, output: SchedulerOutput, results: Seq[RowResult], times: StepTimes | None = None
+        self,
+        output: SchedulerOutput,
+        results: Seq[RowResult],
+        times: StepTimes | None = None,
+        *,
+        is_observed: bool = True,
     ) -> list[SequenceOutput]:
         """Record what a step computed, and when: `results[i]` is row i's. Steps come here in the order they were
-        scheduled in.
+        scheduled in. Of one that is not `is_observed` nothing is learned about how long steps take.
 
         What was computed for a sequence that has ended since is nobody's.
         """
-        if times is not None:
+        if times is not None and is_observed:
             self.observe(output.shape, times.ended_s - times.began_s)
         outputs = []
         num_tokens = 0
@@ -227,12 +232,15 @@ class Scheduler:
             sequence = row.sequence
             if sequence.status is SequenceStatus.FINISHED:
                 continue
+            token_id, logprobs, prompt_logprobs, is_nan = result
+            if is_nan:
+                outputs.append(self._fail(sequence, "the model computed no numbers for this request"))
+                continue
             # Here and below, what seldom holds is asked in place: a call per row is felt at hundreds of them.
             is_first_run = sequence.num_computed_tokens == sequence.num_cached_tokens and sequence.is_fresh
             sequence.num_computed_tokens += row.num_tokens
             if sequence.num_computed_tokens % self._block_size < row.num_tokens or self._followers:
                 self._note_computed(sequence, row.num_tokens)
-            token_id, logprobs, prompt_logprobs = result
             finish_reason = None
             if token_id is not None:
                 num_tokens += 1
@@ -265,21 +273,8 @@ class Scheduler:
         return outputs
 
     def fail(self, sequences: list[Sequence], error: str) -> list[SequenceOutput]:
-        """End those of these sequences that have not ended; what a step that raised left in their blocks cannot be
-        trusted."""
-        sequences = [sequence for sequence in sequences if sequence.status is not SequenceStatus.FINISHED]
-        for sequence in sequences:
-            self._remove(sequence)
-        return [
-            SequenceOutput(
-                sequence.request_id,
-                finish_reason=FinishReason.ERROR,
-                scheduled_s=sequence.scheduled_s if sequence.is_fresh else None,
-                num_cached_tokens=sequence.num_cached_tokens if sequence.is_fresh else 0,
-                error=error,
-            )
-            for sequence in sequences
-        ]
+        """End those of these sequences that have not ended."""
+        return [self._fail(s, error) for s in sequences if s.status is not SequenceStatus.FINISHED]
 
     def fail_all(self, error: str) -> list[SequenceOutput]:
         """End everything, waiting or running."""
@@ -669,6 +664,19 @@ class Scheduler:
     def _drop(self, sequence: Sequence, reason: FinishReason) -> SequenceOutput:
         self._remove(sequence)
         return SequenceOutput(sequence.request_id, finish_reason=reason)
+
+    def _fail(self, sequence: Sequence, error: str) -> SequenceOutput:
+        """End a sequence. What its blocks hold, those that it found included, may be what was wrong with it: nobody
+        finds them any more."""
+        self._pool.forget(sequence.block_ids)
+        self._remove(sequence)
+        return SequenceOutput(
+            sequence.request_id,
+            finish_reason=FinishReason.ERROR,
+            scheduled_s=sequence.scheduled_s if sequence.is_fresh else None,
+            num_cached_tokens=sequence.num_cached_tokens if sequence.is_fresh else 0,
+            error=error,
+        )
 
     def _remove(self, sequence: Sequence) -> None:
         """Take a sequence off every list and free its blocks."""

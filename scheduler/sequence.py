@@ -71,8 +71,8 @@ class Sequence:
         self.request = request
         self.request_id = request.request_id
         self.end_token_ids = request.sampling.stop_token_ids
-        self.token_ids = array("q", request.prompt_token_ids)
-        self.num_prompt_tokens = len(self.token_ids)
+        self.token_ids = array("q", request.prompt_token_ids + request.output_token_ids)
+        self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_total_tokens = self.num_prompt_tokens + request.sampling.max_tokens
         self.is_scored = request.sampling.num_prompt_logprobs is not None
         self.num_scheduled_tokens = 0

@@ -24,30 +24,34 @@ from headrace.scheduler.errors import HeadraceError, ModelSourceError
 from headrace.scheduler.messages import Tier
 from headrace.scheduler.one_shot_runner import OneShotModel
 from headrace.scheduler.scheduler import Scheduler
+from headrace.server.admin import admin_app
 from headrace.server.api_keys import ApiKeys, reload_keys
 from headrace.server.endpoint import Endpoint, error_response, exception_handlers
 from headrace.server.engine_client import EngineClient, QueueLimits
-from headrace.server.errors import ApiError, UnavailableError
+from headrace.server.errors import ApiError, EngineFailedError, ShutdownError
 from headrace.server.generation import Generation
 from headrace.server.generator import Generator
 from headrace.server.guard import guards
+from headrace.server.journal import Journal
 from headrace.server.native_api import NativeApi, refuse_event_source
 from headrace.server.one_shot_api import OneShotApi
 from headrace.server.one_shot_models import OneShots, OneShotSource
 from headrace.server.openai_api import OpenAIApi
-from headrace.server.request_log import log_request, log_unaccepted
+from headrace.server.openapi import OpenApi
+from headrace.server.request_log import declared_route, log_request, log_unaccepted
+from headrace.server.restore import restore_streams
 from headrace.server.settings import Settings
 from headrace.server.stream_registry import StreamRegistry
 from headrace.server.tenant_limits import TenantLimits
 from headrace.server.tickets import Tickets
 from headrace.server.tokenizer import Tokenizer
 from headrace.server.tracing import Tracing
+from headrace.server.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 _SWEEP_INTERVAL_S = 0.25
 _LAG_INTERVAL_S = 0.1
-_DRAIN_POLL_S = 0.05
 # A step takes well under a second.
 _STOP_TIMEOUT_S = 5.0
 _STATIC = Path(__file__).parent / "static"
@@ -70,10 +74,16 @@ class App:
         tracing: Tracing | None = None,
         one_shots: Sequence[OneShotSource] = (),
         load_one_shots: Callable[[], Mapping[str, OneShotModel]] = dict,
+        model_fingerprint: str = "",
     ) -> None:
-        """Raises: ApiKeysError."""
+        """Raises: ApiKeysError, JournalError."""
         self.settings = settings
         self.keys = None if settings.api_keys_file is None else ApiKeys(Path(settings.api_keys_file))
+        self.journal: Journal | None = None
+        if settings.journal_file is not None:
+            self.journal = Journal(
+                Path(settings.journal_file), settings.journal_fsync, f"{model_name} {model_fingerprint}"
+            )
         targets_s = settings.ttft_targets_s
         self.client = EngineClient(
             load_engine,
@@ -82,19 +92,33 @@ class App:
             tier_weights=dict(zip(Tier, settings.tier_weights, strict=True)),
             ttft_targets_s=None if targets_s == "auto" else dict(zip(Tier, targets_s, strict=True)),
             load_one_shots=load_one_shots,
+            journal=self.journal,
         )
-        self.client.metrics.watch("event_loop_tasks", "Tasks on the event loop", lambda: len(asyncio.all_tasks()))
+        self.metrics = self.client.metrics
+        if (journal := self.journal) is not None:
+            self.metrics.watch("journal_active", "1 while streams are recorded", lambda: journal.is_active)
+        self.metrics.watch("event_loop_tasks", "Tasks on the event loop", lambda: len(asyncio.all_tasks()))
+        self.watchdog = Watchdog(
+            lambda: self.client.engine_busy_since_s,
+            self._give_up,
+            soft_s=settings.watchdog_soft_s,
+            hard_s=settings.watchdog_hard_s,
+            metrics=self.metrics,
+        )
         self.registry = StreamRegistry(
             cancel=self.client.cancel,
             grace_s=settings.stream_grace_s,
             ttl_s=settings.stream_ttl_s,
             max_finished_bytes=settings.stream_log_bytes,
+            on_forget=lambda id: None if self.journal is None else self.journal.erase(id),
+            is_whole=self.journal is None,
         )
         self.tickets = Tickets(self.client.clock)
         limiter = anyio.CapacityLimiter(settings.tokenizer_threads)
         self.limits = TenantLimits(self.keys, self.client.clock)
         self.generator = Generator(self.client, settings, model_name, limiter, self.keys, self.limits)
         self.one_shots = OneShots(one_shots, self.client, settings, self.keys)
+        self._native = NativeApi(self.generator, self.registry, self.tickets, self._report)
         self.settled = anyio.Event()  # requests can be served, or never will be
         self._load_tokenizer = load_tokenizer
         self._on_engine_change = on_engine_change
@@ -106,13 +130,15 @@ class App:
             lifespan=self._lifespan,
         )
         self.asgi.router.redirect_slashes = False  # to a URL made of the Host header, which may be none
+        self.admin = admin_app(settings, [*self._probes(), Route("/metrics", self._metrics)], self.report_refusal)
 
     @property
     def is_ready(self) -> bool:
         client = self.client
         has_engine = client.ready is not None and not client.stopped.is_set()
         has_inputs = self.generator.tokenizer is not None and self.one_shots.is_ready
-        return has_engine and has_inputs and self.settled.is_set() and not client.is_draining
+        can_go_on = not client.is_draining and not self.watchdog.is_hung
+        return has_engine and has_inputs and self.settled.is_set() and can_go_on
 
     @property
     def num_unfinished(self) -> int:
@@ -125,14 +151,22 @@ class App:
             self.tickets.keep_only(self.keys.tenants)
             self.limits.keep_only(self.keys.tenants)
 
-    async def drain(self, is_hurried: Callable[[], bool] = lambda: False) -> None:
-        """Refuse new requests, let those accepted finish within the grace time, end the rest."""
+    def stop_accepting(self) -> None:
+        """Refuse requests from now on, and be ready no more."""
         self.client.is_draining = True
-        with anyio.move_on_after(self.settings.drain_grace_s):
-            while self.num_unfinished and not is_hurried():  # noqa: ASYNC110 - a signal handler sets no event
-                await anyio.sleep(_DRAIN_POLL_S)
-        error = UnavailableError("the server is shutting down", "draining")
+
+    def end_unfinished(self) -> None:
+        """Give every request that is left its end."""
+        self.client.interrupt_all()
+        self._fail_items(ShutdownError(is_resumable=False))
+
+    def _give_up(self) -> None:
+        self.stop_accepting()
+        error = EngineFailedError("the engine hangs")
         self.client.cancel_all(error)
+        self._fail_items(error)
+
+    def _fail_items(self, error: ApiError) -> None:
         for model in self.one_shots.models:
             model.lane.fail_all(error)
 
@@ -143,13 +177,17 @@ class App:
             tasks.start_soon(self._watch_engine)
             tasks.start_soon(self._sweep)
             tasks.start_soon(self._measure_lag)
+            tasks.start_soon(self.watchdog.run)
             for model in self.one_shots.models:
                 tasks.start_soon(model.lane.run)
             yield
-            self.client.is_draining = True
+            self.stop_accepting()
+            self.client.interrupt_all()
             # Loading may take minutes, and nobody waits for it.
             await self.client.stop(0 if self.client.ready is None else _STOP_TIMEOUT_S)
             tasks.cancel_scope.cancel()
+        if self.journal is not None:
+            await anyio.to_thread.run_sync(self.journal.close)
         self.one_shots.close()
 
     async def _watch_engine(self) -> None:
@@ -165,6 +203,8 @@ class App:
             error = self.client.error
             if error is None:
                 error = await self._warm_up()
+            if error is None and self.journal is not None:
+                await restore_streams(self.journal, self.generator, self.registry, self._native.finish)
         if self.client.is_draining:
             return
         self.settled.set()
@@ -189,13 +229,16 @@ class App:
         while True:
             started_s = self.client.clock()
             await anyio.sleep(_LAG_INTERVAL_S)
-            self.client.metrics.loop_lag.observe(max(0.0, self.client.clock() - started_s - _LAG_INTERVAL_S))
+            self.metrics.loop_lag.observe(max(0.0, self.client.clock() - started_s - _LAG_INTERVAL_S))
+
+    def _probes(self) -> list[Route]:
+        return [Route("/health", self._health), Route("/ready", self._ready)]
 
     def _routes(self) -> list[Route | Mount]:
         openai = OpenAIApi(self.generator, self.one_shots, self._report)
-        one_shot = OneShotApi(self.one_shots, self.limits, self.client.metrics, self.settings.request_timeout_s)
-        native = NativeApi(self.generator, self.registry, self.tickets, self._report)
-        metrics = self.client.metrics
+        one_shot = OneShotApi(self.one_shots, self.limits, self.metrics, self.settings.request_timeout_s)
+        native = self._native
+        metrics = self.metrics
 
         def endpoint(
             respond: Callable[..., object],
@@ -217,9 +260,9 @@ class App:
             Route("/", _page("index.html")),
             Route("/classify", _page("classify.html")),
             Mount("/static", _PageFiles(directory=_STATIC)),
-            Route("/health", self._health),
-            Route("/ready", self._ready),
-            Route("/metrics", self._metrics),
+            *self._probes(),
+            *([Route("/metrics", self._metrics)] if self.settings.admin_port is None else []),
+            Route("/openapi.json", OpenApi(self.settings).get),
             Route("/v1/models", openai.models),
             Route("/v1/chat/completions", endpoint(openai.chat_completions), methods=["POST"]),
             Route("/v1/completions", endpoint(openai.completions), methods=["POST"]),
@@ -242,13 +285,13 @@ class App:
             Route("/v1/stream/tickets", native.issue_ticket, methods=["POST"]),
             Route("/v1/streams", endpoint(native.create), methods=["POST"]),
             Route("/v1/streams/{id}", endpoint(native.snapshot_or_cancel), methods=["GET", "DELETE"]),
-            Route("/v1/streams/{id}/events", endpoint(native.events), methods=["GET"]),
+            Route("/v1/streams/{id}/events", endpoint(native.events, refuse_event_source), methods=["GET"]),
         ]
 
-    def report_refusal(self, id: str, route: str, received_s: float, status: int) -> None:
+    def report_refusal(self, id: str, path: str, received_s: float, status: int) -> None:
         """Count and log a request that was refused, wherever that was."""
-        self.client.metrics.rejected.labels(str(status)).inc()
-        log_unaccepted(id, route, received_s, f"refused: {status}")
+        self.metrics.rejected.labels(str(status)).inc()
+        log_unaccepted(id, declared_route(path, self.asgi.routes), received_s, f"refused: {status}")
 
     def _report(self, generations: Sequence[Generation], route: str, trace_context: Mapping[str, str]) -> None:
         """Log, and trace, the generations of a request that is over."""
@@ -257,20 +300,27 @@ class App:
             self._tracing.record(generations, route, trace_context)
 
     async def _health(self, request: Request) -> Response:
-        """Alive: the loop answers and the engine thread has not ended."""
-        is_alive = not self.client.stopped.is_set()
-        return JSONResponse({"status": "ok" if is_alive else "engine_dead"}, 200 if is_alive else 503)
+        """Alive: the loop answers, and the engine thread neither has ended nor hangs in a step."""
+        fault = self._engine_fault
+        content = {"status": fault or "ok", "step_age_s": round(self.watchdog.step_age_s, 3)}
+        return JSONResponse(content, 503 if fault else 200)
 
     async def _ready(self, request: Request) -> Response:
         """Ready: the model is loaded and warm, and the server is not draining."""
         if self.is_ready:
             return JSONResponse({"status": "ready"})
         status = "draining" if self.client.is_draining else "loading"
-        return JSONResponse({"status": "engine_dead" if self.client.stopped.is_set() else status}, 503)
+        return JSONResponse({"status": self._engine_fault or status}, 503)
+
+    @property
+    def _engine_fault(self) -> str | None:
+        if self.client.stopped.is_set():
+            return "engine_dead"
+        return "engine_hung" if self.watchdog.is_hung else None
 
     async def _metrics(self, request: Request) -> Response:
         exposed = bytearray()
-        for part in self.client.metrics.expose_each():
+        for part in self.metrics.expose_each():
             exposed += part
             await anyio.lowlevel.checkpoint()
         return Response(bytes(exposed), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -27,6 +27,7 @@ from headrace.server.errors import (
     ReceiveTimeoutError,
     UnsupportedMediaTypeError,
     envelope,
+    internal_error,
 )
 from headrace.server.request_log import OnRejected, log_unaccepted
 
@@ -152,8 +153,7 @@ def error_response(error: ApiError) -> Response:
 
 
 def internal_error_response() -> Response:
-    # No detail: an internal error's text may hold a prompt or a path.
-    return JSONResponse(envelope("internal server error", type="server_error", code="internal_error"), 500)
+    return JSONResponse(internal_error(), 500)
 
 
 def exception_handlers(on_rejected: OnRejected) -> dict[Any, Callable[[Request, Exception], Awaitable[Response]]]:

@@ -7,7 +7,6 @@ their logs. What it knows of the engine's load is the last snapshot, plus what i
 import asyncio
 import contextlib
 import itertools
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,18 +28,25 @@ from headrace.scheduler.messages import (
     LoadSnapshot,
     OneShotBatch,
     OneShotOutput,
+    SequenceOutput,
     StepOutput,
     Tier,
 )
 from headrace.scheduler.one_shot_runner import OneShotModel
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.admission import Admission, Demand, Prediction, retry_after_s
-from headrace.server.errors import ApiError, BadRequestError, EngineFailedError, OverloadedError, UnavailableError
-from headrace.server.generation import Generation
+from headrace.server.errors import (
+    ApiError,
+    BadRequestError,
+    EngineFailedError,
+    OverloadedError,
+    ShutdownError,
+    UnavailableError,
+)
+from headrace.server.generation import ENGINE_ENDED, Generation
 from headrace.server.gpu_gauges import watch_gpu
+from headrace.server.journal import Journal
 from headrace.server.metrics import Metrics
-
-logger = logging.getLogger(__name__)
 
 # Until the device is known: what a tier's first token may take beyond the prompt's own time, on a CPU and on a GPU.
 _CPU_TTFT_TARGETS_S = {Tier.PREMIUM: 2.0, Tier.STANDARD: 8.0, Tier.BATCH: 60.0}
@@ -70,9 +76,11 @@ class EngineClient:
         clock: Callable[[], float] = time.monotonic,
         make_engine: Callable[..., Engine] = EngineCore,
         load_one_shots: Callable[[], Mapping[str, OneShotModel]] = dict,
+        journal: Journal | None = None,
     ) -> None:
-        """`ttft_targets_s` None takes those of the device."""
+        """`ttft_targets_s` None takes those of the device. With a `journal` publications pass through it."""
         self.clock = clock
+        self.journal = journal
         self.ready: EngineReady | None = None
         self.is_draining = False
         self.error: Exception | None = None
@@ -89,7 +97,8 @@ class EngineClient:
         self._generations: dict[int, Generation] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._batches: dict[int, asyncio.Future[OneShotOutput]] = {}
-        self._engine = make_engine(load_engine, self._publish, clock, load_one_shots)
+        publish = self._publish if journal is None else partial(journal.pass_on, then=self._publish)
+        self._engine = make_engine(load_engine, publish, clock, load_one_shots)
         self.metrics = Metrics(model_name, lambda: self.load, lambda: self.num_waiting)
         for tier in Tier:
             self.metrics.watch_waiting(tier, partial(self.admission.num_queued, tier))
@@ -120,6 +129,11 @@ class EngineClient:
         with anyio.move_on_after(timeout_s):
             await self.stopped.wait()
             await anyio.to_thread.run_sync(self._engine.join)
+
+    @property
+    def engine_busy_since_s(self) -> float | None:
+        """Since when the engine has been at what it computes now; None while it waits, loads, or has ended."""
+        return self._engine.busy_since_s
 
     @property
     def has_thread(self) -> bool:
@@ -229,15 +243,41 @@ class EngineClient:
     def cancel(self, generation: Generation, error: ApiError | None = None) -> None:
         """End a generation now; the engine frees its blocks within a step. Without effect on one that is over.
 
-        `error` is what its readers are told, where it was not their doing.
+        `error` is what its readers are told, where it was not their doing. One that is journaled ends a moment later,
+        when its end is in the journal, and behind all that the engine has put there.
         """
-        if not generation.is_over:
-            self._engine.cancel(generation.request_id)
+        if generation.is_over:
+            return
+        if self.journal is None or not generation.is_journaled:
             generation.end(FinishReason.CANCELLED, self.clock(), error)
+        else:
+            output = SequenceOutput(generation.request_id, finish_reason=FinishReason.CANCELLED)
+            if error is not None:
+                output = output._replace(finish_reason=FinishReason.ERROR, error=error.message)
+            self.journal.end(output, partial(self.call_soon, self._end_journaled, generation, output))
+        self._engine.cancel(generation.request_id)  # whose word of it comes behind ours
+
+    def _end_journaled(self, generation: Generation, output: SequenceOutput) -> None:
+        if not generation.is_over:
+            generation.receive(output, self.clock())
 
     def cancel_all(self, error: ApiError) -> None:
         for generation in list(self._generations.values()):
             self.cancel(generation, error)
+
+    def interrupt_all(self) -> None:
+        """End everything because the server does; the next process goes on with what is in the journal."""
+        if self.journal is None:
+            self._interrupt_all()
+        else:  # when nothing follows in the journal that readers could still be sent
+            self.journal.suspend(partial(self.call_soon, self._interrupt_all))
+
+    def _interrupt_all(self) -> None:
+        has_journal = self.journal is not None and self.journal.is_active
+        for generation in list(self._generations.values()):
+            self._engine.cancel(generation.request_id)
+            error = ShutdownError(is_resumable=has_journal and generation.is_journaled)
+            generation.end(FinishReason.CANCELLED, self.clock(), error)
 
     def queue_position(self, generation: Generation) -> tuple[int, float | None] | None:
         """(Place in the queue from 1, estimated seconds to wait or None), None once it has been scheduled."""
@@ -253,12 +293,16 @@ class EngineClient:
         if self.ready is None:
             raise UnavailableError("the model is still loading", "loading")
 
-    def _publish(self, publication: Publication) -> None:
-        """Carry a publication to the loop; runs on the engine thread."""
+    def call_soon(self, callback: Callable[..., None], *args: Any) -> None:
+        """Have the loop call this; from any thread."""
         assert self._loop is not None
         # Where the loop has been closed nobody is left to tell.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self.receive, publication)
+            self._loop.call_soon_threadsafe(callback, *args)
+
+    def _publish(self, publication: Publication) -> None:
+        """Carry a publication to the loop; runs on the engine thread, or with a journal on that one's."""
+        self.call_soon(self.receive, publication)
 
     def receive(self, publication: Publication) -> None:
         """Take what the engine publishes; runs on the loop."""
@@ -288,10 +332,10 @@ class EngineClient:
                     num_received=self._num_submitted, num_total_blocks=num_blocks, num_free_blocks=num_blocks
                 )
                 for generation in list(self._generations.values()):
-                    generation.end(FinishReason.ERROR, self.clock(), EngineFailedError("the engine has ended"))
+                    generation.end(FinishReason.ERROR, self.clock(), EngineFailedError(ENGINE_ENDED))
                 for future in self._batches.values():
                     if not future.done():
-                        future.set_exception(EngineFailedError("the engine has ended"))
+                        future.set_exception(EngineFailedError(ENGINE_ENDED))
 
     def _receive_step(self, step: StepOutput) -> None:
         now = self.clock()
@@ -314,11 +358,7 @@ class EngineClient:
                     last_tokens_s.append((generation.tier, last_token_s))
                 else:
                     self._observe_first_token(generation, now)
-            try:
-                generation.receive(output, now)
-            except Exception:  # of this one's text: it must not cost the others theirs
-                logger.exception("request %s failed while its text was made", generation.id)
-                generation.end(FinishReason.ERROR, now, EngineFailedError("the text could not be decoded"))
+            generation.receive(output, now)
             if generation.is_over and output.finish_reason is None:
                 self._engine.cancel(output.request_id)  # a stop string, which the engine cannot see
         self.metrics.generation_tokens.inc(num_tokens)
@@ -337,4 +377,4 @@ class EngineClient:
 
 
 def _engine_dead() -> UnavailableError:
-    return UnavailableError("the engine has ended", "engine_dead", retry_after_s=None)
+    return UnavailableError(ENGINE_ENDED, "engine_dead", retry_after_s=None)

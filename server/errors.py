@@ -13,6 +13,7 @@ class ApiError(Exception):
     status = 400
     type = "invalid_request_error"
     code: str | None = None
+    is_resumable = False  # the answer it interrupts another process goes on with
 
     def __init__(self, message: str, *, param: str | None = None, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
@@ -85,6 +86,13 @@ class GoneError(ApiError):
     code = "gone"
 
 
+class LostEventsError(ApiError):
+    """A reader has seen what is no longer known."""
+
+    status = 410
+    code = "events_lost"
+
+
 class BodyTooLargeError(ApiError):
     status = 413
     code = "body_too_large"
@@ -138,6 +146,19 @@ class UnavailableError(ApiError):
         super().__init__(message, headers=headers)
 
 
+class ShutdownError(UnavailableError):
+    """The server ends before an answer does. Where it `is_resumable`, the next process goes on with it."""
+
+    def __init__(self, *, is_resumable: bool) -> None:
+        self.is_resumable = is_resumable
+        super().__init__("the server is shutting down", "draining")
+
+    def envelope(self) -> dict[str, Any]:
+        content = super().envelope()
+        content["error"]["resumable"] = self.is_resumable
+        return content
+
+
 class EngineFailedError(ApiError):
     """The engine could not compute the request."""
 
@@ -160,6 +181,11 @@ class DeadlineError(ApiError):
 def envelope(message: str, *, type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """OpenAI's error object; clients want all four fields present."""
     return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def internal_error() -> dict[str, Any]:
+    """The envelope of a fault of this server's own. No detail: its text may hold a prompt or a path."""
+    return envelope("internal server error", type="server_error", code="internal_error")
 
 
 def retry_headers(retry_after_s: float) -> dict[str, str]:

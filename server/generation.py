@@ -4,14 +4,37 @@ Made by the generator, followed by readers through `log`. A request has one, or 
 ends exactly once, whoever asks first: the engine, a stop string, a deadline, a cancellation.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from headrace.scheduler.messages import FinishReason, SequenceOutput, Tier, TokenLogprobs
+from headrace.scheduler.messages import FinishReason, SamplingParams, SequenceOutput, Tier, TokenLogprobs
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.errors import ApiError, DeadlineError, EngineFailedError
 from headrace.server.stream_log import StreamLog, Terminal
+
+logger = logging.getLogger(__name__)
+
+# What those are told whose answers end with the engine thread.
+ENGINE_ENDED = "the engine has ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that an answer follows from, and the seconds it may take: who has it can begin the answer again, or go on
+    with one that was begun."""
+
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    stop_strings: tuple[str, ...]
+    skips_special_tokens: bool
+    echo: str
+    cache_salt: bytes
+    timeout_s: float
+    queue_timeout_s: float
+    ttft_timeout_s: float
+    stall_timeout_s: float
 
 
 @dataclass(slots=True)
@@ -34,7 +57,7 @@ class Generation:
 
     `choice` numbers the answers to one prompt. `echo` is text that comes before the answer, with `prompt_logprobs`, a
     list that all choices of a prompt share and the first one fills. `predicted_ttft_s` is the bare prediction that it
-    was admitted with. `on_end` is called once the log has closed.
+    was admitted with. `on_end` is called once the log has closed. What `is_journaled` a later process can go on with.
     """
 
     id: str
@@ -47,6 +70,7 @@ class Generation:
     echo: str = ""
     tier: Tier = Tier.STANDARD
     predicted_ttft_s: float | None = None
+    is_journaled: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     log: StreamLog = field(default_factory=StreamLog)
     num_output_tokens: int = 0
@@ -68,10 +92,19 @@ class Generation:
         return "prefill" if self.stages.first_token_s is None else "decode"
 
     def receive(self, output: SequenceOutput, now: float) -> None:
-        """Take one step's output. Afterwards `is_over` tells whether it ended, perhaps by a stop string."""
+        """Take one step's output. Afterwards `is_over` tells whether it ended, perhaps by a stop string, or because its
+        text could not be made: that must not cost others theirs."""
+        try:
+            self._receive(output, now)
+        except Exception:
+            logger.exception("request %s failed while its text was made", self.id)
+            self.end(FinishReason.ERROR, now, EngineFailedError("the text could not be decoded"))
+
+    def _receive(self, output: SequenceOutput, now: float) -> None:
         if output.scheduled_s is not None:
             self.stages.scheduled_s = output.scheduled_s
-            self.num_cached_tokens = output.num_cached_tokens
+            if self.num_output_tokens == 0:  # else an earlier process computed the prompt
+                self.num_cached_tokens = output.num_cached_tokens
         if output.prompt_logprobs:
             self.prompt_logprobs += output.prompt_logprobs
         if self.echo and self.num_output_tokens == 0:
@@ -106,7 +139,8 @@ class Generation:
         """Close the log; without effect on one that is already over."""
         if self.is_over:
             return
-        if reason is not FinishReason.ERROR:
+        # What is held back when another process goes on is that one's to decide on.
+        if reason is not FinishReason.ERROR and not (error is not None and error.is_resumable):
             if text := self.detokenizer.flush():
                 self._append(text)
             if self.detokenizer.is_stopped:

@@ -14,8 +14,8 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from headrace.scheduler.messages import EngineReady, GenerationRequest, SamplingParams, TokenLogprobs
-from headrace.server.admission import Demand, Prediction
+from headrace.scheduler.messages import EngineReady, GenerationRequest, SamplingParams, Tier, TokenLogprobs
+from headrace.server.admission import Demand
 from headrace.server.api_keys import ApiKeys, standing_of
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.engine_client import EngineClient
@@ -25,7 +25,7 @@ from headrace.server.errors import (
     ModelNotFoundError,
     UnavailableError,
 )
-from headrace.server.generation import Generation, Stages
+from headrace.server.generation import Generation, Recipe, Stages
 from headrace.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationParams
 from headrace.server.settings import Settings
 from headrace.server.tenant_limits import TenantLimits
@@ -55,13 +55,15 @@ class Generator:
         id: str,
         stages: Stages,
         on_end: Callable[[Generation], None] | None = None,
+        on_accept: Callable[[Generation, Recipe], None] | None = None,
         tenant: str = "",
         num_bytes: int = 0,
     ) -> list[Generation]:
         """Tokenize and submit: one generation per prompt and choice, in the order of OpenAI's indices.
 
-        The caller cancels them when its client leaves; `on_end` hears of each one's end. Only requests of one tenant
-        share cached prefixes. `num_bytes` is what the request's body holds until then.
+        The caller cancels them when its client leaves; `on_end` hears of each one's end, and `on_accept` of each before
+        the engine does. Only requests of one tenant share cached prefixes. `num_bytes` is what the request's body holds
+        until then.
 
         Raises: ApiError. A cancellation while tokenizing is counted as a client that left.
         """
@@ -93,18 +95,79 @@ class Generator:
             for prompt, sampling in zip(prompts, samplings, strict=True):
                 leader: Generation | None = None
                 for choice in range(request.num_choices):
-                    own = replace(sampling, choice=choice)
-                    generation = self._submit(
-                        request, prompt, own, id, replace(stages), salt, leader, demand, prediction
+                    # The prompt's own log probabilities are computed once.
+                    is_scored = leader is None and bool(prompt.echo)
+                    num_prompt_logprobs = sampling.num_logprobs if is_scored else None
+                    own = replace(sampling, choice=choice, num_prompt_logprobs=num_prompt_logprobs)
+                    recipe = self._recipe(request, prompt, own, salt)
+                    generation = self.make(recipe, id, replace(stages), demand.tier)
+                    if leader is None:
+                        generation.predicted_ttft_s = prediction.raw_s
+                    else:
+                        generation.prompt_logprobs = leader.prompt_logprobs
+                    self.client.check_accepting()  # so that what is accepted is submitted
+                    if on_accept is not None:
+                        on_accept(generation, recipe)
+                    self._submit(
+                        recipe,
+                        generation,
+                        demand,
+                        arrival_s=stages.received_s,
+                        target_s=prediction.target_s,
+                        leader=leader,
                     )
-                    self.limits.begin(tenant)
-                    generation.on_end.append(partial(self._release, tenant))
                     if on_end is not None:
                         generation.on_end.append(on_end)
                     generations.append(generation)
                     leader = leader or generation
             self.limits.charge(tenant, num_tokens)
             return generations
+
+    def make(self, recipe: Recipe, id: str, stages: Stages, tier: Tier) -> Generation:
+        """A generation of nothing so far, which the engine does not know yet."""
+        assert self.tokenizer is not None
+        sampling = recipe.sampling
+        detokenizer = Detokenizer(
+            self.tokenizer,
+            recipe.stop_strings,
+            min_tokens=sampling.min_tokens,
+            skip_special_tokens=recipe.skips_special_tokens,
+        )
+        generation = Generation(
+            id,
+            self.client.next_request_id(),
+            len(recipe.prompt_token_ids),
+            stages,
+            detokenizer,
+            choice=sampling.choice,
+            echo=recipe.echo,
+            tier=tier,
+        )
+        if sampling.num_prompt_logprobs is not None:
+            generation.prompt_logprobs.append(TokenLogprobs(recipe.prompt_token_ids[0]))
+        return generation
+
+    def resume(
+        self,
+        recipe: Recipe,
+        generation: Generation,
+        output_token_ids: tuple[int, ...],
+        on_end: Callable[[Generation], None],
+        tenant: str,
+    ) -> None:
+        """Have the engine go on with a generation that was accepted by an earlier process. Its times start anew.
+
+        Raises: UnavailableError where the server has begun to drain, or the engine has ended.
+        """
+        assert len(output_token_ids) == generation.num_output_tokens
+        if output_token_ids:  # of whose first the prompt's log probabilities came before
+            recipe = replace(recipe, sampling=replace(recipe.sampling, num_prompt_logprobs=None))
+        tier, weight = standing_of(self.keys, tenant)
+        demand = Demand(tier, tenant, weight, generation.num_prompt_tokens)
+        target_s = self.client.admission.targets_s[tier]
+        now = self.client.clock()
+        self._submit(recipe, generation, demand, arrival_s=now, target_s=target_s, output_token_ids=output_token_ids)
+        generation.on_end.append(on_end)
 
     @contextmanager
     def _within_limits(self, demand: Demand) -> Iterator[None]:
@@ -116,63 +179,55 @@ class Generator:
         self.limits.end(tenant)
         self.limits.charge(tenant, generation.num_output_tokens)
 
+    def _recipe(self, request: GenerationParams, prompt: "_Prompt", sampling: SamplingParams, salt: bytes) -> Recipe:
+        return Recipe(
+            prompt.token_ids,
+            sampling,
+            request.stop_strings,
+            request.skips_special_tokens,
+            prompt.echo,
+            salt,
+            timeout_s=_shorter(request.timeout, self.settings.request_timeout_s),
+            queue_timeout_s=_shorter(request.queue_timeout, self.settings.queue_timeout_s),
+            ttft_timeout_s=_shorter(request.ttft_timeout, self.settings.ttft_timeout_s),
+            stall_timeout_s=_shorter(request.stall_timeout, self.settings.stall_timeout_s),
+        )
+
     def _submit(
         self,
-        request: GenerationParams,
-        prompt: "_Prompt",
-        sampling: SamplingParams,
-        id: str,
-        stages: Stages,
-        salt: bytes,
-        leader: Generation | None,
+        recipe: Recipe,
+        generation: Generation,
         demand: Demand,
-        prediction: Prediction,
-    ) -> Generation:
-        """Submit one sequence. With a `leader` it waits for that one's prompt, which is its own too."""
-        assert self.tokenizer is not None
-        detokenizer = Detokenizer(
-            self.tokenizer,
-            request.stop_strings,
-            min_tokens=sampling.min_tokens,
-            skip_special_tokens=request.skips_special_tokens,
-        )
-        generation = Generation(
-            id,
-            self.client.next_request_id(),
-            len(prompt.token_ids),
-            stages,
-            detokenizer,
-            choice=sampling.choice,
-            echo=prompt.echo,
-            tier=demand.tier,
-            predicted_ttft_s=prediction.raw_s if leader is None else None,
-        )
-        if leader is not None:
-            generation.prompt_logprobs = leader.prompt_logprobs
-        elif prompt.echo and sampling.num_logprobs is not None:
-            generation.prompt_logprobs.append(TokenLogprobs(prompt.token_ids[0]))
-            sampling = replace(sampling, num_prompt_logprobs=sampling.num_logprobs)
-        received_s, settings = stages.received_s, self.settings
+        *,
+        arrival_s: float,
+        target_s: float,
+        leader: Generation | None = None,
+        output_token_ids: tuple[int, ...] = (),
+    ) -> None:
+        """Submit one sequence, whose first token should come in `target_s`. With a `leader` it waits for that one's
+        prompt, which is its own too."""
         self.client.submit(
             GenerationRequest(
                 generation.request_id,
-                prompt.token_ids,
-                sampling,
-                arrival_s=received_s,
-                deadline_s=received_s + _shorter(request.timeout, settings.request_timeout_s),
-                queue_deadline_s=received_s + _shorter(request.queue_timeout, settings.queue_timeout_s),
-                first_token_deadline_s=received_s + _shorter(request.ttft_timeout, settings.ttft_timeout_s),
-                stall_timeout_s=_shorter(request.stall_timeout, settings.stall_timeout_s),
-                target_s=self.client.clock() + prediction.target_s,
+                recipe.prompt_token_ids,
+                recipe.sampling,
+                arrival_s=arrival_s,
+                deadline_s=arrival_s + recipe.timeout_s,
+                queue_deadline_s=arrival_s + recipe.queue_timeout_s,
+                first_token_deadline_s=arrival_s + recipe.ttft_timeout_s,
+                stall_timeout_s=recipe.stall_timeout_s,
+                target_s=self.client.clock() + target_s,
                 tier=demand.tier,
                 tenant=demand.tenant,
                 weight=demand.weight,
                 leader_id=None if leader is None else leader.request_id,
-                cache_salt=salt,
+                cache_salt=recipe.cache_salt,
+                output_token_ids=output_token_ids,
             ),
             generation,
         )
-        return generation
+        self.limits.begin(demand.tenant)
+        generation.on_end.append(partial(self._release, demand.tenant))
 
 
 @dataclass(frozen=True, slots=True)

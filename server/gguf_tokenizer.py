@@ -58,6 +58,9 @@ _SPLITS = {
 # Names that other converters have for the same.
 _SPLITS |= {"llama3": _SPLITS["llama-bpe"], "llama-v3": _SPLITS["llama-bpe"], "deepseek-r1-qwen": _SPLITS["qwen2"]}
 
+# Of SentencePiece's, whose longest are runs of spaces.
+_MAX_PIECE_CHARS = 1000
+
 # Token types; type 6, a byte of SentencePiece's, is known by its name.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
@@ -139,6 +142,8 @@ def _byte_level(file: GGUFFile, tokens: list[str], split: _Split) -> BackendToke
 
 
 def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int], unk_token: str | None) -> BackendTokenizer:
+    if any(len(token) > _MAX_PIECE_CHARS for token in tokens):  # every cut of each is looked up
+        raise ModelSourceError(f"{file.path}: a token of the vocabulary has over {_MAX_PIECE_CHARS} characters")
     merges = _merges(tokens, types, file.require("tokenizer.ggml.scores"))
     vocab = {token: i for i, token in enumerate(tokens)}
     backend = BackendTokenizer(models.BPE(vocab, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True))

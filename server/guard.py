@@ -17,14 +17,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.server.api_keys import ApiKeys
 from headrace.server.endpoint import error_response
-from headrace.server.errors import ApiError, ForbiddenError, UnauthorizedError
+from headrace.server.errors import ApiError, ForbiddenError, UnauthorizedError, UnavailableError
 from headrace.server.request_log import OnRejected
-from headrace.server.settings import ListenerSettings
+from headrace.server.settings import ListenerSettings, is_loopback
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # Probes, the chat page's files, and a stream's events, where the stream's id is what one must know. GET /v1/stream asks
 # for a ticket by itself.
 _OPEN_PATHS = re.compile(r"/|/classify|/health|/ready|/static/.*|/v1/stream|/v1/streams/[^/]+/events")
+
+
+def is_open(path: str, *, has_open_metrics: bool) -> bool:
+    """Whether a path needs no key where there are keys."""
+    return _OPEN_PATHS.fullmatch(path) is not None or (has_open_metrics and path == "/metrics")
 
 
 class _Guard:
@@ -72,15 +77,12 @@ class KeyGuard(_Guard):
         key = None if presented is None else self._keys.find(presented.encode("latin-1"))
         if key is not None:
             scope["state"]["tenant"] = key.name
-        elif not self._is_open(scope["path"]):
+        elif not is_open(scope["path"], has_open_metrics=self._has_open_metrics):
             raise UnauthorizedError(
                 "an API key is needed, as `Authorization: Bearer KEY` or `x-api-key: KEY`"
                 if presented is None
                 else "the API key is not valid"
             )
-
-    def _is_open(self, path: str) -> bool:
-        return _OPEN_PATHS.fullmatch(path) is not None or (self._has_open_metrics and path == "/metrics")
 
 
 def _presented_key(headers: Headers) -> str | None:
@@ -123,17 +125,25 @@ class LoopbackGuard(_Guard):
             raise ForbiddenError(f"pages of {origin[:200]!r} may not call this server; see the setting cors_origins")
 
 
+class ProbeGuard(_Guard):
+    """Refuses with 503 all but what tells of the server, where there are too many connections."""
+
+    def _check(self, scope: Scope) -> None:
+        if scope["method"] != "GET" or scope["path"] not in ("/health", "/ready", "/metrics"):
+            raise UnavailableError("all of this server's connections are in use", "too_many_connections")
+
+
+def loopback_guards(settings: ListenerSettings, host: str, on_rejected: OnRejected) -> list[Middleware]:
+    """What an address that asks for no key has: a LoopbackGuard, if it is loopback."""
+    if not is_loopback(host):
+        return []
+    hosts, origins = settings.allowed_hosts, settings.cors_origins
+    return [Middleware(LoopbackGuard, allowed_hosts=hosts, cors_origins=origins, on_rejected=on_rejected)]
+
+
 def guards(settings: ListenerSettings, keys: ApiKeys | None, on_rejected: OnRejected) -> list[Middleware]:
     """What stands before a server's routes, the outermost first."""
-    middleware = []
-    if keys is None and settings.is_loopback:
-        guard = Middleware(
-            LoopbackGuard,
-            allowed_hosts=settings.allowed_hosts,
-            cors_origins=settings.cors_origins,
-            on_rejected=on_rejected,
-        )
-        middleware.append(guard)
+    middleware = loopback_guards(settings, settings.host, on_rejected) if keys is None else []
     if settings.cors_origins:
         cors = Middleware(
             CORSMiddleware,

@@ -1,5 +1,5 @@
-"""uvicorn's HTTP/1.1 protocol, bounded: how large a request's head may be, how long it may take, how long a client may
-read nothing. Lives on the event loop, one object per connection.
+"""uvicorn's HTTP/1.1 protocol, bounded: how many connections, how large a request's head may be, how long it may take,
+how long a client may read next to nothing. Lives on the event loop, one object per connection.
 
 What is wrong before a request reaches the application is answered here, in the same envelope; what does not even read
 is cut off. Of uvicorn's class it overrides the refusal of what is no HTTP, and listens to what the transport reports.
@@ -17,41 +17,58 @@ import h11
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
+from headrace.server.connection_limit import ConnectionLimit
 from headrace.server.errors import envelope
+from headrace.server.guard import ProbeGuard
 from headrace.server.request_log import OnRejected
 from headrace.server.settings import ListenerSettings
 from headrace.server.sse import WRITE_CHUNK
 
 _MAX_HEADERS = 100
 _LINGER_S = 1.0
+# What a client has to read of what waits for it in each `peer_timeout_s`.
+_MIN_READ_BYTES = 1024
+# How long a connection without a place may take to say what it wants.
+_PLACELESS_TIMEOUT_S = 5.0
 # Of TCP's keep-alive: so many probes without an answer, each after an equal part of half the time.
 _NUM_PROBES = 3
 
 
 class HttpProtocol(H11Protocol):
-    """One connection; `settings` has the limits, `on_rejected` is told of every refusal."""
+    """One connection of the many that share `limit`; `settings` has the other limits, `on_rejected` is told of every
+    refusal."""
 
     conn: "_BoundedConnection"
 
-    def __init__(self, settings: ListenerSettings, on_rejected: OnRejected, **uvicorn_arguments: Any) -> None:
+    def __init__(
+        self, settings: ListenerSettings, limit: ConnectionLimit, on_rejected: OnRejected, **uvicorn_arguments: Any
+    ) -> None:
         super().__init__(**uvicorn_arguments)
         self._on_rejected = on_rejected
         self._settings = settings
+        self._limit = limit
         self.conn = _BoundedConnection(settings.max_header_bytes)
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.app = _with_chunks(self.app, transport, self.flow, self.conn)
-        self._time_head()
+        self._whole_app = _with_chunks(self.app, transport, self.flow, self.conn)
+        if self._limit.open(self):
+            self._time_head()
+        else:
+            transport.abort()
 
     def data_received(self, data: bytes) -> None:
+        has_place = self._limit.find_place(self)
+        self.app = self._whole_app if has_place else ProbeGuard(self._whole_app, self._on_rejected)
         super().data_received(data)
+        self._note_state()
         self._time_head()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._note_state()
         if self.conn.their_state is h11.SEND_BODY:
             # Answered without its body having been read, of which nobody knows when it will end. Not closed at once:
             # the client should find the answer, not a reset.
@@ -59,6 +76,7 @@ class HttpProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._limit.close(self)
         for timer in (self._head_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
@@ -72,11 +90,21 @@ class HttpProtocol(H11Protocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
 
+    @property
+    def is_writing(self) -> bool:
+        return self.transport.get_write_buffer_size() > 0
+
+    def make_room(self) -> None:
+        self.transport.abort()
+
     def send_400_response(self, msg: str) -> None:
         """Refuse what h11 could not read; uvicorn calls this while it handles h11's error."""
         error = sys.exception()
         assert isinstance(error, h11.RemoteProtocolError)
         self._refuse(error.error_status_hint, str(error)[:200])
+
+    def _note_state(self) -> None:
+        self._limit.note(self, is_idle=self.conn.their_state is h11.IDLE)
 
     def _time_head(self) -> None:
         """Start the clock on a head that is under way, stop it once it is whole."""
@@ -85,7 +113,10 @@ class HttpProtocol(H11Protocol):
                 self._head_timer.cancel()
                 self._head_timer = None
         elif self._head_timer is None:
-            self._head_timer = self.loop.call_later(self._settings.receive_timeout_s, self._refuse_late_head)
+            timeout_s = self._settings.receive_timeout_s
+            if not self._limit.find_place(self):
+                timeout_s = min(timeout_s, _PLACELESS_TIMEOUT_S)
+            self._head_timer = self.loop.call_later(timeout_s, self._refuse_late_head)
 
     def _refuse_late_head(self) -> None:
         if self.conn.trailing_data[0]:
@@ -110,9 +141,9 @@ class HttpProtocol(H11Protocol):
         self.transport.close()
 
     def _time_write(self, num_bytes_before: int) -> None:
-        """Cut off a client that in all this time has read nothing of what waits for it."""
+        """Cut off a client that in all this time has read next to nothing; what waits for it is far more than that."""
         num_bytes = self.transport.get_write_buffer_size()
-        if num_bytes >= num_bytes_before:
+        if num_bytes > num_bytes_before - _MIN_READ_BYTES:
             self.transport.abort()
         else:
             self._write_timer = self.loop.call_later(self._settings.peer_timeout_s, self._time_write, num_bytes)
@@ -163,6 +194,8 @@ class _BoundedConnection(h11.Connection):
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._is_head = event.method == b"HEAD"
+            if event.http_version not in (b"1.0", b"1.1"):  # h11 takes any, HTTP/2's preface too
+                raise h11.RemoteProtocolError("only HTTP/1.1 and 1.0 are spoken here", error_status_hint=505)
             if {b"content-length", b"transfer-encoding"} <= {name for name, _ in event.headers}:
                 # What a proxy took for the body's end may not be what this server takes for it (RFC 9112, 6.3).
                 raise h11.RemoteProtocolError("both content-length and transfer-encoding", error_status_hint=400)

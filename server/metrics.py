@@ -65,6 +65,7 @@ class RequestMetrics:
         for tier in Tier:
             for shed_reason in SHED_REASONS:
                 self._shed.labels(tier.value, shed_reason)
+        self.connections_closed = self._counter("connections_closed", "Connections closed to make room")
         self._batch_size = self._label_histograms("batch_size", "Items of a batch", "model")
         self._batch_wait = self._label_histograms("batch_wait_seconds", "An item's arrival to its batch", "model")
         self._batch_compute = self._label_histograms("batch_compute_seconds", "What a batch took", "model")
@@ -81,6 +82,10 @@ class RequestMetrics:
         """The same metric by metric: all at once would hold up the loop."""
         for metric in self.registry.collect():
             yield generate_latest(_Collected(metric))
+
+    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Add a gauge whose value is asked when scraped."""
+        self._gauge(name, text).set_function(value)
 
     def open_lane(self, model: str, num_waiting: Callable[[], int]) -> "LaneMetrics":
         """The metrics of one dynamic batcher, under the name of its model."""
@@ -140,6 +145,7 @@ class Metrics(RequestMetrics):
         self.queue_time = self._tier_histograms("request_queue_time_seconds", "Submitted to first scheduled", _LONG)
         self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to the last token", _LONG)
         self.loop_lag = self._histogram("event_loop_lag_seconds", "How late the event loop wakes a timer", _PAUSES)
+        self.engine_hangs = self._counter("engine_hangs", "Steps that took longer than watchdog_soft_s")
         self.step_gap = self._histogram("engine_step_gap_seconds", "From one step's computing to the next's", _PAUSES)
         self.lock_wait = self._histogram(
             "engine_lock_wait_seconds", "From a step's end until the engine has the interpreter's lock", _PAUSES
@@ -157,10 +163,6 @@ class Metrics(RequestMetrics):
             yield generate_latest(_Collected(metric))
             if metric.name in _VLLM_NAMES:
                 yield generate_latest(_Collected(_as_vllms(metric, self._model_name)))
-
-    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Add a gauge whose value is asked when scraped."""
-        Gauge(f"headrace_{name}", text, registry=self.registry).set_function(value)
 
     def watch_waiting(self, tier: Tier, value: Callable[[], float]) -> None:
         """Set where a tier's number of waiting requests is asked when scraped."""

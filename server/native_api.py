@@ -1,24 +1,35 @@
 """Native streams, made for the browser's EventSource: resumable, readable by several, cancelled by name.
 
 Lives on the event loop. An event's id is "<stream id>:<cursor>", so that a reader that comes back with it gets exactly
-what it missed. The stream's id is 128 random bits; whoever has it may read.
+what it missed; behind it stands how many restarts the stream has seen, if it has. The stream's id is 128 random bits;
+whoever has it may read. With a journal a restart ends no stream: what was fed to its generation is fed to it again.
 Source: WHATWG HTML, "Server-sent events", for reconnection and Last-Event-ID.
 """
 
+import re
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
+import anyio
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from headrace.server.endpoint import error_response
-from headrace.server.errors import ApiError, BadRequestError, NotAcceptableError, UnauthorizedError
-from headrace.server.generation import Generation, Stages, usage
+from headrace.server.errors import (
+    ApiError,
+    BadRequestError,
+    LostEventsError,
+    NotAcceptableError,
+    UnauthorizedError,
+    internal_error,
+)
+from headrace.server.generation import Generation, Recipe, Stages, usage
 from headrace.server.generator import Generator
+from headrace.server.journal import StreamRecord
 from headrace.server.logprobs import chat_logprobs, make_off_loop
 from headrace.server.protocol import (
     UNSUPPORTED,
@@ -28,7 +39,7 @@ from headrace.server.protocol import (
     parse_json_object,
     parse_request,
 )
-from headrace.server.sse import HEARTBEAT, EventStream, event_frame, retry_frame, to_json
+from headrace.server.sse import HEARTBEAT, EventStream, event_frame, padded, retry_frame, to_json
 from headrace.server.stream_registry import NativeStream, StreamRegistry
 from headrace.server.tickets import TICKET_TTL_S, Ticket, Tickets
 from headrace.server.tracing import Report, trace_context
@@ -38,20 +49,23 @@ _QUEUE_POLL_S = 1.0
 # The longest grace time a request may ask for; without a reader for longer, it is `on_disconnect: continue`.
 _MAX_GRACE_S = 3600
 
+# Fields that stand in a query as they are; all others but `stop` do as JSON.
+QUERY_TEXTS = ("prompt", "model", "user", "cache_salt", "on_disconnect")
+
 OnDisconnect = Literal["cancel", "continue"]
 
 
-class _StreamChatRequest(ChatCompletionRequest):
+class StreamChatRequest(ChatCompletionRequest):
     on_disconnect: OnDisconnect | None = None
     disconnect_grace_s: Number | None = Field(None, ge=0, le=_MAX_GRACE_S)
 
 
-class _StreamCompletionRequest(CompletionRequest):
+class StreamCompletionRequest(CompletionRequest):
     on_disconnect: OnDisconnect | None = None
     disconnect_grace_s: Number | None = Field(None, ge=0, le=_MAX_GRACE_S)
 
 
-_StreamParams = _StreamChatRequest | _StreamCompletionRequest
+_StreamParams = StreamChatRequest | StreamCompletionRequest
 
 
 class NativeApi:
@@ -76,9 +90,9 @@ class NativeApi:
             raise BadRequestError("exactly one of `messages` and `prompt` is required", param="messages")
         params: _StreamParams
         if "messages" in fields:
-            params = parse_request(_StreamChatRequest, fields)
+            params = parse_request(StreamChatRequest, fields)
         else:
-            params = parse_request(_StreamCompletionRequest, fields)
+            params = parse_request(StreamCompletionRequest, fields)
         stream = await self._start(request, params, len(body))
         urls = _urls(stream.id)
         content = {"id": stream.id, "created": stream.created_s, "model": self._generator.model_name, **urls}
@@ -119,8 +133,12 @@ class NativeApi:
     async def snapshot_or_cancel(self, request: Request, body: bytes) -> Response:
         """GET /v1/streams/{id}: what there is. DELETE: end it, harmless on one that is over; its readers get `done`."""
         stream = self._registry.get_owned(request.path_params["id"], request.state.tenant)
-        if request.method == "DELETE":
-            self._client.cancel(stream.generation)
+        generation = stream.generation
+        if request.method == "DELETE" and not generation.is_over:
+            ended = anyio.Event()
+            generation.on_end.append(lambda _: ended.set())
+            self._client.cancel(generation)
+            await ended.wait()
         return self._snapshot(stream)
 
     def _shown_ticket(self, request: Request) -> Ticket | None:
@@ -135,64 +153,94 @@ class NativeApi:
     async def _start(self, request: Request, params: _StreamParams, num_bytes: int = 0) -> NativeStream:
         # Not the request's id, which is logged here and by proxies: a stream's id suffices to read it.
         id = secrets.token_hex(16)
-        on_end = partial(self._finish, id, request.scope["path"], trace_context(request.headers))
         if params.num_sequences > 1:
             raise BadRequestError("n: a native stream has one answer to one prompt", param="n")
-        stages = Stages(request.state.received_s)
+        tenant, created_s, stages = request.state.tenant, int(time.time()), Stages(request.state.received_s)
+        continues_alone, grace_s = params.on_disconnect == "continue", params.disconnect_grace_s
+        journal, is_recorded = self._client.journal, anyio.Event()
+
+        def record(generation: Generation, recipe: Recipe) -> None:
+            if journal is None:
+                return
+            generation.is_journaled = True
+            times = generation.stages.received_s, self._client.clock()
+            entry = StreamRecord(id, tenant, generation.id, created_s, continues_alone, grace_s, *times, recipe)
+            journal.accept(generation.request_id, entry, partial(self._client.call_soon, is_recorded.set))
+
         [generation] = await self._generator.start(
             params,
             request.state.id,
             stages,
-            on_end,
-            tenant=request.state.tenant,
+            partial(self.finish, id, route=request.scope["path"], context=trace_context(request.headers)),
+            record,
+            tenant=tenant,
             num_bytes=num_bytes,
         )
         request.state.is_accepted = True
         stream = NativeStream(
-            id,
-            request.state.tenant,
-            generation,
-            int(time.time()),
-            continues_alone=params.on_disconnect == "continue",
-            unread_since_s=self._client.clock(),
-            grace_s=params.disconnect_grace_s,
+            id, tenant, generation, created_s, continues_alone, unread_since_s=self._client.clock(), grace_s=grace_s
         )
         self._registry.add(stream)
+        if journal is not None:
+            try:
+                await is_recorded.wait()
+            except anyio.get_cancelled_exc_class():
+                self._discard(stream)
+                raise
         return stream
 
-    def _finish(self, id: str, route: str, context: dict[str, str], generation: Generation) -> None:
+    def _discard(self, stream: NativeStream) -> None:
+        """End and forget a stream that its client has not heard of."""
+        if stream.generation.is_over:
+            self._registry.forget(stream)
+        else:
+            stream.generation.on_end.append(lambda _: self._registry.forget(stream))
+            self._client.cancel(stream.generation)
+
+    def finish(
+        self,
+        id: str,
+        generation: Generation,
+        *,
+        route: str = "/v1/streams",
+        context: Mapping[str, str] | None = None,
+    ) -> None:
+        """Keep a stream whose generation is over, and tell of its end."""
         self._registry.finish(id)
-        self._report([generation], route, context)
+        self._report([generation], route, context or {})
 
     def _read(self, stream: NativeStream, last_event_id: str) -> Response:
         log = stream.generation.log
-        cursor = _parse_cursor(stream.id, last_event_id)
+        cursor, num_restarts = _parse_cursor(stream.id, last_event_id)
+        if not stream.has_kept(cursor, num_restarts):
+            raise LostEventsError("a crash has lost some of what this reader was sent; what there is now may differ")
         if cursor > log.end:
             raise BadRequestError("last_event_id: lies in the future of this stream", param="last_event_id")
         if log.terminal is not None and cursor == log.end:
             return Response(status_code=204)  # tells EventSource to stop
-        return EventStream(self._frames(stream, cursor))
+        return EventStream(self._frames(stream, cursor), event_frame("error", internal_error(), id=None))
 
     async def _frames(self, stream: NativeStream, cursor: int) -> AsyncIterator[bytes]:
         """What one reader is sent; each item is one write."""
-        generation, clock = stream.generation, self._client.clock
+        generation, clock, settings = stream.generation, self._client.clock, self._settings
+        padding = settings.stream_padding_bytes
         shown_position: int | None = None
         try:
-            with self._registry.subscribe(stream, cursor) as subscriber:
+            with self._registry.subscribe(stream, cursor, settings.stream_interval_ms / 1000) as subscriber:
                 last_write_s = clock()
-                yield retry_frame(self._settings.stream_retry_ms)
+                yield retry_frame(settings.stream_retry_ms)
                 while True:
-                    timeout_s = self._settings.heartbeat_s
+                    timeout_s = settings.heartbeat_s
                     if generation.log.end == 0:
                         position, eta_s = self._client.queue_position(generation) or (0, None)
                         if position != shown_position:
                             shown_position, last_write_s = position, clock()
                             queued = {"position": position, "eta_s": eta_s}
-                            yield event_frame("queued", queued, id=f"{stream.id}:0")
+                            yield event_frame("queued", queued, id=stream.event_id(0))
                         timeout_s = _QUEUE_POLL_S
                     piece = await subscriber.next(timeout_s)
                     if piece is None:
-                        if clock() - last_write_s >= self._settings.heartbeat_s:
+                        if clock() - last_write_s >= settings.heartbeat_s:
                             last_write_s = clock()
                             yield HEARTBEAT
                         continue
@@ -208,7 +256,11 @@ class NativeApi:
                             token["logprobs"] = found["content"]
                         # The terminal entry is one of its own: a reader cut between the two gets it again.
                         end = piece.cursor - (piece.terminal is not None)
-                        write = event_frame("token", token, id=f"{stream.id}:{end}")
+                        write = event_frame("token", token, id=stream.event_id(end))
+                        if padding:
+                            # Beside the text only log probabilities tell something by their length.
+                            num_bytes = len(write) if piece.logprobs else len(to_json(piece.text))
+                            write = padded(write, num_bytes, padding)
                     if piece.terminal is not None:
                         yield write + self._terminal_frame(stream, piece.cursor)
                         return
@@ -220,9 +272,11 @@ class NativeApi:
     def _terminal_frame(self, stream: NativeStream, cursor: int) -> bytes:
         generation = stream.generation
         assert generation.log.terminal is not None
-        id = f"{stream.id}:{cursor}"
-        if generation.log.terminal.error is not None:
-            return event_frame("error", generation.log.terminal.error.envelope(), id=id)
+        id = stream.event_id(cursor)
+        if (error := generation.log.terminal.error) is not None:
+            if error.is_resumable:  # the next process's log has no end here
+                return event_frame("interrupted", error.envelope()["error"], id=stream.event_id(cursor - 1))
+            return event_frame("error", error.envelope(), id=id)
         done = {
             "finish_reason": generation.log.terminal.finish_reason.value,
             "usage": usage([generation]),
@@ -242,6 +296,7 @@ class NativeApi:
             "status": status if terminal is None else "finished",
             "text": generation.log.read().text,
             "cursor": generation.log.end,
+            "last_event_id": stream.event_id(generation.log.end),
             "finish_reason": terminal.finish_reason.value if terminal else None,
             "error": error.envelope()["error"] if error else None,
             "usage": usage([generation]),
@@ -259,36 +314,38 @@ def _last_event_id(request: Request) -> str:
     return request.headers.get("last-event-id") or request.query_params.get("last_event_id", "")
 
 
-def _parse_cursor(id: str, last_event_id: str) -> int:
-    """The cursor in an event id of this stream, or in the bare form "<cursor>"; 0 where there is none.
+def _parse_cursor(id: str, last_event_id: str) -> tuple[int, int]:
+    """The cursor in an event id of this stream, or in the bare form "<cursor>", and the restarts behind it; 0 where
+    there is none.
 
     Raises: BadRequestError for anything else.
     """
-    stream_id, separator, cursor = last_event_id.rpartition(":")
     if not last_event_id:
-        return 0
-    if (separator and stream_id != id) or not (cursor.isascii() and cursor.isdigit() and len(cursor) < 12):
+        return 0, 0
+    stream_id, separator, place = last_event_id.rpartition(":")
+    found = re.fullmatch(r"([0-9]{1,11})(?:-([0-9]{1,9}))?", place)
+    if found is None or (separator and stream_id != id):
         raise BadRequestError("last_event_id: not an event id of this stream", param="last_event_id")
-    return int(cursor)
+    return int(found[1]), int(found[2] or 0)
 
 
-def _params_from_query(request: Request) -> _StreamCompletionRequest:
+def _params_from_query(request: Request) -> StreamCompletionRequest:
     """A completion's fields out of the query: text as it stands, all else as JSON. Raises: BadRequestError."""
     fields: dict[str, Any] = {}
     for name, value in request.query_params.items():
-        if name not in _StreamCompletionRequest.model_fields and name not in UNSUPPORTED:
+        if name not in StreamCompletionRequest.model_fields and name not in UNSUPPORTED:
             continue
         if name == "stop":
             fields[name] = request.query_params.getlist(name)
-        elif name in ("prompt", "model", "user", "on_disconnect"):
+        elif name in QUERY_TEXTS:
             fields[name] = value
         else:
             try:
                 fields[name] = parse_json_object(f'{{"value":{value}}}'.encode()).get("value")
             except (BadRequestError, UnicodeEncodeError):
-                raise BadRequestError(f"{name}: {to_json(value)} is not a number or flag", param=name) from None
+                raise BadRequestError(f"{name}: {to_json(value[:100])} is not a number or flag", param=name) from None
     fields.pop("stream", None)
-    return parse_request(_StreamCompletionRequest, fields)
+    return parse_request(StreamCompletionRequest, fields)
 
 
 def refuse_event_source(error: ApiError) -> Response:

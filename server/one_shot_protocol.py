@@ -10,9 +10,10 @@ import binascii
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from typing_extensions import TypedDict  # typing's own is not for pydantic before Python 3.12
 
-from headrace.server.errors import BadRequestError, UnsupportedParameterError
-from headrace.server.protocol import Count, Flag, Name, Number, TokenIds
+from headrace.server.errors import BadRequestError
+from headrace.server.protocol import Count, Flag, Name, Number, TokenIds, refuse_unsupported
 
 # As OpenAI has it.
 MAX_INPUTS = 2048
@@ -25,6 +26,10 @@ def _kind(value: Any) -> str:
     if value and isinstance(value[0], str):
         return "list[str]"
     return "list[list]" if value and isinstance(value[0], list) else "list[int]"
+
+
+class Document(TypedDict):
+    text: str
 
 
 def _text_of(document: Any) -> Any:
@@ -55,16 +60,14 @@ class OneShotParams(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_supported(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        for name, neutral in cls.unsupported.items():
-            if fields.get(name) is not None and fields[name] not in neutral:
-                raise UnsupportedParameterError(f"`{name}` is not supported", param=name)
+        refuse_unsupported(fields, cls.unsupported)
         return fields
 
 
 class TextParams(OneShotParams):
     """`truncate_prompt_tokens` cuts what is longer, -1 to what the model takes; without it that is refused."""
 
-    truncate_prompt_tokens: Count | None = Field(None, ge=-1, lt=2**31)
+    truncate_prompt_tokens: Count | None = Field(None, ge=-1, lt=2**31, json_schema_extra={"not": {"const": 0}})
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"add_special_tokens": (True,)}
 
@@ -122,7 +125,7 @@ class RerankRequest(_PairParams):
 
     query: Text
     documents: Annotated[
-        list[Annotated[Text, BeforeValidator(_text_of)]],
+        list[Annotated[Text, BeforeValidator(_text_of, json_schema_input_type=Text | Document)]],
         Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS),
     ]
     top_n: Count | None = Field(None, ge=1)

@@ -28,13 +28,16 @@ from headrace.server.protocol import (
     parse_json_object,
     parse_request,
 )
-from headrace.server.sse import HEARTBEAT, EventStream, data_frame, to_json
+from headrace.server.settings import Settings
+from headrace.server.sse import HEARTBEAT, EventStream, data_frame, padded, to_json
 from headrace.server.stream_log import LogSlice, Subscriber
 from headrace.server.tokenizer import Tokenizer
 from headrace.server.tracing import Report, trace_context
 from headrace.server.version import SYSTEM_FINGERPRINT
 
 _DONE = b"data: [DONE]\n\n"
+# What a client that asks for obfuscation has its texts rounded up to.
+_OBFUSCATED_BYTES = 32
 
 
 class OpenAIApi:
@@ -85,7 +88,7 @@ class OpenAIApi:
         format = make_format(id, self._generator.model_name, self._generator.tokenizer, params)
         if params.stream:
             options = params.stream_options or StreamOptions()
-            return EventStream(_frames(generations, format, options, self._generator.settings.heartbeat_s))
+            return EventStream(_frames(generations, format, options, self._generator.settings))
         with Subscriber([generation.log for generation in generations]) as subscriber:
             num_open = len(generations)
             while num_open:
@@ -110,7 +113,7 @@ class OpenAIApi:
 
 
 async def _frames(
-    generations: list[Generation], format: "_Format", options: StreamOptions, heartbeat_s: float
+    generations: list[Generation], format: "_Format", options: StreamOptions, settings: Settings
 ) -> AsyncIterator[bytes]:
     """The frames of a streaming response; each item is one write, and may hold several frames."""
     format.prepare_frames(has_usage=bool(options.include_usage or options.continuous_usage_stats))
@@ -119,9 +122,11 @@ async def _frames(
     stages = generations[0].stages
     num_tokens = [0] * len(generations)
     num_open = len(generations)
-    with Subscriber([generation.log for generation in generations]) as subscriber:
+    padding = settings.stream_padding_bytes or (_OBFUSCATED_BYTES if options.include_obfuscation else 0)
+    logs = [generation.log for generation in generations]
+    with Subscriber(logs, interval_s=settings.stream_interval_ms / 1000) as subscriber:
         while num_open:
-            piece = await subscriber.next(heartbeat_s)
+            piece = await subscriber.next(settings.heartbeat_s)
             if piece is None:
                 yield HEARTBEAT
                 continue
@@ -133,6 +138,9 @@ async def _frames(
                     frame = await make_off_loop(partial(format.text_frame, piece, counts), len(piece.logprobs))
                 else:
                     frame = format.text_frame(piece, counts)
+                if padding:
+                    # Beside the text only log probabilities tell something by their length.
+                    frame = padded(frame, len(frame) if piece.logprobs else len(to_json(piece.text)), padding)
                 write, opening = opening + frame, b""
                 if stages.first_byte_s is None:
                     stages.first_byte_s = time.monotonic()

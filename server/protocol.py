@@ -5,7 +5,7 @@ known field that this server cannot honour is refused by name unless its value a
 Source: OpenAI's API reference (chat completions, completions), and the extensions vLLM's clients use.
 """
 
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
@@ -18,6 +18,7 @@ MAX_MESSAGES = 2048
 MAX_NAME_CHARS = 512
 MAX_SEQUENCES = 128  # prompts times choices of one request
 MAX_LOGIT_BIASES = 1024
+_MAX_PATH_CHARS = 200  # of what an error names: a key may be as long as a body
 
 # Fields that exist elsewhere and ask for what this server does not do, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -90,10 +91,28 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Penalty = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-2, le=2)]
 Bias = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-100, le=100)]
 NumLogprobs = Annotated[int, Field(strict=True, ge=0, le=20)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
 def _none_if_false(value: Any) -> Any:
     return None if value is False else value
+
+
+def _only_with(field: str, needed: str, *neutral: Any) -> dict[str, Any]:
+    """In JSON Schema: but for the neutral values a field is allowed only where the needed one is true."""
+    return {
+        "anyOf": [
+            {"properties": {field: {"enum": [None, *neutral]}}},
+            {"properties": {needed: {"const": True}}, "required": [needed]},
+        ]
+    }
+
+
+STREAM_OPTIONS_RULE = _only_with("stream_options", "stream")
+
+
+def _say_rules(schema: dict[str, Any], cls: type[Any]) -> None:
+    schema["allOf"] = [*cls.rules]
 
 
 class StreamOptions(BaseModel):
@@ -101,18 +120,22 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: Flag | None = None
     include_obfuscation: Flag | None = None
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.include_obfuscation:
-            raise ValueError("include_obfuscation: is not supported")
-        return self
-
 
 class GenerationParams(BaseModel):
     """What all generation routes share. Ranges that depend on the model are checked where the model is known."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", json_schema_extra=_say_rules)
 
+    # What JSON Schema can say of the checks of a whole object.
+    rules: ClassVar[list[dict[str, Any]]] = [
+        STREAM_OPTIONS_RULE,
+        {
+            "anyOf": [
+                {"properties": {name: {"not": {"const": 0}} for name in ("max_tokens", "max_completion_tokens")}},
+                {"properties": {"echo": {"const": True}}, "required": ["echo"]},
+            ]
+        },
+    ]
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
     prompt_field: ClassVar[str]
     default_max_tokens: ClassVar[int | None]
@@ -131,9 +154,11 @@ class GenerationParams(BaseModel):
     repetition_penalty: Number | None = Field(None, ge=0.01, le=100)
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Bias] | None = None
+    logit_bias: dict[str, Bias] | None = Field(
+        None, json_schema_extra={"maxProperties": MAX_LOGIT_BIASES, "propertyNames": {"pattern": "^[0-9]{1,10}$"}}
+    )
     seed: Count | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: TokenIds | None = Field(None, max_length=1024)
     ignore_eos: Flag | None = None
     skip_special_tokens: Flag | None = None
@@ -153,8 +178,6 @@ class GenerationParams(BaseModel):
         max_tokens_field, max_tokens = self.asked_max_tokens
         if max_tokens == 0 and not self.is_echoed:
             raise ValueError(f"{max_tokens_field}: must be at least 1, for there is no echo")
-        if not all(0 < len(stop) <= MAX_STOP_CHARS for stop in self.stop_strings):
-            raise ValueError(f"stop: each stop string must have 1 to {MAX_STOP_CHARS} characters")
         if not all(key.isascii() and key.isdigit() and len(key) < 11 for key in self.logit_bias or ()):
             raise ValueError("logit_bias: its keys must be token ids")
         return self
@@ -205,43 +228,43 @@ class GenerationParams(BaseModel):
 
 
 class TextPart(BaseModel):
-    type: str
-    text: str | None = None
+    type: Literal["text"]
+    text: str
 
 
 class ChatMessage(BaseModel):
-    """A message whose content is text, whole or in parts."""
+    """A message whose content is text, whole or in parts. What asks for more may be there if it is empty."""
 
-    role: str
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"role": {"const": "assistant"}}},
+                {"properties": {"content": {"not": {"type": "null"}}}, "required": ["content"]},
+            ]
+        }
+    )
+
+    role: Literal["system", "developer", "user", "assistant"]
     name: Name | None = None
-    tool_calls: list[Any] | None = None
-    function_call: dict[str, Any] | None = None
-    refusal: str | None = None
-    audio: dict[str, Any] | None = None
-    prefix: Flag | None = None
+    tool_calls: list[Any] | None = Field(None, json_schema_extra={"maxItems": 0})
+    function_call: dict[str, Any] | None = Field(None, json_schema_extra={"maxProperties": 0})
+    refusal: str | None = Field(None, json_schema_extra={"maxLength": 0})
+    audio: dict[str, Any] | None = Field(None, json_schema_extra={"maxProperties": 0})
+    prefix: Flag | None = Field(None, json_schema_extra={"not": {"const": True}})
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.role not in ("system", "developer", "user", "assistant"):
-            raise ValueError("role: must be system, developer, user or assistant")
         for field in ("tool_calls", "function_call", "refusal", "audio", "prefix"):
             if getattr(self, field):
                 raise ValueError(f"{field}: is not supported")
         if self.content is None and self.role != "assistant":
             raise ValueError("content: must be text")
-        if isinstance(self.content, list):
-            for i, part in enumerate(self.content):
-                if part.type != "text" or part.text is None:
-                    raise ValueError(f"content[{i}]: only text parts are supported")
         return self
 
     def as_template_input(self) -> dict[str, str]:
         """The message as chat templates read it. `developer` is OpenAI's newer name of `system`."""
-        if isinstance(self.content, list):
-            content = "".join(part.text or "" for part in self.content)
-        else:
-            content = self.content or ""
+        content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
         message = {"role": "system" if self.role == "developer" else self.role, "content": content}
         return message if self.name is None else message | {"name": self.name}
 
@@ -252,6 +275,7 @@ class ChatCompletionRequest(GenerationParams):
     logprobs: Flag | None = None
     top_logprobs: NumLogprobs | None = None
 
+    rules: ClassVar[list[dict[str, Any]]] = [*GenerationParams.rules, _only_with("top_logprobs", "logprobs", 0)]
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"echo": (False,)}
     prompt_field: ClassVar[str] = "messages"
     # Without a limit an answer may fill the context.
@@ -275,7 +299,10 @@ class CompletionRequest(GenerationParams):
         str | TokenIds | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[TokenIds], Field(fail_fast=True)]
     ) = Field(max_length=2**24)
     echo: Flag | None = None
-    logprobs: Annotated[NumLogprobs | None, BeforeValidator(_none_if_false)] = None
+    logprobs: Annotated[
+        NumLogprobs | None,
+        BeforeValidator(_none_if_false, json_schema_input_type=NumLogprobs | Literal[False] | None),
+    ] = None
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"top_logprobs": (0,)}
     prompt_field: ClassVar[str] = "prompt"
@@ -323,14 +350,19 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
 
 def parse_request(cls: type[BodyT], fields: dict[str, Any]) -> BodyT:
     """Validate a body's fields. Raises: BadRequestError or UnsupportedParameterError, naming the field."""
-    for name, neutral in (UNSUPPORTED | cls.unsupported).items():
+    refuse_unsupported(fields, UNSUPPORTED | cls.unsupported)
+    return validate(cls, fields)
+
+
+def refuse_unsupported(fields: dict[str, Any], unsupported: dict[str, tuple[Any, ...]]) -> None:
+    """Raises: UnsupportedParameterError for a field that asks for what is not done."""
+    for name, neutral in unsupported.items():
         value = fields.get(name)
         # 0 and False are equal in Python and differ on the wire: `logprobs: 0` asks for something.
         if value is not None and not any(
             value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral
         ):
             raise UnsupportedParameterError(f"`{name}` is not supported", param=name)
-    return validate(cls, fields)
 
 
 def validate(cls: type[ModelT], fields: dict[str, Any]) -> ModelT:
@@ -343,7 +375,7 @@ def validate(cls: type[ModelT], fields: dict[str, Any]) -> ModelT:
 
 def _path(detail: Any) -> list[str | int]:
     """Where an error is, without the types that were tried, which mean nothing to a client."""
-    return [part for part in detail["loc"] if part != "str" and not str(part).startswith("list[")]
+    return [part for part in detail["loc"] if str(part).partition("[")[0] not in ("str", "constrained-str", "list")]
 
 
 def _bad_request(error: ValidationError) -> ApiError:
@@ -358,4 +390,5 @@ def _bad_request(error: ValidationError) -> ApiError:
         # Our own checks of a whole object name the field they refuse.
         field, _, message = message.partition(": ")
         path = f"{path}.{field}".lstrip(".")
+    path = path[:_MAX_PATH_CHARS]
     return BadRequestError(f"{path}: {message}", param=path)

@@ -31,6 +31,7 @@ from starlette.routing import Route
 from headrace.scheduler.config import SchedulingPolicy
 from headrace.scheduler.dynamic_batcher import BatchPolicy
 from headrace.scheduler.errors import HeadraceError
+from headrace.server.admin import admin_app
 from headrace.server.api_keys import ApiKeys, reload_keys, standing_of
 from headrace.server.batch_lane import Asker, BatchLane, Computed, LaneInput
 from headrace.server.circuit_breaker import CircuitBreaker
@@ -61,8 +62,9 @@ from headrace.server.proxy_protocols import (
     sum_usage,
 )
 from headrace.server.proxy_settings import ProxySettings
-from headrace.server.request_log import log_unaccepted
+from headrace.server.request_log import declared_route, log_unaccepted
 from headrace.server.serve import DrainingServer, listen, say, start_logging
+from headrace.server.settings import is_loopback
 from headrace.server.sse import EventStream, data_frame
 from headrace.server.tenant_limits import TenantLimits
 from headrace.server.upstream import (
@@ -80,7 +82,6 @@ from headrace.server.version import VERSION
 
 logger = logging.getLogger(__name__)
 
-_DRAIN_POLL_S = 0.05
 _READY_TIMEOUT_S = 2.0
 # How long what /ready has found out stands: probes of many machines must not be the upstream's load.
 _READY_AGE_S = 1.0
@@ -145,7 +146,7 @@ class Proxy:
         self.is_draining = False
         self.num_unfinished = 0
         self._num_bytes = 0  # of their bodies
-        self._metrics = RequestMetrics()
+        self.metrics = RequestMetrics()
         self.upstream = Upstream(
             settings.upstream,
             timeout_s=settings.timeout_s,
@@ -154,7 +155,7 @@ class Proxy:
             breaker=CircuitBreaker(settings.breaker_failures, settings.breaker_reset_s),
             max_response_bytes=settings.max_response_bytes,
             clock=time.monotonic,
-            registry=self._metrics.registry,
+            registry=self.metrics.registry,
             transport=transport,
         )
         self._upstream_key = None if settings.upstream_key_file is None else _read_key(settings.upstream_key_file)
@@ -170,23 +171,24 @@ class Proxy:
             lifespan=self._lifespan,
         )
         self.asgi.router.redirect_slashes = False
+        self.admin = admin_app(settings, [*self._probes(), Route("/metrics", self._expose)], self.report_refusal)
 
     def reload_keys(self) -> None:
         """Read the key file again; where it is not as it should be, the old keys stay."""
         if reload_keys(self.keys) and self.keys is not None:
             self._limits.keep_only(self.keys.tenants)
 
-    def report_refusal(self, id: str, route: str, received_s: float, status: int) -> None:
+    def report_refusal(self, id: str, path: str, received_s: float, status: int) -> None:
         """Count and log a request that was refused, wherever that was."""
-        self._metrics.rejected.labels(str(status)).inc()
-        log_unaccepted(id, route, received_s, f"refused: {status}")
+        self.metrics.rejected.labels(str(status)).inc()
+        log_unaccepted(id, declared_route(path, self.asgi.routes), received_s, f"refused: {status}")
 
-    async def drain(self, is_hurried: Callable[[], bool] = lambda: False) -> None:
-        """Refuse new requests, let those accepted finish within the grace time, end the rest."""
+    def stop_accepting(self) -> None:
+        """Refuse requests from now on, and be ready no more."""
         self.is_draining = True
-        with anyio.move_on_after(self.settings.drain_grace_s):
-            while self.num_unfinished and not is_hurried():  # noqa: ASYNC110 - a signal handler sets no event
-                await anyio.sleep(_DRAIN_POLL_S)
+
+    def end_unfinished(self) -> None:
+        """Give every request that is left its end."""
         for lane in self._lanes.values():
             lane.scope.cancel()
 
@@ -197,6 +199,9 @@ class Proxy:
             self._tasks.cancel_scope.cancel()
         await self.upstream.close()
 
+    def _probes(self) -> list[Route]:
+        return [Route("/health", self._health), Route("/ready", self._ready)]
+
     def _routes(self) -> list[Route]:
         settings = self.settings
 
@@ -206,7 +211,7 @@ class Proxy:
                 max_body_bytes=settings.max_body_bytes,
                 media_types=("application/json", *media_types),
                 receive_timeout_s=settings.receive_timeout_s,
-                on_disconnect=lambda: self._metrics.count_cancelled("body"),
+                on_disconnect=lambda: self.metrics.count_cancelled("body"),
                 on_rejected=self.report_refusal,
                 refuse=error_response,
             )
@@ -220,9 +225,8 @@ class Proxy:
         tensors = merged(Tensors(), None, "application/octet-stream", "")  # Triton's client names no type
         instances = merged(Instances())
         routes = [
-            Route("/health", self._health),
-            Route("/ready", self._ready),
-            Route("/metrics", self._expose),
+            *self._probes(),
+            *([Route("/metrics", self._expose)] if settings.admin_port is None else []),
             Route("/v1/embeddings", merged(Embeddings()), methods=["POST"]),
             Route("/v1/completions", merged(Completions()), methods=["POST"]),
             Route("/v2/models/{model}/infer", tensors, methods=["POST"]),
@@ -421,7 +425,7 @@ class Proxy:
             self._compute,
             tier_weights=SchedulingPolicy().tier_weights,
             max_queue_size=settings.max_queue_size,
-            metrics=self._metrics,
+            metrics=self.metrics,
             clock=time.monotonic,
             num_at_once=settings.max_concurrent_batches,
             is_divisible=_may_be_one_items,
@@ -445,7 +449,7 @@ class Proxy:
         return JSONResponse({"status": "ready" if is_reachable else "upstream_down"}, 200 if is_reachable else 503)
 
     async def _expose(self, request: Request) -> Response:
-        return Response(self._metrics.expose(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self.metrics.expose(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def serve_proxy(settings: ProxySettings) -> int:
@@ -454,16 +458,16 @@ def serve_proxy(settings: ProxySettings) -> int:
     # httpx tells of every request, with its URL.
     logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
     try:
-        listener = listen(settings)
+        listeners = listen(settings)
         proxy = Proxy(settings)
     except HeadraceError as error:
         print(f"headrace: {error}", file=sys.stderr)
         return 1
-    if proxy.keys is None and not settings.is_loopback:
+    if proxy.keys is None and not is_loopback(settings.host):
         say("anyone who reaches this address may use it: there are no keys (see api_keys_file)")
-    server = DrainingServer(proxy, settings, listener)
+    server = DrainingServer(proxy, settings, listeners)
     say(f"version {VERSION}, proxy of {settings.upstream}, listening on {server.url}")
-    server.run([listener])
+    server.run(listeners)
     return 0
 
 

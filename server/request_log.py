@@ -4,9 +4,10 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from headrace.server.generation import Generation, usage
 
@@ -14,8 +15,13 @@ _STREAM_ID = re.compile("^/v1/streams/[^/]+")
 
 logger = logging.getLogger("headrace.requests")
 
-# Told of every refusal: the request's id, its route, when it was received, and the status.
+# Told of every refusal: the request's id, its path, when it was received, and the status.
 OnRejected = Callable[[str, str, float, int], None]
+
+
+def declared_route(path: str, routes: Iterable[Any]) -> str:
+    """The route of `routes` that a path belongs to, as it was declared; "" where it is none: it may hold anything."""
+    return next((route.path for route in routes if route.path_regex.match(path)), "")
 
 
 def log_unaccepted(id: str, route: str, received_s: float, outcome: str) -> None:

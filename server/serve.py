@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
 
+import anyio
 import uvicorn
 from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from headrace.scheduler.config import EngineConfig, OneShotConfig
 from headrace.scheduler.engine_core import Runner
@@ -25,11 +27,16 @@ from headrace.scheduler.gguf_file import open_gguf
 from headrace.scheduler.model_source import ModelSource, resolve_model
 from headrace.scheduler.one_shot_runner import OneShotModel
 from headrace.scheduler.scheduler import Scheduler
+from headrace.server.admin import ByPort
 from headrace.server.api_keys import ApiKeys
 from headrace.server.app import App
+from headrace.server.connection_limit import ConnectionLimit, affordable_connections
+from headrace.server.drain import Drainable, drain
 from headrace.server.http_protocol import HttpProtocol, watch_peers
+from headrace.server.log_format import LogFormatter, log_loop_error
+from headrace.server.metrics import RequestMetrics
 from headrace.server.one_shot_models import OneShotSource
-from headrace.server.settings import ListenerSettings, OneShotModelSettings, Settings
+from headrace.server.settings import ListenerSettings, OneShotModelSettings, Settings, is_loopback
 from headrace.server.tls import load_tls
 from headrace.server.tokenizer import Tokenizer, load_tokenizer
 from headrace.server.tracing import open_tracing
@@ -64,14 +71,14 @@ def serve(settings: Settings, load_engine: LoadEngine | None = None) -> int:
     try:
         # First what is quickly told: a port that is taken should not cost the time a model takes to load.
         tls = load_tls(settings)
-        listener = listen(settings)
+        listeners = listen(settings)
         source = resolve_model(settings.model, say)
         one_shots = [_resolve_one_shot(one_shot) for one_shot in settings.one_shot_models]
         if one_shots:
             os.environ.setdefault("GOMP_SPINCOUNT", _OPENMP_SPINS)  # read when torch is imported
         _check_names([settings.served_model_name or source.name, *(one_shot.name for one_shot in one_shots)])
         load_engine = load_engine or partial(_load_engine, settings, source)
-        server = _Server(settings, source, one_shots, load_engine, listener, tls, started_s)
+        server = _Server(settings, source, one_shots, load_engine, listeners, tls, started_s)
     except HeadraceError as error:
         print(f"headrace: {error}", file=sys.stderr)
         return 1
@@ -79,66 +86,78 @@ def serve(settings: Settings, load_engine: LoadEngine | None = None) -> int:
 
 
 def start_logging(settings: ListenerSettings) -> None:
-    logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
 
 
-def listen(settings: ListenerSettings) -> socket.socket:
-    """Raises: ListenError."""
-    host, port = settings.host, settings.port
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise ListenError(f"cannot listen on host {host}, port {port}: {error.strerror or error}") from None
-    watch_peers(listener, settings.peer_timeout_s)
-    return listener
+def listen(settings: ListenerSettings) -> list[socket.socket]:
+    """The clients' listener, and behind it the operator's, if there is one. Raises: ListenError."""
+    addresses = [(settings.host, settings.port)]
+    if settings.admin_port is not None:
+        addresses.append((settings.admin_host, settings.admin_port))
+    listeners = []
+    for host, port in addresses:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            listeners.append(socket.create_server((host, port), family=family, backlog=_BACKLOG))
+        except OSError as error:
+            raise ListenError(f"cannot listen on host {host}, port {port}: {error.strerror or error}") from None
+        watch_peers(listeners[-1], settings.peer_timeout_s)
+    return listeners
 
 
 def say(line: str) -> None:
     print(f"headrace: {line}", flush=True)
 
 
-class DrainedApp(Protocol):
-    """What is served: this package's App, or the proxy."""
+class ServedApp(Drainable, Protocol):
+    """This package's App, or the proxy."""
 
     keys: ApiKeys | None
     asgi: Starlette
+    admin: Starlette
 
     @property
-    def num_unfinished(self) -> int: ...
+    def metrics(self) -> RequestMetrics: ...
 
     def reload_keys(self) -> None: ...
 
-    def report_refusal(self, id: str, route: str, received_s: float, status: int) -> None: ...
-
-    async def drain(self, is_hurried: Callable[[], bool]) -> None: ...
+    def report_refusal(self, id: str, path: str, received_s: float, status: int) -> None: ...
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn with a drain of our own: a first signal starts it, a second one cuts it short. `url` is its address."""
+    """uvicorn with a drain of our own: a first signal starts it, a second one cuts it short. `url` is its address,
+    `admin_url` the operator's."""
 
     def __init__(
         self,
-        app: DrainedApp,
+        app: ServedApp,
         settings: ListenerSettings,
-        listener: socket.socket,
+        listeners: Sequence[socket.socket],
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        host, port = listener.getsockname()[:2]
-        self.url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+        self._listeners = list(listeners)
+        self.url, self.admin_url, *_ = [*(_url(listener, tls) for listener in listeners), None]
         self._drained = app
-        self._is_hurried = False
+        self._grace_s = settings.drain_grace_s
+        self._hurried = anyio.Event()
         self._is_closing = False
+        num_connections = affordable_connections(settings.max_connections)
+        if num_connections < settings.max_connections:
+            say(f"{num_connections} connections at most, not {settings.max_connections}: see ulimit -n")
+        limit = ConnectionLimit(num_connections, app.metrics)
+        asgi: ASGIApp = app.asgi
+        if len(listeners) > 1:
+            asgi = ByPort(app.asgi, app.admin, listeners[1].getsockname()[1])
         config = uvicorn.Config(
-            app.asgi,
+            asgi,
             backlog=_BACKLOG,
             loop="uvloop",
             # Made of h11, which answers clients that offer HTTP/2, and tells a stream of a disconnect behind a
             # pipelined request: httptools, the faster parser, does neither.
-            http=partial(HttpProtocol, settings, app.report_refusal),  # type: ignore[arg-type]  # a class, as far as uvicorn calls it
+            http=partial(HttpProtocol, settings, limit, app.report_refusal),  # type: ignore[arg-type]  # a class, as far as uvicorn calls it
             ws="none",
             lifespan="on",
             log_config=None,
@@ -154,6 +173,7 @@ class DrainingServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """In place of uvicorn's: callbacks on the loop, which may touch what lives there."""
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(log_loop_error)
         # A terminal that closes ends what it started; a service is told by SIGHUP to read its files again.
         is_in_terminal = self._drained.keys is None and sys.stdin is not None and sys.stdin.isatty()
         on_hang_up = self._end if is_in_terminal else self._drained.reload_keys
@@ -169,7 +189,8 @@ class DrainingServer(uvicorn.Server):
     def _end(self) -> None:
         if self._is_closing:
             self._cut_connections()
-        self._is_hurried = self.should_exit
+        elif self.should_exit:
+            self._hurried.set()
         self.should_exit = True
 
     async def main_loop(self) -> None:
@@ -177,7 +198,7 @@ class DrainingServer(uvicorn.Server):
         # The listener is still open: who asks now is told that the server is going, and /ready says so.
         if self._drained.num_unfinished:
             say(f"draining {self._drained.num_unfinished} requests; a second signal cuts this short")
-        await self._drained.drain(lambda: self._is_hurried)
+        await drain(self._drained, self._grace_s, self._hurried)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._is_closing = True
@@ -191,6 +212,11 @@ class DrainingServer(uvicorn.Server):
             connection.transport.abort()
 
 
+def _url(listener: socket.socket, tls: ssl.SSLContext | None) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 class _Server(DrainingServer):
     """A server of models, from its loading to its end."""
 
@@ -200,11 +226,10 @@ class _Server(DrainingServer):
         source: ModelSource,
         one_shots: Sequence[OneShotSource],
         load_engine: LoadEngine,
-        listener: socket.socket,
+        listeners: Sequence[socket.socket],
         tls: ssl.SSLContext | None,
         started_s: float,
     ) -> None:
-        self._listener = listener
         self._started_s = started_s
         self._settings = settings
         self._error: Exception | None = None
@@ -220,15 +245,16 @@ class _Server(DrainingServer):
             tracing=self._tracing,
             one_shots=one_shots,
             load_one_shots=partial(_load_one_shots, settings, one_shots),
+            model_fingerprint="" if settings.journal_file is None else source.fingerprint(),
         )
-        super().__init__(self._app, settings, listener, tls)
+        super().__init__(self._app, settings, listeners, tls)
 
     def serve_until_signal(self) -> int:
-        if self._app.keys is None and not self._settings.is_loopback:
+        if self._app.keys is None and not is_loopback(self._settings.host):
             say("anyone who reaches this address may use it: there are no keys (see api_keys_file)")
         say(f"version {VERSION}, loading {self._app.generator.model_name}, listening on {self.url}")
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        self.run([self._listener])
+        self.run(self._listeners)
         if self._tracing is not None:
             self._tracing.close()
         code = 1 if self._error is not None else 0
@@ -256,6 +282,8 @@ class _Server(DrainingServer):
             say(f"{one_shot.description}, {one_shot.num_bytes / 2**20:.0f} MiB")
         say(f"ready after {time.monotonic() - self._started_s:.1f} s")
         say(f"chat page: {url}/")
+        if self.admin_url is not None:
+            say(f"metrics: {self.admin_url}/metrics")
         body = '{"messages": [{"role": "user", "content": "Tell me a joke."}], "stream": true}'
         key = "" if self._app.keys is None else " -H 'authorization: Bearer YOUR_KEY'"
         say(f"try: curl -N {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'")

@@ -11,7 +11,7 @@ import socket
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
@@ -62,6 +62,14 @@ _PerTierOrAuto = Annotated[
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)]
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens there; where a name does not resolve, better so."""
+    try:
+        return ipaddress.ip_address(socket.gethostbyname(host) if ":" not in host else host).is_loopback
+    except (OSError, ValueError):
+        return True
+
+
 class OneShotModelSettings(BaseModel):
     """A model that answers in one pass, and how its batches are formed."""
 
@@ -91,8 +99,14 @@ class ListenerSettings(BaseSettings):
     receive_timeout_s: float = Field(
         60, gt=0, description="how long a request's headers, and then its body, may take to arrive"
     )
+    max_connections: int = Field(
+        4096, ge=1, description="most connections; the longest idle one makes room for a new one, else 503"
+    )
     peer_timeout_s: int = Field(
-        60, ge=4, le=3600, description="how long a client may neither acknowledge nor read what it is sent"
+        60,
+        ge=4,
+        le=3600,
+        description="how long a client may not acknowledge what it is sent, or read less than 1 KiB of what waits",
     )
     keep_alive_s: int = Field(75, ge=1, description="how long an idle connection is kept")
     drain_grace_s: float = Field(30, ge=0, description="on SIGTERM, how long running requests may go on")
@@ -102,18 +116,21 @@ class ListenerSettings(BaseSettings):
         description="TOML file of API keys; with one every request needs a key; SIGHUP reads it again",
     )
     open_metrics: bool = Field(False, description="serve /metrics without a key")
+    admin_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="port of its own for /metrics and probes, without keys; none for clients then",
+    )
+    admin_host: str = Field("127.0.0.1", min_length=1, description="address to listen on with admin_port")
     cors_origins: tuple[str, ...] = Field((), description="other origins whose pages may call this server, or *")
     allowed_hosts: tuple[str, ...] = Field((), description="further names for the Host header on loopback")
 
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach the server; where a name does not resolve, better so."""
-        try:
-            return ipaddress.ip_address(
-                socket.gethostbyname(self.host) if ":" not in self.host else self.host
-            ).is_loopback
-        except (OSError, ValueError):
-            return True
+    @model_validator(mode="after")
+    def _check_admin(self) -> Self:
+        if self.admin_port and self.admin_port == self.port:
+            raise ValueError(f"admin_port: {self.port} is where clients come in (port)")
+        return self
 
 
 class Settings(ListenerSettings):
@@ -201,13 +218,36 @@ class Settings(ListenerSettings):
     queue_timeout_s: float = Field(600, gt=0, description="longest until the engine begins a request")
     ttft_timeout_s: float = Field(600, gt=0, description="longest until a request's first token")
     stall_timeout_s: float = Field(60, gt=0, description="longest between two tokens of a request")
+    watchdog_soft_s: float = Field(
+        10, ge=1, description="after so long in one step the engine is said to hang: not ready, not healthy"
+    )
+    watchdog_hard_s: float = Field(
+        120, ge=2, description="after so long in one step, or without a turn of the event loop, the process ends"
+    )
     tokenizer_threads: int = Field(2, ge=1, le=64, description="worker threads for templates and tokenizing")
     heartbeat_s: float = Field(15, ge=1, description="silence on a stream before a comment is sent")
 
     stream_grace_s: float = Field(15, ge=0, description="how long a native stream runs without readers")
     stream_ttl_s: float = Field(600, ge=0, description="how long a finished native stream can be read again")
     stream_log_bytes: Bytes = Field(64 * 2**20, description="most memory for logs of finished native streams")
+    stream_interval_ms: float = Field(
+        0, ge=0, le=10_000, description="least time between two events of any stream; hides when each token came"
+    )
+    stream_padding_bytes: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="streamed texts are padded to a multiple of so many bytes; hides their lengths",
+    )
     stream_retry_ms: int = Field(1000, ge=1, description="reconnection delay that EventSource is told")
+    journal_file: str | None = Field(
+        None,
+        min_length=1,
+        description="file that native streams are recorded in, prompts and answers; a restart resumes them",
+    )
+    journal_fsync: Literal["never", "checkpoint", "step"] = Field(
+        "never", description="when the journal is forced to the disk, for a machine that loses power"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Settings":
@@ -221,6 +261,8 @@ class Settings(ListenerSettings):
                 f"max_num_batched_tokens: {self.max_num_batched_tokens} is below max_num_seqs ({self.max_num_seqs}), "
                 "but every running sequence must get a token in every step"
             )
+        if self.watchdog_hard_s <= self.watchdog_soft_s:
+            raise ValueError(f"watchdog_hard_s: must be above watchdog_soft_s ({self.watchdog_soft_s:g})")
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
             raise ValueError("tls_cert_file, tls_key_file: one is of no use without the other")
         if self.tls_key_password_file is not None and self.tls_key_file is None:

@@ -5,12 +5,18 @@ reads. Format: WHATWG HTML, "Server-sent events".
 """
 
 import json
+import logging
+import secrets
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
 from sse_starlette.sse import AppStatus, EventSourceResponse
 from starlette.types import Receive, Scope, Send
+
+from headrace.server.errors import internal_error
+
+logger = logging.getLogger(__name__)
 
 # Draining is the server's own: the library would cut every stream half a second after SIGTERM.
 AppStatus.disable_automatic_graceful_drain()
@@ -35,9 +41,21 @@ def data_frame(value: Any) -> bytes:
     return f"data: {to_json(value)}\n\n".encode("ascii")
 
 
-def event_frame(event: str, value: Any, *, id: str) -> bytes:
-    """A named event with an id, for EventSource. Neither `event` nor `id` comes from a client."""
-    return f"id: {id}\nevent: {event}\ndata: {to_json(value)}\n\n".encode("ascii")
+def event_frame(event: str, value: Any, *, id: str | None) -> bytes:
+    """A named event for EventSource, which keeps the last id where there is none. Neither `event` nor `id` comes from a
+    client."""
+    head = "" if id is None else f"id: {id}\n"
+    return f"{head}event: {event}\ndata: {to_json(value)}\n\n".encode("ascii")
+
+
+def padded(frame: bytes, num_bytes: int, multiple: int) -> bytes:
+    """The frame with random characters in a field `obfuscation`, which bring the `num_bytes` of it that tell something
+    up to a multiple: who sees encrypted streams pass knows tokens by their lengths.
+
+    Source: Weiss et al., "What Was Your Prompt?" (USENIX Security 2024); the field's name is OpenAI's.
+    """
+    num_missing = -num_bytes % multiple
+    return b'%b,"obfuscation":"%b"}\n\n' % (frame[:-3], secrets.token_hex(num_missing)[:num_missing].encode("ascii"))
 
 
 def retry_frame(retry_ms: int) -> bytes:
@@ -45,13 +63,13 @@ def retry_frame(retry_ms: int) -> bytes:
 
 
 class EventStream(EventSourceResponse):
-    """Streams ready-made frames.
+    """Streams ready-made frames; `failure` ends a stream whose next frame cannot be made.
 
     The endpoint watches for the disconnect and the server drains by itself, so the library's tasks for these and for
     its ping are not started.
     """
 
-    def __init__(self, frames: AsyncIterator[bytes]) -> None:
+    def __init__(self, frames: AsyncIterator[bytes], failure: bytes | None = None) -> None:
         super().__init__(
             frames,
             headers={"cache-control": "no-cache, no-transform"},
@@ -59,6 +77,7 @@ class EventStream(EventSourceResponse):
             ping=0,
             sep="\n",
         )
+        self._failure = data_frame(internal_error()) if failure is None else failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -73,6 +92,9 @@ class EventStream(EventSourceResponse):
             async for frame in frames:
                 if not write_chunk(frame):
                     await send({"type": "http.response.body", "body": frame, "more_body": True})
+        except Exception:
+            logger.exception("a stream failed while a frame was made")
+            await send({"type": "http.response.body", "body": self._failure, "more_body": True})
         finally:
             # A generator that is dropped half-way runs its clean-up only when it is collected; this runs it now.
             await frames.aclose()

@@ -98,10 +98,10 @@ class StreamLog:
         num_tokens = self._num_tokens[-1] - self._num_tokens[first]
         return LogSlice("".join(self._texts[first:]), num_tokens, self.end, self.terminal, logprobs, log_index)
 
-    def subscribe(self, cursor: int = 0) -> "Subscriber":
+    def subscribe(self, cursor: int = 0, interval_s: float = 0.0) -> "Subscriber":
         """A reader from `cursor` on, as a context manager; leaving it unsubscribes."""
         assert 0 <= cursor <= self.end, "a cursor beyond the log"
-        return Subscriber([self], cursor)
+        return Subscriber([self], cursor, interval_s)
 
     def _wake(self) -> None:
         for subscriber in self._subscribers:
@@ -109,12 +109,16 @@ class StreamLog:
 
 
 class Subscriber:
-    """One reader: a cursor into each of its logs, and one channel that all of them wake."""
+    """One reader: a cursor into each of its logs, and one channel that all of them wake. It takes from each log at most
+    once in `interval_s`, and then all that came meanwhile."""
 
-    def __init__(self, logs: Sequence[StreamLog], cursor: int = 0) -> None:
+    def __init__(self, logs: Sequence[StreamLog], cursor: int = 0, interval_s: float = 0.0) -> None:
         self._logs = logs
         self._cursors = [cursor] * len(logs)
         self._turn = 0
+        self._interval_s = interval_s
+        self._due_s = 0.0
+        self._served: set[int] = set()  # the logs that nothing is taken from until then
         self._send, self._receive = anyio.create_memory_object_stream[None](1)
         self._bell: asyncio.Future[None] | None = None  # while the reader waits
         self._expires_s = 0.0
@@ -154,6 +158,10 @@ class Subscriber:
         loop = asyncio.get_running_loop()
         expires_s = math.inf if timeout_s is None else loop.time() + timeout_s
         while (piece := self._take()) is None:
+            if self._served:
+                await anyio.sleep(self._due_s - loop.time())
+                self._served.clear()
+                continue
             self._bell = loop.create_future()
             self._expire_at(expires_s)
             try:
@@ -164,6 +172,10 @@ class Subscriber:
                 self._receive.receive_nowait()
             except anyio.WouldBlock:
                 return None
+        if self._interval_s:
+            if not self._served:
+                self._due_s = loop.time() + self._interval_s
+            self._served.add(piece.log_index)
         return piece
 
     def _expire_at(self, expires_s: float) -> None:
@@ -190,6 +202,8 @@ class Subscriber:
         for _ in self._logs:
             index = self._turn
             self._turn = (index + 1) % len(self._logs)
+            if index in self._served:
+                continue
             piece = self._logs[index].read(self._cursors[index], index)
             if piece.cursor > self._cursors[index]:
                 self._cursors[index] = piece.cursor

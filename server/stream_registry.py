@@ -1,4 +1,5 @@
-"""The native streams this server knows: running, finished and still readable, and lately forgotten.
+"""The native streams this server knows: running, finished and still readable, and lately forgotten. Those of an earlier
+process are among them once the journal has been read.
 
 Lives on the event loop; one task calls `sweep` now and then. A stream without readers is cancelled after a grace time;
 a finished log is kept for a while under a byte limit, least recently read first out; of the forgotten, a bounded list
@@ -7,9 +8,9 @@ of ids remains, so that a late reader learns that it came too late.
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from headrace.server.errors import GoneError, NotFoundError
+from headrace.server.errors import GoneError, NotFoundError, UnavailableError
 from headrace.server.generation import Generation
 from headrace.server.stream_log import Subscriber
 
@@ -22,7 +23,8 @@ _STREAM_OVERHEAD_BYTES = 4096
 class NativeStream:
     """A stream: its owner, its generation, and since when it has no reader (None while it has one).
 
-    `grace_s` is how long it may run without one, where its client asked for more or less than the server's own.
+    `grace_s` is how long it may run without one, where its client asked for more or less than the server's own. At each
+    of the cursors `resumed_at` a restart has taken it up.
     """
 
     id: str
@@ -32,15 +34,38 @@ class NativeStream:
     continues_alone: bool
     unread_since_s: float | None
     grace_s: float | None = None
+    resumed_at: list[int] = field(default_factory=list)
+
+    def event_id(self, cursor: int) -> str:
+        """What an event of this stream is called, in a way that tells which restarts its reader knows of: a crash can
+        lose the end of what was delivered, and what comes in its place may be another text."""
+        return f"{self.id}:{cursor}" + (f"-{len(self.resumed_at)}" if self.resumed_at else "")
+
+    def has_kept(self, cursor: int, num_restarts: int) -> bool:
+        """Whether what a reader has seen up to there, knowing of so many restarts, is the beginning of this log."""
+        is_known = num_restarts <= len(self.resumed_at)
+        return cursor <= min(self.resumed_at[num_restarts:] if is_known else [0], default=cursor)
 
 
 class StreamRegistry:
-    """Owns the native streams. `cancel` ends a generation."""
+    """Owns the native streams. `cancel` ends a generation, `on_forget` hears of every stream that is forgotten.
+
+    While it is not `is_whole`, no stream is said not to exist.
+    """
 
     def __init__(
-        self, *, cancel: Callable[[Generation], None], grace_s: float, ttl_s: float, max_finished_bytes: int
+        self,
+        *,
+        cancel: Callable[[Generation], None],
+        grace_s: float,
+        ttl_s: float,
+        max_finished_bytes: int,
+        on_forget: Callable[[str], None] = lambda id: None,
+        is_whole: bool = True,
     ) -> None:
+        self.is_whole = is_whole
         self._cancel = cancel
+        self._on_forget = on_forget
         self._grace_s = grace_s
         self._ttl_s = ttl_s
         self._max_finished_bytes = max_finished_bytes
@@ -50,30 +75,33 @@ class StreamRegistry:
         self._tombstones: OrderedDict[str, str] = OrderedDict()  # whose each was
 
     def add(self, stream: NativeStream) -> None:
-        """Take in a stream whose generation is not over."""
+        """Take in a stream, which counts as running until `finish`."""
         self._running[stream.id] = stream
 
     def get(self, id: str) -> NativeStream:
-        """A stream to read. Raises: NotFoundError, or GoneError where the id is remembered as forgotten."""
+        """A stream to read. Raises: NotFoundError, GoneError where the id is remembered as forgotten, or
+        UnavailableError where it may yet come."""
         stream = self._running.get(id) or self._finished.get(id)
         if stream is not None:
             return stream
         if id in self._tombstones:
             raise GoneError("this stream ended and is no longer kept")
+        if not self.is_whole:
+            raise UnavailableError("streams from before the restart are still being read", "loading")
         raise NotFoundError("no such stream")
 
     def get_owned(self, id: str, tenant: str) -> NativeStream:
-        """The same for its owner; to others there is no such stream. Raises: NotFoundError, GoneError."""
+        """The same for its owner; to others there is no such stream. Raises: as `get`."""
         if self._tombstones.get(id, tenant) != tenant or (stream := self.get(id)).tenant != tenant:
             raise NotFoundError("no such stream")
         return stream
 
-    def subscribe(self, stream: NativeStream, cursor: int) -> Subscriber:
+    def subscribe(self, stream: NativeStream, cursor: int, interval_s: float = 0.0) -> Subscriber:
         """A reader's subscription; report its end with `unsubscribed`."""
         stream.unread_since_s = None
         if stream.id in self._finished:
             self._finished.move_to_end(stream.id)
-        return stream.generation.log.subscribe(cursor)
+        return stream.generation.log.subscribe(cursor, interval_s)
 
     def unsubscribed(self, stream: NativeStream, now: float) -> None:
         if stream.generation.log.num_subscribers == 0:
@@ -95,12 +123,18 @@ class StreamRegistry:
             end_s = stream.generation.stages.end_s
             is_old = end_s is not None and now - end_s >= self._ttl_s
             if is_old or self._num_finished_bytes > self._max_finished_bytes:
-                self._forget(stream)
+                self.forget(stream)
 
-    def _forget(self, stream: NativeStream) -> None:
+    def forget(self, stream: NativeStream) -> None:
+        """Let go of a finished stream, and remember that there was one."""
         del self._finished[stream.id]
         self._num_finished_bytes -= _num_bytes(stream)
-        self._tombstones[stream.id] = stream.tenant
+        self.remember_gone(stream.id, stream.tenant)
+
+    def remember_gone(self, id: str, tenant: str) -> None:
+        """Tell who asks for a stream that it came too late."""
+        self._on_forget(id)
+        self._tombstones[id] = tenant
         while len(self._tombstones) > _MAX_TOMBSTONES:
             self._tombstones.popitem(last=False)
 

@@ -159,7 +159,7 @@ inline void attend_segment(const KVCache& cache, const SegmentTiles& tiles, cons
     for (int t = 0; t < num_tokens; t += LANES) {
       fetcher.lines(16);
       Vec weight{};
-      if (top > MINUS_INFINITY) weight = exp2(load(scores + t) - top);
+      if (top != MINUS_INFINITY) weight = exp2(load(scores + t) - top);  // NaN where the score is, or `top`
       total += weight;
       if (cache.is_int8)
         weight *= load(reinterpret_cast<const float*>(records[t / TILE_TOKENS] + cache.scales_offset()) + TILE_TOKENS +

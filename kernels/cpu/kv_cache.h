@@ -75,10 +75,12 @@ struct KVCache {
   }
 
  private:
-  // The scale that maps x [Dp] to +-127; returns its inverse.
+  // The scale that maps x [Dp] to +-127, NaN where x has NaN or infinity, which integers lose; returns its inverse.
   float set_scale(const float* x, float* scale) const {
     const float limit = magnitude(x, padded_head);
-    *scale = limit / 127.0f;
+    Vec zeros{};
+    for (int d = 0; d < padded_head; d += LANES) zeros = fma(load(x + d), Vec{}, zeros);
+    *scale = limit / 127.0f + sum(zeros);
     return limit > SMALLEST ? 127.0f / limit : 0.0f;
   }
 };

@@ -143,7 +143,7 @@ class Operand {
     }
     const float scale = limit * (activation_bits_ == 8 ? 1 / 127.0f : 1 / 32512.0f);
     scales_[group] = scale;
-    sums_[group] = scale * sum(total);
+    sums_[group] = scale * sum(total);  // NaN where x has NaN or infinity, which the quants lose
   }
 
   int num_rows_ = 0, num_inputs_ = 0;

@@ -76,7 +76,7 @@ struct Batch {
   const int32_t* blocks;
   const int64_t* logit_rows;  // [R]
   float* logits;              // [R, vocabulary], or null where nobody wants them
-  int64_t* argmax;            // [R], the largest logit's token, the lowest of equal ones
+  int64_t* argmax;            // [R], the largest logit's token, the lowest of equal ones, NO_TOKEN without numbers
 };
 
 // Up to so many rows every member makes the inputs of a product for itself, which costs less than waiting.
@@ -89,7 +89,7 @@ struct alignas(64) Workspace {
   AttentionSpace attention;
   Operand rows;
   std::vector<float> row;           // one row, of E or H * D
-  std::vector<float> best;          // [R]: the largest logit seen, and its token
+  std::vector<float> best;          // [R]: the largest logit seen, and its token; infinity and NO_TOKEN for NaN
   std::vector<int64_t> best_token;  // [R]
   SamplerSpace sampler;
 };

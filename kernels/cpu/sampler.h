@@ -44,6 +44,7 @@ struct SamplerSpace {
   std::vector<double> sums;  // of SUM_TOKENS weights each
 };
 constexpr int SUM_TOKENS = 512;
+constexpr int64_t NO_TOKEN = -1;
 
 inline uint64_t splitmix64(uint64_t x) {
   x += 0x9E3779B97F4A7C15;
@@ -80,6 +81,15 @@ inline void modify(const RowSampling& row, float* logits) {
     for (int64_t i = 0; i < num_output; ++i) logits[output[i]] -= row.frequency_penalty;
   for (int64_t i = 0; i < row.num_biased; ++i) logits[row.biased[i]] += row.biases[i];
   for (int64_t i = 0; i < row.num_masked; ++i) logits[row.masked[i]] = MINUS_INFINITY;
+}
+
+// Whether all logits are numbers below infinity.
+inline bool are_numbers(const float* logits, int64_t vocab_size) {
+  uint32_t others = 0;
+  int64_t i = 0;
+  for (; i + LANES <= vocab_size; i += LANES) others |= not_below(load(logits + i), splat(INFINITE));
+  for (; i < vocab_size; ++i) others |= !(logits[i] < INFINITE);
+  return others == 0;
 }
 
 inline int64_t argmax(const float* logits, int64_t vocab_size) {
@@ -190,13 +200,15 @@ inline int64_t draw_plain(const RowSampling& row, const float* logits, int64_t v
   return last;
 }
 
-// Draw a row's token from its logits [vocab_size], which are written to where a setting changes them.
+// Draw a row's token from its logits [vocab_size], which are written to where a setting changes them; NO_TOKEN where
+// they are no numbers, even if none of these could have been drawn.
 inline int64_t draw(const RowSampling& row, float* logits, int64_t vocab_size, SamplerSpace& space) {
+  if (!are_numbers(logits, vocab_size)) return NO_TOKEN;
   modify(row, logits);
   const int64_t greedy = argmax(logits, vocab_size);
   const float top = logits[greedy];
   if (!(row.temperature > 0) || !(top > MINUS_INFINITY)) return greedy;
-  const float scale = LOG2_E / row.temperature;
+  const float scale = std::min(LOG2_E / row.temperature, 1e30f);  // bounded: 0 * infinity is NaN
   const bool is_filtered = row.top_k > 0 || row.top_p < 1 || row.min_p > 0;
   return (is_filtered ? draw_filtered : draw_plain)(row, logits, vocab_size, top, scale, space);
 }

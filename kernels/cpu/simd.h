@@ -47,7 +47,7 @@ inline Vec to_float(Ints x) { return __builtin_convertvector(x, Vec); }
 inline Ints to_int(Vec x) { return __builtin_convertvector(x, Ints); }
 inline Ints bits(Vec x) { return reinterpret_cast<Ints>(x); }
 inline Vec from_bits(Ints x) { return reinterpret_cast<Vec>(x); }
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }  // NaN where b is
 
 #if defined(__AVX512F__)
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -55,8 +55,9 @@ inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 inline float maximum(Vec x) { return _mm512_reduce_max_ps(x); }
 inline Vec load_fp16(const uint16_t* p) { return _mm512_cvtph_ps(load_as<__m256i>(p)); }
 inline Vec load_int8(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(p))); }
-// A bit per lane.
+// A bit per lane; NaN is neither at least nor below anything.
 inline uint32_t at_least(Vec x, Vec least) { return _mm512_cmp_ps_mask(x, least, _CMP_GE_OQ); }
+inline uint32_t not_below(Vec x, Vec limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ); }
 inline Vec round(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #else
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
@@ -75,6 +76,9 @@ inline Vec load_int8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 inline uint32_t at_least(Vec x, Vec least) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x, least, _CMP_GE_OQ))); }
+inline uint32_t not_below(Vec x, Vec limit) {
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ)));
+}
 inline Vec round(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #endif
 
@@ -94,7 +98,8 @@ inline void store_bf16(bf16* p, Vec x) {
 #if defined(__AVX512BF16__)
   store_as(p, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 #else
-  store_as(p, __builtin_convertvector((rounded_bits(x) >> 16) & 0xffff, Halves));
+  const Ints rounded = x == x ? rounded_bits(x) : bits(x);  // adding to NaN's bits may overflow
+  store_as(p, __builtin_convertvector((rounded >> 16) & 0xffff, Halves));
 #endif
 }
 
@@ -123,9 +128,9 @@ inline Ints splat_pair(const bf16* p) {
   return splat(pair);
 }
 
-// 2 ** x to about one unit in the last place; exactly 0 below 2 ** -126, -infinity included.
+// 2 ** x to about one unit in the last place; exactly 0 below 2 ** -126, -infinity included; NaN of NaN.
 inline Vec exp2(Vec x) {
-  const Vec clamped = max(x < splat(127.0f) ? x : splat(127.0f), splat(-126.0f));
+  const Vec clamped = max(splat(-126.0f), x > splat(127.0f) ? splat(127.0f) : x);
   const Vec whole = round(clamped), part = clamped - whole;
   Vec y = splat(1.5403530e-4f);
   y = fma(y, part, splat(1.3333558e-3f));
@@ -138,7 +143,7 @@ inline Vec exp2(Vec x) {
   return x < splat(-126.0f) ? splat(0.0f) : y;
 }
 
-// The largest magnitude among count values, a multiple of LANES.
+// The largest magnitude among count values, a multiple of LANES. NaN may pass unseen.
 inline float magnitude(const float* x, int count) {
   Vec largest{};
   for (int i = 0; i < count; i += LANES) largest = max(largest, max(load(x + i), -load(x + i)));
@@ -147,7 +152,8 @@ inline float magnitude(const float* x, int count) {
 
 constexpr float LOG2_E = 1.44269504f;
 constexpr float SMALLEST = 1e-30f;  // what is scaled to integers and is smaller becomes 0: its inverse overflows
-constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+constexpr float MINUS_INFINITY = -INFINITE;
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }

@@ -375,6 +375,10 @@ void Step::pick(int panel, const Operand& x, Workspace& space) {
   multiply(panels, 1, x, space.product, [&](int row, float* columns) {
     std::fill(columns + count, columns + PANEL, MINUS_INFINITY);
     if (batch_.logits != nullptr) std::copy_n(columns, count, batch_.logits + row * config_.vocab_size + first);
+    if (!are_numbers(columns, PANEL)) {
+      space.best[row] = INFINITE, space.best_token[row] = NO_TOKEN;  // which no other logit outdoes
+      return;
+    }
     Vec largest = load(columns);
     for (int i = LANES; i < PANEL; i += LANES) largest = max(largest, load(columns + i));
     const float top = maximum(largest);

@@ -16,6 +16,8 @@ import pytest
 import uvicorn
 
 from fake_engine import expected_text
+from headrace.server import http_protocol
+from headrace.server.connection_limit import ConnectionLimit
 from headrace.server.http_protocol import HttpProtocol, watch_peers
 from live_app import LiveApp, live_app
 
@@ -53,7 +55,8 @@ async def listening(
         listener.bind(("127.0.0.1", 0))
         async with live_app(**flags) as app, anyio.create_task_group() as tasks:
             settings = app.settings.model_copy(update={"peer_timeout_s": peer_timeout_s})
-            protocol: Any = partial(HttpProtocol, settings, app.report_refusal)
+            limit = ConnectionLimit(settings.max_connections, app.metrics)
+            protocol: Any = partial(HttpProtocol, settings, limit, app.report_refusal)
             server = uvicorn.Server(uvicorn.Config(app.asgi, http=protocol, lifespan="off", log_config=None))
             tasks.start_soon(server.serve, [listener])
             await app.until(lambda: server.started)
@@ -177,7 +180,7 @@ async def test_a_connection_that_says_nothing_is_closed_without_a_word() -> None
 async def test_a_second_head_on_a_connection_has_its_time_too() -> None:
     async with listening(receive_timeout_s=0.3) as server, await server.connect() as connection:
         await connection.send(HEALTH + b"\r\n")
-        assert (await connection.receive()).endswith(b'{"status":"ok"}')
+        assert (await connection.receive()).endswith(b'{"status":"ok","step_age_s":0.0}')
         await connection.send(HEALTH)
         assert_refused(await read_to_end(connection), 408)
 
@@ -238,6 +241,43 @@ async def test_a_client_that_reads_nothing_is_cut_off_and_its_generation_with_it
                 app.runner.allow(1)
         assert generation.log.terminal is not None
         assert generation.log.terminal.finish_reason.value == "cancelled"
+
+
+async def test_where_every_connection_is_in_use_another_is_told_and_probes_are_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http_protocol, "_PLACELESS_TIMEOUT_S", 0.1)
+    async with listening(max_connections=1) as server, await server.connect() as connection:
+        app = server.app
+        with app.runner.held():
+            await connection.send(post(OK | {"stream": True}, head=b"connection: close\r\n"))
+            await app.until(lambda: app.client.num_unfinished == 1)
+            refused = await server.answer(post(OK))
+            assert_refused(refused, 503)
+            assert b"\r\nretry-after: 1\r\n" in refused
+            assert b'"code":"too_many_connections"' in refused
+            for probe in (b"/health", b"/ready"):
+                head = HEALTH.replace(b"/health", probe) + b"connection: close\r\n\r\n"
+                assert (await server.answer(head)).startswith(b"HTTP/1.1 200")
+            assert await server.answer(b"") == b"", "without a place one has little time"
+            assert_refused(await server.answer(HEALTH), 408)
+        assert (await read_to_end(connection)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert expected_text("hi", 4).encode() in await server.answer(post(OK, head=b"connection: close\r\n"))
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_a_client_that_closes_its_sending_side_has_left(*, is_streamed: bool) -> None:
+    async with listening() as server, await server.connect() as connection:
+        app = server.app
+        with app.runner.held():
+            await connection.send(post(OK | {"stream": is_streamed}))
+            await app.until(lambda: app.client.num_unfinished == 1)
+            [generation] = app.client._generations.values()
+            await connection.send_eof()
+            await app.until(lambda: generation.is_over)
+        assert generation.log.terminal is not None
+        assert generation.log.terminal.finish_reason.value == "cancelled"
+        assert b"[DONE]" not in await read_to_end(connection)
 
 
 async def test_a_connection_and_its_stream_are_freed_when_they_end_without_a_garbage_collector() -> None:

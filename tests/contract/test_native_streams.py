@@ -198,7 +198,7 @@ async def test_under_overload_an_eventsource_is_told_to_come_back_and_a_post_get
 
 async def test_while_draining_an_eventsource_is_told_to_come_back() -> None:
     async with live_app() as app:
-        await app.drain()
+        app.stop_accepting()
         later = await call(app.asgi, "GET", "/v1/stream", query="prompt=x", headers=SSE)
         assert later.status == 200
         assert list(later.events()[0]) == ["retry"]

@@ -40,6 +40,7 @@ from headrace.scheduler.errors import ModelSourceError
 from headrace.scheduler.messages import Tier
 from headrace.server.api_keys import create_key
 from headrace.server.app import App
+from headrace.server.drain import drain
 from headrace.server.settings import load_settings
 from live_app import LiveApp, live_app
 
@@ -937,14 +938,14 @@ async def test_a_drain_lets_those_accepted_finish_and_refuses_others(folders: Fo
     async with serving(folders, EMBEDDER) as app, anyio.create_task_group() as tasks:
         drained = anyio.Event()
 
-        async def drain() -> None:
-            await app.drain()
+        async def end() -> None:
+            await drain(app, 20, anyio.Event())
             drained.set()
 
         async with held(app) as (first, _):
             waiting = begin_embedding(app, tasks, "river")
             await app.until(lambda: num_waiting(app) == 1)
-            tasks.start_soon(drain)
+            tasks.start_soon(end)
             await anyio.wait_all_tasks_blocked()
             refused = await embed(app, "mill")
             assert_refused(refused, 503, code="draining")

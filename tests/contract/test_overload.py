@@ -518,7 +518,7 @@ async def test_a_server_that_begins_to_drain_while_it_tokenizes_gives_back_the_p
         hold_tokenizing(server.app, may_finish)
         request = server.start("alice", body=BODY | {"prompt": "x" * 100})
         await anyio.wait_all_tasks_blocked()
-        await app.drain()
+        app.stop_accepting()
         may_finish.set()
         await request.done.wait()
         assert (request.status, request.json()["error"]["code"]) == (503, "draining")

@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from asgi_client import Exchange, call, chunks, exchange
 from headrace.server.api_keys import append_key, create_key
+from headrace.server.drain import drain
 from headrace.server.proxy import Proxy
 from headrace.server.proxy_settings import load_proxy_settings
 
@@ -548,11 +549,11 @@ async def test_with_keys_clients_credentials_stay_here_and_the_upstream_is_shown
 
 
 async def test_while_draining_new_requests_are_refused_and_the_rest_is_ended() -> None:
-    async with rig(drain_grace_s=0.05, max_batch_size=1) as live:
+    async with rig(max_batch_size=1) as live:
         live.upstream.hold()
         asked = [live.start(*embed("a")), live.start(*embed("b"))]
         await until(lambda: len(live.upstream.bodies) == 1 and live.num_queued() == 1)
-        await live.proxy.drain()
+        await drain(live.proxy, 0.05, anyio.Event())
         for one in asked:
             await one.done.wait()
             assert (one.status, one.json()["error"]["code"]) == (503, "draining")

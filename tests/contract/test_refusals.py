@@ -11,6 +11,7 @@ from asgi_client import Exchange, call, exchange
 from fake_engine import EOS, FakeRunner, expected_text, make_scheduler
 from headrace.scheduler.engine_core import ComputedStep
 from headrace.scheduler.messages import RowResult
+from headrace.server.drain import drain
 from headrace.server.protocol import UNSUPPORTED, CompletionRequest
 from live_app import live_app
 
@@ -77,10 +78,10 @@ async def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
         ({"top_k": -2}, "top_k"),
         ({"seed": 2**64}, "seed"),
         ({"seed": 1.5}, "seed"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": [""]}, "stop[0]"),
         ({"stop": 5}, "stop"),
         ({"prompt": {"text": "x"}}, "prompt"),
-        ({"stop": ["x" * 1_000_000]}, "stop"),
+        ({"stop": ["x" * 1_000_000]}, "stop[0]"),
         ({"stop": ["x"] * 10_000}, "stop"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
         ({"stop_token_ids": [257]}, "stop_token_ids"),
@@ -253,7 +254,7 @@ async def test_a_draining_server_is_503_and_not_ready_but_alive() -> None:
             running.send_body(json.dumps(OK).encode())
             tasks.start_soon(running.run)
             await anyio.wait_all_tasks_blocked()
-            tasks.start_soon(app.drain)
+            tasks.start_soon(drain, app, 20, anyio.Event())
             await anyio.wait_all_tasks_blocked()
             assert_refused(await call(app.asgi, "POST", "/v1/completions", OK), 503, code="draining")
             assert (await call(app.asgi, "GET", "/ready")).status == 503
@@ -263,18 +264,19 @@ async def test_a_draining_server_is_503_and_not_ready_but_alive() -> None:
 
 
 async def test_what_outlasts_the_drain_ends_with_a_terminal_event() -> None:
-    async with live_app(drain_grace_s=0.05) as app, anyio.create_task_group() as tasks:
+    async with live_app() as app, anyio.create_task_group() as tasks:
         with app.runner.held():
             requests = [exchange(app.asgi, "POST", "/v1/completions") for _ in range(2)]
             for request, stream in zip(requests, (True, False), strict=True):
                 request.send_body(json.dumps(OK | {"stream": stream}).encode())
                 tasks.start_soon(request.run)
             await anyio.wait_all_tasks_blocked()
-            await app.drain()
+            await drain(app, 0.05, anyio.Event())
             for request in requests:
                 await request.done.wait()
-    assert b'"code":"draining"' in requests[0].body
-    assert_refused(requests[1], 503, code="draining")
+    assert b'"code":"draining","resumable":false' in requests[0].body
+    error = requests[1].json()["error"]
+    assert (requests[1].status, error["code"], error["resumable"]) == (503, "draining", False)
 
 
 async def test_an_engine_that_dies_gives_every_stream_its_end_and_readiness_goes() -> None:
@@ -341,7 +343,7 @@ async def test_a_stream_that_is_told_to_come_back_is_logged_and_counted_as_refus
 ) -> None:
     caplog.set_level("INFO", logger="headrace.requests")
     async with live_app() as app:
-        await app.drain()
+        app.stop_accepting()
         sse = {"accept": "text/event-stream"}
         later = await call(app.asgi, "GET", "/v1/stream", query="prompt=x", headers=sse)
         assert (later.status, len(later.headers["x-request-id"])) == (200, 32)

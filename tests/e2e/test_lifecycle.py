@@ -172,7 +172,7 @@ def test_a_drain_with_many_streams_gives_each_of_them_one_end(demo_model: Path) 
             """Streams of OpenAI's, native ones, and an answer in one piece."""
             fields = {name: value for name, value in body.items() if name != "stream"}
             events_urls = [httpx.post(f"{url}/v1/streams", json=fields).json()["events_url"] for _ in range(5)]
-            streams = [RawRequest(url, "/v1/completions", body) for _ in range(20)]
+            streams = [RawRequest(url, "/v1/completions", body) for _ in range(44)]
             return streams, [RawRequest(url, path) for path in events_urls], RawRequest(url, "/v1/completions", fields)
 
         def finish(requests: list[RawRequest], end: bytes) -> None:

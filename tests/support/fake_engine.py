@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.engine_core import ComputedStep, LaunchedStep
+from headrace.scheduler.errors import DeviceLostError
 from headrace.scheduler.messages import RowResult, TokenLogprobs
 from headrace.scheduler.scheduler import ScheduledRow, Scheduler, SchedulerOutput
+from headrace.scheduler.sequence import Sequence
 from headrace.scheduler.step_time import StepShape
 from headrace.server.tokenizer import Tokenizer
 
@@ -54,9 +56,9 @@ def run(output: SchedulerOutput, pending: Mapping[int, int] = MappingProxyType({
 
 
 def drawn_tokens(output: SchedulerOutput, results: Iterable[RowResult]) -> dict[int, int]:
-    """The token that a step drew for each request."""
+    """The token that a step drew for each request; any will do where there were no numbers to draw from."""
     rows = zip(output.rows, results, strict=True)
-    return {row.sequence.request.request_id: result.token_id for row, result in rows if result.token_id is not None}
+    return {row.sequence.request.request_id: result.token_id or 0 for row, result in rows if row.is_sampled}
 
 
 def fake_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
@@ -68,8 +70,10 @@ def fake_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
 class FakeRunner:
     """Computes rows with `next_token`.
 
-    Inside `held()` steps wait, but for as many as `allow(n)` lets through; `fail_next` makes one raise. `times` are
-    said to be those of the steps launched next.
+    Inside `held()` steps wait, but for as many as `allow(n)` lets through. Steps raise that have a row of one of the
+    `failing_prompts`, or more rows than `most_rows`; with `fail_next` the requests of the next one raise in whatever
+    step they are. After any of these the device can be lost. Rows of `nan_prompts` come to no numbers. `times` are said
+    to be those of the steps launched next.
     """
 
     description = "fake model"
@@ -84,6 +88,11 @@ class FakeRunner:
         self.widths: list[int] = []
         self.stop_token_ids: set[frozenset[int]] = set()
         self.fail_next = False
+        self.failing_prompts: set[tuple[int, ...]] = set()
+        self.nan_prompts: set[tuple[int, ...]] = set()
+        self.most_rows = 1000
+        self.is_lost = False
+        self._failing: set[Sequence] = set()
         self._is_held = False
         self._num_allowed = 0
         self._changed = threading.Condition()
@@ -93,6 +102,10 @@ class FakeRunner:
 
     def use_idle_time(self) -> bool:
         return False
+
+    def recover(self) -> None:
+        if self.is_lost:
+            raise DeviceLostError("the fake device is lost as told")
 
     def launch(self, output: SchedulerOutput) -> LaunchedStep:
         return ComputedStep(self._compute(output), self.times)
@@ -104,10 +117,20 @@ class FakeRunner:
         self.num_steps += 1
         self.widths.append(len(output.rows))
         self.stop_token_ids |= {row.sequence.request.sampling.stop_token_ids for row in output.rows}
+        sequences = [row.sequence for row in output.rows]
         if self.fail_next:
             self.fail_next = False
+            self._failing |= set(sequences)
+        if any(s in self._failing or s.request.prompt_token_ids in self.failing_prompts for s in sequences):
             raise RuntimeError("the fake model fails as told")
-        return run(output, pending)
+        if len(sequences) > self.most_rows:
+            raise MemoryError("of the fake model")
+        return [
+            RowResult(is_nan=True)
+            if row.sequence.request.prompt_token_ids in self.nan_prompts and (row.is_sampled or row.scored_positions)
+            else result
+            for row, result in zip(output.rows, run(output, pending), strict=True)
+        ]
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -2,13 +2,14 @@
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
 
 from fake_engine import FakeRunner, byte_tokenizer, make_scheduler
+from fake_one_shots import FakeOneShot
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.app import App
 from headrace.server.settings import load_settings
@@ -17,7 +18,14 @@ from headrace.server.settings import load_settings
 class LiveServer(uvicorn.Server):
     """The server; `url` is its address, `runner` and `app` its insides. Only `runner` is for other threads."""
 
-    def __init__(self, runner: FakeRunner, scheduler: Scheduler, port: int, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        runner: FakeRunner,
+        scheduler: Scheduler,
+        port: int,
+        one_shots: Sequence[FakeOneShot],
+        settings: dict[str, Any],
+    ) -> None:
         self.runner = runner
         self._is_settled = threading.Event()
         settings = {"ttft_targets_s": "1e6,1e6,1e6"} | settings  # a held step would teach that steps are slow
@@ -28,6 +36,8 @@ class LiveServer(uvicorn.Server):
             lambda: (scheduler, runner),
             byte_tokenizer,
             lambda _: self._is_settled.set(),
+            one_shots=[one_shot.source for one_shot in one_shots],
+            load_one_shots=lambda: {one_shot.source.name: one_shot.model for one_shot in one_shots},
         )
         self._listener = socket.create_server(("127.0.0.1", port))
         self.port = self._listener.getsockname()[1]
@@ -51,10 +61,15 @@ class LiveServer(uvicorn.Server):
 
 @contextmanager
 def live_server(
-    *, runner: FakeRunner | None = None, scheduler: Scheduler | None = None, port: int = 0, **settings: Any
+    *,
+    runner: FakeRunner | None = None,
+    scheduler: Scheduler | None = None,
+    port: int = 0,
+    one_shots: Sequence[FakeOneShot] = (),
+    **settings: Any,
 ) -> Iterator[LiveServer]:
     """A server that is ready, stopped afterwards."""
-    server = LiveServer(runner or FakeRunner(), scheduler or make_scheduler(), port, settings)
+    server = LiveServer(runner or FakeRunner(), scheduler or make_scheduler(), port, one_shots, settings)
     server.start()
     try:
         yield server

@@ -105,6 +105,12 @@ class ProxyProcess(ServerProcess):
     ready = r"listening on (\S+)"
 
 
+class ScriptedServer(ServerProcess):
+    """The server of scripted_server.py."""
+
+    command = (str(Path(__file__).parent / "scripted_server.py"),)
+
+
 @contextmanager
 def serving(*args: str, env: dict[str, str] | None = None) -> Iterator[ServerProcess]:
     """A server that is ready, stopped afterwards."""
@@ -113,6 +119,18 @@ def serving(*args: str, env: dict[str, str] | None = None) -> Iterator[ServerPro
         server.url()
         yield server
     finally:
+        server.stop()
+
+
+@contextmanager
+def serving_script(*args: str, **env: str) -> Iterator[ScriptedServer]:
+    """A server on the fake model whose steps do what prompts say; killed afterwards, if it has not ended."""
+    server = ScriptedServer(list(args), env)
+    try:
+        server.url()
+        yield server
+    finally:
+        server.process.kill()
         server.stop()
 
 

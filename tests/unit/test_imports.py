@@ -75,3 +75,19 @@ def test_no_folder_is_a_regular_package() -> None:
     # A bare folder never shadows Hugging Face's own package called `kernels`.
     found = [path for folder in [*FOLDERS, "tests", "configs"] for path in (ROOT / folder).rglob("__init__.py")]
     assert [path for path in found if not {"node_modules", ".venvs"} & set(path.parts)] == []
+
+
+@pytest.mark.parametrize("folder", ["server", "scheduler", "kernels"])
+def test_nothing_that_is_served_is_evaluated_or_unpickled(folder: str) -> None:
+    for path in sorted((ROOT / folder).glob("*.py")):
+        names = set(imports(path))
+        assert not names & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert called not in ("eval", "exec", "compile", "__import__", "torch.load"), f"{path}: {called}"
+                assert keywords.get("trust_remote_code", "False") == "False", f"{path}: {called}"
+                assert keywords.get("allow_pickle", "False") == "False", f"{path}: {called}"
+                if called.startswith("Auto") and called.endswith((".from_pretrained", ".from_config")):
+                    assert "trust_remote_code" in keywords, f"{path}: {called} leaves it to a default"

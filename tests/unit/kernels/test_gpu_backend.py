@@ -12,13 +12,14 @@ import torch
 pytest.importorskip("triton")
 
 from cpu_models import PagedRun, TinyModel, dequantised, random_tokens, reference_backend
-from headrace.kernels import triton_ops
+from headrace.kernels import gpu_backend as gpu_backend_module, triton_ops
 from headrace.kernels.backend import StepBatch
 from headrace.kernels.decoder import Decoder, KVCache, Weight
 from headrace.kernels.gpu_backend import GpuBackend
 from headrace.kernels.gpu_linear import gpu_linear
 from headrace.kernels.quantised import QuantisedWeight
 from headrace.kernels.sampling import SamplingBatch
+from sampling_batches import make_batch
 
 # What padding rows hold is nobody's, and may overflow.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -158,3 +159,40 @@ def test_rows_are_drawn_by_their_own_settings() -> None:
         masked=[(2, np.array([best[2]]))],
     )
     assert backend.read([backend.sample(logits, settings)]).wait()[0].tolist() == [*best[:2], second[2]]
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_a_row_that_is_no_numbers_has_no_token_and_what_follows_it_no_numbers_either(kv_dtype: torch.dtype) -> None:
+    """Through the cache alone a NaN reaches the tokens behind it, and no neighbour. Each step is launched before the
+    tokens of the last are known, and the second draws."""
+    if kv_dtype is torch.float8_e4m3fn and DEVICE.type == "cpu":
+        pytest.skip("interpreted, these numbers have no NaN")
+    model = TinyModel(hidden_size=32, intermediate_size=32, num_heads=2, windows=(None,))
+
+    def tokens(bad_token: int) -> list[list[int]]:
+        backend = gpu_backend(model, 9, torch.bfloat16 if kv_dtype.itemsize == 1 else torch.float32, kv_dtype=kv_dtype)
+        backend._decoder._embedding[99] = float("nan")  # type: ignore[union-attr]
+        prompts = [[5, bad_token, 7, 8], [1, 2, 3, 4, 5]]
+        tables = [[0], [1]]
+        batch = StepBatch([*itertools.chain(*prompts)], [4, 5], [4, 5], tables, [3, 8])
+        reads = [backend.read([backend.argmax(batch)])]
+        settings = make_batch([(1.0, 0, 1.0, 0.0)] * 2, [1, 2], [6, 7], [0, 0], masked=[(0, np.arange(50))])
+        logits = backend.forward(StepBatch([-1, -2], [1, 1], [5, 6], tables, [0, 1]))
+        reads.append(backend.read([backend.sample(logits, settings)]))
+        reads.append(backend.read([backend.argmax(StepBatch([-2, -1], [1, 1], [7, 6], tables[::-1], [0, 1]))]))
+        return [read.wait()[0].tolist() for read in reads]
+
+    (_, first), (_, second), (third, _) = tokens(6)
+    assert tokens(99) == [[-1, first], [-1, second], [third, -1]]
+
+
+def test_after_a_launch_that_raised_all_block_tables_are_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, expected = gpu_backend(MODELS["llama"], 12), reference_backend(MODELS["llama"], 12)
+    runs = [PagedRun(each, [random_tokens(20)], num_blocks=12, seed=3) for each in (backend, expected)]
+    with monkeypatch.context() as broken:
+        broken.setattr(gpu_backend_module, "_update_tables", None)
+        with pytest.raises(TypeError):
+            runs[0].step({0: 20})
+    backend.recover()
+    runs[0].num_computed = [0]
+    assert_same(runs, {0: 20})

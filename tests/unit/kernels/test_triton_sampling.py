@@ -231,13 +231,15 @@ def test_a_row_is_drawn_alike_alone_and_in_any_company_and_stride() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_largest_is_the_lowest_of_equal_ones_and_never_nan(dtype: torch.dtype) -> None:
-    logits = tied(4, 9000, seed=7).to(dtype)
+def test_the_largest_is_the_lowest_of_equal_ones_and_nan_is_told_or_never_drawn(dtype: torch.dtype) -> None:
+    logits = tied(5, 9000, seed=7).to(dtype)
     logits[1, :8000] = float("nan")
     logits[2] = -INF
     logits[3] = float("nan")
+    logits[4, 8999] = INF
     expected = [int(logits[0].argmax()), 8000 + int(logits[1, 8000:].argmax()), 0, 0]
-    assert argmax(logits.to(DEVICE)).tolist() == expected
+    assert argmax(logits.to(DEVICE)).tolist() == [expected[0], -1, 0, -1, -1]
+    logits = logits[:4]
     assert draw(logits, [SETTINGS["top-k 1"]] * 4, [0.99] * 4) == expected
     assert draw(logits, [PLAIN] * 4, [0.99] * 4)[2:] == [0, 0]
     assert argmax(logits[:0].to(DEVICE)).tolist() == []

@@ -52,6 +52,13 @@ class PoolMachine(RuleBasedStateMachine):
         self.cached = [block_id for block_id in self.cached if block_id not in found]
 
     @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        forgotten = data.draw(st.lists(st.sampled_from(self.held))) if self.held else []
+        self.pool.forget(forgotten)
+        for block_id in forgotten:
+            self.hashes.pop(block_id, None)
+
+    @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
         let_go = data.draw(st.lists(st.sampled_from(self.held), unique=True)) if self.held else []
         self.pool.free(let_go)

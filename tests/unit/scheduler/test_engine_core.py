@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import random
+import weakref
 from collections.abc import Callable, Sequence as Seq
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from fake_engine import AsynchronousFakeRunner, FakeRunner, make_scheduler, next_token
 from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.engine_core import EngineCore, LaunchedStep, Publication
-from headrace.scheduler.errors import CapacityError
+from headrace.scheduler.errors import CapacityError, DeviceLostError
 from headrace.scheduler.messages import (
     EngineReady,
     EngineStopped,
@@ -26,6 +27,7 @@ from headrace.scheduler.messages import (
     StepPauses,
 )
 from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
+from headrace.scheduler.step_time import StepShape
 
 
 class Layers:
@@ -229,6 +231,190 @@ def test_a_step_that_raises_costs_only_its_own_sequences(caplog: pytest.LogCaptu
     [error] = {o.error for o in script.steps[2].outputs}
     assert error is not None
     assert "as told" not in error, "a client is not told what went wrong inside"
+
+
+BOTH_RUNNERS = pytest.mark.parametrize("runner_type", [FakeRunner, AsynchronousFakeRunner])
+
+
+@BOTH_RUNNERS
+@pytest.mark.parametrize("guilty", [(4,), (0, 4, 5, 9), range(10)], ids=str)
+def test_of_a_steps_sequences_only_those_fail_that_raise_alone(
+    runner_type: type[FakeRunner],
+    guilty: Seq[int],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(script: Script) -> None:
+        script.runner.failing_prompts = {(id, 1, 2) for id in guilty}
+
+    script = Script({3: fail}, runner=runner_type(), num_requests=10)
+    shapes: list[StepShape] = []
+    monkeypatch.setattr(script.scheduler, "observe", lambda shape, seconds: shapes.append(shape))
+    for id in range(10):
+        script.submit(id, seed=id)
+    script.run()
+    for id in range(10):
+        is_guilty = id in guilty
+        assert script.ends(id) == [FinishReason.ERROR if is_guilty else FinishReason.LENGTH]
+        assert script.tokens(id) == (alone(id)[: len(script.tokens(id))] if is_guilty else alone(id))
+        assert 3 - script.runner.is_asynchronous <= len(script.tokens(id)) < 5 or not is_guilty
+    assert len(caplog.records) == 1, "a step's error is told once"
+    script.scheduler.check_books()
+    assert script.steps[-1].load.num_free_blocks == 64
+    assert shapes
+    assert StepShape(0, 0, 0) not in shapes, "of rows that are computed again nothing is learned"
+
+
+@BOTH_RUNNERS
+def test_what_only_the_whole_batch_cannot_do_costs_nobody(runner_type: type[FakeRunner]) -> None:
+    runner = runner_type()
+    runner.most_rows = 3
+    script = Script({}, runner=runner, num_requests=11)
+    for id in range(11):
+        script.submit(id, max_tokens=3 + id % 4)
+    script.submit(10, max_tokens=4, presence_penalty=1.0, num_logprobs=1)
+    script.run()
+    for id in range(10):
+        assert (script.tokens(id), script.ends(id)) == (alone(id, 3 + id % 4), [FinishReason.LENGTH])
+
+
+def test_a_fault_of_the_moment_costs_nobody_though_one_sequence_runs_alone() -> None:
+    class Stumbling(FakeRunner):
+        def launch(self, output: SchedulerOutput) -> LaunchedStep:
+            step = super().launch(output)
+            if self.num_steps == 2:
+                raise MemoryError("of this moment")
+            return step
+
+    script = Script({}, runner=Stumbling(), num_requests=1)
+    script.submit(1)
+    script.run()
+    assert (script.tokens(1), script.ends(1)) == (alone(1), [FinishReason.LENGTH])
+
+
+def test_what_a_launch_held_when_it_raised_is_let_go_before_rows_are_computed_again() -> None:
+    class Memory:
+        pass
+
+    held: list[weakref.ref[Memory]] = []
+
+    class Greedy(FakeRunner):
+        def launch(self, output: SchedulerOutput) -> LaunchedStep:
+            assert [reference() for reference in held] == [None] * len(held)
+            memory = Memory()
+            held.append(weakref.ref(memory))
+            return super().launch(output)
+
+    runner = Greedy()
+    runner.most_rows = 1
+    script = Script({}, runner=runner, num_requests=4)
+    for id in range(4):
+        script.submit(id, max_tokens=1)
+    logging.disable()  # a record keeps the frames
+    script.run()
+    logging.disable(logging.NOTSET)
+    assert [script.ends(id) for id in range(4)] == [[FinishReason.LENGTH]] * 4
+    assert len(held) == 1 + 2 + 4
+
+
+@BOTH_RUNNERS
+@pytest.mark.parametrize("fields", [{}, {"num_prompt_logprobs": 0}], ids=["", "scored"])
+def test_a_row_that_comes_to_no_numbers_costs_its_own_sequence(
+    runner_type: type[FakeRunner], fields: dict[str, Any]
+) -> None:
+    runner = runner_type()
+    runner.nan_prompts = {(1, 1, 2)}
+    script = Script({3: lambda s: runner.nan_prompts.add((2, 1, 2))}, runner=runner, num_requests=4)
+    for id in range(4):
+        script.submit(id, **fields)
+    script.run()
+    for id in (0, 3):
+        assert (script.tokens(id), script.ends(id)) == (alone(id), [FinishReason.LENGTH])
+    for id, most in ((1, 0), (2, 4)):
+        assert script.ends(id) == [FinishReason.ERROR]
+        assert script.tokens(id) == alone(id)[: len(script.tokens(id))]
+        assert len(script.tokens(id)) <= most
+    errors = {o.error for step in script.steps for o in step.outputs if o.finish_reason is FinishReason.ERROR}
+    assert errors == {"the model computed no numbers for this request"}
+    assert script.steps[-1].load.num_free_blocks == 64
+
+
+@pytest.mark.parametrize(
+    ("runner", "how"),
+    [
+        (FakeRunner(), "fail_next"),
+        (AsynchronousFakeRunner(), "fail_next"),
+        (AsynchronousFakeRunner(), "fail_next_wait"),
+    ],
+)
+def test_a_device_that_is_lost_ends_the_engine(runner: FakeRunner, how: str, caplog: pytest.LogCaptureFixture) -> None:
+    def lose(script: Script) -> None:
+        setattr(runner, how, True)
+        runner.is_lost = True
+
+    script = Script({2: lose}, runner=runner)
+    script.submit(1, max_tokens=50)
+    script.run()
+    last = script.publications[-1]
+    assert isinstance(last, EngineStopped)
+    assert isinstance(last.error, DeviceLostError)
+    assert script.core.busy_since_s is None
+    assert script.ends(1) == []
+    assert "the engine thread ended" not in caplog.text, "it is told where the server ends"
+
+
+def test_since_when_it_is_busy_is_told_anew_for_each_step_layer_and_piece_of_idle_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: dict[str, list[float | None]] = {what: [] for what in ("ready", "step", "layer", "piece", "wait", "stopped")}
+
+    def note(what: str) -> None:
+        told[what].append(script.core.busy_since_s)
+
+    class Noting(FakeRunner):
+        def launch(self, output: SchedulerOutput) -> LaunchedStep:
+            note("step")
+            return super().launch(output)
+
+        def use_idle_time(self) -> bool:
+            note("piece")
+            return len(told["piece"]) < 3
+
+    def wait() -> None:
+        note("wait")
+        script.core.stop()
+
+    layers = Layers(4)
+    script = Script({0: lambda s: note("ready")}, runner=Noting(), one_shot=layers)
+    layers.events = {i: lambda: note("layer") for i in range(4)}
+    monkeypatch.setattr(script.core._wake, "wait", wait)
+    script.submit(1, max_tokens=3)
+    script.submit_batch(7, 1)
+    script.run()
+    note("stopped")
+    assert told["ready"] == told["wait"] == told["stopped"] == [None]
+    times = [time_s for what in ("step", "layer", "piece") for time_s in told[what]]
+    assert [len(told[what]) for what in ("step", "layer", "piece")] == [3, 4, 3]
+    assert None not in times
+    assert len(set(times)) == len(times)
+
+
+def test_rows_that_are_computed_again_count_as_busy_from_then_on() -> None:
+    told: list[float | None] = []
+
+    class Noting(FakeRunner):
+        def launch(self, output: SchedulerOutput) -> LaunchedStep:
+            told.append(script.core.busy_since_s)
+            return super().launch(output)
+
+    runner = Noting()
+    runner.most_rows = 1
+    script = Script({}, runner=runner, num_requests=3)
+    for id in range(3):
+        script.submit(id, max_tokens=1)
+    script.run()
+    assert len(set(told)) == len(told) == 1 + 2 + 2
+    assert None not in told
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 3])

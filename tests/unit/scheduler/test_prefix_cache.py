@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fake_engine import make_scheduler, run
-from headrace.scheduler.messages import GenerationRequest, RowResult, SamplingParams, SequenceOutput
+from headrace.scheduler.messages import FinishReason, GenerationRequest, RowResult, SamplingParams, SequenceOutput
 from headrace.scheduler.scheduler import Scheduler
 
 BLOCK_SIZE = 4
@@ -203,3 +203,42 @@ def test_a_prompt_whose_log_probabilities_are_wanted_is_computed_whole() -> None
     assert [row.num_tokens for row in output.rows] == [len(PROMPT)]
     cache.update(output, [RowResult(5)])
     assert cache.load().num_prefix_hits == 0
+
+
+def test_what_a_sequence_that_came_to_no_numbers_left_is_not_found_again_its_neighbours_is() -> None:
+    cache = scheduler(max_num_batched_tokens=8, max_num_seqs=4)
+    other = tuple(range(50, 64))
+    finish(cache, request(0, other))
+    cache.add(request(1))
+    step(cache)
+    output = cache.schedule(0.0)
+    assert [row.start for row in output.rows] == [8], "two blocks are computed, and can be found"
+    [end] = cache.update(output, [RowResult(is_nan=True)])
+    cache.check_books()
+    assert (end.finish_reason, end.error) == (FinishReason.ERROR, "the model computed no numbers for this request")
+    assert finish(cache, request(2))[0] == len(PROMPT) + 2
+    assert finish(cache, request(3, other))[0] == 2 + 2
+
+
+@pytest.mark.parametrize("is_nan", [True, False])
+def test_blocks_that_a_failed_sequence_shares_are_its_neighbours_still_and_found_by_nobody_new(*, is_nan: bool) -> None:
+    cache = scheduler()
+    _, tokens = finish(cache, request(0, max_tokens=9))
+    cache.add(request(1, max_tokens=9))
+    found = step(cache)[1]
+    cache.add(request(2, (*PROMPT, 7)))
+    output = cache.schedule(0.0)
+    computed = run(output)
+    assert [row.sequence.num_shared_blocks for row in output.rows] == [3, 3]
+    found += cache.update(output, [computed[0], RowResult(is_nan=True)] if is_nan else computed)
+    if not is_nan:
+        found += cache.fail([output.rows[1].sequence], "told to")
+    cache.check_books()
+    assert [o.request_id for o in found if o.finish_reason is FinishReason.ERROR] == [2]
+    cache.add(request(3))
+    rows, outputs = step(cache)
+    assert rows == [(1, 1), (3, len(PROMPT))]
+    found += outputs
+    while cache.has_work:
+        found += step(cache)[1]
+    assert [t for o in found if o.request_id == 1 for t in o.token_ids] == tokens

@@ -233,6 +233,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 weight=WEIGHTS[tenant],
                 leader_id=data.draw(st.none() | st.integers(0, id - 1) if id else st.none(), "leader_id"),
                 cache_salt=data.draw(st.sampled_from((b"", b"other")), "salt"),
+                output_token_ids=(),
             )
             self.records[id] = Record(request)
             self.scheduler.add(request)

@@ -11,6 +11,7 @@ from headrace.server.errors import (
     DeadlineError,
     OverloadedError,
     RateLimitError,
+    ShutdownError,
     UnavailableError,
     UpstreamError,
     retry_headers,
@@ -27,7 +28,8 @@ def test_every_error_has_a_status_of_its_own_kind_and_all_four_fields(cls: type[
     error = OverloadedError("", 1, code="queue_full", tier="batch") if cls is OverloadedError else cls.__new__(cls)
     ApiError.__init__(error, "what is wrong", param="field")
     fields = {"message": "what is wrong", "type": cls.type, "param": "field", "code": error.code}
-    assert error.envelope() == {"error": fields | ({"tier": "batch"} if cls is OverloadedError else {})}
+    further = {OverloadedError: {"tier": "batch"}, ShutdownError: {"resumable": False}}.get(cls, {})
+    assert error.envelope() == {"error": fields | further}
 
 
 def test_an_overload_tells_what_was_predicted_and_allowed_for_whom() -> None:

@@ -7,7 +7,9 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from headrace.server.connection_limit import ConnectionLimit
 from headrace.server.http_protocol import HttpProtocol
+from headrace.server.metrics import RequestMetrics
 from headrace.server.settings import load_settings
 
 
@@ -56,8 +58,9 @@ def connection() -> tuple[HttpProtocol, Transport, Loop]:
     loop, transport = Loop(), Transport()
     config = uvicorn.Config(app, log_config=None)
     settings = load_settings([], {})
+    limit = ConnectionLimit(1, RequestMetrics())
     protocol = HttpProtocol(
-        settings, lambda *refusal: None, config=config, server_state=ServerState(), app_state={}, _loop=loop
+        settings, limit, lambda *refusal: None, config=config, server_state=ServerState(), app_state={}, _loop=loop
     )
     protocol.connection_made(transport)  # type: ignore[arg-type]
     loop.timers.clear()  # of the head, which is not looked at here
@@ -78,9 +81,10 @@ def test_a_slow_reader_is_waited_for_while_it_reads(connection: tuple[HttpProtoc
     transport.num_bytes = 70_000
     protocol.pause_writing()
     for _ in range(10):
-        transport.num_bytes -= 1
+        transport.num_bytes -= 1024
         loop.pass_time()
         assert not transport.is_aborted
+    transport.num_bytes -= 1023
     loop.pass_time()
     assert transport.is_aborted
 

@@ -162,6 +162,7 @@ def test_a_wrong_value_is_refused_by_name(cls: type[BaseModel], fields: dict[str
         (EmbeddingRequest, "endianness", ["native", "little"], "big"),
         (RerankRequest, "use_activation", [True], False),
         (ScoreRequest, "activation", [True], False),
+        (ScoreRequest, "activation", [True], 1),
     ],
 )
 def test_what_would_change_an_answer_and_cannot_be_done_is_refused(

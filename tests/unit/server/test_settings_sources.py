@@ -54,16 +54,25 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "max_body_bytes": (4 * 2**20, 1, 2, 3),
     "max_header_bytes": (64 * 2**10, 2000, 3000, 4000),
     "receive_timeout_s": (60.0, 1.5, 2.5, 3.5),
+    "max_connections": (4096, 1, 2, 3),
     "peer_timeout_s": (60, 5, 6, 7),
+    "watchdog_soft_s": (10.0, 1.5, 2.5, 3.5),
+    "watchdog_hard_s": (120.0, 11.5, 12.5, 13.5),
     "heartbeat_s": (15.0, 1.5, 2.5, 3.5),
     "keep_alive_s": (75, 1, 2, 3),
     "drain_grace_s": (30.0, 1.5, 2.5, 3.5),
     "stream_grace_s": (15.0, 1.5, 2.5, 3.5),
     "stream_ttl_s": (600.0, 1.5, 2.5, 3.5),
     "stream_log_bytes": (64 * 2**20, 1, 2, 3),
+    "stream_interval_ms": (0.0, 1.5, 2.5, 3.5),
+    "stream_padding_bytes": (0, 1, 2, 3),
     "stream_retry_ms": (1000, 1, 2, 3),
+    "journal_file": (None, "file", "env", "flag"),
+    "journal_fsync": ("never", "checkpoint", "step", "checkpoint"),
     "api_keys_file": (None, "file", "env", "flag"),
     "open_metrics": (False, True, False, True),
+    "admin_port": (None, 1, 2, 3),
+    "admin_host": ("127.0.0.1", "file", "env", "flag"),
     "cors_origins": ((), ("file",), ("env",), ("flag",)),
     "allowed_hosts": ((), ("file",), ("env",), ("flag",)),
 }
@@ -263,9 +272,7 @@ def test_the_shipped_defaults_state_every_setting_with_its_default() -> None:
         assert f"\n{name} = " in text or f"\n# {name} = " in text, f"default.toml does not mention {name}"
 
 
-@pytest.mark.parametrize(
-    ("host", "is_loopback"),
-    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("::", False), ("10.0.0.7", False)],
-)
-def test_loopback_is_known(host: str, is_loopback: bool) -> None:
-    assert load_settings(["--host", host], {}).is_loopback == is_loopback
+def test_the_operators_port_is_not_the_clients() -> None:
+    with pytest.raises(SettingsError, match="admin_port: 8000 is where clients come in"):
+        load_settings(["--admin-port", "8000"], {})
+    assert load_settings(["--port", "0", "--admin-port", "0"], {}).admin_port == 0

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from starlette.types import Message
 
-from headrace.server.sse import HEARTBEAT, WRITE_CHUNK, EventStream, data_frame, event_frame, retry_frame, to_json
+from headrace.server.errors import internal_error
+from headrace.server.sse import (
+    HEARTBEAT,
+    WRITE_CHUNK,
+    EventStream,
+    data_frame,
+    event_frame,
+    padded,
+    retry_frame,
+    to_json,
+)
 
 JSON = st.recursive(
     st.none()
@@ -176,3 +186,41 @@ async def test_the_frames_clean_up_runs_at_once_when_the_response_is_cancelled()
         assert not frames.is_closed
         tasks.cancel_scope.cancel()
     assert frames.is_closed
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("failure", [None, b"event: error\ndata: {}\n\n"])
+async def test_a_stream_whose_next_frame_cannot_be_made_ends_with_an_error_and_is_whole_http(
+    failure: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def frames() -> AsyncIterator[bytes]:
+        yield data_frame("a")
+        raise ValueError("what a client sent")
+
+    await EventStream(frames(), failure)({"type": "http"}, no_message, send)
+    _, first, last, end = sent
+    assert first["body"] == data_frame("a")
+    assert last["body"] == (data_frame(internal_error()) if failure is None else failure)
+    assert b"what a client sent" not in last["body"]
+    assert end == {"type": "http.response.body", "body": b"", "more_body": False}
+    assert [record.name for record in caplog.records] == ["headrace.server.sse"]
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(text=st.text(max_size=40), other=st.text(max_size=40), multiple=st.integers(1, 64))
+def test_padded_frames_are_as_long_as_each_other_and_say_what_they_said(text: str, other: str, multiple: int) -> None:
+    def frame(said: str) -> bytes:
+        return padded(event_frame("token", {"text": said}, id="x:1"), len(to_json(said)), multiple)
+
+    [event] = parse(frame(text))
+    content = json.loads(event["data"])
+    assert content.pop("obfuscation").isascii()
+    assert content == {"text": text}
+    assert (event["id"], event["event"]) == ("x:1", "token")
+    num_units = [-(-len(to_json(said)) // multiple) for said in (text, other)]
+    assert (len(frame(text)) - len(frame(other))) == (num_units[0] - num_units[1]) * multiple

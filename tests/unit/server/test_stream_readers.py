@@ -200,3 +200,50 @@ def test_log_probabilities_are_read_from_a_cursor_on_and_weigh_something() -> No
     log.close(END)
     assert [log.read(cursor).logprobs for cursor in range(5)] == [items, items, items[2:], (), ()]
     assert log.num_bytes - 3 * bare >= 3 * sys.getsizeof(items[0].top)
+
+
+@pytest.mark.anyio
+async def test_a_reader_with_an_interval_takes_from_each_log_once_in_it_and_then_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slept_s: list[float] = []
+    passed = anyio.Event()
+
+    async def sleep(seconds: float) -> None:
+        slept_s.append(seconds)
+        await passed.wait()
+
+    monkeypatch.setattr("headrace.server.stream_log.anyio.sleep", sleep)
+    logs = [StreamLog(), StreamLog()]
+    pieces: list[str] = []
+
+    async def follow() -> None:
+        with Subscriber(logs, interval_s=3600) as subscriber:
+            num_open = len(logs)
+            while num_open:
+                piece = await subscriber.next()
+                assert piece is not None
+                pieces.append(f"{piece.log_index}{piece.text}")
+                num_open -= piece.terminal is not None
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(follow)
+        await anyio.wait_all_tasks_blocked()
+        logs[0].append("a", 1)
+        await anyio.wait_all_tasks_blocked()
+        assert pieces == ["0a"], "the first one waits for nothing"
+        for text in "bc":
+            logs[0].append(text, 1)
+            await anyio.wait_all_tasks_blocked()
+        logs[1].append("x", 1)
+        logs[1].close(END)
+        await anyio.wait_all_tasks_blocked()
+        # Whether the other log's first piece shares this interval or begins the next one: nobody's pieces come sooner.
+        assert pieces == ["0a"]
+        assert len(slept_s) == 1
+        assert 3500 < slept_s[0] <= 3600
+        passed.set()
+        await anyio.wait_all_tasks_blocked()
+        assert sorted(pieces) == ["0a", "0bc", "1x"]
+        logs[0].close(END)
+    assert pieces[-1] == "0"

@@ -1,0 +1,34 @@
+"""The orderly end of what is served: refuse what comes, wait for what was accepted, end the rest.
+
+Lives on the event loop, the same for a server and a proxy. When it is over nothing is left to be answered; connections
+are somebody else's to close.
+"""
+
+from typing import Protocol
+
+import anyio
+
+_POLL_S = 0.05
+
+
+class Drainable(Protocol):
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that are accepted and not answered yet."""
+
+    def stop_accepting(self) -> None:
+        """Refuse requests from now on, and be ready no more."""
+
+    def end_unfinished(self) -> None:
+        """Give every request that is left its end."""
+
+
+async def drain(app: Drainable, grace_s: float, hurried: anyio.Event) -> None:
+    """Bring `app` to its end: at once when `hurried` is set, else within `grace_s`."""
+    app.stop_accepting()
+    with anyio.move_on_after(grace_s):
+        # Requests end in many places, none of which has to know of this one.
+        while app.num_unfinished and not hurried.is_set():
+            with anyio.move_on_after(_POLL_S):
+                await hurried.wait()
+    app.end_unfinished()

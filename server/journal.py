@@ -1,0 +1,506 @@
+"""The journal: what native streams need to outlive this process, in a SQLite file.
+
+Each stream is a table of rows (position, body, CRC): how it was accepted, its prompt, then what came of it. A table has
+pages of its own, and with it goes every byte in them. One thread owns the connection. With a journal, all that goes
+from the engine to the event loop passes through its queue, and goes on once what is of journaled streams in it is
+committed: nothing reaches a reader that a later process would not know. What waits at once shares a transaction.
+Where writing fails the journal stops, and takes its file with it: one that lags behind what was delivered is worse
+than none. What a stream's text is, and who may read it, is the event loop's affair.
+"""
+
+import json
+import logging
+import os
+import queue
+import sqlite3
+import threading
+import time
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from headrace.scheduler.engine_core import Publication
+from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.messages import (
+    EngineStopped,
+    FinishReason,
+    SamplingParams,
+    SequenceOutput,
+    StepOutput,
+    TokenLogprobs,
+)
+from headrace.server.generation import ENGINE_ENDED, Recipe
+
+logger = logging.getLogger(__name__)
+
+Fsync = Literal["never", "checkpoint", "step"]
+_SYNCHRONOUS = {"never": "OFF", "checkpoint": "NORMAL", "step": "FULL"}
+
+_FORMAT = 1
+# A step writes a page of each stream, so pages are small.
+_PAGE_BYTES = 1024
+_PAGES_PER_CHECKPOINT = 4096
+# How long what was erased may stay in the write-ahead log, and how long another process may take to let go of the file.
+_ERASED_WITHIN_S = 1.0
+_LOCK_TIMEOUT_S = 1.0
+_CLOSE_TIMEOUT_S = 5.0
+_MAX_JOBS = 256
+_MAX_STATEMENTS = 4096  # that are kept prepared; each stream has its own
+
+_NEW_TABLE = 'CREATE TABLE "{}" (position INTEGER PRIMARY KEY, body BLOB, crc INTEGER)'
+_NEW_ROW = 'INSERT INTO "{}" VALUES (?, ?, ?)'
+
+
+class JournalError(HeadraceError):
+    """The journal's file cannot be had."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRecord:
+    """A native stream as it was accepted. `log_id` is what the request log calls it; times are on this process's
+    monotonic clock."""
+
+    id: str
+    tenant: str
+    log_id: str
+    created_s: int
+    continues_alone: bool
+    grace_s: float | None
+    received_s: float
+    submitted_s: float
+    recipe: Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedStream:
+    """What the file has of a stream: what came of it, in order, and when; None where a process took it up again."""
+
+    record: StreamRecord
+    outputs: tuple[tuple[float, SequenceOutput | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """All that earlier processes left. `gone` are streams that cannot go on, by their ids, with whose they were."""
+
+    streams: tuple[RecordedStream, ...] = ()
+    gone: Mapping[str, str] = field(default_factory=dict)
+
+
+class _Job(NamedTuple):
+    """What to write, and what to call once it is committed, or never will be."""
+
+    write: Callable[[sqlite3.Connection], None]
+    then: Callable[[], None]
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where a stream's next row goes."""
+
+    id: str
+    position: int
+
+
+_Rows = list[tuple[int, bytes, int]]  # position, body, CRC
+
+
+class Journal:
+    """The thread and its queue. What its methods are given as `then` is called on the thread."""
+
+    def __init__(self, path: Path, fsync: Fsync, model: str) -> None:
+        """Open the file, read what is in it, and start the thread. Streams of another `model` are gone.
+
+        Raises: JournalError where the file is another server's at this time, or cannot be opened.
+        """
+        self.is_active = True
+        self._path = path
+        self._synchronous = _SYNCHRONOUS[fsync]
+        self._model = model
+        self._clock_offset_s = time.time() - time.monotonic()  # times in the file have to outlive this boot
+        self._queue: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._db: sqlite3.Connection | None = None
+        self._ids: set[str] = set()  # of the streams in the file
+        self._places: dict[int, _Place] = {}  # by the engine's id, of streams that are not over
+        self._recording = Recording()
+        self._is_suspended = False
+        self._is_closing = False
+        self._truncate_s: float | None = None  # when the write-ahead log has to be emptied
+        opened: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, args=(opened,), name="headrace-journal", daemon=True)
+        self._thread.start()
+        if (error := opened.get()) is not None:
+            raise error
+
+    # From any thread
+
+    def read(self, then: Callable[[Recording], None]) -> None:
+        """Hand over what earlier processes left, once."""
+
+        def hand_over() -> None:
+            recording, self._recording = self._recording, Recording()
+            then(recording)
+
+        self._put(lambda db: None, hand_over)
+
+    def accept(self, request_id: int, record: StreamRecord, then: Callable[[], None]) -> None:
+        """Begin to record a stream, before the engine has its request."""
+        self._put(partial(self._write_stream, request_id, record), then)
+
+    def resume(self, streams: Mapping[int, str], then: Callable[[], None]) -> None:
+        """Go on recording streams, each by its id, under the engine's new ids.
+
+        That they were taken up is on the disk afterwards, whatever is synchronised otherwise: what a reader has seen
+        since, and the file has lost, can then be told from what it has not.
+        """
+        self._put(partial(self._write_resumptions, streams), then)
+
+    def pass_on(self, publication: Publication, then: Callable[[Publication], None]) -> None:
+        """Record what a publication says of journaled streams, then let it go on."""
+        self._put(partial(self._write_publication, publication), partial(then, publication))
+
+    def end(self, output: SequenceOutput, then: Callable[[], None]) -> None:
+        """Record an end that the engine does not know of, behind all that it has said so far."""
+        self._put(partial(self._write_outputs, (output,)), then)
+
+    def erase(self, id: str) -> None:
+        """Leave nothing of a stream in any file, soon."""
+        self._put(partial(self._delete, id))
+
+    def suspend(self, then: Callable[[], None]) -> None:
+        """Record nothing from here on: what is unfinished is the next process's."""
+        self._put(self._stop_writing, then)
+
+    def close(self) -> None:
+        """Write what is waiting, close the file and end the thread, unless the disk keeps it too long."""
+
+        def close() -> None:
+            self._is_closing = True
+
+        self._put(lambda db: None, close)
+        self._thread.join(_CLOSE_TIMEOUT_S)
+
+    def _put(self, write: Callable[[sqlite3.Connection], None], then: Callable[[], None] = lambda: None) -> None:
+        self._queue.put(_Job(write, then))
+
+    # The thread
+
+    def _main(self, opened: "queue.SimpleQueue[Exception | None]") -> None:
+        try:
+            self._db = self._open()
+        except Exception as error:
+            opened.put(error)
+            return
+        opened.put(None)
+        while not self._is_closing:
+            jobs = self._next_jobs()
+            if self._db is not None:
+                try:
+                    self._write(self._db, jobs)
+                except Exception as error:  # whatever it is, the streams go on
+                    self._give_up(error)
+            for job in jobs:
+                job.then()
+        if self._db is not None:
+            self._db.close()
+
+    def _next_jobs(self) -> list[_Job]:
+        """What waits, or the next to come; nothing where the write-ahead log has to be emptied first."""
+        wait_s = None if self._truncate_s is None else max(0.0, self._truncate_s - time.monotonic())
+        jobs: list[_Job] = []
+        with suppress(queue.Empty):
+            jobs.append(self._queue.get(timeout=wait_s))
+            while len(jobs) < _MAX_JOBS:
+                jobs.append(self._queue.get_nowait())
+        return jobs
+
+    def _write(self, db: sqlite3.Connection, jobs: list[_Job]) -> None:
+        for job in jobs:
+            job.write(db)
+        db.commit()
+        if self._truncate_s is not None and time.monotonic() >= self._truncate_s:
+            self._truncate_s = None
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _give_up(self, error: Exception) -> None:
+        self.is_active = False
+        logger.error("the journal stops, and no restart resumes the streams of this process: %s", _kind(error))
+        self._truncate_s = None
+        for path in self._files:
+            with suppress(OSError):
+                path.unlink()
+        assert self._db is not None
+        with suppress(sqlite3.Error):
+            self._db.close()
+        self._db = None
+
+    @property
+    def _files(self) -> list[Path]:
+        return [self._path, Path(f"{self._path}-wal"), Path(f"{self._path}-shm"), Path(f"{self._path}-journal")]
+
+    # What is written
+
+    def _write_stream(self, request_id: int, record: StreamRecord, db: sqlite3.Connection) -> None:
+        if self._is_suspended:
+            return
+        fields = asdict(record) | {"model": self._model}
+        fields |= {name: fields[name] + self._clock_offset_s for name in ("received_s", "submitted_s")}
+        prompt = array("q", fields["recipe"].pop("prompt_token_ids")).tobytes()
+        _begin(db)
+        db.execute(_NEW_TABLE.format(record.id))
+        place = self._places[request_id] = _Place(record.id, 0)
+        self._ids.add(record.id)
+        for body in (_to_json(fields), prompt):
+            self._insert(db, place, body)
+
+    def _write_resumptions(self, streams: Mapping[int, str], db: sqlite3.Connection) -> None:
+        if self._is_suspended:
+            return
+        db.commit()
+        db.execute("PRAGMA synchronous = FULL")  # which cannot be set inside of a transaction
+        body = _to_json({"at_s": time.monotonic() + self._clock_offset_s, "is_resumption": True})
+        _begin(db)
+        for request_id, id in streams.items():
+            [position] = db.execute(f'SELECT count(*) FROM "{id}"').fetchone()
+            place = self._places[request_id] = _Place(id, position)
+            self._insert(db, place, body)
+        db.commit()
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        db.execute(f"PRAGMA synchronous = {self._synchronous}")
+
+    def _write_publication(self, publication: Publication, db: sqlite3.Connection) -> None:
+        match publication:
+            case StepOutput():
+                self._write_outputs(publication.outputs, db)
+            case EngineStopped():  # which their readers are told as well
+                ends = [SequenceOutput(id, finish_reason=FinishReason.ERROR, error=ENGINE_ENDED) for id in self._places]
+                self._write_outputs(ends, db)
+
+    def _write_outputs(self, outputs: Iterable[SequenceOutput], db: sqlite3.Connection) -> None:
+        at_s = time.monotonic() + self._clock_offset_s
+        for output in outputs:
+            place = self._places.get(output.request_id)
+            if place is not None:
+                fields = {name: value for name, value in output._asdict().items() if value and name != "request_id"}
+                if output.scheduled_s is not None:
+                    fields["scheduled_s"] = output.scheduled_s + self._clock_offset_s
+                fields["at_s"] = at_s
+                _begin(db)
+                self._insert(db, place, _to_json(fields))
+                if output.finish_reason is not None:
+                    del self._places[output.request_id]
+
+    def _insert(self, db: sqlite3.Connection, place: _Place, body: bytes) -> None:
+        crc = _crc(place.id, place.position, body)
+        db.execute(_NEW_ROW.format(place.id), (place.position, body, crc))
+        place.position += 1
+
+    def _delete(self, id: str, db: sqlite3.Connection) -> None:
+        if self._is_suspended or id not in self._ids:
+            return
+        self._ids.remove(id)
+        self._places = {request_id: place for request_id, place in self._places.items() if place.id != id}
+        _begin(db)
+        db.execute(f'DROP TABLE "{id}"')
+        if self._truncate_s is None:
+            self._truncate_s = time.monotonic() + _ERASED_WITHIN_S
+
+    def _stop_writing(self, db: sqlite3.Connection) -> None:
+        self._is_suspended = True
+        self._places.clear()
+
+    # What is read
+
+    def _open(self) -> sqlite3.Connection:
+        """Open the file and read it. One that is damaged is put aside, and what of it can be read goes into a new one.
+
+        Raises: JournalError.
+        """
+        db: sqlite3.Connection | None = None
+        found: Mapping[str, _Rows | sqlite3.DatabaseError] = {}
+        try:
+            try:
+                db = self._connect()
+                found, damage = _read_rows(db)
+            except sqlite3.DatabaseError as error:
+                if _is_refusal(error):
+                    raise
+                damage = _kind(error)
+            readable = self._take_in(found)
+            if db is not None and not damage:
+                return db
+            logger.error("the journal is damaged, and what can be read of it goes into a new one: %s", damage)
+            if db is not None:
+                db.close()  # which deletes files by their names, so not later
+            self._put_aside()
+            db = self._connect()
+            _begin(db)
+            for id, rows in readable.items():
+                db.execute(_NEW_TABLE.format(id))
+                db.executemany(_NEW_ROW.format(id), rows)
+            db.commit()
+            self._ids = set(readable)
+            return db
+        except (sqlite3.Error, OSError) as error:
+            is_locked = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
+            reason = "another server uses it" if is_locked else str(error)
+            raise JournalError(f"journal_file: cannot open {self._path}: {reason}") from None
+
+    def _connect(self) -> sqlite3.Connection:
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+        self._path.chmod(0o600)  # which SQLite gives its other files too
+        db = sqlite3.connect(
+            self._path, timeout=_LOCK_TIMEOUT_S, isolation_level=None, cached_statements=_MAX_STATEMENTS
+        )
+        try:
+            db.text_factory = bytes  # what is damaged may be no text
+            db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+            db.execute("PRAGMA secure_delete = ON")
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute(f"PRAGMA synchronous = {self._synchronous}")
+            db.execute(f"PRAGMA wal_autocheckpoint = {_PAGES_PER_CHECKPOINT}")
+            [version] = db.execute("PRAGMA user_version").fetchone()
+            if version not in (0, _FORMAT):
+                raise sqlite3.DatabaseError(f"its format is {version}, not {_FORMAT}")
+            db.execute(f"PRAGMA user_version = {_FORMAT}")  # a write, which takes the lock
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _put_aside(self) -> None:
+        aside = Path(f"{self._path}.damaged")
+        for path in self._files[1:]:
+            path.unlink(missing_ok=True)
+        self._path.replace(aside)
+        logger.warning("the damaged journal is kept as %s; it may hold prompts and answers", aside)
+
+    def _take_in(self, found: Mapping[str, _Rows | sqlite3.DatabaseError]) -> dict[str, _Rows]:
+        """Make `_recording` of these; returns those that can be read."""
+        streams: list[RecordedStream] = []
+        gone: dict[str, str] = {}
+        readable: dict[str, _Rows] = {}
+        self._ids = set(found)
+        for id, rows in found.items():
+            try:
+                if isinstance(rows, sqlite3.DatabaseError):
+                    raise rows
+                stream, model = self._decode(id, rows)
+            except (ValueError, TypeError, LookupError, AttributeError, sqlite3.DatabaseError) as error:
+                logger.warning("a stream in the journal is damaged, and gone: %s", _kind(error))
+                gone[id] = ""
+                continue
+            readable[id] = rows
+            if model == self._model:
+                streams.append(stream)
+            else:
+                gone[id] = stream.record.tenant
+        self._recording = Recording(tuple(streams), gone)
+        return readable
+
+    def _decode(self, id: str, rows: _Rows) -> tuple[RecordedStream, str]:
+        """A stream, and whose model it is of. Raises: ValueError; others where another version has written it."""
+        for index, (position, body, crc) in enumerate(rows):
+            if position != index or crc != _crc(id, position, body):
+                raise ValueError(f"its row {index} is missing, or not as it was written")
+        (_, body, _), (_, prompt, _), *outputs = rows
+        fields = json.loads(body)
+        recipe, model = fields.pop("recipe"), fields.pop("model")
+        sampling = recipe.pop("sampling")
+        bias = tuple((token_id, value) for token_id, value in sampling.pop("logit_bias"))
+        stop_token_ids = frozenset(sampling.pop("stop_token_ids"))
+        recipe |= {
+            "prompt_token_ids": tuple(array("q", prompt)),
+            "sampling": SamplingParams(**sampling, logit_bias=bias, stop_token_ids=stop_token_ids),
+            "stop_strings": tuple(recipe["stop_strings"]),
+            "cache_salt": bytes.fromhex(recipe["cache_salt"]),
+        }
+        for name in ("received_s", "submitted_s"):
+            fields[name] = self._on_this_clock(fields[name])
+        record = StreamRecord(**fields, recipe=Recipe(**recipe))
+        return RecordedStream(record, tuple(self._decode_output(body) for _, body, _ in outputs)), model
+
+    def _decode_output(self, body: bytes) -> tuple[float, SequenceOutput | None]:
+        fields = json.loads(body)
+        at_s = self._on_this_clock(fields.pop("at_s"))
+        if fields.pop("is_resumption", False):
+            return at_s, None
+        if "finish_reason" in fields:
+            fields["finish_reason"] = FinishReason(fields["finish_reason"])
+        if "scheduled_s" in fields:
+            fields["scheduled_s"] = self._on_this_clock(fields["scheduled_s"])
+        for name in ("logprobs", "prompt_logprobs"):
+            fields[name] = tuple(_token_logprobs(item) for item in fields.get(name, ()))
+        return at_s, SequenceOutput(-1, tuple(fields.pop("token_ids", ())), **fields)
+
+    def _on_this_clock(self, at_s: float) -> float:
+        """Never later than now, whatever has happened to the wall clock."""
+        return min(time.monotonic(), at_s - self._clock_offset_s)
+
+
+def _read_rows(db: sqlite3.Connection) -> tuple[dict[str, _Rows | sqlite3.DatabaseError], str]:
+    """Each stream's rows or why they cannot be read, and what is wrong with the file, if something is.
+
+    Raises: sqlite3.DatabaseError.
+    """
+    [[check]] = db.execute("PRAGMA quick_check(1)").fetchall()
+    damage = "" if check == b"ok" else "its pages do not fit together"
+    found: dict[str, _Rows | sqlite3.DatabaseError] = {}
+    for [name] in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall():
+        id = name.decode("utf-8", "replace")
+        try:
+            found[id] = db.execute(f'SELECT position, body, crc FROM "{id}" ORDER BY position').fetchall()
+        except sqlite3.DatabaseError as error:
+            found[id] = error
+            damage = damage or _kind(error)
+    return found, damage
+
+
+def _begin(db: sqlite3.Connection) -> None:
+    if not db.in_transaction:
+        db.execute("BEGIN")
+
+
+def _is_refusal(error: sqlite3.DatabaseError) -> bool:
+    """Whether the file may be as good as ever, and is only not to be had."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY)
+
+
+def _kind(error: Exception) -> str:
+    """What may stand in a log: messages can name streams, and whoever knows a stream's id may read it."""
+    return getattr(error, "sqlite_errorname", type(error).__name__)
+
+
+def _crc(id: str, position: int, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(f"{id} {position}".encode()))
+
+
+def _token_logprobs(item: list[Any]) -> TokenLogprobs:
+    token_id, logprob, top = item
+    return TokenLogprobs(token_id, logprob, tuple((other, value) for other, value in top))
+
+
+def _as_json(value: Any) -> Any:
+    match value:
+        case TokenLogprobs():
+            return [value.token_id, value.logprob, value.top]
+        case frozenset():
+            return sorted(value)
+        case bytes():
+            return value.hex()
+    raise TypeError(f"not for the journal: {type(value)}")
+
+
+# Made once: `json.dumps` would make one for every row.
+_encoder = json.JSONEncoder(separators=(",", ":"), default=_as_json)
+
+
+def _to_json(fields: dict[str, Any]) -> bytes:
+    return _encoder.encode(fields).encode("ascii")
