@@ -69,11 +69,12 @@ $(CLIENT_VENVS)/vllm-bench/endpoint_request_func.py: $(CLIENTS)/vllm-source.txt 
 serve: setup
 	@$(BIN)/headrace serve $(ARGS)
 
+# Two at a time, but for those that start servers or compile: tests/conftest.py has one worker run these.
 test: setup-test
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-all: setup-test setup-clients
-	@TESTS_LONG=1 $(BIN)/python -m pytest tests $(ARGS)
+	@TESTS_LONG=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests $(ARGS)
 
 # What finds new coverage stays in tests/fuzz/found; what fails is written beside it.
 fuzz: setup-test

@@ -45,12 +45,13 @@ WARM_UP_S = DURATION_S / 4
 SEED = int(os.environ.get("TESTS_SEED") or random.randrange(2**32))
 
 # What two cores can nearly keep up with while they do something else: a queue forms, and empties.
-MEAN_GAP_S = 0.4
+MEAN_GAP_S = 0.5
 MAX_CLIENTS = 24
 CLIENT_TIMEOUT_S = 300
 NUMS_TOKENS = (1, 8, 20, 40)
-# More than the queue's 64 places and the batch's 16.
-BURST = 100
+# In a long run more than the queue's 64 places and the batch's 16.
+BURST = 100 if IS_LONG else 20
+LONGEST_STOP_S = 12 if IS_LONG else 2
 NUM_TRIES = 200  # of a client behind a bad network
 # oneDNN keeps a kernel for each of the last 1024 shapes it met, which comes to some 60 MiB and is not all there after
 # the warm-up; the allocator keeps some too. A task, a descriptor or a block shows as one too many; of memory, what is
@@ -219,7 +220,7 @@ class Soak:
         self.outcomes["left"] += 1
 
     async def _stop_reading(self, rng: random.Random) -> None:
-        """For long enough that some are cut off by the server."""
+        """In a long run for so long that some are cut off by the server."""
         body = self._body(rng, stream=True, max_tokens=400, stream_options={"continuous_usage_stats": True})
         payload = json.dumps(body).encode()
         # A bare socket: what is read ahead for a stream is read.
@@ -227,7 +228,7 @@ class Soak:
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
             reader.connect((self.url.host, self.url.port))
             reader.sendall(self._head("POST", "/v1/completions", len(payload)) + payload)
-            await anyio.sleep(rng.uniform(0, 12))
+            await anyio.sleep(rng.uniform(0, LONGEST_STOP_S))
         self.outcomes["stopped reading"] += 1
 
     async def _leave_in_the_body(self, rng: random.Random) -> None:
@@ -328,7 +329,7 @@ class Soak:
             self.outcomes[kind if b"engine_error" in response.body else "refused"] += 1
 
     async def _burst(self, rng: random.Random) -> None:
-        """More at once than there is room for: each is answered or refused."""
+        """Many at once: each is answered or refused."""
 
         async def ask() -> None:
             async with self._request("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1}) as response:

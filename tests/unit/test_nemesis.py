@@ -72,12 +72,14 @@ def _token(cursor: int, num_tokens: int = 1) -> dict[str, str]:
     return {"event": "token", "id": f"s:{cursor}", "data": json.dumps({"text": "a", "num_tokens": num_tokens})}
 
 
-def _done(cursor: int) -> dict[str, str]:
-    return {"event": "done", "id": f"s:{cursor}", "data": '{"finish_reason": "length"}'}
+def _done(cursor: int, num_tokens: int) -> dict[str, str]:
+    content = {"finish_reason": "length", "usage": {"completion_tokens": num_tokens}}
+    return {"event": "done", "id": f"s:{cursor}", "data": json.dumps(content)}
 
 
 def test_a_native_stream_without_gap_or_repeat_passes() -> None:
-    reading = NativeReading(events=[_token(1), _token(4, 3), _done(5)])
+    # An entry of the log can be more than one token, where these are parts of a character.
+    reading = NativeReading(events=[_token(1), _token(3, 3), _done(4, 4)])
     check_native_stream(reading)
     assert reading.text == "aa"
 
@@ -85,10 +87,11 @@ def test_a_native_stream_without_gap_or_repeat_passes() -> None:
 @pytest.mark.parametrize(
     "events",
     [
-        [_token(1), _token(1), _done(2)],  # a repeat
-        [_token(1), _token(3), _done(4)],  # a gap
-        [_token(1), _done(2), _done(3)],  # two ends
-        [_token(2), _token(1), _done(3)],
+        [_token(1), _token(1), _done(2, 2)],  # a repeat
+        [_token(1), _token(2), _token(2), _done(3, 2)],
+        [_token(1), _token(3), _done(4, 3)],  # a gap
+        [_token(1), _done(2, 1), _done(3, 1)],  # two ends
+        [_token(2), _token(1), _done(3, 2)],
         [_token(1)],
     ],
 )

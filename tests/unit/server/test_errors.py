@@ -1,6 +1,7 @@
 """Refusals as clients read them: OpenAI's envelope, and headers that say whether to come back."""
 
 import inspect
+from typing import Any
 
 import pytest
 
@@ -28,8 +29,11 @@ def test_every_error_has_a_status_of_its_own_kind_and_all_four_fields(cls: type[
     error = OverloadedError("", 1, code="queue_full", tier="batch") if cls is OverloadedError else cls.__new__(cls)
     ApiError.__init__(error, "what is wrong", param="field")
     fields = {"message": "what is wrong", "type": cls.type, "param": "field", "code": error.code}
-    further = {OverloadedError: {"tier": "batch"}, ShutdownError: {"resumable": False}}.get(cls, {})
-    assert error.envelope() == {"error": fields | further}
+    further: dict[type[ApiError], dict[str, Any]] = {
+        OverloadedError: {"tier": "batch"},
+        ShutdownError: {"resumable": False},
+    }
+    assert error.envelope() == {"error": fields | further.get(cls, {})}
 
 
 def test_an_overload_tells_what_was_predicted_and_allowed_for_whom() -> None:
