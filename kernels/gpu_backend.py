@@ -320,6 +320,7 @@ class GpuBackend:
                 self._tables.move_to_end(id(block_ids))
             num_blocks = len(block_ids)
             if table.num_written < num_blocks:
+                assert num_blocks <= self._max_num_blocks, "it would reach into the next row"
                 updates += [(table.row, i, block_ids[i]) for i in range(table.num_written, num_blocks)]
                 table.num_written = num_blocks
             rows.append(table.row)

@@ -190,7 +190,7 @@ class StreamSnapshot(StreamCreated):
     """All that a stream has produced so far; `cursor` is where a reader would go on."""
 
     object: Literal["stream"]
-    status: Literal["waiting", "running", "finished"]
+    status: Literal["waiting", "running", "finished", "interrupted"]
     text: str
     cursor: int
     last_event_id: str

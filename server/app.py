@@ -26,14 +26,20 @@ from headrace.scheduler.one_shot_runner import OneShotModel
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.admin import admin_app
 from headrace.server.api_keys import ApiKeys, reload_keys
-from headrace.server.endpoint import Endpoint, error_response, exception_handlers
+from headrace.server.endpoint import (
+    Endpoint,
+    ReceivedBytes,
+    error_response,
+    exception_handlers,
+    refuse_event_source,
+)
 from headrace.server.engine_client import EngineClient, QueueLimits
 from headrace.server.errors import ApiError, EngineFailedError, ShutdownError
 from headrace.server.generation import Generation
 from headrace.server.generator import Generator
 from headrace.server.guard import guards
 from headrace.server.journal import Journal
-from headrace.server.native_api import NativeApi, refuse_event_source
+from headrace.server.native_api import NativeApi
 from headrace.server.one_shot_api import OneShotApi
 from headrace.server.one_shot_models import OneShots, OneShotSource
 from headrace.server.openai_api import OpenAIApi
@@ -100,6 +106,7 @@ class App:
         self.metrics.watch("event_loop_tasks", "Tasks on the event loop", lambda: len(asyncio.all_tasks()))
         self.watchdog = Watchdog(
             lambda: self.client.engine_busy_since_s,
+            lambda: None if self.journal is None else self.journal.busy_since_s,
             self._give_up,
             soft_s=settings.watchdog_soft_s,
             hard_s=settings.watchdog_hard_s,
@@ -137,7 +144,7 @@ class App:
         client = self.client
         has_engine = client.ready is not None and not client.stopped.is_set()
         has_inputs = self.generator.tokenizer is not None and self.one_shots.is_ready
-        can_go_on = not client.is_draining and not self.watchdog.is_hung
+        can_go_on = not client.is_draining and self.watchdog.hung is None
         return has_engine and has_inputs and self.settled.is_set() and can_go_on
 
     @property
@@ -162,8 +169,11 @@ class App:
 
     def _give_up(self) -> None:
         self.stop_accepting()
-        error = EngineFailedError("the engine hangs")
-        self.client.cancel_all(error)
+        error = EngineFailedError(f"the {self.watchdog.hung} hangs")
+        if self.watchdog.hung == "journal":  # which could not say that they are over, and the next process goes on
+            self.client.interrupt_all()
+        else:
+            self.client.cancel_all(error)
         self._fail_items(error)
 
     def _fail_items(self, error: ApiError) -> None:
@@ -239,6 +249,7 @@ class App:
         one_shot = OneShotApi(self.one_shots, self.limits, self.metrics, self.settings.request_timeout_s)
         native = self._native
         metrics = self.metrics
+        receiving = ReceivedBytes(self.settings.max_queue_bytes)
 
         def endpoint(
             respond: Callable[..., object],
@@ -251,6 +262,7 @@ class App:
                 max_body_bytes=max_body_bytes,
                 media_types=media_types,
                 receive_timeout_s=self.settings.receive_timeout_s,
+                receiving=receiving,
                 on_disconnect=lambda: metrics.count_cancelled("body"),
                 on_rejected=self.report_refusal,
                 refuse=refuse,
@@ -316,7 +328,7 @@ class App:
     def _engine_fault(self) -> str | None:
         if self.client.stopped.is_set():
             return "engine_dead"
-        return "engine_hung" if self.watchdog.is_hung else None
+        return None if self.watchdog.hung is None else f"{self.watchdog.hung}_hung"
 
     async def _metrics(self, request: Request) -> Response:
         exposed = bytearray()

@@ -105,11 +105,11 @@ class BatchLane:
         num_at_once: int = 1,
         is_divisible: Callable[[ApiError], bool] = lambda error: isinstance(error, EngineFailedError),
     ) -> None:
-        self.name = name
         self._batcher = DynamicBatcher(policy, tier_weights)
+        self._open_metrics = metrics.open_lane
         self._compute = compute
         self._max_queue_size = max_queue_size
-        self._metrics = metrics.open_lane(name, lambda: len(self._batcher))
+        self.rename(name)
         self._clock = clock
         self._num_at_once = num_at_once
         self._is_divisible = is_divisible
@@ -118,6 +118,11 @@ class BatchLane:
         self._running: dict[BatchItem, _Running] = {}
         self._num_running = 0  # batches
         self._changed = anyio.Event()
+
+    def rename(self, name: str) -> None:
+        """Count under another name from here on."""
+        self.name = name
+        self._metrics = self._open_metrics(name, lambda: len(self._batcher))
 
     @property
     def num_unfinished(self) -> int:

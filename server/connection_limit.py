@@ -86,6 +86,9 @@ class ConnectionLimit:
             self._num_closed.inc()
         return is_open
 
+    def has_place(self, connection: Connection) -> bool:
+        return connection in self._places
+
     def find_place(self, connection: Connection) -> bool:
         """Whether an open connection has a place, or gets one now."""
         if connection in self._places:
@@ -106,11 +109,12 @@ class ConnectionLimit:
         self._spare.leave(connection)
 
 
-def affordable_connections(max_connections: int) -> int:
+def affordable_connections(max_connections: int, descriptors_each: int) -> int:
     """Raise this process's limit on descriptors as far as it goes; returns how many connections that leaves."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS names a limit that its kernel refuses
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     num_descriptors = sys.maxsize if soft == resource.RLIM_INFINITY else soft
-    return max(1, min(max_connections, num_descriptors - _NUM_OTHER_DESCRIPTORS - _NUM_SPARE_PLACES))
+    num_left = num_descriptors - _NUM_OTHER_DESCRIPTORS - _NUM_SPARE_PLACES
+    return max(1, min(max_connections, num_left // descriptors_each))

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import anyio
@@ -25,13 +25,32 @@ from headrace.server.errors import (
     BodyTooLargeError,
     MethodNotAllowedError,
     ReceiveTimeoutError,
+    UnavailableError,
     UnsupportedMediaTypeError,
     envelope,
     internal_error,
 )
-from headrace.server.request_log import OnRejected, log_unaccepted
+from headrace.server.request_log import OnRejected, declared_route, log_unaccepted
+from headrace.server.sse import EventStream, retry_frame
 
 logger = logging.getLogger(__name__)
+
+
+class ReceivedBytes:
+    """What all of a server's bodies that are still being received come to: `max_bytes` at most, unless it is one."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+
+    def add(self, num_bytes: int, num_before: int) -> None:
+        """Count more of a body, of which `num_before` are counted. Raises: UnavailableError, with nothing added."""
+        if self._num_bytes > num_before and self._num_bytes + num_bytes > self._max_bytes:
+            raise UnavailableError("too many bodies are being received", "overloaded")
+        self._num_bytes += num_bytes
+
+    def remove(self, num_bytes: int) -> None:
+        self._num_bytes -= num_bytes
 
 
 class Endpoint:
@@ -50,6 +69,7 @@ class Endpoint:
         *,
         max_body_bytes: int,
         receive_timeout_s: float,
+        receiving: ReceivedBytes,
         on_disconnect: Callable[[], None],
         on_rejected: OnRejected,
         refuse: Callable[[ApiError], Response],
@@ -58,6 +78,7 @@ class Endpoint:
         self._respond = respond
         self._max_body_bytes = max_body_bytes
         self._receive_timeout_s = receive_timeout_s
+        self._receiving = receiving
         self._on_disconnect = on_disconnect
         self._on_rejected = on_rejected
         self._refuse = refuse
@@ -105,7 +126,7 @@ class Endpoint:
                 self._log_departure(request, request.state.stage)
             raise
         except Exception:
-            logger.exception("%s %s failed", request.method, request.scope["path"])
+            logger.exception("%s %s failed", request.method, self._route(request))
             return internal_error_response()
 
     def _note_refusal(self, request: Request, error: ApiError) -> None:
@@ -114,10 +135,14 @@ class Endpoint:
             self._on_rejected(state.id, request.scope["path"], state.received_s, error.status)
 
     def _log_departure(self, request: Request, stage: str) -> None:
-        log_unaccepted(request.state.id, request.scope["path"], request.state.received_s, f"cancelled: {stage}")
+        log_unaccepted(request.state.id, self._route(request), request.state.received_s, f"cancelled: {stage}")
+
+    def _route(self, request: Request) -> str:
+        return declared_route(request.scope["path"], request.app.routes)
 
     async def _read_body(self, request: Request) -> bytes:
-        """Raises: ClientDisconnect; ApiError for what can be told from the headers, or a body over the limit."""
+        """Raises: ClientDisconnect; ApiError for what can be told from the headers, a body over the limit, or one that
+        all others leave no room for."""
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         # A page on another origin can send some other types without asking first, so this also stops drive-by requests.
         if media_type not in self._media_types:
@@ -133,12 +158,16 @@ class Endpoint:
             if len(length) > 20 or int(length) > self._max_body_bytes:
                 raise too_large
         body = bytearray()
-        with anyio.move_on_after(self._receive_timeout_s):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > self._max_body_bytes:
-                    raise too_large
-            return bytes(body)
+        try:
+            with anyio.move_on_after(self._receive_timeout_s):
+                async for chunk in request.stream():
+                    self._receiving.add(len(chunk), len(body))
+                    body += chunk
+                    if len(body) > self._max_body_bytes:
+                        raise too_large
+                return bytes(body)
+        finally:
+            self._receiving.remove(len(body))
         raise ReceiveTimeoutError(f"the body did not arrive within {self._receive_timeout_s:g} s")
 
 
@@ -150,6 +179,19 @@ async def _cancel_on_disconnect(receive: Receive, scope: anyio.CancelScope) -> N
 
 def error_response(error: ApiError) -> Response:
     return JSONResponse(error.envelope(), error.status, error.headers)
+
+
+def refuse_event_source(error: ApiError) -> Response:
+    """A refusal of what an EventSource asks for. Any status but 200 would end it for good: where coming back later
+    helps, an empty stream makes it do so."""
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is None:
+        return error_response(error)
+
+    async def frames() -> AsyncIterator[bytes]:
+        yield retry_frame(round(retry_after_s * 1000))
+
+    return EventStream(frames())
 
 
 def internal_error_response() -> Response:

@@ -207,7 +207,8 @@ class EngineClient:
         Raises: UnavailableError where the server began to drain, or the engine ended, since `reserve`.
         """
         self.check_accepting()
-        generation.stages.submitted_s = self.clock()
+        if generation.num_output_tokens == 0:  # else an earlier process was asked first
+            generation.stages.submitted_s = self.clock()
         generation.on_end.insert(0, self._forget)
         self._generations[request.request_id] = generation
         num_tokens = generation.num_prompt_tokens if request.leader_id is None else 0
@@ -241,13 +242,15 @@ class EngineClient:
         return output
 
     def cancel(self, generation: Generation, error: ApiError | None = None) -> None:
-        """End a generation now; the engine frees its blocks within a step. Without effect on one that is over.
+        """End a generation now; the engine frees its blocks within a step. Without effect on one that is over or has
+        been cancelled before.
 
         `error` is what its readers are told, where it was not their doing. One that is journaled ends a moment later,
         when its end is in the journal, and behind all that the engine has put there.
         """
-        if generation.is_over:
+        if generation.is_over or generation.is_cancelled:
             return
+        generation.is_cancelled = True
         if self.journal is None or not generation.is_journaled:
             generation.end(FinishReason.CANCELLED, self.clock(), error)
         else:
@@ -266,14 +269,13 @@ class EngineClient:
             self.cancel(generation, error)
 
     def interrupt_all(self) -> None:
-        """End everything because the server does; the next process goes on with what is in the journal."""
-        if self.journal is None:
-            self._interrupt_all()
-        else:  # when nothing follows in the journal that readers could still be sent
-            self.journal.suspend(partial(self.call_soon, self._interrupt_all))
+        """End everything because the server does; the next process goes on with what is in the journal.
 
-    def _interrupt_all(self) -> None:
+        What the engine has said until now is still recorded: readers come back to a log that is no shorter than theirs.
+        """
         has_journal = self.journal is not None and self.journal.is_active
+        if self.journal is not None:
+            self.journal.suspend()  # before the engine speaks of what follows
         for generation in list(self._generations.values()):
             self._engine.cancel(generation.request_id)
             error = ShutdownError(is_resumable=has_journal and generation.is_journaled)
@@ -350,7 +352,7 @@ class EngineClient:
                 continue  # cancelled or stopped on this side, and the engine had not heard yet
             if output.scheduled_s is not None:
                 self.admission.leave(generation.request_id, output.num_cached_tokens)
-                if generation.stages.submitted_s is not None:
+                if generation.stages.submitted_s is not None and generation.num_output_tokens == 0:
                     self.metrics.queue_time[generation.tier].observe(output.scheduled_s - generation.stages.submitted_s)
             if output.token_ids:
                 num_tokens += len(output.token_ids)

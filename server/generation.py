@@ -58,6 +58,7 @@ class Generation:
     `choice` numbers the answers to one prompt. `echo` is text that comes before the answer, with `prompt_logprobs`, a
     list that all choices of a prompt share and the first one fills. `predicted_ttft_s` is the bare prediction that it
     was admitted with. `on_end` is called once the log has closed. What `is_journaled` a later process can go on with.
+    What `is_cancelled` is over, or will be soon.
     """
 
     id: str
@@ -71,6 +72,7 @@ class Generation:
     tier: Tier = Tier.STANDARD
     predicted_ttft_s: float | None = None
     is_journaled: bool = False
+    is_cancelled: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     log: StreamLog = field(default_factory=StreamLog)
     num_output_tokens: int = 0
@@ -83,6 +85,12 @@ class Generation:
     @property
     def is_over(self) -> bool:
         return self.log.terminal is not None
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether it is over for this process alone: the next one's log has no end here."""
+        terminal = self.log.terminal
+        return terminal is not None and terminal.error is not None and terminal.error.is_resumable
 
     @property
     def phase(self) -> str:
@@ -101,10 +109,9 @@ class Generation:
             self.end(FinishReason.ERROR, now, EngineFailedError("the text could not be decoded"))
 
     def _receive(self, output: SequenceOutput, now: float) -> None:
-        if output.scheduled_s is not None:
+        if output.scheduled_s is not None and self.num_output_tokens == 0:  # else an earlier process began it
             self.stages.scheduled_s = output.scheduled_s
-            if self.num_output_tokens == 0:  # else an earlier process computed the prompt
-                self.num_cached_tokens = output.num_cached_tokens
+            self.num_cached_tokens = output.num_cached_tokens
         if output.prompt_logprobs:
             self.prompt_logprobs += output.prompt_logprobs
         if self.echo and self.num_output_tokens == 0:

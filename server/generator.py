@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import anyio
 import anyio.lowlevel
@@ -152,14 +153,17 @@ class Generator:
         recipe: Recipe,
         generation: Generation,
         output_token_ids: tuple[int, ...],
-        on_end: Callable[[Generation], None],
         tenant: str,
     ) -> None:
-        """Have the engine go on with a generation that was accepted by an earlier process. Its times start anew.
+        """Have the engine go on with a generation that was accepted by an earlier process. Its time limits start anew.
 
-        Raises: UnavailableError where the server has begun to drain, or the engine has ended.
+        Raises: UnavailableError where the server has begun to drain, or the engine has ended; BadRequestError,
+        ContextLengthError where that process could do what this one cannot.
         """
         assert len(output_token_ids) == generation.num_output_tokens
+        self.client.check_accepting()
+        assert self.client.ready is not None
+        _check_fits(recipe, output_token_ids, self.client.ready)
         if output_token_ids:  # of whose first the prompt's log probabilities came before
             recipe = replace(recipe, sampling=replace(recipe.sampling, num_prompt_logprobs=None))
         tier, weight = standing_of(self.keys, tenant)
@@ -167,7 +171,6 @@ class Generator:
         target_s = self.client.admission.targets_s[tier]
         now = self.client.clock()
         self._submit(recipe, generation, demand, arrival_s=now, target_s=target_s, output_token_ids=output_token_ids)
-        generation.on_end.append(on_end)
 
     @contextmanager
     def _within_limits(self, demand: Demand) -> Iterator[None]:
@@ -228,6 +231,20 @@ class Generator:
         )
         self.limits.begin(demand.tenant)
         generation.on_end.append(partial(self._release, demand.tenant))
+
+
+def _check_fits(recipe: Recipe, output_token_ids: tuple[int, ...], ready: EngineReady) -> None:
+    """Check a recipe against an engine that it was not made for. Raises: BadRequestError, ContextLengthError."""
+    num_prompt, sampling = len(recipe.prompt_token_ids), recipe.sampling
+    if num_prompt + sampling.max_tokens > ready.max_context_tokens:
+        raise ContextLengthError(
+            f"{num_prompt} prompt tokens and {sampling.max_tokens} of the answer exceed the context of "
+            f"{ready.max_context_tokens} tokens that the server has since its restart"
+        )
+    biased = (token_id for token_id, _ in sampling.logit_bias)
+    for token_id in chain(recipe.prompt_token_ids, output_token_ids, sampling.stop_token_ids, biased):
+        if not 0 <= token_id < ready.vocab_size:
+            raise BadRequestError(f"the server has no token {token_id} since its restart")
 
 
 @dataclass(frozen=True, slots=True)

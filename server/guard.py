@@ -10,13 +10,14 @@ import secrets
 import time
 from urllib.parse import SplitResult, urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headrace.server.api_keys import ApiKeys
-from headrace.server.endpoint import error_response
+from headrace.server.endpoint import error_response, refuse_event_source
 from headrace.server.errors import ApiError, ForbiddenError, UnauthorizedError, UnavailableError
 from headrace.server.request_log import OnRejected
 from headrace.server.settings import ListenerSettings, is_loopback
@@ -46,7 +47,7 @@ class _Guard:
             except ApiError as error:
                 id = secrets.token_hex(16)
                 self._on_rejected(id, scope["path"], time.monotonic(), error.status)
-                response = error_response(error)
+                response = self._refuse(scope, error)
                 # A body that was not read may still be coming, so the connection cannot carry another request.
                 response.headers.update({"connection": "close", "x-request-id": id})
                 await response(scope, receive, send)
@@ -56,6 +57,9 @@ class _Guard:
     def _check(self, scope: Scope) -> None:
         """Raises: ApiError."""
         raise NotImplementedError
+
+    def _refuse(self, scope: Scope, error: ApiError) -> Response:
+        return error_response(error)
 
 
 class KeyGuard(_Guard):
@@ -126,7 +130,20 @@ class LoopbackGuard(_Guard):
 
 
 class ProbeGuard(_Guard):
-    """Refuses with 503 all but what tells of the server, where there are too many connections."""
+    """Refuses with 503 all but what tells of the server, where there are too many connections; each gets one answer."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["connection"] = "close"
+            await send(message)
+
+        await super().__call__(scope, receive, send_last)
+
+    def _refuse(self, scope: Scope, error: ApiError) -> Response:
+        accepted = Headers(scope=scope).get("accept", "")
+        is_event_source = scope["method"] == "GET" and "text/event-stream" in accepted
+        return refuse_event_source(error) if is_event_source else super()._refuse(scope, error)
 
     def _check(self, scope: Scope) -> None:
         if scope["method"] != "GET" or scope["path"] not in ("/health", "/ready", "/metrics"):

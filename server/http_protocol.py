@@ -9,13 +9,15 @@ import asyncio
 import json
 import secrets
 import socket
+import ssl
 import sys
 import time
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol, RequestResponseCycle
+from uvloop.loop import SSLProtocol  # type: ignore[attr-defined]  # what uvloop itself puts between a transport and TLS
 
 from headrace.server.connection_limit import ConnectionLimit
 from headrace.server.errors import envelope
@@ -28,36 +30,52 @@ _MAX_HEADERS = 100
 _LINGER_S = 1.0
 # What a client has to read of what waits for it in each `peer_timeout_s`.
 _MIN_READ_BYTES = 1024
-# How long a connection without a place may take to say what it wants.
+# How long a connection without a place may take to say what it wants, and to read the answer.
 _PLACELESS_TIMEOUT_S = 5.0
+# How long TLS may take to begin, and to end.
+_TLS_TIMEOUT_S = 5.0
 # Of TCP's keep-alive: so many probes without an answer, each after an equal part of half the time.
 _NUM_PROBES = 3
 
 
 class HttpProtocol(H11Protocol):
     """One connection of the many that share `limit`; `settings` has the other limits, `on_rejected` is told of every
-    refusal."""
+    refusal. With `tls` it counts from before its handshake."""
 
     conn: "_BoundedConnection"
 
     def __init__(
-        self, settings: ListenerSettings, limit: ConnectionLimit, on_rejected: OnRejected, **uvicorn_arguments: Any
+        self,
+        settings: ListenerSettings,
+        limit: ConnectionLimit,
+        on_rejected: OnRejected,
+        tls: ssl.SSLContext | None = None,
+        **uvicorn_arguments: Any,
     ) -> None:
         super().__init__(**uvicorn_arguments)
         self._on_rejected = on_rejected
+        self._tls = tls
         self._settings = settings
         self._limit = limit
         self.conn = _BoundedConnection(settings.max_header_bytes)
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._place_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin when a connection is accepted, with TLS once more when its handshake is done."""
+        is_new, self.transport = self.transport is None, transport
+        if is_new and not self._limit.open(self):
+            transport.abort()
+            return
+        if is_new and not self._limit.has_place(self):
+            self._place_timer = self.loop.call_later(_PLACELESS_TIMEOUT_S, self._end_placeless)
+        if is_new and self._tls is not None:
+            self._shake_hands(transport, self._tls)
+            return
         super().connection_made(transport)
         self._whole_app = _with_chunks(self.app, transport, self.flow, self.conn)
-        if self._limit.open(self):
-            self._time_head()
-        else:
-            transport.abort()
+        self._time_head()
 
     def data_received(self, data: bytes) -> None:
         has_place = self._limit.find_place(self)
@@ -72,12 +90,12 @@ class HttpProtocol(H11Protocol):
         if self.conn.their_state is h11.SEND_BODY:
             # Answered without its body having been read, of which nobody knows when it will end. Not closed at once:
             # the client should find the answer, not a reset.
-            self.loop.call_later(_LINGER_S, self.transport.close)
+            self.loop.call_later(_LINGER_S, self._close_unread, self.cycle)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._limit.close(self)
-        for timer in (self._head_timer, self._write_timer):
+        for timer in (self._head_timer, self._write_timer, self._place_timer):
             if timer is not None:
                 timer.cancel()
 
@@ -103,6 +121,33 @@ class HttpProtocol(H11Protocol):
         assert isinstance(error, h11.RemoteProtocolError)
         self._refuse(error.error_status_hint, str(error)[:200])
 
+    def _shake_hands(self, transport: asyncio.Transport, tls: ssl.SSLContext) -> None:
+        """Have TLS between `transport` and this protocol, which then gets one that speaks it. The loop's server would
+        do the same, but tell of a connection only afterwards, and a flood of silent ones would go uncounted."""
+        done = self.loop.create_future()
+        done.add_done_callback(self._note_handshake)
+        protocol = SSLProtocol(
+            self.loop,
+            self,
+            tls,
+            done,
+            server_side=True,
+            ssl_handshake_timeout=_TLS_TIMEOUT_S,
+            ssl_shutdown_timeout=_TLS_TIMEOUT_S,
+        )
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
+
+    def _note_handshake(self, done: asyncio.Future[None]) -> None:
+        # A connection that ends meanwhile is no error, and `connection_lost` is for one that has begun.
+        if done.exception() is not None or self.flow is None:
+            self._limit.close(self)
+
+    def _close_unread(self, cycle: RequestResponseCycle) -> None:
+        """Close, unless the body of this cycle's request has come to its end after all."""
+        if self.cycle is cycle and self.conn.their_state is h11.SEND_BODY:
+            self.transport.close()
+
     def _note_state(self) -> None:
         self._limit.note(self, is_idle=self.conn.their_state is h11.IDLE)
 
@@ -113,10 +158,15 @@ class HttpProtocol(H11Protocol):
                 self._head_timer.cancel()
                 self._head_timer = None
         elif self._head_timer is None:
-            timeout_s = self._settings.receive_timeout_s
-            if not self._limit.find_place(self):
-                timeout_s = min(timeout_s, _PLACELESS_TIMEOUT_S)
-            self._head_timer = self.loop.call_later(timeout_s, self._refuse_late_head)
+            self._head_timer = self.loop.call_later(self._settings.receive_timeout_s, self._refuse_late_head)
+
+    def _end_placeless(self) -> None:
+        if self._limit.has_place(self):
+            return
+        if self.conn.their_state is h11.IDLE and not self.is_writing:
+            self._refuse_late_head()
+        else:
+            self.transport.abort()
 
     def _refuse_late_head(self) -> None:
         if self.conn.trailing_data[0]:
@@ -126,6 +176,9 @@ class HttpProtocol(H11Protocol):
 
     def _refuse(self, status: int, message: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer is under way, and has to end torn
+            if self.cycle is not None:  # its request's body was what could not be read, and there is no more to say
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
             id = secrets.token_hex(16)
             self._on_rejected(id, "", time.monotonic(), status)
             body = json.dumps(envelope(message, type="invalid_request_error")).encode()
@@ -161,9 +214,10 @@ def _with_chunks(app: Any, transport: asyncio.Transport, flow: FlowControl, conn
         transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
         return True
 
-    def run(scope: Any, receive: Any, send: Any) -> Any:
-        scope.setdefault("extensions", {})[WRITE_CHUNK] = write_chunk
-        return app(scope, receive, send)
+    async def run(scope: Any, receive: Any, send: Any) -> None:
+        if conn.their_state is not h11.ERROR:  # else it was refused before it could begin
+            scope.setdefault("extensions", {})[WRITE_CHUNK] = write_chunk
+            await app(scope, receive, send)
 
     return run
 

@@ -8,6 +8,7 @@ Where writing fails the journal stops, and takes its file with it: one that lags
 than none. What a stream's text is, and who may read it, is the event loop's affair.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -83,6 +84,16 @@ class RecordedStream:
     record: StreamRecord
     outputs: tuple[tuple[float, SequenceOutput | None], ...]
 
+    @property
+    def num_vain_restarts(self) -> int:
+        """How often it was taken up since its last token."""
+        count = 0
+        for _, output in reversed(self.outputs):
+            if output is not None and output.token_ids:
+                break
+            count += output is None
+        return count
+
 
 @dataclass(frozen=True, slots=True)
 class Recording:
@@ -119,7 +130,9 @@ class Journal:
         Raises: JournalError where the file is another server's at this time, or cannot be opened.
         """
         self.is_active = True
-        self._path = path
+        # Since when the thread has been at what it writes now; None while it waits. Written there, read by any.
+        self.busy_since_s: float | None = None
+        self._path = Path(os.path.realpath(path))  # SQLite's other files lie beside the file that a link leads to
         self._synchronous = _SYNCHRONOUS[fsync]
         self._model = model
         self._clock_offset_s = time.time() - time.monotonic()  # times in the file have to outlive this boot
@@ -172,18 +185,24 @@ class Journal:
         """Leave nothing of a stream in any file, soon."""
         self._put(partial(self._delete, id))
 
-    def suspend(self, then: Callable[[], None]) -> None:
+    def suspend(self) -> None:
         """Record nothing from here on: what is unfinished is the next process's."""
-        self._put(self._stop_writing, then)
+        self._put(self._stop_writing)
 
     def close(self) -> None:
-        """Write what is waiting, close the file and end the thread, unless the disk keeps it too long."""
+        """Write what is waiting, close the file and end the thread, unless the disk keeps it too long: see
+        `has_thread`."""
 
         def close() -> None:
             self._is_closing = True
 
         self._put(lambda db: None, close)
         self._thread.join(_CLOSE_TIMEOUT_S)
+
+    @property
+    def has_thread(self) -> bool:
+        """Whether the thread is alive, as it may be after `close`."""
+        return self._thread.is_alive()
 
     def _put(self, write: Callable[[sqlite3.Connection], None], then: Callable[[], None] = lambda: None) -> None:
         self._queue.put(_Job(write, then))
@@ -199,6 +218,7 @@ class Journal:
         opened.put(None)
         while not self._is_closing:
             jobs = self._next_jobs()
+            self.busy_since_s = time.monotonic()
             if self._db is not None:
                 try:
                     self._write(self._db, jobs)
@@ -206,6 +226,7 @@ class Journal:
                     self._give_up(error)
             for job in jobs:
                 job.then()
+            self.busy_since_s = None
         if self._db is not None:
             self._db.close()
 
@@ -324,21 +345,20 @@ class Journal:
         db: sqlite3.Connection | None = None
         found: Mapping[str, _Rows | sqlite3.DatabaseError] = {}
         try:
+            db = self._connect()
             try:
-                db = self._connect()
+                self._set_up(db)
                 found, damage = _read_rows(db)
             except sqlite3.DatabaseError as error:
-                if _is_refusal(error):
-                    raise
-                damage = _kind(error)
+                damage = _damage(error)
             readable = self._take_in(found)
-            if db is not None and not damage:
+            if not damage:
                 return db
             logger.error("the journal is damaged, and what can be read of it goes into a new one: %s", damage)
-            if db is not None:
-                db.close()  # which deletes files by their names, so not later
             self._put_aside()
+            db.close()  # which deletes by their names: not before they have others, nor when new files have theirs
             db = self._connect()
+            self._set_up(db)
             _begin(db)
             for id, rows in readable.items():
                 db.execute(_NEW_TABLE.format(id))
@@ -347,39 +367,41 @@ class Journal:
             self._ids = set(readable)
             return db
         except (sqlite3.Error, OSError) as error:
+            if db is not None:
+                db.close()
             is_locked = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
             reason = "another server uses it" if is_locked else str(error)
             raise JournalError(f"journal_file: cannot open {self._path}: {reason}") from None
 
     def _connect(self) -> sqlite3.Connection:
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
-        self._path.chmod(0o600)  # which SQLite gives its other files too
-        db = sqlite3.connect(
+        for path in self._files:  # SQLite gives new ones the first one's mode
+            with suppress(FileNotFoundError):
+                path.chmod(0o600)
+        return sqlite3.connect(
             self._path, timeout=_LOCK_TIMEOUT_S, isolation_level=None, cached_statements=_MAX_STATEMENTS
         )
-        try:
-            db.text_factory = bytes  # what is damaged may be no text
-            db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
-            db.execute("PRAGMA secure_delete = ON")
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute(f"PRAGMA synchronous = {self._synchronous}")
-            db.execute(f"PRAGMA wal_autocheckpoint = {_PAGES_PER_CHECKPOINT}")
-            [version] = db.execute("PRAGMA user_version").fetchone()
-            if version not in (0, _FORMAT):
-                raise sqlite3.DatabaseError(f"its format is {version}, not {_FORMAT}")
-            db.execute(f"PRAGMA user_version = {_FORMAT}")  # a write, which takes the lock
-        except BaseException:
-            db.close()
-            raise
-        return db
+
+    def _set_up(self, db: sqlite3.Connection) -> None:
+        db.text_factory = bytes  # what is damaged may be no text
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+        db.execute("PRAGMA secure_delete = ON")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute(f"PRAGMA synchronous = {self._synchronous}")
+        db.execute(f"PRAGMA wal_autocheckpoint = {_PAGES_PER_CHECKPOINT}")
+        [version] = db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, _FORMAT):
+            raise sqlite3.DatabaseError(f"its format is {version}, not {_FORMAT}")
+        db.execute(f"PRAGMA user_version = {_FORMAT}")  # a write, which takes the lock
 
     def _put_aside(self) -> None:
-        aside = Path(f"{self._path}.damaged")
-        for path in self._files[1:]:
-            path.unlink(missing_ok=True)
-        self._path.replace(aside)
-        logger.warning("the damaged journal is kept as %s; it may hold prompts and answers", aside)
+        asides = (Path(f"{self._path}.damaged-{number}") for number in itertools.count(1))
+        aside = next(path for path in asides if not path.exists())
+        for path in self._files:
+            with suppress(FileNotFoundError):
+                path.rename(f"{aside}{path.name.removeprefix(self._path.name)}")
+        logger.warning("the damaged journal is kept as %s until you delete it; it may hold prompts and answers", aside)
 
     def _take_in(self, found: Mapping[str, _Rows | sqlite3.DatabaseError]) -> dict[str, _Rows]:
         """Make `_recording` of these; returns those that can be read."""
@@ -447,7 +469,7 @@ class Journal:
 def _read_rows(db: sqlite3.Connection) -> tuple[dict[str, _Rows | sqlite3.DatabaseError], str]:
     """Each stream's rows or why they cannot be read, and what is wrong with the file, if something is.
 
-    Raises: sqlite3.DatabaseError.
+    Raises: sqlite3.DatabaseError where that is not known, or all of it is damaged.
     """
     [[check]] = db.execute("PRAGMA quick_check(1)").fetchall()
     damage = "" if check == b"ok" else "its pages do not fit together"
@@ -457,8 +479,8 @@ def _read_rows(db: sqlite3.Connection) -> tuple[dict[str, _Rows | sqlite3.Databa
         try:
             found[id] = db.execute(f'SELECT position, body, crc FROM "{id}" ORDER BY position').fetchall()
         except sqlite3.DatabaseError as error:
+            damage = damage or _damage(error)
             found[id] = error
-            damage = damage or _kind(error)
     return found, damage
 
 
@@ -467,10 +489,13 @@ def _begin(db: sqlite3.Connection) -> None:
         db.execute("BEGIN")
 
 
-def _is_refusal(error: sqlite3.DatabaseError) -> bool:
-    """Whether the file may be as good as ever, and is only not to be had."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY)
+def _damage(error: sqlite3.DatabaseError) -> str:
+    """What is wrong with the file. Raises: the error, where the file may be as good as ever: of a full disk, say."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_NOTADB) & 0xFF  # of a wrong format the error is our own
+    # The last of them is what a table is answered with that is none of ours.
+    if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
+        raise error
+    return _kind(error)
 
 
 def _kind(error: Exception) -> str:

@@ -25,14 +25,15 @@ class LogFormatter(logging.Formatter):
 
 
 def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """The loop's exception handler: its default one writes the repr of whatever failed."""
-    logger.error("%s", context["message"], exc_info=context.get("exception"))
+    """The loop's exception handler: its default one writes the repr of whatever failed, and so may `context`."""
+    logger.error("a callback or a task of the event loop failed", exc_info=context.get("exception"))
 
 
-def _places(error: BaseException) -> str:
-    """A traceback without messages, its causes first."""
+def _places(error: BaseException, above: tuple[BaseException, ...] = ()) -> str:
+    """A traceback without messages, its causes first; `above` are the errors that it is a cause of."""
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    causes = [] if cause is None else [_places(cause)]
+    above = (*above, error)
+    causes = [] if cause is None or cause in above else [_places(cause, above)]
     own = ["Traceback (most recent call last):\n", *traceback.format_tb(error.__traceback__), type(error).__qualname__]
-    parts = [_places(part) for part in getattr(error, "exceptions", ())]
+    parts = [_places(part, above) for part in getattr(error, "exceptions", ())]
     return "\n\n".join([*causes, "".join(own), *parts])

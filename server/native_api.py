@@ -18,12 +18,11 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from headrace.server.endpoint import error_response
 from headrace.server.errors import (
-    ApiError,
     BadRequestError,
     LostEventsError,
     NotAcceptableError,
+    ShutdownError,
     UnauthorizedError,
     internal_error,
 )
@@ -131,14 +130,18 @@ class NativeApi:
         return self._read(stream, _last_event_id(request))
 
     async def snapshot_or_cancel(self, request: Request, body: bytes) -> Response:
-        """GET /v1/streams/{id}: what there is. DELETE: end it, harmless on one that is over; its readers get `done`."""
+        """GET /v1/streams/{id}: what there is. DELETE: end it, harmless on one that is over; its readers get `done`.
+        One that the next process goes on with is that one's to end."""
         stream = self._registry.get_owned(request.path_params["id"], request.state.tenant)
         generation = stream.generation
-        if request.method == "DELETE" and not generation.is_over:
-            ended = anyio.Event()
-            generation.on_end.append(lambda _: ended.set())
-            self._client.cancel(generation)
-            await ended.wait()
+        if request.method == "DELETE":
+            if not generation.is_over:
+                ended = anyio.Event()
+                generation.on_end.append(lambda _: ended.set())
+                self._client.cancel(generation)
+                await ended.wait()
+            if generation.is_interrupted:
+                raise ShutdownError(is_resumable=True)
         return self._snapshot(stream)
 
     def _shown_ticket(self, request: Request) -> Ticket | None:
@@ -272,32 +275,34 @@ class NativeApi:
     def _terminal_frame(self, stream: NativeStream, cursor: int) -> bytes:
         generation = stream.generation
         assert generation.log.terminal is not None
-        id = stream.event_id(cursor)
         if (error := generation.log.terminal.error) is not None:
-            if error.is_resumable:  # the next process's log has no end here
+            if generation.is_interrupted:
                 return event_frame("interrupted", error.envelope()["error"], id=stream.event_id(cursor - 1))
-            return event_frame("error", error.envelope(), id=id)
+            return event_frame("error", error.envelope(), id=stream.event_id(cursor))
         done = {
             "finish_reason": generation.log.terminal.finish_reason.value,
             "usage": usage([generation]),
             "timings": generation.timings(),
         }
-        return event_frame("done", done, id=id)
+        return event_frame("done", done, id=stream.event_id(cursor))
 
     def _snapshot(self, stream: NativeStream) -> Response:
         generation, terminal = stream.generation, stream.generation.log.terminal
         status = "waiting" if generation.stages.scheduled_s is None else "running"
+        if terminal is not None:
+            status = "interrupted" if generation.is_interrupted else "finished"
+        cursor = generation.log.end - generation.is_interrupted
         error = terminal.error if terminal else None
         content = {
             "id": stream.id,
             "object": "stream",
             "created": stream.created_s,
             "model": self._generator.model_name,
-            "status": status if terminal is None else "finished",
+            "status": status,
             "text": generation.log.read().text,
-            "cursor": generation.log.end,
-            "last_event_id": stream.event_id(generation.log.end),
-            "finish_reason": terminal.finish_reason.value if terminal else None,
+            "cursor": cursor,
+            "last_event_id": stream.event_id(cursor),
+            "finish_reason": terminal.finish_reason.value if terminal and status == "finished" else None,
             "error": error.envelope()["error"] if error else None,
             "usage": usage([generation]),
             "timings": generation.timings(),
@@ -346,16 +351,3 @@ def _params_from_query(request: Request) -> StreamCompletionRequest:
                 raise BadRequestError(f"{name}: {to_json(value[:100])} is not a number or flag", param=name) from None
     fields.pop("stream", None)
     return parse_request(StreamCompletionRequest, fields)
-
-
-def refuse_event_source(error: ApiError) -> Response:
-    """A refusal of GET /v1/stream. Any status but 200 would end an EventSource for good: where coming back later helps,
-    an empty stream makes it do so."""
-    retry_after_s = getattr(error, "retry_after_s", None)
-    if retry_after_s is None:
-        return error_response(error)
-
-    async def frames() -> AsyncIterator[bytes]:
-        yield retry_frame(round(retry_after_s * 1000))
-
-    return EventStream(frames())

@@ -35,7 +35,7 @@ from headrace.server.admin import admin_app
 from headrace.server.api_keys import ApiKeys, reload_keys, standing_of
 from headrace.server.batch_lane import Asker, BatchLane, Computed, LaneInput
 from headrace.server.circuit_breaker import CircuitBreaker
-from headrace.server.endpoint import Endpoint, error_response, exception_handlers
+from headrace.server.endpoint import Endpoint, ReceivedBytes, error_response, exception_handlers
 from headrace.server.errors import (
     ApiError,
     BadGatewayError,
@@ -63,7 +63,7 @@ from headrace.server.proxy_protocols import (
 )
 from headrace.server.proxy_settings import ProxySettings
 from headrace.server.request_log import declared_route, log_unaccepted
-from headrace.server.serve import DrainingServer, listen, say, start_logging
+from headrace.server.serve import DrainingServer, listen, say, start_logging, within_descriptors
 from headrace.server.settings import is_loopback
 from headrace.server.sse import EventStream, data_frame
 from headrace.server.tenant_limits import TenantLimits
@@ -86,6 +86,8 @@ _READY_TIMEOUT_S = 2.0
 # How long what /ready has found out stands: probes of many machines must not be the upstream's load.
 _READY_AGE_S = 1.0
 _RETRY_S = 1.0
+# What metrics call lanes whose names nobody but a client has said: names come from clients, and metrics stay.
+_UNKNOWN_LANE = "other"
 _DONE = b"data: [DONE]\n\n"
 _BINARY_HEADER = "inference-header-content-length"
 _CREDENTIALS = ("authorization", "x-api-key")
@@ -154,6 +156,7 @@ class Proxy:
             retry_budget=settings.retry_budget,
             breaker=CircuitBreaker(settings.breaker_failures, settings.breaker_reset_s),
             max_response_bytes=settings.max_response_bytes,
+            max_connections=settings.max_connections,
             clock=time.monotonic,
             registry=self.metrics.registry,
             transport=transport,
@@ -204,6 +207,7 @@ class Proxy:
 
     def _routes(self) -> list[Route]:
         settings = self.settings
+        receiving = ReceivedBytes(settings.max_queue_bytes)
 
         def endpoint(respond: Callable[[Request, bytes], Awaitable[Response]], *media_types: str) -> Endpoint:
             return Endpoint(
@@ -211,6 +215,7 @@ class Proxy:
                 max_body_bytes=settings.max_body_bytes,
                 media_types=("application/json", *media_types),
                 receive_timeout_s=settings.receive_timeout_s,
+                receiving=receiving,
                 on_disconnect=lambda: self.metrics.count_cancelled("body"),
                 on_rejected=self.report_refusal,
                 refuse=error_response,
@@ -257,8 +262,9 @@ class Proxy:
             self._num_bytes += len(body)
             response = await respond(request, body)
             state.is_accepted = True
+            route = declared_route(request.scope["path"], self.asgi.routes)
             state.cleanup.callback(
-                log_unaccepted, state.id, request.scope["path"], state.received_s, f"answered: {response.status_code}"
+                log_unaccepted, state.id, route, state.received_s, f"answered: {response.status_code}"
             )
             return response
 
@@ -411,18 +417,24 @@ class Proxy:
 
     def _make_lane(self, name: str) -> BatchLane:
         settings = self.settings
-        if len(self._lane_names) < settings.max_models:
-            self._lane_names.add(name)
         policy = BatchPolicy(
             max_size=settings.max_batch_size,
             max_wait_s=settings.max_wait_ms / 1000,
             max_cost=settings.max_batch_cost or math.inf,
             max_padding=1.0,  # whether the upstream pads is its own affair, and max_batch_cost bounds it
         )
-        return BatchLane(
-            name if name in self._lane_names else "other",  # names come from clients, and metrics stay
+
+        async def compute(items: Sequence[_Item]) -> Computed:
+            computed = await self._compute(items)
+            if lane.name != name and len(self._lane_names) < settings.max_models:  # the upstream knows it
+                self._lane_names.add(name)
+                lane.rename(name)
+            return computed
+
+        lane = BatchLane(
+            name if name in self._lane_names else _UNKNOWN_LANE,
             policy,
-            self._compute,
+            compute,
             tier_weights=SchedulingPolicy().tier_weights,
             max_queue_size=settings.max_queue_size,
             metrics=self.metrics,
@@ -430,6 +442,7 @@ class Proxy:
             num_at_once=settings.max_concurrent_batches,
             is_divisible=_may_be_one_items,
         )
+        return lane
 
     async def _health(self, request: Request) -> Response:
         """Alive: the loop answers."""
@@ -459,6 +472,7 @@ def serve_proxy(settings: ProxySettings) -> int:
     logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
     try:
         listeners = listen(settings)
+        settings = within_descriptors(settings, descriptors_each=2)  # its client's, and one to the upstream
         proxy = Proxy(settings)
     except HeadraceError as error:
         print(f"headrace: {error}", file=sys.stderr)

@@ -6,14 +6,15 @@ again as part of the prompt.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import anyio
 import anyio.lowlevel
 
 from headrace.server.api_keys import standing_of
-from headrace.server.errors import UnavailableError
+from headrace.server.engine_client import EngineClient
+from headrace.server.errors import BadRequestError, ContextLengthError, EngineFailedError, UnavailableError
 from headrace.server.generation import Generation, Stages
 from headrace.server.generator import Generator
 from headrace.server.journal import Journal, RecordedStream, Recording
@@ -21,63 +22,98 @@ from headrace.server.stream_registry import NativeStream, StreamRegistry
 
 logger = logging.getLogger(__name__)
 
-# What is resumed so often without a token between may be what ends the process.
+# Restarts without a token between, after which a stream may be what ends the process. It is taken up alone then, so
+# that no other counts as suspicious for its sake, and after the latter number no more.
+_NUM_SUSPICIOUS_RESTARTS = 2
 _MAX_VAIN_RESTARTS = 5
 
 # Called with the id of a native stream, and its generation, once that is over.
 OnEnd = Callable[[str, Generation], None]
 
+_Unfinished = tuple[NativeStream, RecordedStream]
+
 
 async def restore_streams(journal: Journal, generator: Generator, registry: StreamRegistry, on_end: OnEnd) -> None:
     """Take in what the journal holds: what is finished can be read again, all else goes on at its next token.
 
-    Streams of tenants that are none any more are erased, and those that were taken up often and came no further.
+    Streams of tenants that are none any more are erased. Those that were taken up often and came no further end with an
+    error, and so do those that no longer fit the server.
     """
-    call_soon = generator.client.call_soon
+    client = generator.client
     tenants = frozenset({""}) if generator.keys is None else generator.keys.tenants
-    recording = Recording()
-    is_read, is_recorded = anyio.Event(), anyio.Event()
-
-    def take(found: Recording) -> None:
-        nonlocal recording
-        recording = found
-        is_read.set()
-
-    journal.read(partial(call_soon, take))
-    await is_read.wait()
+    recording = await _read(journal, client)
     gone = dict(recording.gone)
-    unfinished: list[tuple[NativeStream, RecordedStream]] = []
+    suspects: list[_Unfinished] = []
+    others: list[_Unfinished] = []
     for recorded in recording.streams:
         await anyio.lowlevel.checkpoint()
         record = recorded.record
-        latest = [output for _, output in recorded.outputs[-_MAX_VAIN_RESTARTS:]]
-        if record.tenant not in tenants or latest == [None] * _MAX_VAIN_RESTARTS:
+        if record.tenant not in tenants:
             gone[record.id] = record.tenant
             continue
         stream = _replay(generator, recorded)
         if stream.generation.is_over:
             registry.add(stream)
             registry.finish(stream.id)
+        elif recorded.num_vain_restarts < _NUM_SUSPICIOUS_RESTARTS:
+            others.append((stream, recorded))
         else:
-            unfinished.append((stream, recorded))
+            suspects.append((stream, recorded))
     for id, tenant in gone.items():
         registry.remember_gone(id, tenant)
+    try:
+        for suspect in suspects:
+            await _take_up([suspect], journal, generator, registry, on_end)
+            log = suspect[0].generation.log
+            with log.subscribe(log.end) as subscriber:
+                await subscriber.next()
+        await _take_up(others, journal, generator, registry, on_end)
+    except UnavailableError:  # the server drains already: the next one's
+        return
+    for stream, _ in (*suspects, *others):
+        registry.unsubscribed(stream, client.clock())  # from here on it is missed where it has no reader
+    registry.is_whole = True
+    if recording.streams or gone:
+        num_unfinished = len(suspects) + len(others)
+        logger.info("the journal held %d unfinished streams, and %d that cannot go on", num_unfinished, len(gone))
+
+
+async def _read(journal: Journal, client: EngineClient) -> Recording:
+    recordings: list[Recording] = []
+    is_read = anyio.Event()
+
+    def take(found: Recording) -> None:
+        recordings.append(found)
+        is_read.set()
+
+    journal.read(partial(client.call_soon, take))
+    await is_read.wait()
+    return recordings[0]
+
+
+async def _take_up(
+    unfinished: Sequence[_Unfinished], journal: Journal, generator: Generator, registry: StreamRegistry, on_end: OnEnd
+) -> None:
+    """Have the engine go on with streams, or end them for good. Raises: UnavailableError, as `Generator.resume`."""
+    client = generator.client
+    client.check_accepting()  # else they would count as taken up
+    is_recorded = anyio.Event()
     journal.resume(
-        {stream.generation.request_id: stream.id for stream, _ in unfinished}, partial(call_soon, is_recorded.set)
+        {stream.generation.request_id: stream.id for stream, _ in unfinished},
+        partial(client.call_soon, is_recorded.set),
     )
     await is_recorded.wait()
     for stream, recorded in unfinished:
         outputs = (output for _, output in recorded.outputs if output is not None)
         token_ids = tuple(token_id for output in outputs for token_id in output.token_ids)
-        recipe = recorded.record.recipe
         try:
-            generator.resume(recipe, stream.generation, token_ids, partial(on_end, stream.id), stream.tenant)
-        except UnavailableError:  # the server drains already: the next one's
-            return
+            if recorded.num_vain_restarts >= _MAX_VAIN_RESTARTS:
+                raise EngineFailedError(f"{recorded.num_vain_restarts} times the server ended before the next token")
+            generator.resume(recorded.record.recipe, stream.generation, token_ids, stream.tenant)
+        except (EngineFailedError, BadRequestError, ContextLengthError) as error:
+            client.cancel(stream.generation, error)
+        stream.generation.on_end.append(partial(on_end, stream.id))
         registry.add(stream)
-    registry.is_whole = True
-    if recording.streams or gone:
-        logger.info("the journal held %d streams that go on, and %d that cannot", len(unfinished), len(gone))
 
 
 def _replay(generator: Generator, recorded: RecordedStream) -> NativeStream:
@@ -92,7 +128,14 @@ def _replay(generator: Generator, recorded: RecordedStream) -> NativeStream:
         return generation
 
     stream = NativeStream(
-        record.id, record.tenant, make(), record.created_s, record.continues_alone, now, record.grace_s
+        record.id,
+        record.tenant,
+        make(),
+        record.created_s,
+        record.continues_alone,
+        unread_since_s=None,
+        grace_s=record.grace_s,
+        restored_s=now,
     )
     for at_s, output in (*recorded.outputs, (now, None)):
         if stream.generation.is_over:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import anyio
 import uvicorn
@@ -55,6 +55,7 @@ _LOADING = threading.Lock()
 _OPENMP_SPINS = "2000"
 
 LoadEngine = Callable[[], tuple[Scheduler, Runner]]
+S = TypeVar("S", bound=ListenerSettings)
 
 
 class ListenError(HeadraceError):
@@ -72,6 +73,7 @@ def serve(settings: Settings, load_engine: LoadEngine | None = None) -> int:
         # First what is quickly told: a port that is taken should not cost the time a model takes to load.
         tls = load_tls(settings)
         listeners = listen(settings)
+        settings = within_descriptors(settings)
         source = resolve_model(settings.model, say)
         one_shots = [_resolve_one_shot(one_shot) for one_shot in settings.one_shot_models]
         if one_shots:
@@ -89,7 +91,9 @@ def start_logging(settings: ListenerSettings) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter())
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
-    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
+    for name in ("uvicorn", "PIL", "httpcore"):  # which tell what clients send where they tell all
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for every malformed form
 
 
 def listen(settings: ListenerSettings) -> list[socket.socket]:
@@ -106,6 +110,14 @@ def listen(settings: ListenerSettings) -> list[socket.socket]:
             raise ListenError(f"cannot listen on host {host}, port {port}: {error.strerror or error}") from None
         watch_peers(listeners[-1], settings.peer_timeout_s)
     return listeners
+
+
+def within_descriptors(settings: S, descriptors_each: int = 1) -> S:
+    """The settings, with no more connections than this process has descriptors for."""
+    num_connections = affordable_connections(settings.max_connections, descriptors_each)
+    if num_connections < settings.max_connections:
+        say(f"{num_connections} connections at most, not {settings.max_connections}: see ulimit -n")
+    return settings.model_copy(update={"max_connections": num_connections})
 
 
 def say(line: str) -> None:
@@ -144,10 +156,7 @@ class DrainingServer(uvicorn.Server):
         self._grace_s = settings.drain_grace_s
         self._hurried = anyio.Event()
         self._is_closing = False
-        num_connections = affordable_connections(settings.max_connections)
-        if num_connections < settings.max_connections:
-            say(f"{num_connections} connections at most, not {settings.max_connections}: see ulimit -n")
-        limit = ConnectionLimit(num_connections, app.metrics)
+        limit = ConnectionLimit(settings.max_connections, app.metrics)
         asgi: ASGIApp = app.asgi
         if len(listeners) > 1:
             asgi = ByPort(app.asgi, app.admin, listeners[1].getsockname()[1])
@@ -157,7 +166,7 @@ class DrainingServer(uvicorn.Server):
             loop="uvloop",
             # Made of h11, which answers clients that offer HTTP/2, and tells a stream of a disconnect behind a
             # pipelined request: httptools, the faster parser, does neither.
-            http=partial(HttpProtocol, settings, limit, app.report_refusal),  # type: ignore[arg-type]  # a class, as far as uvicorn calls it
+            http=partial(HttpProtocol, settings, limit, app.report_refusal, tls),  # type: ignore[arg-type]  # a class, as far as uvicorn calls it
             ws="none",
             lifespan="on",
             log_config=None,
@@ -165,7 +174,6 @@ class DrainingServer(uvicorn.Server):
             server_header=False,
             timeout_keep_alive=settings.keep_alive_s,
             timeout_graceful_shutdown=2 * _CLOSE_TIMEOUT_S,  # never reached: see _cut_connections
-            ssl_context_factory=(lambda config, default: tls) if tls else None,
         )
         super().__init__(config)
 
@@ -258,9 +266,11 @@ class _Server(DrainingServer):
         if self._tracing is not None:
             self._tracing.close()
         code = 1 if self._error is not None else 0
-        if self._app.client.has_thread or not self._app.settled.is_set():
-            # A thread is inside the model, where no Python can end it; leaving by the front door would wait for it, or
-            # abort in C++.
+        journal = self._app.journal
+        has_thread = self._app.client.has_thread or (journal is not None and journal.has_thread)
+        if has_thread or not self._app.settled.is_set():
+            # A thread is inside the model or waits for a disk, where no Python can end it; leaving by the front door
+            # would wait for it, or abort in C++.
             logging.shutdown()
             sys.stdout.flush()
             os._exit(code)

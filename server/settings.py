@@ -229,7 +229,7 @@ class Settings(ListenerSettings):
 
     stream_grace_s: float = Field(15, ge=0, description="how long a native stream runs without readers")
     stream_ttl_s: float = Field(600, ge=0, description="how long a finished native stream can be read again")
-    stream_log_bytes: Bytes = Field(64 * 2**20, description="most memory for logs of finished native streams")
+    stream_log_bytes: Bytes = Field(64 * 2**20, description="most memory for finished native streams")
     stream_interval_ms: float = Field(
         0, ge=0, le=10_000, description="least time between two events of any stream; hides when each token came"
     )

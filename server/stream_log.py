@@ -110,7 +110,7 @@ class StreamLog:
 
 class Subscriber:
     """One reader: a cursor into each of its logs, and one channel that all of them wake. It takes from each log at most
-    once in `interval_s`, and then all that came meanwhile."""
+    once in `interval_s`, and then all that came meanwhile; an end is not waited for."""
 
     def __init__(self, logs: Sequence[StreamLog], cursor: int = 0, interval_s: float = 0.0) -> None:
         self._logs = logs
@@ -158,12 +158,8 @@ class Subscriber:
         loop = asyncio.get_running_loop()
         expires_s = math.inf if timeout_s is None else loop.time() + timeout_s
         while (piece := self._take()) is None:
-            if self._served:
-                await anyio.sleep(self._due_s - loop.time())
-                self._served.clear()
-                continue
             self._bell = loop.create_future()
-            self._expire_at(expires_s)
+            self._expire_at(min(expires_s, self._due_s) if self._served else expires_s)
             try:
                 await self._bell
             finally:
@@ -171,7 +167,10 @@ class Subscriber:
             try:
                 self._receive.receive_nowait()
             except anyio.WouldBlock:
-                return None
+                if not self._served or loop.time() < self._due_s:
+                    return None
+            if self._served and loop.time() >= self._due_s:
+                self._served.clear()
         if self._interval_s:
             if not self._served:
                 self._due_s = loop.time() + self._interval_s
@@ -202,7 +201,7 @@ class Subscriber:
         for _ in self._logs:
             index = self._turn
             self._turn = (index + 1) % len(self._logs)
-            if index in self._served:
+            if index in self._served and self._logs[index].terminal is None:
                 continue
             piece = self._logs[index].read(self._cursors[index], index)
             if piece.cursor > self._cursors[index]:

@@ -6,6 +6,7 @@ a finished log is kept for a while under a byte limit, least recently read first
 of ids remains, so that a late reader learns that it came too late.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from headrace.server.stream_log import Subscriber
 _MAX_TOMBSTONES = 10_000
 # What a finished stream weighs beside its log: the objects that make it up.
 _STREAM_OVERHEAD_BYTES = 4096
+# What the journal keeps for each token of its prompt.
+_TOKEN_BYTES = 8
 
 
 @dataclass(slots=True, eq=False)
@@ -24,7 +27,7 @@ class NativeStream:
     """A stream: its owner, its generation, and since when it has no reader (None while it has one).
 
     `grace_s` is how long it may run without one, where its client asked for more or less than the server's own. At each
-    of the cursors `resumed_at` a restart has taken it up.
+    of the cursors `resumed_at` a restart has taken it up, the last at `restored_s`.
     """
 
     id: str
@@ -35,6 +38,7 @@ class NativeStream:
     unread_since_s: float | None
     grace_s: float | None = None
     resumed_at: list[int] = field(default_factory=list)
+    restored_s: float = -math.inf
 
     def event_id(self, cursor: int) -> str:
         """What an event of this stream is called, in a way that tells which restarts its reader knows of: a crash can
@@ -121,7 +125,7 @@ class StreamRegistry:
                 self._cancel(stream.generation)
         for stream in list(self._finished.values()):
             end_s = stream.generation.stages.end_s
-            is_old = end_s is not None and now - end_s >= self._ttl_s
+            is_old = end_s is not None and now - max(end_s, stream.restored_s) >= self._ttl_s
             if is_old or self._num_finished_bytes > self._max_finished_bytes:
                 self.forget(stream)
 
@@ -140,4 +144,6 @@ class StreamRegistry:
 
 
 def _num_bytes(stream: NativeStream) -> int:
-    return stream.generation.log.num_bytes + _STREAM_OVERHEAD_BYTES
+    generation = stream.generation
+    num_prompt_bytes = _TOKEN_BYTES * generation.num_prompt_tokens if generation.is_journaled else 0
+    return generation.log.num_bytes + num_prompt_bytes + _STREAM_OVERHEAD_BYTES

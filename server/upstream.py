@@ -92,6 +92,7 @@ class Upstream:
         retry_budget: float,
         breaker: CircuitBreaker,
         max_response_bytes: int,
+        max_connections: int,
         clock: Callable[[], float],
         registry: CollectorRegistry,
         transport: httpx.AsyncBaseTransport | None = None,
@@ -106,7 +107,7 @@ class Upstream:
         self._sleep = sleep
         # A transport of our own, since the client would send even what is for this machine to a proxy in the
         # environment.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE_CONNECTIONS)
+        limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=_MAX_IDLE_CONNECTIONS)
         self._client = httpx.AsyncClient(
             base_url=url,
             transport=transport or httpx.AsyncHTTPTransport(limits=limits),
@@ -221,7 +222,7 @@ class Upstream:
         except BadGatewayError:
             outcome = "unusable"
             raise
-        except (httpx.ConnectTimeout, httpx.PoolTimeout):
+        except httpx.ConnectTimeout:
             outcome, is_failure = "unreachable", True
             raise BadGatewayError("the upstream cannot be reached", UNREACHABLE) from None
         except (httpx.TimeoutException, DeadlineError):

@@ -92,6 +92,79 @@ async def test_a_body_that_nobody_reads_ends_its_connection(request_line: bytes)
         assert b"HTTP/1.1 " in await server.answer(request_line + UNREAD)
 
 
+@pytest.mark.parametrize("request_line", [b"POST /v1/stream/tickets", b"GET /v1/models"])
+async def test_a_body_that_comes_after_its_answer_leaves_the_connection_to_the_next_request(
+    request_line: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_protocol, "_LINGER_S", 0.05)
+    async with listening() as server, await server.connect() as connection:
+        await connection.send(request_line + b" HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n")
+        assert (await connection.receive()).startswith(b"HTTP/1.1 20")
+        with server.app.runner.held():
+            await connection.send(b"{}" + post(OK | {"stream": True}, head=b"connection: close\r\n"))
+            await server.app.until(lambda: server.app.client.num_unfinished == 1)
+            # One that began to linger later than this one is closed when this one would be, or after.
+            assert b"HTTP/1.1 " in await server.answer(b"GET /health" + UNREAD)
+        assert (await read_to_end(connection)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+async def test_a_get_whose_body_cannot_be_read_is_refused_once_and_starts_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broken = b" HTTP/1.1\r\nhost: localhost\r\naccept: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    async with listening() as server:
+        for path in (b"/v1/models", b"/health", b"/metrics", b"/v1/stream?prompt=hi"):
+            assert_refused(await server.answer(b"GET " + path + broken + b"zz\r\n"), 400)
+        metrics = await server.answer(HEALTH.replace(b"/health", b"/metrics") + b"connection: close\r\n\r\n")
+        assert server.app.runner.num_steps == 0
+        assert server.app.client.num_unfinished == 0
+    assert b'headrace_requests_rejected_total{status="400"} 4.0' in metrics
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_a_get_that_is_under_way_when_its_body_cannot_be_read_ends_without_a_word_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    head = b"GET /v1/stream?prompt=hi HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+    released, asked = anyio.Event(), anyio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        asked.set()
+        await released.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"late"})
+
+    async with listening() as server:
+        server.server.config.loaded_app = app
+        async with await server.connect() as connection:
+            await connection.send(head)
+            await asked.wait()
+            await connection.send(b"zz\r\n")
+            assert_refused(await connection.receive(), 400)
+            released.set()
+            await server.app.until(lambda: not server.server.server_state.tasks)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_bodies_that_are_being_received_are_bounded_together_and_one_alone_is_not() -> None:
+    large = post(OK | {"user": "x" * 400}, head=b"connection: close\r\n")
+    async with listening(max_queue_bytes=400) as server:
+        [route] = [route for route in server.app.asgi.routes if getattr(route, "path", "") == "/v1/completions"]
+        receiving = route.endpoint._receiving  # type: ignore[attr-defined]
+        for _ in range(2):
+            async with await server.connect() as first, await server.connect() as second:
+                await first.send(large[:-200])
+                await server.app.until(lambda: receiving._num_bytes > 200)
+                await second.send(large[:-200])
+                refused = await read_to_end(second)
+                assert_refused(refused, 503)
+                assert b'"code":"overloaded"' in refused
+                assert b"\r\nretry-after: 1\r\n" in refused
+                await first.send(large[-200:])
+                assert expected_text("hi", 4).encode() in await read_to_end(first)
+            assert receiving._num_bytes == 0
+
+
 async def test_a_body_with_two_lengths_is_refused_and_refusals_are_counted_and_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -263,6 +336,24 @@ async def test_where_every_connection_is_in_use_another_is_told_and_probes_are_a
             assert_refused(await server.answer(HEALTH), 408)
         assert (await read_to_end(connection)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         assert expected_text("hi", 4).encode() in await server.answer(post(OK, head=b"connection: close\r\n"))
+
+
+async def test_where_every_connection_is_in_use_another_gets_one_answer_and_an_event_source_one_that_brings_it_back() -> None:
+    async with listening(max_connections=1) as server, await server.connect() as connection:
+        with server.app.runner.held():
+            await connection.send(post(OK | {"stream": True}))
+            await server.app.until(lambda: server.app.client.num_unfinished == 1)
+            answer = await server.answer(3 * (HEALTH + b"\r\n"))
+            assert answer.count(b"HTTP/1.1 200") == answer.lower().count(b"connection: close") == 1
+            accept = b"accept: text/event-stream\r\n"
+            for path in (b"/v1/stream?prompt=hi", b"/v1/streams/x/events"):
+                asked = HEALTH.replace(b"/health", path) + accept + b"\r\n"
+                head, _, body = (await server.answer(asked)).partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 200")
+                assert b"connection: close" in head.lower()
+                assert b"content-type: text/event-stream" in head
+                assert b"retry: 1000\n\n" in body
+            assert_refused(await server.answer(post(OK, head=accept)), 503)
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])

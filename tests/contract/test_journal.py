@@ -4,7 +4,9 @@ import json
 import random
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 from asgi_client import Exchange, call, exchange
 from fake_engine import FakeRunner, expected_text
 from headrace.scheduler.engine_core import ComputedStep, LaunchedStep
+from headrace.scheduler.messages import SequenceOutput
 from headrace.scheduler.scheduler import SchedulerOutput
 from headrace.server.api_keys import append_key, create_key
 from live_app import LiveApp, live_app
@@ -404,12 +407,169 @@ async def test_whatever_is_left_of_the_files_each_stream_goes_on_exactly_or_is_g
     assert len(outcomes) > 1, "some cases go on, some do not"
 
 
-async def test_a_stream_that_is_resumed_in_vain_too_often_is_given_up(path: Path) -> None:
-    with recorder(path, model="fake ") as recording:
-        for id, num_restarts in (("patient", 4), ("hopeless", 5)):
-            recording.accept(0, id, recipe=replace(RECIPE, prompt_token_ids=tuple(b"river")))
-            for _ in range(num_restarts):
-                recording.do(recording.journal.resume, {0: id})
+class FatalRunner(FakeRunner):
+    """Kills the process in a step with the second chunk of such a prompt, as far as a copy of its files tells."""
+
+    poison = "x" * 100
+
+    def __init__(self, path: Path, copy: Path) -> None:
+        super().__init__()
+        self.path, self.copy = path, copy
+
+    def launch(self, output: SchedulerOutput) -> LaunchedStep:
+        poison = tuple(self.poison.encode())
+        if any(row.sequence.request.prompt_token_ids == poison and row.start > 0 for row in output.rows):
+            if not self.copy.exists():
+                crash(self.path, self.copy)
+            raise RuntimeError("for the process that has survived")
+        return super().launch(output)
+
+
+async def test_what_ends_the_process_again_and_again_is_given_up_and_costs_no_other_stream(
+    path: Path, tmp_path: Path
+) -> None:
+    innocent_prompts = ["river", "mill"]
+    streams: list[dict[str, Any]] = []
+    for num_restarts in range(10):
+        runner = FatalRunner(path, tmp_path / str(num_restarts))
+        async with live_app(journal_file=path, runner=runner) as app:
+            if not streams:
+                with runner.held():
+                    streams = [await create(app, prompt=prompt) for prompt in (FatalRunner.poison, *innocent_prompts)]
+            bad, *innocent = [(await read(app, stream)).events() for stream in streams]
+        if not runner.copy.exists():
+            break
+        path = runner.copy / path.name
+    assert num_restarts == 6, "five times it was taken up in vain"
+    assert bad[-1]["event"] == "error"
+    assert [text_of(events) for events in innocent] == [
+        expected_text(prompt, NUM_TOKENS) for prompt in innocent_prompts
+    ]
     async with live_app(journal_file=path) as app:
-        statuses = [(await call(app.asgi, "GET", f"/v1/streams/{id}")).status for id in ("patient", "hopeless")]
-        assert statuses == [200, 410]
+        assert (await read(app, streams[0])).events()[-1] == bad[-1]
+
+
+async def test_of_suspects_only_the_one_that_is_computed_is_suspected_more(path: Path, tmp_path: Path) -> None:
+    def num_vain(journal_path: Path) -> dict[str, int]:
+        with recorder(journal_path, model="fake ") as found:
+            return {stream.record.id: stream.num_vain_restarts for stream in found.read().streams}
+
+    with recorder(path, model="fake ") as recording:
+        prompts = {"suspect": FatalRunner.poison, "other suspect": "mill", "newcomer": "river"}
+        for i, (id, prompt) in enumerate(prompts.items()):
+            recording.accept(i, id, recipe=replace(RECIPE, prompt_token_ids=tuple(prompt.encode())))
+        for ids in (["suspect", "other suspect", "newcomer"], ["suspect", "other suspect"]):
+            recording.do(recording.journal.resume, dict(enumerate(ids)))
+    runner = FatalRunner(path, tmp_path / "kill")
+    async with live_app(journal_file=path, runner=runner) as app:
+        assert app.registry.get("newcomer").unread_since_s is not None
+    assert num_vain(tmp_path / "kill" / path.name) == {"suspect": 3, "other suspect": 2, "newcomer": 1}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error"),
+    [("x" * 60, "60 prompt tokens and 12 of the answer exceed"), ([280, 65], "no token 280")],
+)
+async def test_a_stream_that_no_longer_fits_ends_with_an_error_and_its_neighbour_goes_on(
+    path: Path, tmp_path: Path, prompt: str | list[int], error: str
+) -> None:
+    large = FakeRunner()
+    large.vocab_size = 300
+    async with killed_app(path, tmp_path / "kill", 4, runner=large) as (app, second_path):
+        bad, good = [await create(app, prompt=prompt) for prompt in (prompt, "river")]
+        generation = app.registry.get(bad["id"]).generation
+        await app.until(lambda: generation.num_output_tokens >= 2)
+    async with live_app(journal_file=second_path, runner=FakeRunner(max_context_tokens=64)) as app:
+        events = (await read(app, bad)).events()
+        assert events[-1]["event"] == "error"
+        assert error in json.loads(events[-1]["data"])["error"]["message"]
+        assert len(text_of(events)) >= 2
+        assert text_of((await read(app, good)).events()) == TEXT
+    async with live_app(journal_file=second_path) as app:
+        assert (await read(app, bad)).events()[-1] == events[-1]
+
+
+async def test_a_drain_does_not_wait_for_the_disk_and_leaves_its_streams_to_the_next_process(path: Path) -> None:
+    disk_answers = threading.Event()
+    async with live_app(journal_file=path) as app:
+        with app.runner.held():
+            stream = await create(app)
+            generation = app.registry.get(stream["id"]).generation
+            app.runner.allow(4)
+            await app.until(lambda: generation.num_output_tokens == 4)
+            assert app.journal is not None
+            app.journal._put(lambda db: disk_answers.wait())  # type: ignore[arg-type]
+            app.runner.allow(1)
+            await app.until(lambda: app.runner.num_steps == 5)  # whose token waits for the disk
+            app.stop_accepting()
+            app.end_unfinished()
+            assert generation.is_over
+            snapshot = (await call(app.asgi, "GET", stream["url"])).json()
+            deletion = await call(app.asgi, "DELETE", stream["url"])
+            disk_answers.set()
+    assert (snapshot["status"], snapshot["finish_reason"], snapshot["text"]) == ("interrupted", None, TEXT[:4])
+    assert snapshot["cursor"] == 4
+    assert (deletion.status, deletion.json()["error"]["code"]) == (503, "draining")
+    async with live_app(journal_file=path) as app:
+        rest = (await read(app, stream, snapshot["last_event_id"])).events()
+    assert TEXT[:4] + text_of(rest) == TEXT
+    assert rest[-1]["event"] == "done"
+
+
+async def test_a_stream_that_is_cancelled_again_before_that_is_recorded_is_cancelled_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with live_app(journal_file=path) as app:
+        with app.runner.held():
+            generation = app.registry.get((await create(app))["id"]).generation
+            assert app.journal is not None
+            ends: list[SequenceOutput] = []
+            end = app.journal.end
+
+            def count_end(output: SequenceOutput, then: Callable[[], None]) -> None:
+                ends.append(output)
+                end(output, then)
+
+            monkeypatch.setattr(app.journal, "end", count_end)
+            for _ in range(3):
+                app.client.cancel(generation)
+            await app.until(lambda: generation.is_over)
+        assert len(ends) == 1
+
+
+async def test_timings_are_those_of_the_process_that_did_each_part(path: Path, tmp_path: Path) -> None:
+    async with killed_app(path, tmp_path / "kill", 3) as (app, second_path):
+        stream = await create(app)
+        generation = app.registry.get(stream["id"]).generation
+        await app.until(lambda: generation.num_output_tokens == 3)
+        before = generation.timings()
+    async with live_app(journal_file=second_path) as app:
+        after = json.loads((await read(app, stream)).events()[-1]["data"])["timings"]
+    for name in ("queue_s", "prefill_s", "ttft_s"):
+        assert after[name] >= 0
+        assert after[name] == pytest.approx(before[name], abs=0.2)
+
+
+async def test_prompts_in_the_file_count_for_what_finished_streams_may_hold(path: Path) -> None:
+    async with live_app(journal_file=path, stream_log_bytes=12_000) as app:
+        streams = [await create(app, prompt=prompt * 400, max_tokens=1) for prompt in "ab"]
+        for stream in streams:
+            await read(app, stream)
+        app.registry.sweep(app.client.clock())
+        statuses = [(await call(app.asgi, "GET", stream["url"])).status for stream in streams]
+        assert statuses == [410, 200]
+
+
+async def test_a_finished_stream_is_kept_from_the_restart_on_whatever_the_wall_clock_says(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with live_app(journal_file=path) as app:
+        stream = await create(app)
+        await read(app, stream)
+    now = time.time()
+    monkeypatch.setattr("headrace.server.journal.time.time", lambda: now + 3600)
+    async with live_app(journal_file=path) as app:
+        app.registry.sweep(app.client.clock() + app.settings.stream_ttl_s - 60)
+        assert text_of((await read(app, stream)).events()) == TEXT
+        app.registry.sweep(app.client.clock() + app.settings.stream_ttl_s)
+        assert (await read(app, stream)).status == 410

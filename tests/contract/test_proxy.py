@@ -407,6 +407,31 @@ async def test_bodies_that_wait_are_bounded_together() -> None:
         assert (await live.post(*embed("a" * 50))).status == 200
 
 
+async def test_a_model_is_named_in_metrics_once_the_upstream_has_answered_for_it_and_in_no_line_of_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def refuse(request: Request) -> Response:
+        return JSONResponse({"error": {"message": "no such model"}}, 404)
+
+    path, body = "/v1/models/canary:predict", {"instances": [1, 2]}
+    with caplog.at_level("INFO"):
+        async with rig() as live:
+            live.upstream.answer = refuse
+            assert (await live.post(path, body)).status == 404
+            assert b"canary" not in (await live.get("/metrics")).body
+            live.upstream.answer = None
+            assert (await live.post(path, body)).status == 200
+            assert b"canary" in (await live.get("/metrics")).body
+            live.upstream.hold()
+            leaving = live.start(path, body)
+            await until(lambda: len(live.upstream.bodies) == 3)
+            leaving.disconnect()
+            await leaving.done.wait()
+    lines = [record.getMessage() for record in caplog.records if record.name == "headrace.requests"]
+    assert len(lines) == 3
+    assert all('"route": "/v1/models/{model}:predict"' in line and "canary" not in line for line in lines)
+
+
 async def test_a_batch_that_nobody_waits_for_is_ended_upstream() -> None:
     async with rig() as live:
         live.upstream.hold()

@@ -23,7 +23,7 @@ from nemesis import (
 from server_process import ServerProcess
 
 SEED = int(os.environ.get("TESTS_SEED") or random.randrange(2**32))
-NUM_CLIENTS = 24
+NUM_CLIENTS = 16
 NUM_TRIES = 60
 PROMPTS = ("The mill wheel", "Once upon a time", "1, 2, 3, 4,")
 NUM_BODIES = 6
@@ -32,7 +32,7 @@ NUM_BODIES = 6
 def _body(i: int) -> dict[str, Any]:
     return {
         "prompt": PROMPTS[i % len(PROMPTS)],
-        "max_tokens": 12 + 8 * (i % 2),
+        "max_tokens": 8 + 8 * (i % 2),
         "temperature": 0,
         "ignore_eos": True,
     }

@@ -491,8 +491,7 @@ def test_a_server_ends_a_soak_where_it_began() -> None:
         rejected = {name: value for name, value in server.metrics().items() if "_requests_rejected_" in name}
         assert soak.outcomes["refused"] <= sum(rejected.values()) - soak.outcomes["wrong"]
         if IS_LONG:
-            assert len(soak.outcomes) >= 20
-            assert min(num for outcome, num in soak.outcomes.items() if outcome != "refused") > 3
+            assert len(soak.outcomes) >= 20, "what can happen has happened"
         _check_log(server, num_second_choices=soak.outcomes["chat"])
         # In a short run some of the texts, in a long one all.
         keys = sorted(soak.texts.keys() | soak.parts.keys())

@@ -23,12 +23,12 @@ from tcp_relay import Ending, Passage, TcpRelay
 
 # A request of these tests has some 400 bytes, its answer some thousand.
 _UP_BYTES, _DOWN_BYTES = 500, 6000
-_LONGEST_FREEZE_S = 1.5
+_LONGEST_FREEZE_S = 2.5
 _SPEEDS = ("plain", "delay", "throttle", "tiny segments")
 _ENDS = ("none", "freeze", *(f"{ending} {way}" for ending in Ending for way in ("up", "down")))
 FAULTS = frozenset({*_SPEEDS, *_ENDS} - {"plain", "none"})
-# Of a client that reads: as long as the longest freeze, it would never give up.
-PATIENCE_S = 1.0
+# Of a client: shorter than the longest freeze, so that some give up.
+PATIENCE_S = 2.0
 _BACK_OFF_S = 0.2
 # What a server may answer that is full, going, or did not get all of a request.
 REFUSALS = frozenset({408, 429, 503})

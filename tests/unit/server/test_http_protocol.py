@@ -51,20 +51,48 @@ class Transport:
         self.is_aborted = True
 
 
-@pytest.fixture
-def connection() -> tuple[HttpProtocol, Transport, Loop]:
+class Busy:
+    """A connection that never makes room."""
+
+    is_writing = True
+
+    def make_room(self) -> None: ...
+
+
+def connect(limit: ConnectionLimit) -> tuple[HttpProtocol, Transport, Loop]:
     async def app(scope: Any, receive: Any, send: Any) -> None: ...
 
     loop, transport = Loop(), Transport()
     config = uvicorn.Config(app, log_config=None)
     settings = load_settings([], {})
-    limit = ConnectionLimit(1, RequestMetrics())
     protocol = HttpProtocol(
         settings, limit, lambda *refusal: None, config=config, server_state=ServerState(), app_state={}, _loop=loop
     )
     protocol.connection_made(transport)  # type: ignore[arg-type]
+    return protocol, transport, loop
+
+
+@pytest.fixture
+def connection() -> tuple[HttpProtocol, Transport, Loop]:
+    protocol, transport, loop = connect(ConnectionLimit(1, RequestMetrics()))
     loop.timers.clear()  # of the head, which is not looked at here
     return protocol, transport, loop
+
+
+@pytest.mark.parametrize("has_place", [False, True])
+def test_who_has_no_place_and_leaves_an_answer_unread_is_cut_off_unless_there_is_a_place_by_then(
+    *, has_place: bool
+) -> None:
+    limit, busy = ConnectionLimit(1, RequestMetrics()), Busy()
+    assert limit.open(busy)
+    protocol, transport, loop = connect(limit)
+    transport.num_bytes = 1
+    loop.timers.pop()  # of the head
+    if has_place:
+        limit.close(busy)
+        assert limit.find_place(protocol)
+    loop.pass_time()
+    assert transport.is_aborted != has_place
 
 
 def test_a_reader_that_reads_nothing_is_cut_off(connection: tuple[HttpProtocol, Transport, Loop]) -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import sqlite3
+import threading
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,7 +105,7 @@ def test_the_engines_end_is_that_of_all_streams_but_not_once_it_is_suspended(pat
         recording.accept(0, "open")
         recording.do(recording.journal.pass_on, EngineStopped())
         recording.accept(1, "interrupted")
-        recording.do(recording.journal.suspend)
+        recording.journal.suspend()
         recording.publish(token(1, 1))
         recording.do(recording.journal.pass_on, EngineStopped())
         recording.journal.erase("interrupted")
@@ -148,6 +149,62 @@ def test_nobody_else_can_read_its_files(path: Path) -> None:
         files = list(path.parent.iterdir())
         assert len(files) > 1
         assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+
+
+def test_nor_can_they_read_what_a_process_with_looser_files_left(path: Path, tmp_path: Path) -> None:
+    with recorder(path) as recording:
+        recording.accept(0, "one")
+        copy = crash(path, tmp_path / "copy")
+    for file in copy.parent.iterdir():
+        file.chmod(0o644)
+    with recorder(copy):
+        files = list(copy.parent.iterdir())
+        assert len(files) > 1
+        assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+
+
+def test_behind_a_link_its_files_are_where_the_link_leads_and_all_of_them_are_deleted(
+    path: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "real").mkdir()
+    real = tmp_path / "real" / "r.db"
+    path.symlink_to(real)
+    with recorder(path) as recording:
+        recording.accept(0, "one")
+        assert {file.name for file in real.parent.iterdir()} == {"r.db", "r.db-wal"}
+        with no_file_beyond(1):
+            recording.publish(token(0, 1))
+        assert not recording.journal.is_active
+        assert list(real.parent.iterdir()) == []
+        assert list(path.parent.iterdir()) == [path]
+
+
+def test_it_tells_since_when_it_has_been_at_what_it_writes_and_is_not_waited_for_beyond_a_bound(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.server.journal._CLOSE_TIMEOUT_S", 0.01)
+    journal, disk_answers = Journal(path, "never", "model"), threading.Event()
+    assert journal.busy_since_s is None
+    journal._put(lambda db: disk_answers.wait())  # type: ignore[arg-type]
+    until(lambda: journal.busy_since_s is not None, "it writes")
+    since_s = journal.busy_since_s
+    journal.close()
+    assert journal.has_thread
+    assert journal.busy_since_s == since_s
+    disk_answers.set()
+    until(lambda: not journal.has_thread, "it has ended")
+    assert journal.busy_since_s is None
+
+
+def test_what_was_taken_up_in_vain_is_counted_from_its_last_token_on(path: Path) -> None:
+    with recorder(path) as recording:
+        recording.accept(0, "one")
+        for num_tokens in (1, 0, 0):
+            recording.do(recording.journal.resume, {0: "one"})
+            recording.publish(SequenceOutput(0, (7,) * num_tokens, scheduled_s=1.0))  # of a chunk of its prompt
+    with recorder(path) as later:
+        [stream] = later.read().streams
+        assert stream.num_vain_restarts == 2
 
 
 def test_streams_of_another_model_are_gone(path: Path) -> None:
@@ -217,6 +274,24 @@ def test_where_it_cannot_write_it_leaves_no_file_and_passes_everything_on(
         assert list(path.parent.iterdir()) == []
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     assert outputs_of(path, "one") == []
+
+
+def test_a_disk_that_is_full_at_the_start_is_an_error_that_costs_no_stream(path: Path, tmp_path: Path) -> None:
+    with recorder(path) as recording:
+        for i in range(3):
+            recording.accept(i, f"s{i}")
+        recording.publish(*(token(i, i) for i in range(3)))
+        copy = crash(path, tmp_path / "copy")
+    with no_file_beyond(copy.stat().st_size), pytest.raises(JournalError, match="cannot open"):
+        Journal(copy, "never", "model")
+    with recorder(copy) as later:
+        recording_found = later.read()
+    assert [(stream.record.id, len(stream.outputs)) for stream in recording_found.streams] == [
+        ("s0", 1),
+        ("s1", 1),
+        ("s2", 1),
+    ]
+    assert [file.name for file in copy.parent.iterdir()] == [copy.name]
 
 
 def make_sample(path: Path, num_streams: int = 4, num_tokens: int = 12) -> None:
@@ -302,10 +377,14 @@ def test_a_stream_with_a_missing_or_a_changed_row_is_gone_and_the_others_are_not
         assert recording.gone == {"s1": ""}
 
 
-def test_a_file_of_something_else_is_put_aside_and_kept(path: Path) -> None:
-    path.write_bytes(b"not a database\n" * 100)
-    with recorder(path) as recording:
-        recording.accept(0, "one")
-    assert path.with_name("streams.db.damaged").read_bytes() == b"not a database\n" * 100
-    assert outputs_of(path, "one") == []
-    assert len(os.listdir(path.parent)) == 2
+def test_a_file_of_something_else_is_put_aside_and_kept_however_often_that_is(path: Path) -> None:
+    for number in (1, 2):
+        path.write_bytes(b"not a database %d\n" % number * 100)
+        path.with_name("streams.db-wal").write_bytes(b"nor a log of one %d\n" % number)
+        with recorder(path) as recording:
+            recording.accept(0, "one")
+        assert outputs_of(path, "one") == []
+    for number in (1, 2):
+        assert path.with_name(f"streams.db.damaged-{number}").read_bytes() == b"not a database %d\n" % number * 100
+        assert path.with_name(f"streams.db.damaged-{number}-wal").read_bytes() == b"nor a log of one %d\n" % number
+    assert len(os.listdir(path.parent)) == 5

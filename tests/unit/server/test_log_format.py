@@ -46,6 +46,14 @@ def test_a_fault_on_the_loop_is_logged_with_types_and_places(log: io.StringIO) -
     assert "in fail" in written
 
 
+def test_errors_that_cause_each_other_are_each_told_once(log: io.StringIO) -> None:
+    first, second = KeyError(SECRET), ValueError(SECRET)
+    first.__cause__, second.__cause__ = second, first
+    logging.getLogger("headrace.server").error("failed", exc_info=first)
+    assert SECRET not in log.getvalue()
+    assert log.getvalue().split().count("KeyError") == log.getvalue().split().count("ValueError") == 1
+
+
 def test_a_cause_that_was_hidden_stays_so(log: io.StringIO) -> None:
     try:
         try:
@@ -81,5 +89,5 @@ def test_a_task_that_nobody_waited_for_is_logged_likewise(log: io.StringIO) -> N
 
     asyncio.run(forget())
     assert SECRET not in log.getvalue()
-    assert "never retrieved" in log.getvalue()
+    assert "a callback or a task of the event loop failed" in log.getvalue()
     assert "ValueError" in log.getvalue()

@@ -202,48 +202,68 @@ def test_log_probabilities_are_read_from_a_cursor_on_and_weigh_something() -> No
     assert log.num_bytes - 3 * bare >= 3 * sys.getsizeof(items[0].top)
 
 
-@pytest.mark.anyio
-async def test_a_reader_with_an_interval_takes_from_each_log_once_in_it_and_then_all(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    slept_s: list[float] = []
-    passed = anyio.Event()
+class IntervalReader:
+    """Reads two logs, from each once in an hour, or in as many seconds as a test lets pass."""
 
-    async def sleep(seconds: float) -> None:
-        slept_s.append(seconds)
-        await passed.wait()
+    def __init__(self) -> None:
+        self.logs = [StreamLog(), StreamLog()]
+        self.subscriber = Subscriber(self.logs, interval_s=3600)
+        self.pieces: list[str] = []
 
-    monkeypatch.setattr("headrace.server.stream_log.anyio.sleep", sleep)
-    logs = [StreamLog(), StreamLog()]
-    pieces: list[str] = []
-
-    async def follow() -> None:
-        with Subscriber(logs, interval_s=3600) as subscriber:
-            num_open = len(logs)
+    async def read(self) -> None:
+        with self.subscriber:
+            num_open = len(self.logs)
             while num_open:
-                piece = await subscriber.next()
+                piece = await self.subscriber.next()
                 assert piece is not None
-                pieces.append(f"{piece.log_index}{piece.text}")
+                self.pieces.append(f"{piece.log_index}{piece.text}")
                 num_open -= piece.terminal is not None
 
+    async def append(self, log_index: int, text: str) -> None:
+        self.logs[log_index].append(text, 1)
+        await anyio.wait_all_tasks_blocked()
+
+    async def pass_interval(self) -> None:
+        self.subscriber._due_s = 0
+        self.subscriber.wake()
+        await anyio.wait_all_tasks_blocked()
+
+
+@pytest.mark.anyio
+async def test_a_reader_with_an_interval_takes_from_each_log_once_in_it_and_then_all() -> None:
+    reader = IntervalReader()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(follow)
+        tasks.start_soon(reader.read)
         await anyio.wait_all_tasks_blocked()
-        logs[0].append("a", 1)
+        for log_index, text in ((0, "a"), (0, "b"), (1, "x"), (0, "c"), (1, "y")):
+            await reader.append(log_index, text)
+        assert reader.pieces == ["0a", "1x"], "the first ones wait for nothing"
+        await reader.pass_interval()
+        assert sorted(reader.pieces[2:]) == ["0bc", "1y"]
+        await reader.append(0, "d")
+        assert len(reader.pieces) == 4
+        tasks.cancel_scope.cancel()
+
+
+@pytest.mark.anyio
+async def test_an_end_is_not_held_back_for_an_interval() -> None:
+    reader = IntervalReader()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(reader.read)
         await anyio.wait_all_tasks_blocked()
-        assert pieces == ["0a"], "the first one waits for nothing"
-        for text in "bc":
-            logs[0].append(text, 1)
-            await anyio.wait_all_tasks_blocked()
-        logs[1].append("x", 1)
-        logs[1].close(END)
-        await anyio.wait_all_tasks_blocked()
-        # Whether the other log's first piece shares this interval or begins the next one: nobody's pieces come sooner.
-        assert pieces == ["0a"]
-        assert len(slept_s) == 1
-        assert 3500 < slept_s[0] <= 3600
-        passed.set()
-        await anyio.wait_all_tasks_blocked()
-        assert sorted(pieces) == ["0a", "0bc", "1x"]
-        logs[0].close(END)
-    assert pieces[-1] == "0"
+        for text in "ab":
+            await reader.append(0, text)
+        for log in reader.logs:
+            log.close(END)
+    assert reader.pieces == ["0a", "0b", "1"] or reader.pieces == ["0a", "1", "0b"]
+
+
+@pytest.mark.anyio
+async def test_a_reader_that_waits_for_an_interval_still_hears_that_its_time_has_passed() -> None:
+    log = StreamLog()
+    with log.subscribe(interval_s=3600) as subscriber:
+        log.append("a", 1)
+        assert await subscriber.next(0) is not None
+        log.append("b", 1)
+        assert await subscriber.next(0.001) is None
+        assert await subscriber.next(0) is None

@@ -40,6 +40,7 @@ class Server:
             breaker=breaker,
             registry=CollectorRegistry(),
             clock=lambda: self.now,
+            max_connections=10,
             transport=httpx.MockTransport(self._answer),
             sleep=self._sleep,
             **settings,

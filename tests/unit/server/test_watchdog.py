@@ -16,10 +16,12 @@ class Watched:
 
     def __init__(self) -> None:
         self.busy_since_s: float | None = None
+        self.journal_since_s: float | None = None
         self.ends: list[int | str] = []
         self.metrics = Metrics("fake", LoadSnapshot, lambda: 0)
         self.watchdog = Watchdog(
             lambda: self.busy_since_s,
+            lambda: self.journal_since_s,
             lambda: self.ends.append("told"),
             soft_s=10,
             hard_s=60,
@@ -42,14 +44,14 @@ def watched() -> Watched:
 
 def test_an_engine_that_waits_never_hangs(watched: Watched) -> None:
     watched.look(*[1] * 100)
-    assert (watched.watchdog.step_age_s, watched.watchdog.is_hung) == (0, False)
+    assert (watched.watchdog.step_age_s, watched.watchdog.hung) == (0, None)
 
 
 def test_an_engine_whose_steps_end_never_hangs(watched: Watched) -> None:
     for busy_since_s in range(100):
         watched.busy_since_s = busy_since_s
         watched.look(1)
-    assert (watched.watchdog.step_age_s, watched.watchdog.is_hung) == (0, False)
+    assert (watched.watchdog.step_age_s, watched.watchdog.hung) == (0, None)
 
 
 def test_a_step_hangs_beyond_the_soft_limit_until_it_ends_and_its_stacks_are_dumped_once(
@@ -57,10 +59,10 @@ def test_a_step_hangs_beyond_the_soft_limit_until_it_ends_and_its_stacks_are_dum
 ) -> None:
     watched.busy_since_s = 3
     watched.look(*[1] * 11)
-    assert (watched.watchdog.step_age_s, watched.watchdog.is_hung) == (10, False)
+    assert (watched.watchdog.step_age_s, watched.watchdog.hung) == (10, None)
     assert capfd.readouterr().err == ""
     watched.look(*[1] * 20)
-    assert watched.watchdog.is_hung
+    assert watched.watchdog.hung == "engine"
     assert capfd.readouterr().err.count("(most recent call first)") >= 1
     assert watched.exposes("engine_hangs_total 1.0")
     assert watched.exposes("engine_step_age_seconds 30.0")
@@ -68,23 +70,34 @@ def test_a_step_hangs_beyond_the_soft_limit_until_it_ends_and_its_stacks_are_dum
     assert capfd.readouterr().err == ""
     watched.busy_since_s = 40
     watched.look(1)
-    assert (watched.watchdog.step_age_s, watched.watchdog.is_hung) == (0, False)
+    assert (watched.watchdog.step_age_s, watched.watchdog.hung) == (0, None)
 
 
 def test_a_process_that_was_stopped_for_an_hour_and_goes_on_does_not_hang(watched: Watched) -> None:
     watched.busy_since_s = 3
     watched.look(1, 1, 3600, 1)
-    assert (watched.watchdog.step_age_s, watched.watchdog.is_hung) == (4, False)
+    assert (watched.watchdog.step_age_s, watched.watchdog.hung) == (4, None)
+
+
+def test_a_disk_that_does_not_answer_the_journal_is_told_like_a_step_that_hangs(watched: Watched) -> None:
+    watched.journal_since_s = 3
+    for busy_since_s in range(12):  # the engine's steps go on
+        watched.busy_since_s = busy_since_s
+        watched.look(1)
+    assert (watched.watchdog.step_age_s, watched.watchdog.hung) == (0, "journal")
+    watched.journal_since_s = None
+    watched.look(1)
+    assert watched.watchdog.hung is None
 
 
 @pytest.mark.anyio
 async def test_beyond_the_hard_limit_clients_are_told_before_the_process_ends(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    watched.busy_since_s = 3
+    watched.look(*[2] * 31)
     monkeypatch.setattr(module, "_INTERVAL_S", 0.001)
     monkeypatch.setattr(module, "_FAREWELL_S", 0.001)
-    watched.busy_since_s = watched.watchdog._seen_s = 3
-    watched.watchdog.step_age_s = 59.999
     await watched.watchdog.run()
     assert watched.ends == ["told", HANG_EXIT_CODE]
     assert not any(thread.name == "headrace-watchdog" for thread in threading.enumerate())
