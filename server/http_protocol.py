@@ -32,8 +32,7 @@ _LINGER_S = 1.0
 _MIN_READ_BYTES = 1024
 # How long a connection without a place may take to say what it wants, and to read the answer.
 _PLACELESS_TIMEOUT_S = 5.0
-# How long TLS may take to begin, and to end.
-_TLS_TIMEOUT_S = 5.0
+_HANDSHAKE_TIMEOUT_S = 5.0
 # Of TCP's keep-alive: so many probes without an answer, each after an equal part of half the time.
 _NUM_PROBES = 3
 
@@ -132,8 +131,8 @@ class HttpProtocol(H11Protocol):
             tls,
             done,
             server_side=True,
-            ssl_handshake_timeout=_TLS_TIMEOUT_S,
-            ssl_shutdown_timeout=_TLS_TIMEOUT_S,
+            ssl_handshake_timeout=_HANDSHAKE_TIMEOUT_S,
+            ssl_shutdown_timeout=self._settings.peer_timeout_s,  # in which a slow client may read the last answer
         )
         transport.set_protocol(protocol)
         protocol.connection_made(transport)

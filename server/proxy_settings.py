@@ -33,7 +33,7 @@ class ProxySettings(ListenerSettings):
     max_wait_ms: float = Field(5, ge=0, le=60_000, description="longest an item waits for others while nothing runs")
     max_concurrent_batches: int = Field(1, ge=1, le=1024, description="upstream requests at once, for each model")
     max_queue_size: int = Field(1024, ge=1, description="most items waiting for each model; beyond, 429")
-    max_queue_bytes: Bytes = Field(2**28, ge=1, description="most memory for bodies of requests; beyond, 429")
+    max_queue_bytes: Bytes = Field(2**28, ge=1, description="most memory for bodies that arrive (503), or wait (429)")
     max_models: int = Field(64, ge=1, le=4096, description="most models in use at once; beyond, 429")
 
     timeout_s: float = Field(60, gt=0, description="longest a request may take in all")

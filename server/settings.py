@@ -213,7 +213,9 @@ class Settings(ListenerSettings):
 
     max_queue_size: int = Field(1024, ge=1, description="most requests waiting; beyond, 429")
     max_queue_tokens: int = Field(2**22, ge=1, description="most prompt tokens waiting; beyond, 429")
-    max_queue_bytes: Bytes = Field(2**28, ge=1, description="most memory for bodies being tokenized; beyond, 429")
+    max_queue_bytes: Bytes = Field(
+        2**28, ge=1, description="most memory for bodies that arrive (503), or are read (429)"
+    )
     request_timeout_s: float = Field(600, gt=0, description="longest a request may take in all")
     queue_timeout_s: float = Field(600, gt=0, description="longest until the engine begins a request")
     ttft_timeout_s: float = Field(600, gt=0, description="longest until a request's first token")

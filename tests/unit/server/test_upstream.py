@@ -181,10 +181,13 @@ async def test_refusals_and_an_internal_error_of_a_batch_do_not_open_the_breaker
     assert (await server.fail()).status == 503
 
 
-async def test_an_upstream_that_does_not_answer_opens_the_breaker_a_client_in_a_hurry_does_not() -> None:
+@pytest.mark.parametrize("error", [httpx.ReadTimeout, httpx.PoolTimeout])
+async def test_an_upstream_that_does_not_answer_opens_the_breaker_a_client_in_a_hurry_does_not(
+    error: type[httpx.TimeoutException],
+) -> None:
     async def late() -> httpx.Response:
         server.now += took_s
-        raise httpx.ReadTimeout("late")
+        raise error("late")
 
     server, took_s = Server(late, breaker_failures=1), 1.0
     assert isinstance(await server.fail(timeout_s=1.0), DeadlineError)

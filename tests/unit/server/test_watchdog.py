@@ -33,6 +33,9 @@ class Watched:
         for seconds in elapsed_s:
             self.watchdog.look(seconds)
 
+    def state(self) -> tuple[float, str | None]:
+        return self.watchdog.step_age_s, self.watchdog.hung
+
     def exposes(self, sample: str) -> bool:
         return f"headrace_{sample}\n" in self.metrics.expose().decode()
 
@@ -44,14 +47,14 @@ def watched() -> Watched:
 
 def test_an_engine_that_waits_never_hangs(watched: Watched) -> None:
     watched.look(*[1] * 100)
-    assert (watched.watchdog.step_age_s, watched.watchdog.hung) == (0, None)
+    assert watched.state() == (0, None)
 
 
 def test_an_engine_whose_steps_end_never_hangs(watched: Watched) -> None:
     for busy_since_s in range(100):
         watched.busy_since_s = busy_since_s
         watched.look(1)
-    assert (watched.watchdog.step_age_s, watched.watchdog.hung) == (0, None)
+    assert watched.state() == (0, None)
 
 
 def test_a_step_hangs_beyond_the_soft_limit_until_it_ends_and_its_stacks_are_dumped_once(
@@ -59,7 +62,7 @@ def test_a_step_hangs_beyond_the_soft_limit_until_it_ends_and_its_stacks_are_dum
 ) -> None:
     watched.busy_since_s = 3
     watched.look(*[1] * 11)
-    assert (watched.watchdog.step_age_s, watched.watchdog.hung) == (10, None)
+    assert watched.state() == (10, None)
     assert capfd.readouterr().err == ""
     watched.look(*[1] * 20)
     assert watched.watchdog.hung == "engine"
@@ -70,13 +73,13 @@ def test_a_step_hangs_beyond_the_soft_limit_until_it_ends_and_its_stacks_are_dum
     assert capfd.readouterr().err == ""
     watched.busy_since_s = 40
     watched.look(1)
-    assert (watched.watchdog.step_age_s, watched.watchdog.hung) == (0, None)
+    assert watched.state() == (0, None)
 
 
 def test_a_process_that_was_stopped_for_an_hour_and_goes_on_does_not_hang(watched: Watched) -> None:
     watched.busy_since_s = 3
     watched.look(1, 1, 3600, 1)
-    assert (watched.watchdog.step_age_s, watched.watchdog.hung) == (4, None)
+    assert watched.state() == (4, None)
 
 
 def test_a_disk_that_does_not_answer_the_journal_is_told_like_a_step_that_hangs(watched: Watched) -> None:
@@ -84,7 +87,7 @@ def test_a_disk_that_does_not_answer_the_journal_is_told_like_a_step_that_hangs(
     for busy_since_s in range(12):  # the engine's steps go on
         watched.busy_since_s = busy_since_s
         watched.look(1)
-    assert (watched.watchdog.step_age_s, watched.watchdog.hung) == (0, "journal")
+    assert watched.state() == (0, "journal")
     watched.journal_since_s = None
     watched.look(1)
     assert watched.watchdog.hung is None
