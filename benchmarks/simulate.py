@@ -17,11 +17,12 @@ A seed that fails is shrunk: what can be left out of its scenario is, and what i
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import random
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
@@ -384,8 +385,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     seeds = range(options.seed, options.seed + options.num_seeds)
     failures = []
-    with multiprocessing.Pool(options.num_processes) as pool:
-        for seed, failure in pool.imap_unordered(_try_seed, seeds, chunksize=8):
+    with contextlib.ExitStack() as stack:
+        outcomes: Iterable[tuple[int, str | None]] = map(_try_seed, seeds)
+        if options.num_processes > 1:
+            # Not forked: a copy of a process with threads can hang in a lock that one of them held.
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(options.num_processes))
+            outcomes = pool.imap_unordered(_try_seed, seeds, chunksize=8)
+        for seed, failure in outcomes:
             if failure is not None:
                 failures.append(seed)
                 print(f"seed {seed}: {failure}", flush=True)

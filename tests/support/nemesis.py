@@ -178,8 +178,10 @@ def read_openai_stream(record: Exchange) -> tuple[str, str]:
 
 @dataclass
 class NativeReading:
-    """A native stream, read over as many connections as it takes; `events` are all of them, in the order they came."""
+    """A native stream, read over as many connections as it takes; `events` are all of them, in the order they came.
+    It `is_gone` where its reader came too late for the rest."""
 
+    is_gone: bool = False
     records: list[Exchange] = field(default_factory=list)
     events: list[dict[str, str]] = field(default_factory=list)
 
@@ -205,16 +207,18 @@ async def create_native(url: str, body: dict[str, Any], num_tries: int) -> str |
 
 
 async def read_native(url: str, path: str, num_tries: int) -> NativeReading:
-    """Read a stream to its end as EventSource does, from the last whole event on."""
+    """Read a stream to its end as EventSource does, from the last whole event on, or until it is gone."""
     reading = NativeReading()
     last_event_id = ""
-    while not reading.is_over:
+    while not (reading.is_over or reading.is_gone):
         assert len(reading.records) < num_tries, f"no end after {num_tries} connections"
         record = await exchange(url, "GET", path, last_event_id=last_event_id)
         reading.records.append(record)
         answer = read_answer(record)
         if answer.status not in (0, 200):
             check_refusal(answer)
+            reading.is_gone = answer.status == 410
+            await anyio.sleep(_BACK_OFF_S)
             continue
         events = [event for event in answer.events if "id" in event]
         reading.events += events
@@ -224,6 +228,7 @@ async def read_native(url: str, path: str, num_tries: int) -> NativeReading:
 
 def check_native_stream(reading: NativeReading) -> None:
     """Gapless, without repeats, with one terminal event."""
+    assert not reading.is_gone
     events = [event for event in reading.events if event["event"] != "queued"]
     kinds = [event["event"] for event in events]
     assert kinds == ["token"] * (len(events) - 1) + ["done"]
