@@ -20,6 +20,7 @@ _GROUPS = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks for these marks in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.pluginmanager.has_plugin("xdist"):
         return
