@@ -69,12 +69,13 @@ $(CLIENT_VENVS)/vllm-bench/endpoint_request_func.py: $(CLIENTS)/vllm-source.txt 
 serve: setup
 	@$(BIN)/headrace serve $(ARGS)
 
-# Two at a time, but for those that start servers or compile: tests/conftest.py has one worker run these.
+# Two workers, each with one thread of torch's, and then those that start servers, which want all cores.
 test: setup-test
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/unit tests/contract $(ARGS)
+	@$(BIN)/python -m pytest tests/e2e tests/soak $(ARGS)
 
 test-all: setup-test setup-clients
-	@TESTS_LONG=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests $(ARGS)
+	@TESTS_LONG=1 $(BIN)/python -m pytest tests $(ARGS)
 
 # What finds new coverage stays in tests/fuzz/found; what fails is written beside it.
 fuzz: setup-test

@@ -12,25 +12,6 @@ if not glob.glob("/dev/nvidia[0-9]*"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# What one worker runs alone where there are several: real servers share two cores badly, and a compiled kernel is worth
-# keeping.
-_GROUPS = {
-    "processes": ("tests/e2e/", "tests/soak/"),
-    "cpu kernel": ("tests/unit/kernels/test_cpu_", "tests/unit/kernels/test_nan_rows.py"),
-}
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist looks for these marks in the same hook
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.pluginmanager.has_plugin("xdist"):
-        return
-    for item in items:
-        path = item.path.relative_to(config.rootpath).as_posix()
-        for name, prefixes in _GROUPS.items():
-            if path.startswith(prefixes):
-                item.add_marker(pytest.mark.xdist_group(name))
-
-
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"

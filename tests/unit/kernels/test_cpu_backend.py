@@ -17,6 +17,8 @@ from headrace.kernels.backend import StepBatch
 from headrace.kernels.cpu_backend import kv_bytes_per_token, why_not
 from headrace.kernels.quantised import GROUP_BYTES, QuantisedWeight
 
+pytestmark = pytest.mark.xdist_group("cpu kernel")  # which each worker would compile
+
 LENGTHS = (600, 37, 1, 17, 256)
 SHAPES: dict[str, dict[str, Any]] = {
     "heads of 16, none shared": {"num_kv_heads": 4},

@@ -21,6 +21,8 @@ from headrace.kernels.backend import StepBatch
 from headrace.kernels.cpu_backend import CpuBackend, kv_bytes_per_token, most_integer_rows
 from waiting import until
 
+pytestmark = pytest.mark.xdist_group("cpu kernel")  # which each worker would compile
+
 MODEL: dict[str, Any] = {
     "head_dim": 80,
     "num_heads": 6,

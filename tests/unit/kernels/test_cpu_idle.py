@@ -15,6 +15,8 @@ from headrace.kernels import cpu_backend as module
 from headrace.kernels.cpu_backend import CpuBackend
 from sanitized_kernel import sampling
 
+pytestmark = pytest.mark.xdist_group("cpu kernel")  # which each worker would compile
+
 MIXED = ("Q4_0", "Q8_0", "bfloat16", "Q4_1", "Q8_0")
 NUM_BLOCKS = 60
 SEQUENCES = [random_tokens(length, seed=length) for length in (150, 40, 17, 90)]

@@ -16,6 +16,8 @@ from headrace.kernels.cpu_library import (
     load_library,
 )
 
+pytestmark = pytest.mark.xdist_group("cpu kernel")  # which each worker would compile
+
 AVX2 = INSTRUCTION_SETS[-1]
 ANY = InstructionSet("any", frozenset(), ())
 FUNCTIONS = ("create", "destroy", "step", "sample", "dequantise", "use_wide", "profile", "most_integer_rows")

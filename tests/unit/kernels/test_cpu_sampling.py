@@ -13,6 +13,8 @@ from headrace.kernels.cpu_backend import CpuBackend
 from headrace.kernels.sampling import Penalties, SamplingBatch, sample, uniforms
 from sampling_batches import Setting, random_logits
 
+pytestmark = pytest.mark.xdist_group("cpu kernel")  # which each worker would compile
+
 PLAIN: Setting = (1.0, 0, 1.0, 0.0)
 
 

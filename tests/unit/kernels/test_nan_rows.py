@@ -17,6 +17,8 @@ from headrace.kernels.sampling import SamplingBatch, argmax, log_probabilities, 
 from headrace.kernels.torch_backend import TorchBackend
 from sampling_batches import make_batch, random_logits
 
+pytestmark = pytest.mark.xdist_group("cpu kernel")  # which each worker would compile
+
 NAN, INF = float("nan"), float("inf")
 POISON = 99  # the token whose embedding is no number
 Draw = Callable[[torch.Tensor, SamplingBatch], list[int]]
