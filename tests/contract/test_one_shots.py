@@ -1029,7 +1029,6 @@ async def test_one_models_batches_do_not_wait_in_anothers_queue(folders: Folders
         async with held(app) as (first, _):
             # Accepted and handed over while the other is computed, and computed in its turn.
             score = begin(app, tasks, "/v1/score", BODIES["/v1/score"])
-            await app.until(lambda: app.num_unfinished == 2)
-            assert num_waiting(app, RANKER) == 0
+            await app.until(lambda: app.num_unfinished == 2 and num_waiting(app, RANKER) == 0)
         await score.done.wait()
         assert (first.status, score.status) == (200, 200)
