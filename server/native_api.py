@@ -261,9 +261,7 @@ class NativeApi:
                         end = piece.cursor - (piece.terminal is not None)
                         write = event_frame("token", token, id=stream.event_id(end))
                         if padding:
-                            # Beside the text only log probabilities tell something by their length.
-                            num_bytes = len(write) if piece.logprobs else len(to_json(piece.text))
-                            write = padded(write, num_bytes, padding)
+                            write = padded(write, None if piece.logprobs else piece.text, padding)
                     if piece.terminal is not None:
                         yield write + self._terminal_frame(stream, piece.cursor)
                         return

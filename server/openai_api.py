@@ -139,8 +139,7 @@ async def _frames(
                 else:
                     frame = format.text_frame(piece, counts)
                 if padding:
-                    # Beside the text only log probabilities tell something by their length.
-                    frame = padded(frame, len(frame) if piece.logprobs else len(to_json(piece.text)), padding)
+                    frame = padded(frame, None if piece.logprobs else piece.text, padding)
                 write, opening = opening + frame, b""
                 if stages.first_byte_s is None:
                     stages.first_byte_s = time.monotonic()

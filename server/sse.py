@@ -48,13 +48,14 @@ def event_frame(event: str, value: Any, *, id: str | None) -> bytes:
     return f"{head}event: {event}\ndata: {to_json(value)}\n\n".encode("ascii")
 
 
-def padded(frame: bytes, num_bytes: int, multiple: int) -> bytes:
-    """The frame with random characters in a field `obfuscation`, which bring the `num_bytes` of it that tell something
-    up to a multiple: who sees encrypted streams pass knows tokens by their lengths.
+def padded(frame: bytes, text: str | None, multiple: int) -> bytes:
+    """The frame with random characters in a field `obfuscation`, which bring the length of the `text` in it up to a
+    multiple, or of the whole where more of it tells something: who sees encrypted streams pass knows tokens by their
+    lengths.
 
     Source: Weiss et al., "What Was Your Prompt?" (USENIX Security 2024); the field's name is OpenAI's.
     """
-    num_missing = -num_bytes % multiple
+    num_missing = -len(frame if text is None else to_json(text)) % multiple
     return b'%b,"obfuscation":"%b"}\n\n' % (frame[:-3], secrets.token_hex(num_missing)[:num_missing].encode("ascii"))
 
 

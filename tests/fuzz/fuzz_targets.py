@@ -91,7 +91,7 @@ def sse_encoder(data: bytes) -> None:
             stream += data_frame(value)
             expected.append(("message", to_json(value), last_id))
         elif kind == 2:
-            frame = padded(data_frame(value), len(text), 16)
+            frame = padded(data_frame(value), text, 16)
             assert len(frame) < len(data_frame(value)) + 40
             stream += frame
             expected.append(("message", frame[6:-2].decode(), last_id))

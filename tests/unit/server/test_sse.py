@@ -215,7 +215,7 @@ async def test_a_stream_whose_next_frame_cannot_be_made_ends_with_an_error_and_i
 @given(text=st.text(max_size=40), other=st.text(max_size=40), multiple=st.integers(1, 64))
 def test_padded_frames_are_as_long_as_each_other_and_say_what_they_said(text: str, other: str, multiple: int) -> None:
     def frame(said: str) -> bytes:
-        return padded(event_frame("token", {"text": said}, id="x:1"), len(to_json(said)), multiple)
+        return padded(event_frame("token", {"text": said}, id="x:1"), said, multiple)
 
     [event] = parse(frame(text))
     content = json.loads(event["data"])
