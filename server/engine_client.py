@@ -43,11 +43,12 @@ from headrace.server.errors import (
     ShutdownError,
     UnavailableError,
 )
-from headrace.server.generation import ENGINE_ENDED, Generation
+from headrace.server.generation import Generation
 from headrace.server.gpu_gauges import watch_gpu
 from headrace.server.journal import Journal
 from headrace.server.metrics import Metrics
 
+_ENGINE_ENDED = "the engine has ended"
 # Until the device is known: what a tier's first token may take beyond the prompt's own time, on a CPU and on a GPU.
 _CPU_TTFT_TARGETS_S = {Tier.PREMIUM: 2.0, Tier.STANDARD: 8.0, Tier.BATCH: 60.0}
 _GPU_TTFT_TARGETS_S = {Tier.PREMIUM: 0.5, Tier.STANDARD: 2.0, Tier.BATCH: 30.0}
@@ -78,7 +79,8 @@ class EngineClient:
         load_one_shots: Callable[[], Mapping[str, OneShotModel]] = dict,
         journal: Journal | None = None,
     ) -> None:
-        """`ttft_targets_s` None takes those of the device. With a `journal` publications pass through it."""
+        """`ttft_targets_s` None takes those of the device. What comes of a journaled generation passes through the
+        `journal` first."""
         self.clock = clock
         self.journal = journal
         self.ready: EngineReady | None = None
@@ -97,8 +99,7 @@ class EngineClient:
         self._generations: dict[int, Generation] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._batches: dict[int, asyncio.Future[OneShotOutput]] = {}
-        publish = self._publish if journal is None else partial(journal.pass_on, then=self._publish)
-        self._engine = make_engine(load_engine, publish, clock, load_one_shots)
+        self._engine = make_engine(load_engine, self._publish, clock, load_one_shots)
         self.metrics = Metrics(model_name, lambda: self.load, lambda: self.num_waiting)
         for tier in Tier:
             self.metrics.watch_waiting(tier, partial(self.admission.num_queued, tier))
@@ -246,23 +247,19 @@ class EngineClient:
         been cancelled before.
 
         `error` is what its readers are told, where it was not their doing. One that is journaled ends a moment later,
-        when its end is in the journal, and behind all that the engine has put there.
+        when its end is in the journal, behind all that was put there before.
         """
         if generation.is_over or generation.is_cancelled:
             return
         generation.is_cancelled = True
-        if self.journal is None or not generation.is_journaled:
+        if not generation.is_journaled:
             generation.end(FinishReason.CANCELLED, self.clock(), error)
         else:
             output = SequenceOutput(generation.request_id, finish_reason=FinishReason.CANCELLED)
             if error is not None:
                 output = output._replace(finish_reason=FinishReason.ERROR, error=error.message)
-            self.journal.end(output, partial(self.call_soon, self._end_journaled, generation, output))
-        self._engine.cancel(generation.request_id)  # whose word of it comes behind ours
-
-    def _end_journaled(self, generation: Generation, output: SequenceOutput) -> None:
-        if not generation.is_over:
-            generation.receive(output, self.clock())
+            self._record([(generation, output)])
+        self._engine.cancel(generation.request_id)
 
     def cancel_all(self, error: ApiError) -> None:
         for generation in list(self._generations.values()):
@@ -271,7 +268,8 @@ class EngineClient:
     def interrupt_all(self) -> None:
         """End everything because the server does; the next process goes on with what is in the journal.
 
-        What the engine has said until now is still recorded: readers come back to a log that is no shorter than theirs.
+        What was put into the journal until now is still recorded: readers come back to a log that is no shorter than
+        theirs.
         """
         has_journal = self.journal is not None and self.journal.is_active
         if self.journal is not None:
@@ -303,7 +301,7 @@ class EngineClient:
             self._loop.call_soon_threadsafe(callback, *args)
 
     def _publish(self, publication: Publication) -> None:
-        """Carry a publication to the loop; runs on the engine thread, or with a journal on that one's."""
+        """Carry a publication to the loop; runs on the engine thread."""
         self.call_soon(self.receive, publication)
 
     def receive(self, publication: Publication) -> None:
@@ -325,31 +323,54 @@ class EngineClient:
                 self.settled.set()
                 if publication.gpu_uuid is not None:
                     watch_gpu(self.metrics, publication.gpu_uuid)
+            case EngineStopped() if self.journal is None:
+                self._receive_end(publication)
             case EngineStopped():
-                self.error = publication.error
-                self.stopped.set()
-                self.settled.set()
-                num_blocks = self.load.num_total_blocks
-                self.load = LoadSnapshot(
-                    num_received=self._num_submitted, num_total_blocks=num_blocks, num_free_blocks=num_blocks
-                )
-                for generation in list(self._generations.values()):
-                    generation.end(FinishReason.ERROR, self.clock(), EngineFailedError(ENGINE_ENDED))
-                for future in self._batches.values():
-                    if not future.done():
-                        future.set_exception(EngineFailedError(ENGINE_ENDED))
+                end = SequenceOutput(-1, finish_reason=FinishReason.ERROR, error=_ENGINE_ENDED)
+                ends = [end._replace(request_id=id) for id, each in self._generations.items() if each.is_journaled]
+                self.journal.record(ends, partial(self.call_soon, self._receive_end, publication))
+
+    def _receive_end(self, stopped: EngineStopped) -> None:
+        self.error = stopped.error
+        self.stopped.set()
+        self.settled.set()
+        num_blocks = self.load.num_total_blocks
+        self.load = LoadSnapshot(
+            num_received=self._num_submitted, num_total_blocks=num_blocks, num_free_blocks=num_blocks
+        )
+        for generation in list(self._generations.values()):
+            generation.end(FinishReason.ERROR, self.clock(), EngineFailedError(_ENGINE_ENDED))
+        for future in self._batches.values():
+            if not future.done():
+                future.set_exception(EngineFailedError(_ENGINE_ENDED))
 
     def _receive_step(self, step: StepOutput) -> None:
-        now = self.clock()
         self.load = step.load
         if step.pauses is not None:
             self.metrics.observe_pauses(step.pauses)
-        num_tokens = 0
-        last_tokens_s: list[tuple[Tier, float]] = []  # of each stream that has one more
+        recorded: list[tuple[Generation, SequenceOutput]] = []
+        others: list[tuple[Generation, SequenceOutput]] = []
         for output in step.outputs:
             generation = self._generations.get(output.request_id)
-            if generation is None:
+            if generation is None or generation.is_cancelled:
                 continue  # cancelled or stopped on this side, and the engine had not heard yet
+            (recorded if generation.is_journaled else others).append((generation, output))
+        if recorded:
+            self._record(recorded)
+        self._receive_outputs(others)
+
+    def _record(self, outputs: list[tuple[Generation, SequenceOutput]]) -> None:
+        """Have outputs of journaled generations received once they are in the journal."""
+        assert self.journal is not None
+        self.journal.record([output for _, output in outputs], partial(self.call_soon, self._receive_outputs, outputs))
+
+    def _receive_outputs(self, outputs: list[tuple[Generation, SequenceOutput]]) -> None:
+        now = self.clock()
+        num_tokens = 0
+        last_tokens_s: list[tuple[Tier, float]] = []  # of each stream that has one more
+        for generation, output in outputs:
+            if generation.is_over:
+                continue  # since the journal was asked
             if output.scheduled_s is not None:
                 self.admission.leave(generation.request_id, output.num_cached_tokens)
                 if generation.stages.submitted_s is not None and generation.num_output_tokens == 0:
@@ -379,4 +400,4 @@ class EngineClient:
 
 
 def _engine_dead() -> UnavailableError:
-    return UnavailableError(ENGINE_ENDED, "engine_dead", retry_after_s=None)
+    return UnavailableError(_ENGINE_ENDED, "engine_dead", retry_after_s=None)

@@ -16,9 +16,6 @@ from headrace.server.stream_log import StreamLog, Terminal
 
 logger = logging.getLogger(__name__)
 
-# What those are told whose answers end with the engine thread.
-ENGINE_ENDED = "the engine has ended"
-
 
 @dataclass(frozen=True, slots=True)
 class Recipe:

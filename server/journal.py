@@ -1,9 +1,9 @@
 """The journal: what native streams need to outlive this process, in a SQLite file.
 
 Each stream is a table of rows (position, body, CRC): how it was accepted, its prompt, then what came of it. A table has
-pages of its own, and with it goes every byte in them. One thread owns the connection. With a journal, all that goes
-from the engine to the event loop passes through its queue, and goes on once what is of journaled streams in it is
-committed: nothing reaches a reader that a later process would not know. What waits at once shares a transaction.
+pages of its own, and with it goes every byte in them. One thread owns the connection. What comes of a stream passes
+through its queue, and goes on once it is committed: nothing reaches a reader that a later process would not know. What
+waits at once shares a transaction.
 Where writing fails the journal stops, and takes its file with it: one that lags behind what was delivered is worse
 than none. What a stream's text is, and who may read it, is the event loop's affair.
 """
@@ -18,24 +18,16 @@ import threading
 import time
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from headrace.scheduler.engine_core import Publication
 from headrace.scheduler.errors import HeadraceError
-from headrace.scheduler.messages import (
-    EngineStopped,
-    FinishReason,
-    SamplingParams,
-    SequenceOutput,
-    StepOutput,
-    TokenLogprobs,
-)
-from headrace.server.generation import ENGINE_ENDED, Recipe
+from headrace.scheduler.messages import FinishReason, SamplingParams, SequenceOutput, TokenLogprobs
+from headrace.server.generation import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -173,13 +165,9 @@ class Journal:
         """
         self._put(partial(self._write_resumptions, streams), then)
 
-    def pass_on(self, publication: Publication, then: Callable[[Publication], None]) -> None:
-        """Record what a publication says of journaled streams, then let it go on."""
-        self._put(partial(self._write_publication, publication), partial(then, publication))
-
-    def end(self, output: SequenceOutput, then: Callable[[], None]) -> None:
-        """Record an end that the engine does not know of, behind all that it has said so far."""
-        self._put(partial(self._write_outputs, (output,)), then)
+    def record(self, outputs: Sequence[SequenceOutput], then: Callable[[], None]) -> None:
+        """Record what comes of streams, each by its request's id; nothing of one follows its end."""
+        self._put(partial(self._write_outputs, outputs), then)
 
     def erase(self, id: str) -> None:
         """Leave nothing of a stream in any file, soon."""
@@ -294,15 +282,7 @@ class Journal:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         db.execute(f"PRAGMA synchronous = {self._synchronous}")
 
-    def _write_publication(self, publication: Publication, db: sqlite3.Connection) -> None:
-        match publication:
-            case StepOutput():
-                self._write_outputs(publication.outputs, db)
-            case EngineStopped():  # which their readers are told as well
-                ends = [SequenceOutput(id, finish_reason=FinishReason.ERROR, error=ENGINE_ENDED) for id in self._places]
-                self._write_outputs(ends, db)
-
-    def _write_outputs(self, outputs: Iterable[SequenceOutput], db: sqlite3.Connection) -> None:
+    def _write_outputs(self, outputs: Sequence[SequenceOutput], db: sqlite3.Connection) -> None:
         at_s = time.monotonic() + self._clock_offset_s
         for output in outputs:
             place = self._places.get(output.request_id)

@@ -6,7 +6,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -489,6 +489,26 @@ async def test_a_stream_that_no_longer_fits_ends_with_an_error_and_its_neighbour
         assert (await read(app, bad)).events()[-1] == events[-1]
 
 
+async def test_a_disk_that_hangs_holds_up_what_is_recorded_and_nothing_else(path: Path) -> None:
+    disk_answers = threading.Event()
+    async with live_app(journal_file=path) as app:
+        with app.runner.held():
+            stream = await create(app)
+            generation = app.registry.get(stream["id"]).generation
+            app.runner.allow(4)
+            await app.until(lambda: generation.num_output_tokens == 4)
+            assert app.journal is not None
+            app.journal._put(lambda db: disk_answers.wait())  # type: ignore[arg-type]
+        whole = await call(app.asgi, "POST", "/v1/completions", BODY)
+        assert whole.json()["choices"][0]["text"] == TEXT
+        await app.until(lambda: app.client.load.num_running == 0)
+        assert (generation.num_output_tokens, generation.is_over) == (4, False)
+        disk_answers.set()
+        events = (await read(app, stream)).events()
+    assert text_of(events) == TEXT
+    assert events[-1]["event"] == "done"
+
+
 async def test_a_drain_does_not_wait_for_the_disk_and_leaves_its_streams_to_the_next_process(path: Path) -> None:
     disk_answers = threading.Event()
     async with live_app(journal_file=path) as app:
@@ -524,13 +544,13 @@ async def test_a_stream_that_is_cancelled_again_before_that_is_recorded_is_cance
             generation = app.registry.get((await create(app))["id"]).generation
             assert app.journal is not None
             ends: list[SequenceOutput] = []
-            end = app.journal.end
+            record = app.journal.record
 
-            def count_end(output: SequenceOutput, then: Callable[[], None]) -> None:
-                ends.append(output)
-                end(output, then)
+            def count_ends(outputs: Sequence[SequenceOutput], then: Callable[[], None]) -> None:
+                ends.extend(output for output in outputs if output.finish_reason is not None)
+                record(outputs, then)
 
-            monkeypatch.setattr(app.journal, "end", count_end)
+            monkeypatch.setattr(app.journal, "record", count_ends)
             for _ in range(3):
                 app.client.cancel(generation)
             await app.until(lambda: generation.is_over)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from headrace.scheduler.messages import FinishReason, LoadSnapshot, SamplingParams, SequenceOutput, StepOutput
+from headrace.scheduler.messages import FinishReason, SamplingParams, SequenceOutput
 from headrace.server.generation import Recipe
 from headrace.server.journal import Fsync, Journal, Recording, StreamRecord
 
@@ -16,10 +16,6 @@ RECIPE = Recipe(PROMPT, SamplingParams(seed=2**64 - 1), ("END",), True, "", b"\0
 
 def record_of(id: str, *, tenant: str = "", recipe: Recipe = RECIPE) -> StreamRecord:
     return StreamRecord(id, tenant, f"log-{id}", 1_700_000_000, False, 5.0, 1.0, 2.0, recipe)
-
-
-def step(*outputs: SequenceOutput) -> StepOutput:
-    return StepOutput(outputs, LoadSnapshot())
 
 
 def token(request_id: int, token_id: int, **fields: Any) -> SequenceOutput:
@@ -47,7 +43,7 @@ class Recorder:
         self.do(self.journal.accept, request_id, record_of(id, **fields))
 
     def publish(self, *outputs: SequenceOutput) -> None:
-        self.do(self.journal.pass_on, step(*outputs))
+        self.do(self.journal.record, outputs)
 
     def read(self) -> Recording:
         recording = self.do(self.journal.read)

@@ -10,19 +10,19 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from headrace.scheduler.messages import (
-    EngineStopped,
     FinishReason,
     SamplingParams,
     SequenceOutput,
     TokenLogprobs,
 )
 from headrace.server.journal import Fsync, Journal, JournalError
-from recorded_streams import PROMPT, RECIPE, crash, finished, record_of, recorder, step, token
+from recorded_streams import PROMPT, RECIPE, crash, finished, record_of, recorder, token
 from waiting import until
 
 LOGPROBS = (TokenLogprobs(7, -0.1234567890123, ((7, -0.5), (8, -1.5))),)
@@ -66,14 +66,14 @@ def test_what_is_recorded_is_what_a_later_process_reads(path: Path, fsync: Fsync
     assert [output._replace(request_id=4) for output in read] == list(outputs)
 
 
-def test_it_passes_everything_on_in_order_whether_it_is_recorded_or_not(path: Path) -> None:
+def test_everything_goes_on_in_order_whether_it_is_recorded_or_not(path: Path) -> None:
     with recorder(path) as recording:
-        passed: list[object] = []
-        publications = [step(token(0, i)) for i in range(50)]
-        for publication in publications:
-            recording.journal.pass_on(publication, passed.append)
+        recording.accept(1, "one")
+        passed: list[int] = []
+        for i in range(50):
+            recording.journal.record([token(i % 2, i)], partial(passed.append, i))
         recording.read()
-        assert passed == publications
+        assert passed == list(range(50))
 
 
 def test_nothing_goes_on_that_a_crash_would_lose(path: Path, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_what_follows_an_end_is_not_recorded(path: Path) -> None:
             recording.accept(request_id, id)
             recording.publish(token(request_id, 1))
         recording.publish(finished(0))
-        recording.do(recording.journal.end, SequenceOutput(1, finish_reason=FinishReason.CANCELLED))
+        recording.publish(SequenceOutput(1, finish_reason=FinishReason.CANCELLED))
         recording.publish(token(0, 2), token(1, 2))
     assert outputs_of(path, "by the engine") == [token(-1, 1), finished(-1)]
     assert outputs_of(path, "by a client") == [
@@ -100,21 +100,17 @@ def test_what_follows_an_end_is_not_recorded(path: Path) -> None:
     ]
 
 
-def test_the_engines_end_is_that_of_all_streams_but_not_once_it_is_suspended(path: Path) -> None:
+def test_nothing_is_recorded_or_erased_once_it_is_suspended(path: Path) -> None:
     with recorder(path) as recording:
-        recording.accept(0, "open")
-        recording.do(recording.journal.pass_on, EngineStopped())
-        recording.accept(1, "interrupted")
+        recording.accept(0, "interrupted")
+        recording.publish(token(0, 1))
         recording.journal.suspend()
-        recording.publish(token(1, 1))
-        recording.do(recording.journal.pass_on, EngineStopped())
+        recording.publish(token(0, 2), finished(0))
+        recording.accept(1, "late")
         recording.journal.erase("interrupted")
-    [end] = outputs_of(path, "open")
-    assert end is not None
-    assert end.finish_reason is FinishReason.ERROR
     with recorder(path) as later:
-        assert {stream.record.id for stream in later.read().streams} == {"open", "interrupted"}
-    assert outputs_of(path, "interrupted") == []
+        assert [stream.record.id for stream in later.read().streams] == ["interrupted"]
+    assert outputs_of(path, "interrupted") == [token(-1, 1)]
 
 
 def test_a_resumed_stream_goes_on_behind_what_there_was(path: Path) -> None:
@@ -258,19 +254,18 @@ def no_file_beyond(num_bytes: int) -> Iterator[None]:
 def test_where_it_cannot_write_it_leaves_no_file_and_passes_everything_on(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    passed: list[object] = []
+    passed: list[int] = []
     with recorder(path) as recording:
         recording.accept(0, "one")
-        publications = [step(token(0, 1, error="x" * 1000)) for _ in range(200)]
         with no_file_beyond(100_000):
-            for publication in publications:
-                recording.journal.pass_on(publication, passed.append)
+            for i in range(200):
+                recording.journal.record([token(0, 1, error="x" * 1000)], partial(passed.append, i))
             recording.accept(1, "two")
         recording.publish(token(1, 2))
         recording.journal.erase("one")
         recording.do(recording.journal.resume, {7: "one"})
         assert not recording.journal.is_active
-        assert passed == publications
+        assert passed == list(range(200))
         assert list(path.parent.iterdir()) == []
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     assert outputs_of(path, "one") == []
