@@ -11,7 +11,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.server.endpoint import exception_handlers
-from headrace.server.guard import loopback_guards
+from headrace.server.guard import admin_guards
 from headrace.server.request_log import OnRejected
 from headrace.server.settings import ListenerSettings
 
@@ -20,7 +20,7 @@ def admin_app(settings: ListenerSettings, routes: Sequence[Route], on_rejected: 
     """The application of the operator's address. It asks for no key: who reaches the address may read."""
     app = Starlette(
         routes=routes,
-        middleware=loopback_guards(settings, settings.admin_host, on_rejected),
+        middleware=admin_guards(settings, on_rejected),
         exception_handlers=exception_handlers(on_rejected),
     )
     app.router.redirect_slashes = False

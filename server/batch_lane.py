@@ -106,10 +106,11 @@ class BatchLane:
         is_divisible: Callable[[ApiError], bool] = lambda error: isinstance(error, EngineFailedError),
     ) -> None:
         self._batcher = DynamicBatcher(policy, tier_weights)
+        self.name = name
         self._open_metrics = metrics.open_lane
+        self._metrics = metrics.open_lane(name)
         self._compute = compute
         self._max_queue_size = max_queue_size
-        self.rename(name)
         self._clock = clock
         self._num_at_once = num_at_once
         self._is_divisible = is_divisible
@@ -122,7 +123,9 @@ class BatchLane:
     def rename(self, name: str) -> None:
         """Count under another name from here on."""
         self.name = name
-        self._metrics = self._open_metrics(name, lambda: len(self._batcher))
+        self._metrics.waiting.dec(len(self._batcher))
+        self._metrics = self._open_metrics(name)
+        self._metrics.waiting.inc(len(self._batcher))
 
     @property
     def num_unfinished(self) -> int:
@@ -192,6 +195,7 @@ class BatchLane:
             self._batcher.add(item)
             items.append(item)
         self._waiting_of[asker.tenant] = self._waiting_of.get(asker.tenant, 0) + len(items)
+        self._metrics.waiting.inc(len(items))
         self._changed.set()
         end = "cancelled"
         try:
@@ -226,6 +230,7 @@ class BatchLane:
         )
 
     def _leave_queue(self, item: BatchItem) -> None:
+        self._metrics.waiting.dec()
         left = self._waiting_of[item.tenant] - 1
         if left:
             self._waiting_of[item.tenant] = left

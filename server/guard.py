@@ -22,6 +22,8 @@ from headrace.server.errors import ApiError, ForbiddenError, UnauthorizedError, 
 from headrace.server.request_log import OnRejected
 from headrace.server.settings import ListenerSettings, is_loopback
 
+# In the extensions of a scope whose connection is one too many (see `ConnectionLimit`).
+NO_PLACE = "headrace.no_place"
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # Probes, the chat page's files, and a stream's events, where the stream's id is what one must know. GET /v1/stream asks
 # for a ticket by itself.
@@ -130,9 +132,13 @@ class LoopbackGuard(_Guard):
 
 
 class ProbeGuard(_Guard):
-    """Refuses with 503 all but what tells of the server, where there are too many connections; each gets one answer."""
+    """On a connection without a place refuses with 503 all but what tells of the server, and gives one answer."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if NO_PLACE not in scope.get("extensions", {}):
+            await self._app(scope, receive, send)
+            return
+
         async def send_last(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["connection"] = "close"
@@ -150,17 +156,18 @@ class ProbeGuard(_Guard):
             raise UnavailableError("all of this server's connections are in use", "too_many_connections")
 
 
-def loopback_guards(settings: ListenerSettings, host: str, on_rejected: OnRejected) -> list[Middleware]:
-    """What an address that asks for no key has: a LoopbackGuard, if it is loopback."""
-    if not is_loopback(host):
-        return []
-    hosts, origins = settings.allowed_hosts, settings.cors_origins
-    return [Middleware(LoopbackGuard, allowed_hosts=hosts, cors_origins=origins, on_rejected=on_rejected)]
+def admin_guards(settings: ListenerSettings, on_rejected: OnRejected) -> list[Middleware]:
+    """What stands before the routes of the operator's address, which asks for no key."""
+    return [
+        *_loopback_guards(settings, settings.admin_host, on_rejected),
+        Middleware(ProbeGuard, on_rejected=on_rejected),
+    ]
 
 
 def guards(settings: ListenerSettings, keys: ApiKeys | None, on_rejected: OnRejected) -> list[Middleware]:
     """What stands before a server's routes, the outermost first."""
-    middleware = loopback_guards(settings, settings.host, on_rejected) if keys is None else []
+    key_guard = Middleware(KeyGuard, keys=keys, has_open_metrics=settings.open_metrics, on_rejected=on_rejected)
+    middleware = _loopback_guards(settings, settings.host, on_rejected) if keys is None else []
     if settings.cors_origins:
         cors = Middleware(
             CORSMiddleware,
@@ -171,8 +178,14 @@ def guards(settings: ListenerSettings, keys: ApiKeys | None, on_rejected: OnReje
         )
         middleware.append(cors)
     # Inside CORS: a preflight carries no key, and a page of another origin may read why it was refused.
-    middleware.append(Middleware(KeyGuard, keys=keys, has_open_metrics=settings.open_metrics, on_rejected=on_rejected))
-    return middleware
+    return [*middleware, Middleware(ProbeGuard, on_rejected=on_rejected), key_guard]
+
+
+def _loopback_guards(settings: ListenerSettings, host: str, on_rejected: OnRejected) -> list[Middleware]:
+    if not is_loopback(host):
+        return []
+    hosts, origins = settings.allowed_hosts, settings.cors_origins
+    return [Middleware(LoopbackGuard, allowed_hosts=hosts, cors_origins=origins, on_rejected=on_rejected)]
 
 
 def _split(url: str) -> SplitResult:

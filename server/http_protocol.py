@@ -7,6 +7,7 @@ is cut off. Of uvicorn's class it overrides the refusal of what is no HTTP, and 
 
 import asyncio
 import json
+import re
 import secrets
 import socket
 import ssl
@@ -21,7 +22,7 @@ from uvloop.loop import SSLProtocol  # type: ignore[attr-defined]  # what uvloop
 
 from headrace.server.connection_limit import ConnectionLimit
 from headrace.server.errors import envelope
-from headrace.server.guard import ProbeGuard
+from headrace.server.guard import NO_PLACE
 from headrace.server.request_log import OnRejected
 from headrace.server.settings import ListenerSettings
 from headrace.server.sse import WRITE_CHUNK
@@ -78,7 +79,7 @@ class HttpProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         has_place = self._limit.find_place(self)
-        self.app = self._whole_app if has_place else ProbeGuard(self._whole_app, self._on_rejected)
+        self.app = self._whole_app if has_place else _without_place(self._whole_app)
         super().data_received(data)
         self._note_state()
         self._time_head()
@@ -201,6 +202,14 @@ class HttpProtocol(H11Protocol):
             self._write_timer = self.loop.call_later(self._settings.peer_timeout_s, self._time_write, num_bytes)
 
 
+def _without_place(app: Any) -> Any:
+    async def run(scope: Any, receive: Any, send: Any) -> None:
+        scope.setdefault("extensions", {})[NO_PLACE] = {}
+        await app(scope, receive, send)
+
+    return run
+
+
 def _with_chunks(app: Any, transport: asyncio.Transport, flow: FlowControl, conn: "_BoundedConnection") -> Any:
     """`app`, which finds in its scope's extensions how to write a chunk past `send`. Knows nothing of the protocol
     object: a reference back to it would keep each connection until the garbage collector comes."""
@@ -258,7 +267,21 @@ class _BoundedConnection(h11.Connection):
                     f"more than {_MAX_HEADERS} headers, or {self._max_header_bytes} bytes of them",
                     error_status_hint=431,
                 )
+            if not event.target.startswith(b"/"):
+                return h11.Request(
+                    method=event.method,
+                    target=_origin_form(event.target),
+                    headers=list(event.headers),
+                    http_version=event.http_version,
+                )
         return event
+
+
+def _origin_form(target: bytes) -> bytes:
+    """The path and query of a target that names scheme and host too, as proxies are asked and every server has to
+    understand (RFC 9112, 3.2.2); other targets as they are."""
+    match = re.fullmatch(rb"https?://[^/?]*(/[^?]*)?(\?.*)?", target, re.IGNORECASE)
+    return target if match is None else (match[1] or b"/") + (match[2] or b"")
 
 
 def watch_peers(listener: socket.socket, timeout_s: int) -> None:

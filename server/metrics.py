@@ -87,10 +87,10 @@ class RequestMetrics:
         """Add a gauge whose value is asked when scraped."""
         self._gauge(name, text).set_function(value)
 
-    def open_lane(self, model: str, num_waiting: Callable[[], int]) -> "LaneMetrics":
-        """The metrics of one dynamic batcher, under the name of its model."""
-        self._batch_queue.labels(model).set_function(num_waiting)
+    def open_lane(self, model: str) -> "LaneMetrics":
+        """The metrics of a dynamic batcher, or of several that count under one name."""
         return LaneMetrics(
+            self._batch_queue.labels(model),
             self._batch_size.setdefault(model, LatencyHistogram(_SIZES)),
             self._batch_wait.setdefault(model, LatencyHistogram(_SHORT)),
             self._batch_compute.setdefault(model, LatencyHistogram(_SHORT)),
@@ -195,8 +195,10 @@ class Metrics(RequestMetrics):
 
 
 class LaneMetrics(NamedTuple):
-    """What one dynamic batcher tells: of each batch its size, cost and padding, of each item its wait and its end."""
+    """What a dynamic batcher tells: how many items wait, of each batch its size, cost and padding, of each item its
+    wait and its end."""
 
+    waiting: Gauge
     size: "LatencyHistogram"
     wait_s: "LatencyHistogram"
     compute_s: "LatencyHistogram"

@@ -333,20 +333,33 @@ async def test_where_every_connection_is_in_use_another_is_told_and_probes_are_a
         assert expected_text("hi", 4).encode() in await server.answer(post(OK, head=b"connection: close\r\n"))
 
 
+@pytest.mark.parametrize("authority", ["http://localhost", "HTTPS://elsewhere.example:1"])
+async def test_a_target_with_scheme_and_host_is_its_path(authority: str) -> None:
+    async with listening() as server:
+        for path, status in (("/health", 200), ("/health?a=http://b/c", 200), ("", 200), ("?a=/x", 200), ("/no", 404)):
+            target = f"{authority}{path}".encode()
+            answer = await server.answer(HEALTH.replace(b"/health", target) + b"connection: close\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 %d" % status), (target, answer)
+        one_zero = HEALTH.replace(b"/health", authority.encode() + b"/health").replace(b"HTTP/1.1", b"HTTP/1.0")
+        assert b"\r\n\r\n" in await server.answer(one_zero + b"\r\n"), "which ends by itself"
+
+
 async def test_without_a_place_one_gets_one_answer_and_an_event_source_gets_one_that_brings_it_back() -> None:
-    async with listening(max_connections=1) as server, await server.connect() as connection:
+    page = "https://chat.example"
+    async with listening(max_connections=1, cors_origins=page) as server, await server.connect() as connection:
         with server.app.runner.held():
             await connection.send(post(OK | {"stream": True}))
             await server.app.until(lambda: server.app.client.num_unfinished == 1)
             answer = await server.answer(3 * (HEALTH + b"\r\n"))
             assert answer.count(b"HTTP/1.1 200") == answer.lower().count(b"connection: close") == 1
-            accept = b"accept: text/event-stream\r\n"
+            accept = b"accept: text/event-stream\r\norigin: %b\r\n" % page.encode()
             for path in (b"/v1/stream?prompt=hi", b"/v1/streams/x/events"):
                 asked = HEALTH.replace(b"/health", path) + accept + b"\r\n"
                 head, _, body = (await server.answer(asked)).partition(b"\r\n\r\n")
                 assert head.startswith(b"HTTP/1.1 200")
                 assert b"connection: close" in head.lower()
                 assert b"content-type: text/event-stream" in head
+                assert b"access-control-allow-origin: %b" % page.encode() in head
                 assert b"retry: 1000\n\n" in body
             assert_refused(await server.answer(post(OK, head=accept)), 503)
 

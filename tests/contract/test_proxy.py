@@ -1,6 +1,7 @@
 """The proxy before an upstream that the test plays, over real sockets: what is merged, who is told what, who leaves."""
 
 import json
+import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -430,6 +431,28 @@ async def test_a_model_is_named_in_metrics_once_the_upstream_has_answered_for_it
     lines = [record.getMessage() for record in caplog.records if record.name == "headrace.requests"]
     assert len(lines) == 3
     assert all('"route": "/v1/models/{model}:predict"' in line and "canary" not in line for line in lines)
+
+
+async def test_what_waits_for_models_without_a_name_yet_is_told_together_and_then_by_name() -> None:
+    async def depths() -> dict[str, str]:
+        metrics = (await live.get("/metrics")).body.decode()
+        return dict(re.findall(r'^headrace_batch_queue_depth\{model="(.*?)"\} (\S+)$', metrics, re.MULTILINE))
+
+    async with rig(max_batch_size=1) as live:
+        live.upstream.hold()
+        asked = [live.start(*embed("a", model=model)) for model in "mmmnnn"]
+        await until(lambda: live.num_queued() == 4)
+        assert await depths() == {"other": "4.0"}
+        live.upstream.gate.set()
+        for one in asked:
+            await one.done.wait()
+        live.upstream.hold()
+        asked = [live.start(*embed("a", model=model)) for model in "nn"]
+        await until(lambda: live.num_queued() == 1)
+        assert await depths() == {"other": "0.0", "embeddings:m": "0.0", "embeddings:n": "1.0"}
+        live.upstream.gate.set()
+        for one in asked:
+            await one.done.wait()
 
 
 async def test_a_batch_that_nobody_waits_for_is_ended_upstream() -> None:
