@@ -4,6 +4,7 @@ held     a thousand streams at once, of which most wait: whether all of them end
 cancel   from a client's close until its sequence is gone, in milliseconds and engine steps
 drain    SIGTERM with a hundred streams, without a grace time and with one that suffices
 restart  kill -9 with native streams under way and a journal: from the new process to the first new token of each
+journal  the gaps of native streams that are recorded, and of OpenAI's beside them, over those without a journal
 inputs   the worst inputs, one after the other, each beside a stream
 peers    with --peers FOLDER (see `compare`): clients that leave or read nothing, and the worst inputs, on Headrace,
          llama.cpp and vLLM in turn
@@ -14,9 +15,11 @@ Each prints a table; the last line of stdout is one JSON object. Servers run bes
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import re
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -206,6 +209,50 @@ def _last_event_id(body: bytes | bytearray) -> str:
     return f"last-event-id: {last.decode()}\r\n"
 
 
+async def journal(installation: Installation, num_streams: int, num_rounds: int) -> list[dict[str, Any]]:
+    """Half of the streams are native, which a journal records, half OpenAI's, which it does not.
+
+    One row per way to force it to the disk, "none" without a journal: medians of rounds in turn, in which each is
+    divided by the round's "none", whose own are in milliseconds.
+    """
+    rounds: list[dict[str, dict[str, float]]] = []
+    for _ in range(num_rounds):
+        figures: dict[str, dict[str, float]] = {}
+        for fsync in ("none", "never", "checkpoint", "step"):
+            gaps = await _gaps_ms(installation, fsync, num_streams)
+            figures[fsync] = {
+                f"{kind}_p{percent}": percentile(of_kind, percent)
+                for kind, of_kind in gaps.items()
+                for percent in (50, 99)
+            }
+        plain = figures.pop("none")
+        rounds.append({"none": plain, **{fsync: _over(row, plain) for fsync, row in figures.items()}})
+    return [
+        {"fsync": fsync, **{name: round(statistics.median(each[fsync][name] for each in rounds), 2) for name in row}}
+        for fsync, row in rounds[0].items()
+    ]
+
+
+def _over(figures: dict[str, float], base: dict[str, float]) -> dict[str, float]:
+    return {name: figure / base[name] for name, figure in figures.items()}
+
+
+async def _gaps_ms(installation: Installation, fsync: str, num_streams: int) -> dict[str, list[float]]:
+    """Between the reads of each kind of stream, once all of them run."""
+    with tempfile.TemporaryDirectory() as folder:
+        recorded = ("--journal-file", str(Path(folder) / "journal"), "--journal-fsync", fsync)
+        flags = _ANY_STEP if fsync == "none" else (*_ANY_STEP, *recorded)
+        async with running(installation, "headrace", num_streams, *flags) as server:
+            streams = await asyncio.gather(*(_open_stream(server, i, 200) for i in range(num_streams)))
+            for stream in streams:
+                await stream.end(_LIMIT_S)
+    all_run_s = max(stream.piece_s[8] for stream in streams)
+    return {
+        kind: [1e3 * (b - a) for stream in of_kind for a, b in itertools.pairwise(stream.piece_s) if a > all_run_s]
+        for kind, of_kind in (("native", streams[::2]), ("openai", streams[1::2]))
+    }
+
+
 async def inputs(installation: Installation) -> dict[str, Any]:
     """Those of the peers' comparison, on this server alone."""
     faults = PeerFaults("headrace", installation.version("headrace"))
@@ -256,13 +303,15 @@ async def _measure(experiment: str, installation: Installation, peer_names: Sequ
             return [await drain(installation, 100, grace_s) for grace_s in (0, 60)]
         case "restart":
             return [await restart(installation, 32)]
+        case "journal":
+            return await journal(installation, 32, 3)
         case "inputs":
             return [await inputs(installation)]
     assert experiment == "peers"
     return await peers(installation, peer_names)
 
 
-_EXPERIMENTS: Final = ("held", "cancel", "drain", "restart", "inputs", "peers")
+_EXPERIMENTS: Final = ("held", "cancel", "drain", "restart", "journal", "inputs", "peers")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
