@@ -48,6 +48,8 @@ from headrace.server.gpu_gauges import watch_gpu
 from headrace.server.journal import Journal
 from headrace.server.metrics import Metrics
 
+_Output = tuple[Generation, SequenceOutput]
+
 _ENGINE_ENDED = "the engine has ended"
 # Until the device is known: what a tier's first token may take beyond the prompt's own time, on a CPU and on a GPU.
 _CPU_TTFT_TARGETS_S = {Tier.PREMIUM: 2.0, Tier.STANDARD: 8.0, Tier.BATCH: 60.0}
@@ -252,14 +254,15 @@ class EngineClient:
         if generation.is_over or generation.is_cancelled:
             return
         generation.is_cancelled = True
+        self.admission.leave(generation.request_id)
+        self._engine.cancel(generation.request_id)
         if not generation.is_journaled:
             generation.end(FinishReason.CANCELLED, self.clock(), error)
-        else:
-            output = SequenceOutput(generation.request_id, finish_reason=FinishReason.CANCELLED)
-            if error is not None:
-                output = output._replace(finish_reason=FinishReason.ERROR, error=error.message)
-            self._record([(generation, output)])
-        self._engine.cancel(generation.request_id)
+            return
+        output = SequenceOutput(generation.request_id, finish_reason=FinishReason.CANCELLED)
+        if error is not None:
+            output = output._replace(finish_reason=FinishReason.ERROR, error=error.message)
+        self._record([(generation, output)])
 
     def cancel_all(self, error: ApiError) -> None:
         for generation in list(self._generations.values()):
@@ -323,75 +326,82 @@ class EngineClient:
                 self.settled.set()
                 if publication.gpu_uuid is not None:
                     watch_gpu(self.metrics, publication.gpu_uuid)
-            case EngineStopped() if self.journal is None:
-                self._receive_end(publication)
             case EngineStopped():
+                self.error = publication.error
+                self.stopped.set()
+                self.settled.set()
+                num_blocks = self.load.num_total_blocks
+                self.load = LoadSnapshot(
+                    num_received=self._num_submitted, num_total_blocks=num_blocks, num_free_blocks=num_blocks
+                )
                 end = SequenceOutput(-1, finish_reason=FinishReason.ERROR, error=_ENGINE_ENDED)
-                ends = [end._replace(request_id=id) for id, each in self._generations.items() if each.is_journaled]
-                self.journal.record(ends, partial(self.call_soon, self._receive_end, publication))
-
-    def _receive_end(self, stopped: EngineStopped) -> None:
-        self.error = stopped.error
-        self.stopped.set()
-        self.settled.set()
-        num_blocks = self.load.num_total_blocks
-        self.load = LoadSnapshot(
-            num_received=self._num_submitted, num_total_blocks=num_blocks, num_free_blocks=num_blocks
-        )
-        for generation in list(self._generations.values()):
-            generation.end(FinishReason.ERROR, self.clock(), EngineFailedError(_ENGINE_ENDED))
-        for future in self._batches.values():
-            if not future.done():
-                future.set_exception(EngineFailedError(_ENGINE_ENDED))
+                self._hand_out([(each, end._replace(request_id=id)) for id, each in self._generations.items()])
+                for future in self._batches.values():
+                    if not future.done():
+                        future.set_exception(EngineFailedError(_ENGINE_ENDED))
 
     def _receive_step(self, step: StepOutput) -> None:
         self.load = step.load
         if step.pauses is not None:
             self.metrics.observe_pauses(step.pauses)
-        recorded: list[tuple[Generation, SequenceOutput]] = []
-        others: list[tuple[Generation, SequenceOutput]] = []
+        now = self.clock()
+        outputs: list[_Output] = []
         for output in step.outputs:
             generation = self._generations.get(output.request_id)
             if generation is None or generation.is_cancelled:
                 continue  # cancelled or stopped on this side, and the engine had not heard yet
-            (recorded if generation.is_journaled else others).append((generation, output))
+            self._note_progress(generation, output, now)
+            outputs.append((generation, output))
+        self._hand_out(outputs)
+
+    def _note_progress(self, generation: Generation, output: SequenceOutput, now: float) -> None:
+        """Keep admission's books, which are about the engine, whatever holds up the journal."""
+        submitted_s, predicted_s = generation.stages.submitted_s, generation.predicted_ttft_s
+        if output.scheduled_s is not None:
+            self.admission.leave(generation.request_id, output.num_cached_tokens)
+            if submitted_s is not None and generation.num_output_tokens == 0:
+                self.metrics.queue_time[generation.tier].observe(output.scheduled_s - submitted_s)
+        elif output.finish_reason is not None:
+            self.admission.leave(generation.request_id)
+        if output.token_ids and predicted_s is not None and submitted_s is not None:
+            self.admission.observe(predicted_s, now - submitted_s)
+            generation.predicted_ttft_s = None
+
+    def _hand_out(self, outputs: list[_Output]) -> None:
+        recorded = [each for each in outputs if each[0].is_journaled]
         if recorded:
             self._record(recorded)
-        self._receive_outputs(others)
+            outputs = [each for each in outputs if not each[0].is_journaled]
+        self._receive_outputs(outputs)
 
-    def _record(self, outputs: list[tuple[Generation, SequenceOutput]]) -> None:
+    def _record(self, outputs: list[_Output]) -> None:
         """Have outputs of journaled generations received once they are in the journal."""
         assert self.journal is not None
         self.journal.record([output for _, output in outputs], partial(self.call_soon, self._receive_outputs, outputs))
 
-    def _receive_outputs(self, outputs: list[tuple[Generation, SequenceOutput]]) -> None:
+    def _receive_outputs(self, outputs: list[_Output]) -> None:
         now = self.clock()
         num_tokens = 0
         last_tokens_s: list[tuple[Tier, float]] = []  # of each stream that has one more
         for generation, output in outputs:
             if generation.is_over:
                 continue  # since the journal was asked
-            if output.scheduled_s is not None:
-                self.admission.leave(generation.request_id, output.num_cached_tokens)
-                if generation.stages.submitted_s is not None and generation.num_output_tokens == 0:
-                    self.metrics.queue_time[generation.tier].observe(output.scheduled_s - generation.stages.submitted_s)
             if output.token_ids:
                 num_tokens += len(output.token_ids)
                 if (last_token_s := generation.stages.last_token_s) is not None:
                     last_tokens_s.append((generation.tier, last_token_s))
                 else:
-                    self._observe_first_token(generation, now)
+                    self.metrics.ttft[generation.tier].observe(now - generation.stages.received_s)
             generation.receive(output, now)
-            if generation.is_over and output.finish_reason is None:
+            if (terminal := generation.log.terminal) is not None and output.finish_reason is None:
                 self._engine.cancel(output.request_id)  # a stop string, which the engine cannot see
+                if generation.is_journaled:
+                    error = None if terminal.error is None else terminal.error.message
+                    end = SequenceOutput(output.request_id, finish_reason=terminal.finish_reason, error=error)
+                    self._record([(generation, end)])
         self.metrics.generation_tokens.inc(num_tokens)
         for (tier, last_token_s), count in Counter(last_tokens_s).items():
             self.metrics.itl[tier].observe(now - last_token_s, count)
-
-    def _observe_first_token(self, generation: Generation, now: float) -> None:
-        self.metrics.ttft[generation.tier].observe(now - generation.stages.received_s)
-        if generation.predicted_ttft_s is not None and generation.stages.submitted_s is not None:
-            self.admission.observe(generation.predicted_ttft_s, now - generation.stages.submitted_s)
 
     def _forget(self, generation: Generation) -> None:
         del self._generations[generation.request_id]

@@ -10,11 +10,11 @@ import secrets
 import time
 from urllib.parse import SplitResult, urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.server.api_keys import ApiKeys
 from headrace.server.endpoint import error_response, refuse_event_source
@@ -132,19 +132,11 @@ class LoopbackGuard(_Guard):
 
 
 class ProbeGuard(_Guard):
-    """On a connection without a place refuses with 503 all but what tells of the server, and gives one answer."""
+    """On a connection without a place refuses with 503 all but what tells of the server."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if NO_PLACE not in scope.get("extensions", {}):
-            await self._app(scope, receive, send)
-            return
-
-        async def send_last(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["connection"] = "close"
-            await send(message)
-
-        await super().__call__(scope, receive, send_last)
+        has_place = NO_PLACE not in scope.get("extensions", {})
+        await (self._app if has_place else super().__call__)(scope, receive, send)
 
     def _refuse(self, scope: Scope, error: ApiError) -> Response:
         accepted = Headers(scope=scope).get("accept", "")

@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 import h11
+from starlette.datastructures import MutableHeaders
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol, RequestResponseCycle
 from uvloop.loop import SSLProtocol  # type: ignore[attr-defined]  # what uvloop itself puts between a transport and TLS
@@ -203,9 +204,16 @@ class HttpProtocol(H11Protocol):
 
 
 def _without_place(app: Any) -> Any:
+    """`app` on a connection without a place, which is told so, and whose first answer is the last."""
+
     async def run(scope: Any, receive: Any, send: Any) -> None:
+        async def send_last(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["connection"] = "close"
+            await send(message)
+
         scope.setdefault("extensions", {})[NO_PLACE] = {}
-        await app(scope, receive, send)
+        await app(scope, receive, send_last)
 
     return run
 
@@ -279,8 +287,8 @@ class _BoundedConnection(h11.Connection):
 
 def _origin_form(target: bytes) -> bytes:
     """The path and query of a target that names scheme and host too, as proxies are asked and every server has to
-    understand (RFC 9112, 3.2.2); other targets as they are."""
-    match = re.fullmatch(rb"https?://[^/?]*(/[^?]*)?(\?.*)?", target, re.IGNORECASE)
+    understand (RFC 9112, 3.2.2); other targets as they are. The Host header stays what guards look at."""
+    match = re.fullmatch(rb"https?://[^/?]+(/[^?]*)?(\?.*)?", target, re.IGNORECASE)
     return target if match is None else (match[1] or b"/") + (match[2] or b"")
 
 

@@ -352,6 +352,9 @@ async def test_without_a_place_one_gets_one_answer_and_an_event_source_gets_one_
             await server.app.until(lambda: server.app.client.num_unfinished == 1)
             answer = await server.answer(3 * (HEALTH + b"\r\n"))
             assert answer.count(b"HTTP/1.1 200") == answer.lower().count(b"connection: close") == 1
+            preflight = HEALTH.replace(b"GET /health", b"OPTIONS /v1/completions")
+            preflight += b"origin: %b\r\naccess-control-request-method: POST\r\n\r\n" % page.encode()
+            assert (await server.answer(3 * preflight)).count(b"HTTP/1.1 200") == 1
             accept = b"accept: text/event-stream\r\norigin: %b\r\n" % page.encode()
             for path in (b"/v1/stream?prompt=hi", b"/v1/streams/x/events"):
                 asked = HEALTH.replace(b"/health", path) + accept + b"\r\n"

@@ -54,6 +54,12 @@ class CharacterRunner(FakeRunner):
         )
 
 
+class DyingRunner(FakeRunner):
+    def launch(self, output: SchedulerOutput) -> LaunchedStep:
+        super().launch(output)
+        raise SystemExit("as told")
+
+
 @asynccontextmanager
 async def killed_app(
     path: Path, copy: Path, num_steps: int, *, runner: FakeRunner | None = None, **settings: Any
@@ -343,10 +349,6 @@ async def test_a_disk_that_is_full_ends_the_journal_and_no_stream(path: Path, tm
 
 
 async def test_the_engines_end_is_recorded_as_every_streams(path: Path) -> None:
-    class DyingRunner(FakeRunner):
-        def launch(self, output: Any) -> Any:
-            raise SystemExit("as told")
-
     async with live_app(journal_file=path, runner=DyingRunner()) as app:
         stream = await create(app)
         first = (await read(app, stream)).events()
@@ -507,6 +509,59 @@ async def test_a_disk_that_hangs_holds_up_what_is_recorded_and_nothing_else(path
         events = (await read(app, stream)).events()
     assert text_of(events) == TEXT
     assert events[-1]["event"] == "done"
+
+
+async def test_who_waits_for_the_disk_does_not_wait_for_the_engine_in_admissions_eyes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_answers = threading.Event()
+    first_tokens_s: list[float] = []
+    async with live_app(journal_file=path) as app, anyio.create_task_group() as tasks:
+        assert app.journal is not None
+        monkeypatch.setattr(app.client.admission, "observe", lambda _, actual_s: first_tokens_s.append(actual_s))
+        with app.runner.held():
+            app.journal._put(lambda db: disk_answers.wait())  # type: ignore[arg-type]
+            asked = [exchange(app.asgi, "POST", "/v1/streams") for _ in range(4)]
+            for one in asked:
+                one.send_body(json.dumps(BODY | {"prompt": "word " * 20}).encode())
+                tasks.start_soon(one.run)
+            await app.until(lambda: app.client.num_unfinished == 4)
+            asked[0].disconnect()
+            await asked[0].done.wait()
+        await app.until(lambda: app.client.load.num_received == 4 and app.client.load.num_running == 0)
+        assert app.client.num_unfinished == 4
+        assert app.client.admission.num_queued_tokens == 0
+        assert len(first_tokens_s) == 3, "the disk's time is not the engine's"
+        disk_answers.set()
+        for one in asked:
+            await one.done.wait()
+        await app.until(lambda: app.client.num_unfinished == 0)
+        assert len(first_tokens_s) == 3
+
+
+async def test_where_the_engine_ends_nobody_but_who_is_recorded_waits_for_the_disk(path: Path) -> None:
+    disk_answers = threading.Event()
+    async with live_app(journal_file=path, runner=DyingRunner()) as app, anyio.create_task_group() as tasks:
+        assert app.journal is not None
+        with app.runner.held():
+            stream = await create(app)
+            generation = app.registry.get(stream["id"]).generation
+            app.journal._put(lambda db: disk_answers.wait())  # type: ignore[arg-type]
+            whole = exchange(app.asgi, "POST", "/v1/completions")
+            whole.send_body(json.dumps(BODY).encode())
+            tasks.start_soon(whole.run)
+            await app.until(lambda: app.client.num_unfinished == 2)
+        await whole.done.wait()
+        assert whole.json()["error"]["code"] == "engine_error"
+        late = await call(app.asgi, "POST", "/v1/streams", BODY)
+        assert (late.status, late.json()["error"]["code"]) == (503, "engine_dead")
+        assert not generation.is_over
+        disk_answers.set()
+        seen = (await read(app, stream)).events()
+        app.scheduler.fail_all("")  # which its thread has left behind
+    async with live_app(journal_file=path) as app:
+        assert (await read(app, stream)).events()[-1] == seen[-1]
+    assert json.loads(seen[-1]["data"])["error"]["code"] == "engine_error"
 
 
 async def test_a_drain_does_not_wait_for_the_disk_and_leaves_its_streams_to_the_next_process(path: Path) -> None:

@@ -234,7 +234,11 @@ def check_native_stream(reading: NativeReading) -> None:
     assert kinds == ["token"] * (len(events) - 1) + ["done"]
     *tokens, done = [json.loads(event["data"]) for event in events]
     assert done["finish_reason"] == "length"
-    assert sum(token["num_tokens"] for token in tokens) == done["usage"]["completion_tokens"]
-    streams, cursors = zip(*(event["id"].split(":") for event in events), strict=True)
+    streams, places = zip(*(event["id"].split(":") for event in events), strict=True)
     assert len(set(streams)) == 1
-    assert all(int(earlier) < int(later) for earlier, later in pairwise(cursors))
+    cursors = [0, *map(int, places)]
+    # A cursor counts pieces of text, each of a token or more.
+    for token, (earlier, later) in zip([*tokens, {"num_tokens": 1}], pairwise(cursors), strict=True):
+        assert earlier < later <= earlier + token["num_tokens"]
+    num_textless = done["usage"]["completion_tokens"] - sum(token["num_tokens"] for token in tokens)
+    assert 0 <= num_textless <= 2, "those at the very end, which no text follows"
