@@ -164,7 +164,7 @@ async def restart(installation: Installation, num_streams: int) -> dict[str, Any
     id."""
     with tempfile.TemporaryDirectory() as folder:
         flags = (*_ANY_STEP, "--journal-file", str(Path(folder) / "journal"))
-        async with running(installation, "headrace", 32, *flags) as server:
+        async with running(installation, "headrace", num_streams + 1, *flags) as server:
             paths = [await _create_native(server, f"Story number {i}:", 400) for i in range(num_streams)]
             readers = [await OpenRequest.send(server.address, get(server.address, path)) for path in paths]
             for reader in readers:
@@ -174,7 +174,7 @@ async def restart(installation: Installation, num_streams: int) -> dict[str, Any
             for reader in readers:
                 await reader.end(_LIMIT_S)
         began_s = time.monotonic()
-        async with running(installation, "headrace", 32, *flags) as server:
+        async with running(installation, "headrace", num_streams + 1, *flags) as server:
             first_token_s = time.monotonic() - began_s
             resumed = [
                 await OpenRequest.send(server.address, get(server.address, path, _last_event_id(reader.body)))
