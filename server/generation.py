@@ -54,8 +54,8 @@ class Generation:
 
     `choice` numbers the answers to one prompt. `echo` is text that comes before the answer, with `prompt_logprobs`, a
     list that all choices of a prompt share and the first one fills. `predicted_ttft_s` is the bare prediction that it
-    was admitted with. `on_end` is called once the log has closed. What `is_journaled` a later process can go on with.
-    What `is_cancelled` is over, or will be soon.
+    was admitted with, until it can be compared. `on_end` is called once the log has closed. What `is_journaled` a later
+    process can go on with. What `is_cancelled` is over, or will be soon.
     """
 
     id: str
