@@ -254,11 +254,11 @@ class EngineClient:
         if generation.is_over or generation.is_cancelled:
             return
         generation.is_cancelled = True
-        self.admission.leave(generation.request_id)
         self._engine.cancel(generation.request_id)
         if not generation.is_journaled:
             generation.end(FinishReason.CANCELLED, self.clock(), error)
             return
+        self.admission.leave(generation.request_id)  # which would else wait for the disk
         output = SequenceOutput(generation.request_id, finish_reason=FinishReason.CANCELLED)
         if error is not None:
             output = output._replace(finish_reason=FinishReason.ERROR, error=error.message)

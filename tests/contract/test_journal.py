@@ -14,6 +14,7 @@ from typing import Any
 
 import anyio
 import pytest
+from anyio.abc import TaskGroup
 
 from asgi_client import Exchange, call, exchange
 from fake_engine import FakeRunner, expected_text
@@ -21,6 +22,7 @@ from headrace.scheduler.engine_core import ComputedStep, LaunchedStep
 from headrace.scheduler.messages import SequenceOutput
 from headrace.scheduler.scheduler import SchedulerOutput
 from headrace.server.api_keys import append_key, create_key
+from headrace.server.generation import Generation
 from live_app import LiveApp, live_app
 from recorded_streams import RECIPE, crash, recorder
 
@@ -87,6 +89,31 @@ async def create(app: LiveApp, headers: dict[str, str] | None = None, **fields: 
 async def read(app: LiveApp, stream: dict[str, Any], last_event_id: str | None = None) -> Exchange:
     headers = SSE if last_event_id is None else SSE | {"last-event-id": last_event_id}
     return await call(app.asgi, "GET", stream["events_url"], headers=headers)
+
+
+async def begin(app: LiveApp, num_tokens: int) -> tuple[dict[str, Any], Generation]:
+    """A stream that has come so far, whose app's runner is held."""
+    stream = await create(app)
+    generation = app.registry.get(stream["id"]).generation
+    app.runner.allow(num_tokens)
+    await app.until(lambda: generation.num_output_tokens == num_tokens)
+    return stream, generation
+
+
+def ask(app: LiveApp, tasks: TaskGroup, path: str, **fields: Any) -> Exchange:
+    """A request under way."""
+    request = exchange(app.asgi, "POST", path)
+    request.send_body(json.dumps(BODY | fields).encode())
+    tasks.start_soon(request.run)
+    return request
+
+
+def hang_disk(app: LiveApp) -> threading.Event:
+    """Have the journal wait for its disk until the event is set."""
+    disk_answers = threading.Event()
+    assert app.journal is not None
+    app.journal._put(lambda db: disk_answers.wait())  # type: ignore[arg-type]
+    return disk_answers
 
 
 def text_of(events: list[dict[str, str]]) -> str:
@@ -217,10 +244,8 @@ async def test_a_client_that_leaves_before_its_answer_leaves_nothing(
             patch.setattr(
                 app.journal, "accept", lambda request_id, record, then: accept(request_id, record, lambda: None)
             )
-            request = exchange(app.asgi, "POST", "/v1/streams")
-            request.send_body(json.dumps(BODY).encode())
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(request.run)
+                request = ask(app, tasks, "/v1/streams")
                 await app.until(lambda: bool(app.registry._running))
                 [id] = app.registry._running
                 assert request.status is None
@@ -237,9 +262,7 @@ async def test_a_drain_interrupts_readers_at_their_cursor_and_the_next_process_g
     async with live_app(journal_file=path) as app, anyio.create_task_group() as tasks:
         with app.runner.held():
             stream = await create(app, stop=[stop])
-            whole = exchange(app.asgi, "POST", "/v1/completions")
-            whole.send_body(json.dumps(BODY).encode())
-            tasks.start_soon(whole.run)
+            whole = ask(app, tasks, "/v1/completions")
             reader = exchange(app.asgi, "GET", stream["events_url"], headers=SSE)
             tasks.start_soon(reader.run)
             await app.until(lambda: app.client.num_unfinished == 2)
@@ -492,15 +515,10 @@ async def test_a_stream_that_no_longer_fits_ends_with_an_error_and_its_neighbour
 
 
 async def test_a_disk_that_hangs_holds_up_what_is_recorded_and_nothing_else(path: Path) -> None:
-    disk_answers = threading.Event()
     async with live_app(journal_file=path) as app:
         with app.runner.held():
-            stream = await create(app)
-            generation = app.registry.get(stream["id"]).generation
-            app.runner.allow(4)
-            await app.until(lambda: generation.num_output_tokens == 4)
-            assert app.journal is not None
-            app.journal._put(lambda db: disk_answers.wait())  # type: ignore[arg-type]
+            stream, generation = await begin(app, 4)
+            disk_answers = hang_disk(app)
         whole = await call(app.asgi, "POST", "/v1/completions", BODY)
         assert whole.json()["choices"][0]["text"] == TEXT
         await app.until(lambda: app.client.load.num_running == 0)
@@ -514,17 +532,12 @@ async def test_a_disk_that_hangs_holds_up_what_is_recorded_and_nothing_else(path
 async def test_who_waits_for_the_disk_does_not_wait_for_the_engine_in_admissions_eyes(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk_answers = threading.Event()
     first_tokens_s: list[float] = []
     async with live_app(journal_file=path) as app, anyio.create_task_group() as tasks:
-        assert app.journal is not None
         monkeypatch.setattr(app.client.admission, "observe", lambda _, actual_s: first_tokens_s.append(actual_s))
         with app.runner.held():
-            app.journal._put(lambda db: disk_answers.wait())  # type: ignore[arg-type]
-            asked = [exchange(app.asgi, "POST", "/v1/streams") for _ in range(4)]
-            for one in asked:
-                one.send_body(json.dumps(BODY | {"prompt": "word " * 20}).encode())
-                tasks.start_soon(one.run)
+            disk_answers = hang_disk(app)
+            asked = [ask(app, tasks, "/v1/streams", prompt="word " * 20) for _ in range(4)]
             await app.until(lambda: app.client.num_unfinished == 4)
             asked[0].disconnect()
             await asked[0].done.wait()
@@ -540,16 +553,12 @@ async def test_who_waits_for_the_disk_does_not_wait_for_the_engine_in_admissions
 
 
 async def test_where_the_engine_ends_nobody_but_who_is_recorded_waits_for_the_disk(path: Path) -> None:
-    disk_answers = threading.Event()
     async with live_app(journal_file=path, runner=DyingRunner()) as app, anyio.create_task_group() as tasks:
-        assert app.journal is not None
         with app.runner.held():
             stream = await create(app)
             generation = app.registry.get(stream["id"]).generation
-            app.journal._put(lambda db: disk_answers.wait())  # type: ignore[arg-type]
-            whole = exchange(app.asgi, "POST", "/v1/completions")
-            whole.send_body(json.dumps(BODY).encode())
-            tasks.start_soon(whole.run)
+            disk_answers = hang_disk(app)
+            whole = ask(app, tasks, "/v1/completions")
             await app.until(lambda: app.client.num_unfinished == 2)
         await whole.done.wait()
         assert whole.json()["error"]["code"] == "engine_error"
@@ -565,15 +574,10 @@ async def test_where_the_engine_ends_nobody_but_who_is_recorded_waits_for_the_di
 
 
 async def test_a_drain_does_not_wait_for_the_disk_and_leaves_its_streams_to_the_next_process(path: Path) -> None:
-    disk_answers = threading.Event()
     async with live_app(journal_file=path) as app:
         with app.runner.held():
-            stream = await create(app)
-            generation = app.registry.get(stream["id"]).generation
-            app.runner.allow(4)
-            await app.until(lambda: generation.num_output_tokens == 4)
-            assert app.journal is not None
-            app.journal._put(lambda db: disk_answers.wait())  # type: ignore[arg-type]
+            stream, generation = await begin(app, 4)
+            disk_answers = hang_disk(app)
             app.runner.allow(1)
             await app.until(lambda: app.runner.num_steps == 5)  # whose token waits for the disk
             app.stop_accepting()
