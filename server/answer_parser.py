@@ -15,7 +15,7 @@ from pydantic_core import from_json
 
 from headrace.server.answer_parts import AnswerParser, Part, ReasoningPart, TextPart, ToolArgumentsPart, ToolCallPart
 from headrace.server.detokenizer import overlap
-from headrace.server.protocol import MAX_TOOL_NAME_CHARS, ChatCompletionRequest
+from headrace.server.protocol import MAX_TOOL_NAME_CHARS, ChatCompletionRequest, GenerationParams
 from headrace.server.tokenizer import Tokenizer
 from headrace.server.tool_calls import CallStyle, ReasoningMarkers, find_format, find_reasoning, make_call_id
 
@@ -62,8 +62,10 @@ def is_only_text(tokenizer: Tokenizer, request: ChatCompletionRequest) -> bool:
     return _formats(tokenizer, request) == (None, None)
 
 
-def kept_token_ids(tokenizer: Tokenizer, request: ChatCompletionRequest) -> tuple[int, ...]:
-    """The special tokens that the request's parser has to see."""
+def kept_token_ids(tokenizer: Tokenizer, request: GenerationParams) -> tuple[int, ...]:
+    """The special tokens that the request's parser, if it has one, must see."""
+    if not isinstance(request, ChatCompletionRequest) or not request.has_parts:
+        return ()
     token_ids = map(tokenizer.special_token_id, _markers(*_formats(tokenizer, request)))
     return tuple(token_id for token_id in token_ids if token_id is not None)
 
@@ -273,6 +275,7 @@ class _Parser:
                     yield from self._skip_fields()
                 else:
                     yield from self._take("}")
+                self._taken = ""
                 return True
             if self._unread and _NO_CALL.match(self._unread):
                 return False

@@ -17,6 +17,7 @@ import anyio.to_thread
 
 from headrace.scheduler.messages import EngineReady, GenerationRequest, SamplingParams, Tier, TokenLogprobs
 from headrace.server.admission import Demand
+from headrace.server.answer_parser import begins_in_reasoning, kept_token_ids
 from headrace.server.api_keys import ApiKeys, standing_of
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.engine_client import EngineClient
@@ -31,6 +32,7 @@ from headrace.server.protocol import ChatCompletionRequest, CompletionRequest, G
 from headrace.server.settings import Settings
 from headrace.server.tenant_limits import TenantLimits
 from headrace.server.tokenizer import Tokenizer
+from headrace.server.tool_calls import template_input
 
 # Below this a temperature is greedy: dividing by it would overflow.
 _MIN_TEMPERATURE = 1e-5
@@ -133,6 +135,7 @@ class Generator:
             recipe.stop_strings,
             min_tokens=sampling.min_tokens,
             skip_special_tokens=recipe.skips_special_tokens,
+            kept_token_ids=recipe.kept_token_ids,
         )
         generation = Generation(
             id,
@@ -143,6 +146,7 @@ class Generator:
             choice=sampling.choice,
             echo=recipe.echo,
             tier=tier,
+            begins_in_reasoning=begins_in_reasoning(self.tokenizer, recipe.prompt_token_ids),
         )
         if sampling.num_prompt_logprobs is not None:
             generation.prompt_logprobs.append(TokenLogprobs(recipe.prompt_token_ids[0]))
@@ -183,6 +187,7 @@ class Generator:
         self.limits.charge(tenant, generation.num_output_tokens)
 
     def _recipe(self, request: GenerationParams, prompt: "_Prompt", sampling: SamplingParams, salt: bytes) -> Recipe:
+        assert self.tokenizer is not None
         return Recipe(
             prompt.token_ids,
             sampling,
@@ -194,6 +199,7 @@ class Generator:
             queue_timeout_s=_shorter(request.queue_timeout, self.settings.queue_timeout_s),
             ttft_timeout_s=_shorter(request.ttft_timeout, self.settings.ttft_timeout_s),
             stall_timeout_s=_shorter(request.stall_timeout, self.settings.stall_timeout_s),
+            kept_token_ids=kept_token_ids(self.tokenizer, request),
         )
 
     def _submit(
@@ -262,7 +268,8 @@ def _shorter(asked_s: float | None, most_s: float) -> float:
 def _tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> list[_Prompt]:
     """Runs on a worker thread. Raises: BadRequestError, ContextLengthError for a text too long to be tokenized."""
     if isinstance(request, ChatCompletionRequest):
-        text = tokenizer.render_chat([message.as_template_input() for message in request.messages])
+        messages, tools = template_input(tokenizer, request)
+        text = tokenizer.render_chat(messages, tools)
         # A chat template writes the special tokens itself.
         return [_Prompt(_encode(tokenizer, text, request, context, add_special_tokens=False))]
     assert isinstance(request, CompletionRequest)

@@ -279,8 +279,11 @@ class AllowedTools(BaseModel):
     tools: Annotated[list[NamedTool], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_TOOLS)
 
 
+_PRESENT: dict[str, Any] = {"not": {"type": "null"}}
+
+
 def _named_by(field: str) -> dict[str, Any]:
-    return {"properties": {"type": {"const": field}, field: {"not": {"type": "null"}}}, "required": [field]}
+    return {"properties": {"type": {"const": field}, field: _PRESENT}, "required": [field]}
 
 
 class ToolChoice(BaseModel):
@@ -305,7 +308,9 @@ class ToolChoice(BaseModel):
             assert self.function is not None
             return {"function.name": self.function.name}
         assert self.allowed_tools is not None
-        return {f"allowed_tools.tools[{i}].function.name": t.function.name for i, t in enumerate(self.allowed_tools.tools)}
+        return {
+            f"allowed_tools.tools[{i}].function.name": t.function.name for i, t in enumerate(self.allowed_tools.tools)
+        }
 
 
 class CalledFunction(BaseModel):
@@ -331,23 +336,21 @@ class MessageToolCall(BaseModel):
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 
 
-def _unless(role: str, **properties: Any) -> dict[str, Any]:
-    """In JSON Schema: these properties are so in messages of any other role."""
-    required = [name for name, schema in properties.items() if schema == _PRESENT]
-    return {"anyOf": [{"properties": {"role": {"const": role}}}, {"properties": properties, "required": required}]}
-
-
-_PRESENT = {"not": {"type": "null"}}
-
-
 class ChatMessage(BaseModel):
     """A message whose content is text, whole or in parts. What asks for more may be there if it is empty."""
 
     model_config = ConfigDict(
         json_schema_extra={
             "allOf": [
-                _unless("assistant", content=_PRESENT),
-                _unless("assistant", tool_calls={"maxItems": 0}),
+                {
+                    "anyOf": [
+                        {"properties": {"role": {"const": "assistant"}}},
+                        {
+                            "properties": {"content": _PRESENT, "tool_calls": {"maxItems": 0}},
+                            "required": ["content"],
+                        },
+                    ]
+                },
                 {
                     "anyOf": [
                         {"properties": {"role": {"not": {"const": "tool"}}}},

@@ -160,15 +160,15 @@ def call_schemas(request: ChatCompletionRequest) -> dict[str, dict[str, Any]]:
     }
 
 
-def call_grammar(tokenizer: Tokenizer, request: ChatCompletionRequest, *, is_reasoning: bool) -> str:
+def call_grammar(tokenizer: Tokenizer, request: ChatCompletionRequest, *, begins_in_reasoning: bool) -> str:
     """A grammar of answers that are calls of the callable tools: one, or several where the request lets them be.
 
-    A model that reasons may do so before, and must end it where its prompt has begun it (`is_reasoning`).
+    A model that reasons may do so before, and must come to an end of it where the prompt has begun it.
     """
-    return "\n".join(_rules(tokenizer, request, is_reasoning))
+    return "\n".join(_rules(tokenizer, request, begins_in_reasoning))
 
 
-def _rules(tokenizer: Tokenizer, request: ChatCompletionRequest, is_reasoning: bool) -> Iterator[str]:
+def _rules(tokenizer: Tokenizer, request: ChatCompletionRequest, begins_in_reasoning: bool) -> Iterator[str]:
     def literal(text: str) -> str:
         """A special token is no text to a grammar."""
         token_id = tokenizer.special_token_id(text)
@@ -179,22 +179,17 @@ def _rules(tokenizer: Tokenizer, request: ChatCompletionRequest, is_reasoning: b
     if (reasoning := find_reasoning(template)) is None:
         yield "start: calls"
     else:
-        yield r"start: thought /\s*/ calls" if is_reasoning else r"start: (/\s*/ opening thought /\s*/)? calls"
-        yield f"opening: {literal(reasoning.opening)}"
+        opening = literal(reasoning.opening)
+        yield (
+            r"start: thought /\s*/ calls" if begins_in_reasoning else rf"start: (/\s*/ {opening} thought /\s*/)? calls"
+        )
         if tokenizer.special_token_id(reasoning.closing) is None:
             closing = re.escape(reasoning.closing).replace("/", r"\/")
             yield f"thought[lazy]: /(?s:.*){closing}/"
         else:
             yield f"thought: /(?s:.*)/ {literal(reasoning.closing)}"
-    repeated, separator = "call", ""
-    match style:
-        case CallStyle.HERMES:
-            separator = r'"\n"'
-        case CallStyle.LLAMA:
-            separator = '"; "'
-        case CallStyle.MISTRAL_LIST:
-            separator = '", "'
-    calls = f"call ({separator} call)*" if request.may_call_several else "call"
+    separators = {CallStyle.HERMES: r'"\n"', CallStyle.LLAMA: '"; "', CallStyle.MISTRAL_LIST: '", "'}
+    calls = f"call ({separators.get(style, '')} call)*" if request.may_call_several else "call"
     if style is CallStyle.MISTRAL_LIST:
         calls = f'{literal("[TOOL_CALLS]")} " "? "[" {calls} "]"'
     yield f"calls: {calls}"
