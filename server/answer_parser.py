@@ -80,7 +80,12 @@ def begins_in_reasoning(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -
 
 
 def _formats(tokenizer: Tokenizer, request: ChatCompletionRequest) -> tuple[ReasoningMarkers | None, CallStyle | None]:
-    """What there may be in an answer beside text, None for what there is not."""
+    """What there may be in an answer beside text, None for what there is not.
+
+    One that keeps to a grammar is what that says and nothing else.
+    """
+    if request.grammar_source is not None:
+        return None, None
     has_tools = bool(request.callable_tools)
     template = tokenizer.chat_template(has_tools=has_tools)
     return find_reasoning(template), find_format(template).style if has_tools else None

@@ -15,6 +15,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
+from headrace.scheduler.grammar import Grammar
 from headrace.scheduler.messages import EngineReady, GenerationRequest, SamplingParams, Tier, TokenLogprobs
 from headrace.server.admission import Demand
 from headrace.server.answer_parser import begins_in_reasoning, kept_token_ids
@@ -28,11 +29,12 @@ from headrace.server.errors import (
     UnavailableError,
 )
 from headrace.server.generation import Generation, Recipe, Stages
+from headrace.server.grammars import Grammars, GrammarSource
 from headrace.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationParams
 from headrace.server.settings import Settings
 from headrace.server.tenant_limits import TenantLimits
 from headrace.server.tokenizer import Tokenizer
-from headrace.server.tool_calls import template_input
+from headrace.server.tool_calls import call_grammar, parameter_schemas, template_input
 
 # Below this a temperature is greedy: dividing by it would overflow.
 _MIN_TEMPERATURE = 1e-5
@@ -50,6 +52,7 @@ class Generator:
     limiter: anyio.CapacityLimiter
     keys: ApiKeys | None
     limits: TenantLimits
+    grammars: Grammars
     tokenizer: Tokenizer | None = None
 
     async def start(
@@ -84,6 +87,12 @@ class Generator:
                 prompts = await anyio.to_thread.run_sync(
                     _tokenize, self.tokenizer, request, context, limiter=self.limiter
                 )
+                source, grammar = request.grammar_source, None
+                if isinstance(request, ChatCompletionRequest) and request.must_call:
+                    compile = partial(_compile_calls, self.grammars, self.tokenizer, request, prompts[0], ready)
+                    source, grammar = await anyio.to_thread.run_sync(compile, limiter=self.limiter)
+                elif source is not None:
+                    grammar = await self._compile(source, self.tokenizer, ready)
                 await anyio.lowlevel.checkpoint_if_cancelled()
             except anyio.get_cancelled_exc_class():
                 self.client.metrics.count_cancelled("tokenizing")
@@ -102,7 +111,7 @@ class Generator:
                     is_scored = leader is None and bool(prompt.echo)
                     num_prompt_logprobs = sampling.num_logprobs if is_scored else None
                     own = replace(sampling, choice=choice, num_prompt_logprobs=num_prompt_logprobs)
-                    recipe = self._recipe(request, prompt, own, salt)
+                    recipe = self._recipe(request, prompt, own, salt, source)
                     generation = self.make(recipe, id, replace(stages), demand.tier)
                     if leader is None:
                         generation.predicted_ttft_s = prediction.raw_s
@@ -118,6 +127,7 @@ class Generator:
                         arrival_s=stages.received_s,
                         target_s=prediction.target_s,
                         leader=leader,
+                        grammar=grammar,
                     )
                     if on_end is not None:
                         generation.on_end.append(on_end)
@@ -152,7 +162,7 @@ class Generator:
             generation.prompt_logprobs.append(TokenLogprobs(recipe.prompt_token_ids[0]))
         return generation
 
-    def resume(
+    async def resume(
         self,
         recipe: Recipe,
         generation: Generation,
@@ -167,14 +177,32 @@ class Generator:
         assert len(output_token_ids) == generation.num_output_tokens
         self.client.check_accepting()
         assert self.client.ready is not None
+        assert self.tokenizer is not None
         _check_fits(recipe, output_token_ids, self.client.ready)
+        grammar = None
+        if recipe.grammar is not None:
+            grammar = await self._compile(recipe.grammar, self.tokenizer, self.client.ready)
+            self.client.check_accepting()
         if output_token_ids:  # of whose first the prompt's log probabilities came before
             recipe = replace(recipe, sampling=replace(recipe.sampling, num_prompt_logprobs=None))
         tier, weight = standing_of(self.keys, tenant)
         demand = Demand(tier, tenant, weight, generation.num_prompt_tokens)
         target_s = self.client.admission.targets_s[tier]
         now = self.client.clock()
-        self._submit(recipe, generation, demand, arrival_s=now, target_s=target_s, output_token_ids=output_token_ids)
+        self._submit(
+            recipe,
+            generation,
+            demand,
+            arrival_s=now,
+            target_s=target_s,
+            grammar=grammar,
+            output_token_ids=output_token_ids,
+        )
+
+    async def _compile(self, source: GrammarSource, tokenizer: Tokenizer, ready: EngineReady) -> Grammar:
+        """Raises: BadRequestError, naming the grammar's field."""
+        compile = partial(self.grammars.get, source, tokenizer, ready.vocab_size)
+        return await anyio.to_thread.run_sync(compile, limiter=self.limiter)
 
     @contextmanager
     def _within_limits(self, demand: Demand) -> Iterator[None]:
@@ -186,7 +214,14 @@ class Generator:
         self.limits.end(tenant)
         self.limits.charge(tenant, generation.num_output_tokens)
 
-    def _recipe(self, request: GenerationParams, prompt: "_Prompt", sampling: SamplingParams, salt: bytes) -> Recipe:
+    def _recipe(
+        self,
+        request: GenerationParams,
+        prompt: "_Prompt",
+        sampling: SamplingParams,
+        salt: bytes,
+        grammar: GrammarSource | None,
+    ) -> Recipe:
         assert self.tokenizer is not None
         return Recipe(
             prompt.token_ids,
@@ -199,6 +234,7 @@ class Generator:
             queue_timeout_s=_shorter(request.queue_timeout, self.settings.queue_timeout_s),
             ttft_timeout_s=_shorter(request.ttft_timeout, self.settings.ttft_timeout_s),
             stall_timeout_s=_shorter(request.stall_timeout, self.settings.stall_timeout_s),
+            grammar=grammar,
             kept_token_ids=kept_token_ids(self.tokenizer, request),
         )
 
@@ -211,6 +247,7 @@ class Generator:
         arrival_s: float,
         target_s: float,
         leader: Generation | None = None,
+        grammar: Grammar | None = None,
         output_token_ids: tuple[int, ...] = (),
     ) -> None:
         """Submit one sequence, whose first token should come in `target_s`. With a `leader` it waits for that one's
@@ -232,6 +269,7 @@ class Generator:
                 leader_id=None if leader is None else leader.request_id,
                 cache_salt=recipe.cache_salt,
                 output_token_ids=output_token_ids,
+                grammar=grammar,
             ),
             generation,
         )
@@ -283,6 +321,20 @@ def _tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> 
             text = tokenizer.decode(prompt, skip_special_tokens=request.skips_special_tokens) if has_echo else ""
             prompts.append(_Prompt(tuple(prompt), text))
     return prompts
+
+
+def _compile_calls(
+    grammars: Grammars, tokenizer: Tokenizer, request: ChatCompletionRequest, prompt: _Prompt, ready: EngineReady
+) -> tuple[GrammarSource, Grammar]:
+    """Runs on a worker thread. Raises: BadRequestError, which names the parameters at fault."""
+    has_begun = begins_in_reasoning(tokenizer, prompt.token_ids)
+    source = call_grammar(tokenizer, request, begins_in_reasoning=has_begun)
+    try:
+        return source, grammars.get(source, tokenizer, ready.vocab_size)
+    except BadRequestError:
+        for schema in parameter_schemas(request):
+            grammars.get(schema, tokenizer, ready.vocab_size)
+        raise
 
 
 def _encode(
