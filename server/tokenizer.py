@@ -156,7 +156,11 @@ def _from_directory(folder: Path) -> Tokenizer:
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(token_id, int) for token_id in ids):
         raise ModelSourceError(f"{folder}: eos_token_id is {eos!r}, which is no token's id")
-    return Tokenizer(wrapper, frozenset(ids))
+    tokenizer = Tokenizer(wrapper, frozenset(ids))
+    # Llama's end of a message that waits for a call's result, which not every copy of its configs has.
+    if (eom := tokenizer.special_token_id("<|eom_id|>")) is not None:
+        tokenizer.eos_token_ids |= {eom}
+    return tokenizer
 
 
 def _from_gguf(file: GGUFFile) -> Tokenizer:
