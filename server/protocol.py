@@ -678,7 +678,7 @@ def validate(cls: type[ModelT], fields: dict[str, Any]) -> ModelT:
 
 def _place_and_message(detail: Any) -> tuple[list[str | int], str]:
     """Where an error is, without the types that were tried, which mean nothing to a client, and what it is."""
-    tried = ("str", "constrained-str", "list", "literal", "function-after")
+    tried = ("str", "constrained-str", "list", "dict", "literal", "function-after")
     place = [part for part in detail["loc"] if str(part).partition("[")[0] not in tried]
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
