@@ -40,6 +40,8 @@ from headrace.server.version import SYSTEM_FINGERPRINT
 _DONE = b"data: [DONE]\n\n"
 # What a client that asks for obfuscation has its texts rounded up to.
 _OBFUSCATED_BYTES = 32
+# Of a whole answer, looked at for its parts in the time that a token's log probabilities take.
+_CHARS_PER_LOGPROB = 1000
 
 
 class OpenAIApi:
@@ -101,8 +103,8 @@ class OpenAIApi:
                         raise piece.terminal.error
         generations[0].stages.first_byte_s = self._generator.client.clock()
         pieces = [generation.log.read() for generation in generations]
-        num_scored = sum(len(piece.logprobs) for piece in pieces)
-        return await make_off_loop(lambda: JSONResponse(format.whole(pieces, final_usage(generations))), num_scored)
+        num_slow = sum(len(piece.logprobs) + len(piece.text) // _CHARS_PER_LOGPROB for piece in pieces)
+        return await make_off_loop(lambda: JSONResponse(format.whole(pieces, final_usage(generations))), num_slow)
 
     def _finish(self, generations: list[Generation], request: Request) -> None:
         ends = [generation.log.terminal for generation in generations]

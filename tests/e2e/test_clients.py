@@ -466,6 +466,17 @@ def test_openai_is_told_the_field_and_the_code_of_a_refusal(client: OpenAI) -> N
     assert too_long.value.code == "context_length_exceeded"
 
 
+def test_a_named_tool_is_called_and_one_that_may_be_called_need_not_be(client: OpenAI) -> None:
+    now = {"type": "function", "function": {"name": "now"}}
+    question = {"model": MODEL, "max_tokens": 60, "temperature": 0, "tools": [now, WEATHER], **CHAT}
+    named = {"type": "function", "function": {"name": "weather"}}
+    [made] = client.chat.completions.create(**question, tool_choice=named).choices[0].message.tool_calls  # type: ignore[call-overload]
+    assert made.function.name == "weather"
+    jsonschema.validate(json.loads(made.function.arguments), WEATHER["function"]["parameters"])  # type: ignore[index]
+    free = client.chat.completions.create(**question).choices[0].message  # type: ignore[call-overload]
+    assert free.content or free.tool_calls
+
+
 def test_a_seed_repeats_and_another_differs(client: OpenAI) -> None:
     def draw(seed: int) -> str:
         completion = client.completions.create(
