@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """All that an answer follows from, and the seconds it may take: who has it can begin the answer again, or go on
-    with one that was begun."""
+    with one that was begun. A model's adapter can change as the model itself can, so its fingerprint is a part."""
 
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
@@ -32,6 +32,8 @@ class Recipe:
     queue_timeout_s: float
     ttft_timeout_s: float
     stall_timeout_s: float
+    adapter: str | None = None
+    adapter_fingerprint: str = ""
 
 
 @dataclass(slots=True)
@@ -50,7 +52,8 @@ class Stages:
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """`id` is what the log calls it, `request_id` what the engine calls it; the prompt is not kept.
+    """`id` is what the log calls it, `request_id` what the engine calls it; the prompt is not kept. `model` is the name
+    of the model, or of the adapter, that answers.
 
     `choice` numbers the answers to one prompt. `echo` is text that comes before the answer, with `prompt_logprobs`, a
     list that all choices of a prompt share and the first one fills. `predicted_ttft_s` is the bare prediction that it
@@ -63,6 +66,7 @@ class Generation:
     num_prompt_tokens: int
     stages: Stages
     detokenizer: Detokenizer
+    model: str = ""
     on_end: list[Callable[["Generation"], None]] = field(default_factory=list)
     choice: int = 0
     echo: str = ""

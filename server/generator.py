@@ -5,9 +5,9 @@ number; everything that could hurt the engine is checked here, before it.
 """
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 
@@ -40,7 +40,8 @@ _MAX_LOGPROBS = 2**18
 
 @dataclass(slots=True)
 class Generator:
-    """Starts generations of one model. `tokenizer` is set before the server is ready."""
+    """Starts generations of one model and its adapters, of which it has the fingerprints by name. `tokenizer` is set
+    before the server is ready."""
 
     client: EngineClient
     settings: Settings
@@ -48,6 +49,7 @@ class Generator:
     limiter: anyio.CapacityLimiter
     keys: ApiKeys | None
     limits: TenantLimits
+    adapters: Mapping[str, str] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
 
     async def start(
@@ -68,8 +70,9 @@ class Generator:
 
         Raises: ApiError. A cancellation while tokenizing is counted as a client that left.
         """
-        if request.model is not None and request.model != self.model_name:
-            raise ModelNotFoundError(f"the model `{request.model}` does not exist", param="model")
+        model = self.model_name if request.model is None else request.model
+        if model != self.model_name and model not in self.adapters:
+            raise ModelNotFoundError(f"the model `{model}` does not exist", param="model")
         tier, weight = standing_of(self.keys, tenant)
         demand = Demand(tier, tenant, weight, 0, request.num_sequences)
         with self.client.reserve(demand, num_bytes), self._within_limits(demand):
@@ -140,6 +143,7 @@ class Generator:
             len(recipe.prompt_token_ids),
             stages,
             detokenizer,
+            recipe.adapter or self.model_name,
             choice=sampling.choice,
             echo=recipe.echo,
             tier=tier,
@@ -163,7 +167,7 @@ class Generator:
         assert len(output_token_ids) == generation.num_output_tokens
         self.client.check_accepting()
         assert self.client.ready is not None
-        _check_fits(recipe, output_token_ids, self.client.ready)
+        _check_fits(recipe, output_token_ids, self.client.ready, self.adapters)
         if output_token_ids:  # of whose first the prompt's log probabilities came before
             recipe = replace(recipe, sampling=replace(recipe.sampling, num_prompt_logprobs=None))
         tier, weight = standing_of(self.keys, tenant)
@@ -183,6 +187,7 @@ class Generator:
         self.limits.charge(tenant, generation.num_output_tokens)
 
     def _recipe(self, request: GenerationParams, prompt: "_Prompt", sampling: SamplingParams, salt: bytes) -> Recipe:
+        adapter = request.model if request.model in self.adapters else None
         return Recipe(
             prompt.token_ids,
             sampling,
@@ -194,6 +199,8 @@ class Generator:
             queue_timeout_s=_shorter(request.queue_timeout, self.settings.queue_timeout_s),
             ttft_timeout_s=_shorter(request.ttft_timeout, self.settings.ttft_timeout_s),
             stall_timeout_s=_shorter(request.stall_timeout, self.settings.stall_timeout_s),
+            adapter=adapter,
+            adapter_fingerprint="" if adapter is None else self.adapters[adapter],
         )
 
     def _submit(
@@ -226,6 +233,7 @@ class Generator:
                 leader_id=None if leader is None else leader.request_id,
                 cache_salt=recipe.cache_salt,
                 output_token_ids=output_token_ids,
+                adapter=recipe.adapter,
             ),
             generation,
         )
@@ -233,8 +241,12 @@ class Generator:
         generation.on_end.append(partial(self._release, demand.tenant))
 
 
-def _check_fits(recipe: Recipe, output_token_ids: tuple[int, ...], ready: EngineReady) -> None:
+def _check_fits(
+    recipe: Recipe, output_token_ids: tuple[int, ...], ready: EngineReady, adapters: Mapping[str, str]
+) -> None:
     """Check a recipe against an engine that it was not made for. Raises: BadRequestError, ContextLengthError."""
+    if recipe.adapter is not None and adapters.get(recipe.adapter) != recipe.adapter_fingerprint:
+        raise BadRequestError(f"the server has no adapter {recipe.adapter} since its restart, or another one")
     num_prompt, sampling = len(recipe.prompt_token_ids), recipe.sampling
     if num_prompt + sampling.max_tokens > ready.max_context_tokens:
         raise ContextLengthError(

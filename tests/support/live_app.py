@@ -1,6 +1,6 @@
 """A whole App on the fake model, with its lifespan, inside a test's own event loop."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ class LiveApp(App):
         scheduler: Scheduler,
         tracing: Tracing | None = None,
         one_shots: Sequence[FakeOneShot] = (),
+        adapters: Mapping[str, str] | None = None,
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
@@ -37,6 +38,7 @@ class LiveApp(App):
             tracing=tracing,
             one_shots=[one_shot.source for one_shot in one_shots],
             load_one_shots=lambda: self.fakes,
+            adapters=adapters,
         )
 
     async def until(self, predicate: Callable[[], bool]) -> None:
@@ -53,6 +55,7 @@ async def live_app(
     scheduler: Scheduler | None = None,
     tracing: Tracing | None = None,
     one_shots: Sequence[FakeOneShot] = (),
+    adapters: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> AsyncIterator[LiveApp]:
     """Start an App, wait until it is ready, stop it; afterwards no block is held, and no generation and no item of a
@@ -63,7 +66,9 @@ async def live_app(
     """
     settings = {"ttft_targets_s": "1e6,1e6,1e6"} | settings
     flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in settings.items()]
-    app = LiveApp(load_settings(flags, {}), runner or FakeRunner(), scheduler or make_scheduler(), tracing, one_shots)
+    app = LiveApp(
+        load_settings(flags, {}), runner or FakeRunner(), scheduler or make_scheduler(), tracing, one_shots, adapters
+    )
     async with app.asgi.router.lifespan_context(app.asgi):
         await app.settled.wait()
         for fake in app.fakes.values():

@@ -15,8 +15,8 @@ def save_adapter(folder: Path, base: Any, seed: int, **fields: Any) -> Any:
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(seed)
-        config = LoraConfig(**({"target_modules": "all-linear", "init_lora_weights": False} | fields))
-        adapted = get_peft_model(copy.deepcopy(base), config)
+        options: dict[str, Any] = {"target_modules": "all-linear", "init_lora_weights": False} | fields
+        adapted = get_peft_model(copy.deepcopy(base), LoraConfig(**options))
         for name, parameter in adapted.named_parameters():
             if ".lora_" in name:
                 parameter.data = torch.randn_like(parameter) * parameter.shape[-1] ** -0.5
