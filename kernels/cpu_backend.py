@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from headrace.kernels.backend import HostRead, StepBatch
 from headrace.kernels.decoder import DecoderConfig
@@ -35,6 +36,7 @@ _PANELS_AT_ONCE = 8
 _MAX_KEPT_ROWS = 256
 _PANEL = 32
 _TILE_TOKENS = 16
+_RANK_UNIT = 16
 _FORMATS = {"bfloat16": 0, "Q4_0": 1, "Q4_1": 2, "Q8_0": 3}
 _MAX_HEAD_DIM = 256
 PHASES = ("embed", "norm", "qkv", "attention", "out", "gate_up", "down", "head")
@@ -481,14 +483,12 @@ class _Packer:
 
     def low_rank(self, part: LowRank, head_dim: int | None = None) -> _LowRank:
         """What is added to a weight, whose rows are padded as `linear` does."""
-        down, up = (each.to(torch.bfloat16).contiguous().view(torch.int16).numpy() for each in part)
-        panels = _pad_rows(up, head_dim or len(up)).reshape(-1, _PANEL, part.rank).transpose(0, 2, 1)
-        kept = []
-        for values in (down, panels):
-            memory = self.allocate(values.nbytes)
-            memory.view(np.int16).reshape(values.shape)[:] = values
-            kept.append(self.keep(memory))
-        return _LowRank(*kept, part.rank, down.shape[1])
+        num_missing = -part.rank % _RANK_UNIT
+        down = F.pad(part.down, (0, 0, 0, num_missing)).to(torch.bfloat16)
+        kept_down = self.allocate(down.nbytes)
+        kept_down.view(np.int16).reshape(down.shape)[:] = down.view(torch.int16).numpy()
+        up = _pack_bfloat16(F.pad(part.up, (0, num_missing)), head_dim or len(part.up), self.allocate)
+        return _LowRank(self.keep(kept_down), self.keep(up), *down.shape)
 
 
 def _pack_layer(packer: _Packer, layer: _Layer, weights: dict[str, Weight], prefix: str, config: DecoderConfig) -> None:

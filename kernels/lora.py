@@ -9,7 +9,10 @@ Paper: LoRA (Hu et al., 2021).
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+
+from headrace.kernels.sampling import upload
 
 
 class LowRank(NamedTuple):
@@ -40,9 +43,9 @@ def rows_by_adapter(
     """Of sequences with so many rows each, numbered as in a StepBatch; none where no sequence has one."""
     if not any(adapters):
         return ()
-    of_rows = torch.tensor(adapters).repeat_interleave(torch.tensor(query_lens))
+    of_rows = np.repeat(np.array(adapters), query_lens)
     found = sorted({*adapters} - {0})
-    return tuple(AdapterRows(number - 1, (of_rows == number).nonzero().flatten().to(device)) for number in found)
+    return tuple(AdapterRows(number - 1, upload(np.flatnonzero(of_rows == number), device)) for number in found)
 
 
 def merge(parts: Sequence[LowRank | None], num_outputs: Sequence[int]) -> LowRank | None:

@@ -66,11 +66,11 @@ class Generation:
     num_prompt_tokens: int
     stages: Stages
     detokenizer: Detokenizer
-    model: str = ""
     on_end: list[Callable[["Generation"], None]] = field(default_factory=list)
     choice: int = 0
     echo: str = ""
     tier: Tier = Tier.STANDARD
+    model: str = ""
     predicted_ttft_s: float | None = None
     is_journaled: bool = False
     is_cancelled: bool = False

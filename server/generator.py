@@ -143,10 +143,10 @@ class Generator:
             len(recipe.prompt_token_ids),
             stages,
             detokenizer,
-            recipe.adapter or self.model_name,
             choice=sampling.choice,
             echo=recipe.echo,
             tier=tier,
+            model=recipe.adapter or self.model_name,
         )
         if sampling.num_prompt_logprobs is not None:
             generation.prompt_logprobs.append(TokenLogprobs(recipe.prompt_token_ids[0]))

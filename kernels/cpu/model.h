@@ -93,6 +93,7 @@ struct alignas(64) Workspace {
   AttentionSpace attention;
   Operand rows;
   std::vector<float> row;           // one row, of E or H * D
+  std::vector<bf16> narrow_row;     // the same in bfloat16, for an adapter
   std::vector<float> best;          // [R]: the largest logit seen, and its token; infinity and NO_TOKEN for NaN
   std::vector<int64_t> best_token;  // [R]
   SamplerSpace sampler;
@@ -129,8 +130,8 @@ class Model {
   std::vector<float> maxima;   // [T * H, parts]
   std::vector<float> sums;     // [T * H, parts]
   Operand normed, attended, post_normed, activated, last_normed;
-  std::vector<float> reduced;      // [T, NUM_TARGETS, max_rank]: what adapters have made of rows so far
-  std::vector<float> activations;  // [T, F]: `activated` of rows with adapters
+  std::vector<bf16> reduced;      // [T, NUM_TARGETS, max_rank]: what adapters have made of rows so far
+  std::vector<bf16> activations;  // [T, F]: `activated` of rows with adapters
 
   std::vector<double> phase_seconds;  // time of member 0 in each kind of phase, since the model was made
 

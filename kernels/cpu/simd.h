@@ -103,8 +103,6 @@ inline void store_bf16(bf16* p, Vec x) {
 #endif
 }
 
-inline Vec load_bf16(const bf16* p) { return from_bits(__builtin_convertvector(load_as<Halves>(p), Ints) << 16); }
-
 inline float from_bf16(bf16 x) {
   const uint32_t raw = uint32_t(x) << 16;
   float value;

@@ -65,6 +65,7 @@ Model::Model(const ModelConfig& model_config)
   for (Workspace& space : spaces) {
     space.rows.reserve(PRIVATE_ROWS, largest, config.activation_bits);
     space.row.resize(largest);
+    space.narrow_row.resize(largest);
   }
 }
 
@@ -186,7 +187,7 @@ void Step::run(int member) noexcept {
         QKV, num_kv_heads + num_heads, num_tokens_, model_.normed, {&layer.query, &layer.key, &layer.value}, {},
         [&](Operand& to, int row) {
           normalise(layer.input_norm, row, to, row, space);
-          reduce(layer, {TO_QUERY, TO_KEY, TO_VALUE}, row, space.row.data());
+          reduce(layer, {TO_QUERY, TO_KEY, TO_VALUE}, row, space);
         },
         [&](int unit, const Operand& x) { project_head(layer, unit, x, space); });
     walk.share(ATTENTION, num_attention_units(), {&layer.out}, [&](int unit) { attend(layer, unit, space); });
@@ -195,19 +196,20 @@ void Step::run(int member) noexcept {
         OUT, int(layer.out.num_panels), num_tokens_, model_.attended, {&layer.out}, {&layer.gate, &layer.up},
         [&](Operand& to, int row) {
           merge_heads(to, row, space);
-          reduce(layer, {TO_OUT}, row, space.row.data());
+          reduce(layer, {TO_OUT}, row, space);
         },
         [&](int panel, const Operand& x) { add_panel(layer, TO_OUT, panel, x, space); });
     walk.share(
         GATE_UP, int(layer.gate.num_panels), num_tokens_, model_.post_normed, {&layer.gate, &layer.up}, {&layer.down},
         [&](Operand& to, int row) {
           normalise(layer.post_norm, row, to, row, space);
-          reduce(layer, {TO_GATE, TO_UP}, row, space.row.data());
+          reduce(layer, {TO_GATE, TO_UP}, row, space);
         },
         [&](int panel, const Operand& x) { activate(layer, panel, x, space); });
     if (has_adapters_)
       walk.share(DOWN, num_tokens_, {}, [&](int row) {
-        reduce(layer, {TO_DOWN}, row, model_.activations.data() + row * config_.intermediate_size);
+        if (const LowRank* found = low_rank(layer, TO_DOWN, row))
+          headrace::reduce(*found, model_.activations.data() + row * config_.intermediate_size, reduced(TO_DOWN, row));
       });
     walk.share(DOWN, int(layer.down.num_panels), {next == nullptr ? &head_ : &next->query},
                [&](int panel) { add_panel(layer, TO_DOWN, panel, model_.activated, space); });
@@ -400,8 +402,9 @@ void Step::activate(const Layer& layer, int unit, const Operand& x, Workspace& s
     expand(layer, TO_UP, row, unit, 1, columns + PANEL);
     for (int i = 0; i < PANEL; i += LANES) store(columns + i, silu(load(columns + i)) * load(columns + PANEL + i));
     model_.activated.set(row, unit * PANEL, columns);
-    if (low_rank(layer, TO_DOWN, row) != nullptr)
-      std::copy_n(columns, PANEL, model_.activations.data() + row * config_.intermediate_size + unit * PANEL);
+    if (low_rank(layer, TO_DOWN, row) == nullptr) return;
+    bf16* narrow = model_.activations.data() + row * config_.intermediate_size + unit * PANEL;
+    for (int i = 0; i < PANEL; i += LANES) store_bf16(narrow + i, load(columns + i));
   });
 }
 
@@ -413,14 +416,21 @@ const LowRank* Step::low_rank(const Layer& layer, Target target, int row) const 
   return found.rank > 0 ? &found : nullptr;
 }
 
-float* Step::reduced(Target target, int row) const {
+bf16* Step::reduced(Target target, int row) const {
   return model_.reduced.data() + (int64_t(row) * NUM_TARGETS + target) * model_.max_rank;
 }
 
-// Begin what a row's adapter adds to weights whose input is x.
-void Step::reduce(const Layer& layer, std::initializer_list<Target> targets, int row, const float* x) const {
-  for (Target target : targets)
-    if (const LowRank* found = low_rank(layer, target, row)) headrace::reduce(*found, x, reduced(target, row));
+// Begin what a row's adapter adds to weights of one input, which is in space.row.
+void Step::reduce(const Layer& layer, std::initializer_list<Target> targets, int row, Workspace& space) const {
+  bool is_narrow = false;
+  for (Target target : targets) {
+    const LowRank* found = low_rank(layer, target, row);
+    if (found == nullptr) continue;
+    for (int64_t k = 0; !is_narrow && k < found->num_inputs; k += LANES)
+      store_bf16(space.narrow_row.data() + k, load(space.row.data() + k));
+    is_narrow = true;
+    headrace::reduce(*found, space.narrow_row.data(), reduced(target, row));
+  }
 }
 
 // Add it to a row's columns in panels of the weight.

@@ -46,8 +46,8 @@ class Step final : public Job {
 
   // What a row's adapter adds to a weight of a layer, null where that is nothing.
   const LowRank* low_rank(const Layer& layer, Target target, int row) const;
-  float* reduced(Target target, int row) const;
-  void reduce(const Layer& layer, std::initializer_list<Target> targets, int row, const float* x) const;
+  bf16* reduced(Target target, int row) const;
+  void reduce(const Layer& layer, std::initializer_list<Target> targets, int row, Workspace& space) const;
   void expand(const Layer& layer, Target target, int row, int first_panel, int num_panels, float* columns) const;
 
   void rotate(float* head, int row) const;
