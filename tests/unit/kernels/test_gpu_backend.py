@@ -69,9 +69,8 @@ def test_logits_are_those_of_torch_in_float32(name: str, schedule: str) -> None:
         torch.testing.assert_close(found.cpu(), wanted, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_rows_with_adapters_get_what_merged_weights_would_make_and_others_are_as_ever(name: str) -> None:
-    model = MODELS[name]
+def test_rows_with_adapters_get_what_merged_weights_would_make_and_others_are_as_ever() -> None:
+    model = MODELS["qwen2"]
     adapters = [random_adapter(model, 1, 3), random_adapter(model, 2, 5, ("v_proj", "up_proj", "down_proj"))]
     numbers = [2, 0, 1]
     expected = []
