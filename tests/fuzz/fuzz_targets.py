@@ -255,8 +255,10 @@ _ANSWERING = (
     "{{ tools }}[TOOL_CALLS]",
     "{{ tools }}[TOOL_CALLS][ARGS][/THINK]",
 )
-_MARKERS = ("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
-_MARKERS += ("<think>", "</think>", "[THINK]", "[/THINK]")
+_MARKERS = (
+    *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+    *("<think>", "</think>", "[THINK]", "[/THINK]"),
+)
 _FRAGMENTS = (
     *_MARKERS,
     '{"name": "f", "arguments": ',
