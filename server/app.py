@@ -25,10 +25,12 @@ from headrace.scheduler.messages import Tier
 from headrace.scheduler.one_shot_runner import OneShotModel
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.admin import admin_app
+from headrace.server.answering import Answering
 from headrace.server.api_keys import ApiKeys, reload_keys
 from headrace.server.endpoint import (
     Endpoint,
     ReceivedBytes,
+    Refuse,
     error_response,
     exception_handlers,
     refuse_event_source,
@@ -245,7 +247,8 @@ class App:
         return [Route("/health", self._health), Route("/ready", self._ready)]
 
     def _routes(self) -> list[Route | Mount]:
-        openai = OpenAIApi(self.generator, self.one_shots, self._report)
+        answering = Answering(self.generator, self._report)
+        openai = OpenAIApi(answering, self.one_shots)
         one_shot = OneShotApi(self.one_shots, self.limits, self.metrics, self.settings.request_timeout_s)
         native = self._native
         metrics = self.metrics
@@ -253,7 +256,7 @@ class App:
 
         def endpoint(
             respond: Callable[..., object],
-            refuse: Callable[[ApiError], Response] = error_response,
+            refuse: Refuse = error_response,
             max_body_bytes: int = self.settings.max_body_bytes,
             media_types: tuple[str, ...] = ("application/json",),
         ) -> Endpoint:

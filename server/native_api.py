@@ -20,11 +20,11 @@ from starlette.responses import JSONResponse, Response
 
 from headrace.server.errors import (
     BadRequestError,
+    InternalError,
     LostEventsError,
     NotAcceptableError,
     ShutdownError,
     UnauthorizedError,
-    internal_error,
 )
 from headrace.server.generation import Generation, Recipe, Stages, usage
 from headrace.server.generator import Generator
@@ -221,7 +221,7 @@ class NativeApi:
             raise BadRequestError("last_event_id: lies in the future of this stream", param="last_event_id")
         if log.terminal is not None and cursor == log.end:
             return Response(status_code=204)  # tells EventSource to stop
-        return EventStream(self._frames(stream, cursor), event_frame("error", internal_error(), id=None))
+        return EventStream(self._frames(stream, cursor), event_frame("error", InternalError().envelope(), id=None))
 
     async def _frames(self, stream: NativeStream, cursor: int) -> AsyncIterator[bytes]:
         """What one reader is sent; each item is one write."""

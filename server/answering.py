@@ -1,0 +1,120 @@
+"""How a request is answered by generations: started for it, followed to their ends, and ended with its response.
+
+Lives on the event loop. Shared by the routes whose answers last as long as their connections: whatever ends a response
+(its last event, an error in one generation, a disconnect) ends all that was started for it. Answers that consist of
+parts are followed here too; how one is written is known to the route's own `AnswerWriter`.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+
+from starlette.requests import Request
+
+from headrace.server.answer_parts import AnswerParser, Part, ReasoningPart, TextPart, ToolArgumentsPart
+from headrace.server.errors import ApiError
+from headrace.server.generation import Generation, Stages
+from headrace.server.generator import Generator
+from headrace.server.protocol import GenerationParams
+from headrace.server.settings import Settings
+from headrace.server.sse import padded
+from headrace.server.stream_log import LogSlice, Subscriber
+from headrace.server.tracing import Report, trace_context
+
+
+class Answering:
+    """Starts what a response follows. `report` hears of every generation once its response is over too."""
+
+    def __init__(self, generator: Generator, report: Report) -> None:
+        self.generator = generator
+        self._report = report
+
+    async def start(self, request: Request, params: GenerationParams, id: str, num_bytes: int) -> list[Generation]:
+        """Start a request's generations, which end with its response. Raises: ApiError."""
+        stages, tenant = Stages(request.state.received_s), request.state.tenant
+        generations = await self.generator.start(params, id, stages, tenant=tenant, num_bytes=num_bytes)
+        request.state.is_accepted = True
+        request.state.cleanup.callback(self._finish, generations, request)
+        return generations
+
+    async def whole(self, generations: list[Generation]) -> list[LogSlice]:
+        """All that each has produced, once all are over. Raises: ApiError, of the first that fails."""
+        with Subscriber([generation.log for generation in generations]) as subscriber:
+            num_open = len(generations)
+            while num_open:
+                piece = await subscriber.next()
+                if piece is not None and piece.terminal is not None:
+                    num_open -= 1
+                    if piece.terminal.error is not None:
+                        raise piece.terminal.error
+        generations[0].stages.first_byte_s = self.generator.client.clock()
+        return [generation.log.read() for generation in generations]
+
+    def _finish(self, generations: list[Generation], request: Request) -> None:
+        ends = [generation.log.terminal for generation in generations]
+        # Where one choice failed the others end for its reason, and nobody left.
+        error = next((end.error for end in ends if end is not None and end.error is not None), None)
+        for generation in generations:
+            self.generator.client.cancel(generation, error)
+        generations[0].stages.end_s = self.generator.client.clock()  # of the response, which outlasts the last token
+        self._report(generations, request.scope["path"], trace_context(request.headers))
+
+
+class AnswerWriter(ABC):
+    """Writes one answer in its API's form, as it comes."""
+
+    # What is sent where nothing else was for long.
+    heartbeat = b""
+
+    @abstractmethod
+    def opening(self) -> bytes:
+        """What goes before the first text."""
+
+    @abstractmethod
+    def part(self, part: Part) -> bytes:
+        """The frames of a part, of which the last holds its text."""
+
+    @abstractmethod
+    def closing(self) -> bytes:
+        """The end of an answer that is over."""
+
+    @abstractmethod
+    def failure(self, error: ApiError) -> bytes:
+        """The end of an answer that fails."""
+
+
+async def answer_frames(
+    generation: Generation, parser: AnswerParser, writer: AnswerWriter, settings: Settings
+) -> AsyncIterator[bytes]:
+    """The frames of a streaming response of one answer; each item is one write, and may hold several frames."""
+    stages, padding = generation.stages, settings.stream_padding_bytes
+
+    def frames(parts: list[Part]) -> bytes:
+        return b"".join(_padded(writer.part(part), part, padding) for part in parts)
+
+    with generation.log.subscribe(interval_s=settings.stream_interval_ms / 1000) as subscriber:
+        while True:
+            piece = await subscriber.next(settings.heartbeat_s)
+            write = b""
+            if piece is None:
+                write = writer.heartbeat
+            elif piece.text:
+                if stages.first_byte_s is None:
+                    stages.first_byte_s = time.monotonic()
+                    write = writer.opening()
+                write += frames(parser.push(piece.text))
+            if piece is not None and piece.terminal is not None:
+                if piece.terminal.error is not None:
+                    yield write + writer.failure(piece.terminal.error)
+                    return
+                if stages.first_byte_s is None:
+                    write = writer.opening()
+                yield write + frames(parser.finish()) + writer.closing()
+                return
+            if write:
+                yield write
+
+
+def _padded(frames: bytes, part: Part, multiple: int) -> bytes:
+    has_text = isinstance(part, TextPart | ReasoningPart | ToolArgumentsPart)
+    return padded(frames, part.text, multiple) if multiple and frames and has_text else frames
