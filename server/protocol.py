@@ -5,6 +5,9 @@ known field that this server cannot honour is refused by name unless its value a
 Source: OpenAI's API reference (chat completions, completions), and the extensions vLLM's clients use.
 """
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -335,6 +338,10 @@ class CompletionRequest(GenerationParams):
 
 BodyT = TypeVar("BodyT", bound=GenerationParams)
 ModelT = TypeVar("ModelT", bound=BaseModel)
+# The type of an error whose message begins with the name of the field at fault, as those of `ValueError` do.
+FIELD_ERROR = "field"
+# What fields of one request are called in another that was made into it: (all of a path or its beginning, the name).
+FieldNames = tuple[tuple[re.Pattern[str], str], ...]
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:
@@ -354,15 +361,15 @@ def parse_request(cls: type[BodyT], fields: dict[str, Any]) -> BodyT:
     return validate(cls, fields)
 
 
-def refuse_unsupported(fields: dict[str, Any], unsupported: dict[str, tuple[Any, ...]]) -> None:
-    """Raises: UnsupportedParameterError for a field that asks for what is not done."""
+def refuse_unsupported(fields: dict[str, Any], unsupported: dict[str, tuple[Any, ...]], path: str = "") -> None:
+    """Raises: UnsupportedParameterError for a field that asks for what is not done; `path` goes before its name."""
     for name, neutral in unsupported.items():
         value = fields.get(name)
         # 0 and False are equal in Python and differ on the wire: `logprobs: 0` asks for something.
         if value is not None and not any(
             value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral
         ):
-            raise UnsupportedParameterError(f"`{name}` is not supported", param=name)
+            raise UnsupportedParameterError(f"`{path}{name}` is not supported", param=f"{path}{name}")
 
 
 def validate(cls: type[ModelT], fields: dict[str, Any]) -> ModelT:
@@ -373,9 +380,28 @@ def validate(cls: type[ModelT], fields: dict[str, Any]) -> ModelT:
         raise _bad_request(error) from None
 
 
+@contextmanager
+def renaming(names: FieldNames) -> Iterator[None]:
+    """Have errors inside the block name the fields that a client knows."""
+    try:
+        yield
+    except ApiError as error:
+        if error.param is not None:
+            param = error.param
+            for pattern, name in names:
+                if (found := pattern.match(param)) is not None:
+                    param = found.expand(name) + param[found.end() :]
+                    break
+            if error.message.lstrip("`").startswith(error.param):
+                error.message = error.message.replace(error.param, param, 1)
+            error.param = param
+        raise
+
+
 def _path(detail: Any) -> list[str | int]:
     """Where an error is, without the types that were tried, which mean nothing to a client."""
-    return [part for part in detail["loc"] if str(part).partition("[")[0] not in ("str", "constrained-str", "list")]
+    kinds = ("str", "constrained-str", "list", "kind")
+    return [part for part in detail["loc"] if str(part).partition("[")[0] not in kinds]
 
 
 def _bad_request(error: ValidationError) -> ApiError:
@@ -386,7 +412,7 @@ def _bad_request(error: ValidationError) -> ApiError:
     parts = _path(detail)
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
     message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "value_error":
+    if detail["type"] in ("value_error", FIELD_ERROR):
         # Our own checks of a whole object name the field they refuse.
         field, _, message = message.partition(": ")
         path = f"{path}.{field}".lstrip(".")
