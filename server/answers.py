@@ -2,7 +2,7 @@
 
 For the OpenAPI document alone: answers are written where they are made, field by field, and a test compares them with
 these. Fields may be added to any of them.
-Source: OpenAI's API reference; Jina's and vLLM's for the one-shot routes.
+Source: OpenAI's API reference; Jina's and vLLM's for the one-shot routes; vLLM's for tokens.
 """
 
 from typing import Literal, NotRequired
@@ -168,9 +168,26 @@ class Model(TypedDict):
     max_model_len: int | None
 
 
+class Version(TypedDict):
+    version: str
+
+
 class ModelList(TypedDict):
     object: Literal["list"]
     data: list[Model]
+
+
+class Tokens(TypedDict):
+    """`token_strs` are the tokens as the vocabulary spells them, null unless asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(TypedDict):
+    prompt: str
 
 
 class Ticket(TypedDict):

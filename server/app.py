@@ -53,7 +53,9 @@ from headrace.server.stream_registry import StreamRegistry
 from headrace.server.tenant_limits import TenantLimits
 from headrace.server.tickets import Tickets
 from headrace.server.tokenizer import Tokenizer
+from headrace.server.tokens_api import TokensApi
 from headrace.server.tracing import Tracing
+from headrace.server.version import VERSION
 from headrace.server.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -250,6 +252,7 @@ class App:
         answering = Answering(self.generator, self._report)
         openai = OpenAIApi(answering, self.one_shots)
         one_shot = OneShotApi(self.one_shots, self.limits, self.metrics, self.settings.request_timeout_s)
+        tokens = TokensApi(self.generator)
         native = self._native
         metrics = self.metrics
         receiving = ReceivedBytes(self.settings.max_queue_bytes)
@@ -274,13 +277,18 @@ class App:
         return [
             Route("/", _page("index.html")),
             Route("/classify", _page("classify.html")),
+            Route("/docs", _page("docs.html")),
             Mount("/static", _PageFiles(directory=_STATIC)),
             *self._probes(),
             *([Route("/metrics", self._metrics)] if self.settings.admin_port is None else []),
             Route("/openapi.json", OpenApi(self.settings).get),
+            Route("/version", self._version),
             Route("/v1/models", openai.models),
+            Route("/v1/models/{id:path}", endpoint(openai.model), methods=["GET"]),
             Route("/v1/chat/completions", endpoint(openai.chat_completions), methods=["POST"]),
             Route("/v1/completions", endpoint(openai.completions), methods=["POST"]),
+            Route("/tokenize", endpoint(tokens.tokenize), methods=["POST"]),
+            Route("/detokenize", endpoint(tokens.detokenize), methods=["POST"]),
             Route("/v1/embeddings", endpoint(one_shot.embeddings), methods=["POST"]),
             *(
                 Route(path, endpoint(one_shot.rerank), methods=["POST"])
@@ -332,6 +340,9 @@ class App:
         if self.client.stopped.is_set():
             return "engine_dead"
         return None if self.watchdog.hung is None else f"{self.watchdog.hung}_hung"
+
+    async def _version(self, request: Request) -> Response:
+        return JSONResponse({"version": VERSION})
 
     async def _metrics(self, request: Request) -> Response:
         exposed = bytearray()

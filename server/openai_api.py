@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from headrace.scheduler.messages import FinishReason
 from headrace.server.answering import Answering
+from headrace.server.errors import ModelNotFoundError
 from headrace.server.generation import Generation, final_usage, usage
 from headrace.server.logprobs import chat_logprobs, completion_logprobs, make_off_loop
 from headrace.server.one_shot_models import OneShots
@@ -56,12 +57,23 @@ class OpenAIApi:
         return await self._complete(request, params, _CompletionFormat, len(body))
 
     async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": self._models()})
+
+    async def model(self, request: Request, body: bytes) -> Response:
+        """GET /v1/models/{id}, whose id may have slashes."""
+        id = request.path_params["id"]
+        for model in self._models():
+            if model["id"] == id:
+                return JSONResponse(model)
+        raise ModelNotFoundError(f"the model `{id[:200]}` does not exist", param="model")
+
+    def _models(self) -> list[dict[str, Any]]:
         ready = self._generator.client.ready
         context = ready.max_context_tokens if ready else None
         models = [(self._generator.model_name, "generate", context)]
         for model in self._one_shots.models:
             models.append((model.name, model.task.value, getattr(model.reader, "max_tokens", None)))
-        content = [
+        return [
             {
                 "id": name,
                 "object": "model",
@@ -72,7 +84,6 @@ class OpenAIApi:
             }
             for name, task, max_tokens in models
         ]
-        return JSONResponse({"object": "list", "data": content})
 
     async def _complete(
         self, request: Request, params: GenerationParams, make_format: "type[_Format]", num_bytes: int

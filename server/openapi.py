@@ -36,6 +36,7 @@ from headrace.server.protocol import (
 )
 from headrace.server.settings import Settings
 from headrace.server.sse import to_json
+from headrace.server.tokens_api import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
 from headrace.server.version import VERSION
 
 _REQUESTS: tuple[type[BaseModel], ...] = (
@@ -43,6 +44,9 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     CompletionRequest,
     StreamChatRequest,
     StreamCompletionRequest,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+    DetokenizeRequest,
     EmbeddingRequest,
     RerankRequest,
     ScoreRequest,
@@ -57,7 +61,11 @@ _ANSWERS: tuple[type[Any], ...] = (
     answers.ChatCompletionChunk,
     answers.Completion,
     answers.CompletionChunk,
+    answers.Version,
+    answers.Model,
     answers.ModelList,
+    answers.Tokens,
+    answers.Text,
     answers.Ticket,
     answers.StreamCreated,
     answers.StreamSnapshot,
@@ -270,6 +278,15 @@ def _body(model: type[BaseModel], example: Any) -> dict[str, dict[str, Any]]:
     return {"application/json": {"schema": _ref(model), "example": example}}
 
 
+def _body_of_either(chat: type[BaseModel], completion: type[BaseModel], example: Any) -> dict[str, dict[str, Any]]:
+    """A conversation or a prompt, and not both."""
+    one_of = [
+        {**_ref(chat), "properties": {"prompt": {"type": "null"}}},
+        {**_ref(completion), "properties": {"messages": {"type": "null"}}},
+    ]
+    return {"application/json": {"schema": {"oneOf": one_of}, "example": example}}
+
+
 def _form(properties: Mapping[str, Any]) -> dict[str, Any]:
     """A form's file and its fields, which cannot be null."""
     fields = {name: schema["anyOf"][0] for name, schema in properties.items()}
@@ -300,6 +317,17 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
     yield _Operation("get", "/openapi.json", "openapi", "This document", {200: document})
     models = _json("The models.", answers.ModelList, has_id=False)
     yield _Operation("get", "/v1/models", "models", "What is served here", {200: models})
+    yield _Operation(
+        "get",
+        "/v1/models/{id}",
+        "model",
+        "One of the models",
+        {200: _json("The model.", answers.Model)},
+        (404,),
+        parameters=[{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}],
+    )
+    version = _json("The version.", answers.Version, has_id=False)
+    yield _Operation("get", "/version", "version", "The version of this server", {200: version})
 
     refusals = (404, 413, 415, 429, 504)
     yield _Operation(
@@ -319,6 +347,24 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         {200: _completion(answers.Completion, answers.CompletionChunk)},
         refusals,
         _body(CompletionRequest, {"prompt": "Once upon a time", "max_tokens": 8}),
+    )
+    yield _Operation(
+        "post",
+        "/tokenize",
+        "tokenize",
+        "The tokens of a text or of a conversation",
+        {200: _json("The tokens.", answers.Tokens)},
+        (404, 413, 415, 429),
+        _body_of_either(TokenizeChatRequest, TokenizeCompletionRequest, {"prompt": "Once upon a time"}),
+    )
+    yield _Operation(
+        "post",
+        "/detokenize",
+        "detokenize",
+        "The text of tokens",
+        {200: _json("The text.", answers.Text)},
+        (404, 413, 415, 429),
+        _body(DetokenizeRequest, {"tokens": [1, 2, 3]}),
     )
     yield _Operation(
         "post",
@@ -387,12 +433,6 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "A ticket, which stands for the key on GET /v1/stream",
         {201: _json("The ticket.", answers.Ticket, has_id=False)},
     )
-    one_of = {
-        "oneOf": [
-            {**_ref(StreamChatRequest), "properties": {"prompt": {"type": "null"}}},
-            {**_ref(StreamCompletionRequest), "properties": {"messages": {"type": "null"}}},
-        ]
-    }
     names = ("stream_snapshot", "cancel_stream", "stream_events")
     links = {name: {"operationId": name, "parameters": {"id": "$response.body#/id"}} for name in names}
     yield _Operation(
@@ -402,7 +442,7 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "Start a native stream that answers a conversation or completes a text",
         {201: {**_json("Where it is read.", answers.StreamCreated), "links": links}},
         (404, 413, 415, 429),
-        {"application/json": {"schema": one_of, "example": {"prompt": "Once upon a time", "max_tokens": 8}}},
+        _body_of_either(StreamChatRequest, StreamCompletionRequest, {"prompt": "Once upon a time", "max_tokens": 8}),
     )
     snapshot = {200: _json("The stream.", answers.StreamSnapshot)}
     path = "/v1/streams/{id}"

@@ -62,7 +62,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
     "priority": (0,),
-    "add_special_tokens": (True,),
     "detokenize": (True,),
     "grammar": (),
     "json_schema": (),
@@ -164,6 +163,7 @@ class GenerationParams(BaseModel):
     stop: StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: TokenIds | None = Field(None, max_length=1024)
     ignore_eos: Flag | None = None
+    add_special_tokens: Flag | None = None
     skip_special_tokens: Flag | None = None
     timeout: Number | None = Field(None, gt=0, le=1e6)
     queue_timeout: Number | None = Field(None, gt=0, le=1e6)

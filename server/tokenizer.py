@@ -9,6 +9,7 @@ Control tokens in a user's text (`<|im_start|>`) become control tokens, as with 
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,10 @@ class Tokenizer:
 
             if isinstance(cause := error.__cause__, TemplateSyntaxError):
                 raise ValueError(f"the chat template's line {cause.lineno}: {cause.message}") from None
+
+    def token_texts(self, token_ids: Iterable[int]) -> list[str]:
+        """Each token as the vocabulary spells it; "" for an id that has no token."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)

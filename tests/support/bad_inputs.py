@@ -120,6 +120,10 @@ def one_shot(name: str, path: str, fields: Fields, param: str | None, status: in
     return BadInput(f"one-shot: {path} {name}", _post(path, fields), (status,), param, **more)
 
 
+def tokens(name: str, path: str, fields: Fields, param: str | None, status: int = 400, **more: Any) -> BadInput:
+    return BadInput(f"tokens: {path} {name}", _post(path, fields), (status,), param, **more)
+
+
 def _schema(depth: int) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": "string"}
     for _ in range(depth):
@@ -532,6 +536,29 @@ def _one_shots() -> Iterator[BadInput]:
     yield one_shot("top_k 0", "/v1/classify", {"image": "AAAA", "top_k": 0}, "top_k")
 
 
+def _tokens() -> Iterator[BadInput]:
+    for path, fields in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+        yield BadInput(f"tokens: {path} no JSON", _text(path, lambda: b"{"), (400,))
+        yield BadInput(f"tokens: {path} no JSON object", _text(path, lambda: b"[1]"), (400,))
+        yield tokens("an unknown model", path, fields | {"model": CANARY}, "model", 404, code="model_not_found")
+        yield tokens("a model of 10,000 characters", path, fields | {"model": "m" * 10_000}, "model")
+    yield tokens("nothing", "/tokenize", {}, "messages")
+    yield tokens("a prompt and messages", "/tokenize", {"prompt": CANARY, "messages": []}, "messages")
+    yield tokens("two prompts", "/tokenize", {"prompt": [CANARY, CANARY]}, "prompt")
+    yield tokens("a million times a", "/tokenize", lambda: {"prompt": "a" * 10**6}, "prompt", code=_TOO_LONG)
+    yield tokens("a template", "/tokenize", {"prompt": CANARY, "chat_template": "{{ 7*7 }}"}, "chat_template")
+    yield tokens("a flag that is none", "/tokenize", {"prompt": CANARY, "return_token_strs": "yes"}, "return_token_strs")
+    yield tokens("no tokens", "/detokenize", {}, "tokens")
+    yield tokens("tokens that are a text", "/detokenize", {"tokens": CANARY}, "tokens")
+    yield tokens("a negative token", "/detokenize", {"tokens": [-1]}, "tokens[0]")
+    yield tokens("a token out of the vocabulary", "/detokenize", {"tokens": [10**9]}, "tokens")
+    yield tokens("a million tokens", "/detokenize", lambda: {"tokens": [1] * 10**6}, None, 200, most_mib=96)
+    yield target("an unknown model", "GET", f"/v1/models/{CANARY}", 404, "model", "model_not_found")
+    yield target("a model that is a path", "GET", "/v1/models/..%2f..%2fetc%2fpasswd", 404, "model", "model_not_found")
+    yield target("a model with a NUL", "GET", "/v1/models/a%00b", 404, "model", "model_not_found")
+    yield target("a model of 20,000 characters", "GET", "/v1/models/" + "m" * 20_000, 404, "model", "model_not_found")
+
+
 def _without_keys() -> Iterator[BadInput]:
     auths = {
         "no key": (),
@@ -543,9 +570,9 @@ def _without_keys() -> Iterator[BadInput]:
     for said, lines in auths.items():
         yield _keyless(said, "POST", "/v1/completions", *lines)
         yield _keyless(said, "GET", "/metrics", *lines)
-    for path in ("/v1/chat/completions", "/v1/streams", "/v1/embeddings", "/v1/classify", "/v1/nothing"):
+    for path in ("/v1/chat/completions", "/v1/streams", "/tokenize", "/v1/embeddings", "/v1/classify", "/v1/nothing"):
         yield _keyless("no key", "POST", path)
-    for path in ("/v1/models", _STREAM, "/openapi.json", "/V1/models", "/%76%31/models", "/v1//models", "/health/"):
+    for path in ("/v1/models", "/v1/models/x", "/version", _STREAM, "/openapi.json", "/docs/", "/V1/models", "/%76%31/models", "/v1//models", "/health/"):
         yield _keyless("no key", "GET", path)
     yield _keyless("no key", "DELETE", _STREAM)
     yield _keyless("a key in the URL", "GET", f"/v1/models?api_key={CANARY}&key={CANARY}")
@@ -575,4 +602,5 @@ BAD_INPUTS: tuple[BadInput, ...] = (
     *_headers(),
     *_wires(),
     *_one_shots(),
+    *_tokens(),
 )
