@@ -4,7 +4,9 @@ The words in which a parser of a model's text speaks to the routes, which write 
 the formats in which models write these nor the wire.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from pydantic_core import from_json
 
 
 class TextPart(NamedTuple):
@@ -44,3 +46,27 @@ class AnswerParser(Protocol):
 
     def finish(self) -> list[Part]:
         """The answer is over: what was held back."""
+
+
+class PlainParser:
+    """The parser of an answer that is text and nothing else."""
+
+    def push(self, text: str) -> list[Part]:
+        return [TextPart(text)]
+
+    def finish(self) -> list[Part]:
+        return []
+
+
+def make_parser(tokenizer: object, request: object) -> AnswerParser:
+    """(until the parsers are there)"""
+    return PlainParser()
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+    """A call's arguments as an object; of a call that was cut what is whole, and nothing where there is no object."""
+    try:
+        arguments = from_json(text or "{}", allow_partial=True)
+    except ValueError:
+        return {}
+    return arguments if isinstance(arguments, dict) else {}

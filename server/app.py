@@ -41,6 +41,7 @@ from headrace.server.generation import Generation
 from headrace.server.generator import Generator
 from headrace.server.guard import guards
 from headrace.server.journal import Journal
+from headrace.server.messages_api import MessagesApi
 from headrace.server.native_api import NativeApi
 from headrace.server.one_shot_api import OneShotApi
 from headrace.server.one_shot_models import OneShots, OneShotSource
@@ -252,6 +253,7 @@ class App:
         answering = Answering(self.generator, self._report)
         openai = OpenAIApi(answering, self.one_shots)
         one_shot = OneShotApi(self.one_shots, self.limits, self.metrics, self.settings.request_timeout_s)
+        messages = MessagesApi(answering)
         tokens = TokensApi(self.generator)
         native = self._native
         metrics = self.metrics
@@ -287,6 +289,8 @@ class App:
             Route("/v1/models/{id:path}", endpoint(openai.model), methods=["GET"]),
             Route("/v1/chat/completions", endpoint(openai.chat_completions), methods=["POST"]),
             Route("/v1/completions", endpoint(openai.completions), methods=["POST"]),
+            Route("/v1/messages", endpoint(messages.create), methods=["POST"]),
+            Route("/v1/messages/count_tokens", endpoint(messages.count_tokens), methods=["POST"]),
             Route("/tokenize", endpoint(tokens.tokenize), methods=["POST"]),
             Route("/detokenize", endpoint(tokens.detokenize), methods=["POST"]),
             Route("/v1/embeddings", endpoint(one_shot.embeddings), methods=["POST"]),
