@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 
 from starlette.requests import Request
 
-from headrace.server.answer_parts import AnswerParser, Part, ReasoningPart, TextPart, ToolArgumentsPart
+from headrace.server.answer_parts import AnswerParser, Part
 from headrace.server.errors import ApiError
 from headrace.server.generation import Generation, Stages
 from headrace.server.generator import Generator
@@ -66,13 +66,17 @@ class AnswerWriter(ABC):
     # What is sent where nothing else was for long.
     heartbeat = b""
 
+    def __init__(self, generation: Generation, settings: Settings) -> None:
+        self._generation = generation
+        self._padding_bytes = settings.stream_padding_bytes
+
     @abstractmethod
     def opening(self) -> bytes:
         """What goes before the first text."""
 
     @abstractmethod
     def part(self, part: Part) -> bytes:
-        """The frames of a part, of which the last holds its text."""
+        """The frames of a part, none where there is more to come."""
 
     @abstractmethod
     def closing(self) -> bytes:
@@ -82,16 +86,16 @@ class AnswerWriter(ABC):
     def failure(self, error: ApiError) -> bytes:
         """The end of an answer that fails."""
 
+    def _padded(self, frame: bytes, text: str) -> bytes:
+        """A frame that holds this text, as long as the settings want it."""
+        return padded(frame, text, self._padding_bytes) if self._padding_bytes else frame
+
 
 async def answer_frames(
     generation: Generation, parser: AnswerParser, writer: AnswerWriter, settings: Settings
 ) -> AsyncIterator[bytes]:
     """The frames of a streaming response of one answer; each item is one write, and may hold several frames."""
-    stages, padding = generation.stages, settings.stream_padding_bytes
-
-    def frames(parts: list[Part]) -> bytes:
-        return b"".join(_padded(writer.part(part), part, padding) for part in parts)
-
+    stages = generation.stages
     with generation.log.subscribe(interval_s=settings.stream_interval_ms / 1000) as subscriber:
         while True:
             piece = await subscriber.next(settings.heartbeat_s)
@@ -102,19 +106,14 @@ async def answer_frames(
                 if stages.first_byte_s is None:
                     stages.first_byte_s = time.monotonic()
                     write = writer.opening()
-                write += frames(parser.push(piece.text))
+                write += b"".join(map(writer.part, parser.push(piece.text)))
             if piece is not None and piece.terminal is not None:
                 if piece.terminal.error is not None:
                     yield write + writer.failure(piece.terminal.error)
                     return
                 if stages.first_byte_s is None:
                     write = writer.opening()
-                yield write + frames(parser.finish()) + writer.closing()
+                yield write + b"".join(map(writer.part, parser.finish())) + writer.closing()
                 return
             if write:
                 yield write
-
-
-def _padded(frames: bytes, part: Part, multiple: int) -> bytes:
-    has_text = isinstance(part, TextPart | ReasoningPart | ToolArgumentsPart)
-    return padded(frames, part.text, multiple) if multiple and frames and has_text else frames

@@ -42,7 +42,9 @@ from headrace.server.generator import Generator
 from headrace.server.guard import guards
 from headrace.server.journal import Journal
 from headrace.server.messages_api import MessagesApi
+from headrace.server.model_details import ModelDetails
 from headrace.server.native_api import NativeApi
+from headrace.server.ollama_api import OllamaApi
 from headrace.server.one_shot_api import OneShotApi
 from headrace.server.one_shot_models import OneShots, OneShotSource
 from headrace.server.openai_api import OpenAIApi
@@ -71,8 +73,9 @@ _STATIC = Path(__file__).parent / "static"
 class App:
     """One server's parts. `asgi` is the application; the lifespan starts and stops the rest.
 
-    `load_engine` and `load_one_shots` run on the engine thread, `load_tokenizer` on a worker. `on_engine_change` is
-    called on the loop: with None once requests can be served, with the error if that cannot be or is over.
+    `load_engine` and `load_one_shots` run on the engine thread, `load_tokenizer` and `read_details` on a worker.
+    `on_engine_change` is called on the loop: with None once requests can be served, with the error if that cannot be or
+    is over.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class App:
         one_shots: Sequence[OneShotSource] = (),
         load_one_shots: Callable[[], Mapping[str, OneShotModel]] = dict,
         model_fingerprint: str = "",
+        read_details: Callable[[], ModelDetails] = ModelDetails,
     ) -> None:
         """Raises: ApiKeysError, JournalError."""
         self.settings = settings
@@ -130,9 +134,12 @@ class App:
         self.limits = TenantLimits(self.keys, self.client.clock)
         self.generator = Generator(self.client, settings, model_name, limiter, self.keys, self.limits)
         self.one_shots = OneShots(one_shots, self.client, settings, self.keys)
+        self._answering = Answering(self.generator, self._report)
+        self._ollama = OllamaApi(self._answering)
         self._native = NativeApi(self.generator, self.registry, self.tickets, self._report)
         self.settled = anyio.Event()  # requests can be served, or never will be
         self._load_tokenizer = load_tokenizer
+        self._read_details = read_details
         self._on_engine_change = on_engine_change
         self._tracing = tracing
         self.asgi = Starlette(
@@ -211,6 +218,7 @@ class App:
         try:
             self.generator.tokenizer = await anyio.to_thread.run_sync(self._load_tokenizer, abandon_on_cancel=True)
             await anyio.to_thread.run_sync(self.one_shots.load_readers, abandon_on_cancel=True)
+            self._ollama.details = await anyio.to_thread.run_sync(self._read_details, abandon_on_cancel=True)
         except HeadraceError as exception:
             error = exception
         else:
@@ -250,10 +258,10 @@ class App:
         return [Route("/health", self._health), Route("/ready", self._ready)]
 
     def _routes(self) -> list[Route | Mount]:
-        answering = Answering(self.generator, self._report)
-        openai = OpenAIApi(answering, self.one_shots)
+        openai = OpenAIApi(self._answering, self.one_shots)
         one_shot = OneShotApi(self.one_shots, self.limits, self.metrics, self.settings.request_timeout_s)
-        messages = MessagesApi(answering)
+        messages = MessagesApi(self._answering)
+        ollama = self._ollama
         tokens = TokensApi(self.generator)
         native = self._native
         metrics = self.metrics
@@ -291,6 +299,12 @@ class App:
             Route("/v1/completions", endpoint(openai.completions), methods=["POST"]),
             Route("/v1/messages", endpoint(messages.create), methods=["POST"]),
             Route("/v1/messages/count_tokens", endpoint(messages.count_tokens), methods=["POST"]),
+            Route("/api/chat", endpoint(ollama.chat), methods=["POST"]),
+            Route("/api/generate", endpoint(ollama.generate), methods=["POST"]),
+            Route("/api/show", endpoint(ollama.show), methods=["POST"]),
+            Route("/api/tags", ollama.tags),
+            Route("/api/ps", ollama.running),
+            Route("/api/version", ollama.version),
             Route("/tokenize", endpoint(tokens.tokenize), methods=["POST"]),
             Route("/detokenize", endpoint(tokens.detokenize), methods=["POST"]),
             Route("/v1/embeddings", endpoint(one_shot.embeddings), methods=["POST"]),

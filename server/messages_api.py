@@ -30,6 +30,7 @@ from headrace.server.generator import tokenize
 from headrace.server.messages_protocol import FIELD_NAMES, CountTokensRequest, MessagesRequest
 from headrace.server.protocol import parse_json_object, renaming, validate
 from headrace.server.request_log import log_answered
+from headrace.server.settings import Settings
 from headrace.server.sse import EventStream, event_frame
 
 
@@ -47,7 +48,7 @@ class MessagesApi:
             [generation] = await self._answering.start(request, params, f"msg_{id}", len(body))
         assert self._generator.tokenizer is not None
         parser = make_parser(self._generator.tokenizer, params)
-        writer = _MessageWriter(asked.model, generation, id)
+        writer = _MessageWriter(generation, self._generator.settings, asked.model, id)
         if asked.stream:
             frames = answer_frames(generation, parser, writer, self._generator.settings)
             return EventStream(frames, writer.failure(InternalError()))
@@ -76,9 +77,9 @@ class _MessageWriter(AnswerWriter):
 
     heartbeat = event_frame("ping", {"type": "ping"}, id=None)
 
-    def __init__(self, model: str, generation: Generation, request_id: str) -> None:
+    def __init__(self, generation: Generation, settings: Settings, model: str, request_id: str) -> None:
+        super().__init__(generation, settings)
         self._model = model
-        self._generation = generation
         self._request_id = request_id
         self._num_blocks = 0
         self._block_type = ""
@@ -98,7 +99,8 @@ class _MessageWriter(AnswerWriter):
             delta = {"type": "input_json_delta", "partial_json": part.text}
         else:
             delta = {"type": f"{self._block_type}_delta", self._block_type: part.text}
-        return frames + _frame("content_block_delta", index=self._num_blocks - 1, delta=delta)
+        frame = _frame("content_block_delta", index=self._num_blocks - 1, delta=delta)
+        return frames + self._padded(frame, part.text)
 
     def closing(self) -> bytes:
         reason, sequence = self._stop()

@@ -118,9 +118,7 @@ class SystemMessage(BaseModel):
 
 class UserMessage(BaseModel):
     role: Literal["user"]
-    content: (
-        str | Annotated[list[Annotated[TextBlock | ToolResultBlock, OneOf("type")]], Field(fail_fast=True)]
-    )
+    content: str | Annotated[list[Annotated[TextBlock | ToolResultBlock, OneOf("type")]], Field(fail_fast=True)]
 
     def as_chat(self) -> list[dict[str, Any]]:
         """A message for each result and for the texts between them."""

@@ -1,7 +1,7 @@
 """OpenAI's generation routes: /v1/chat/completions, /v1/completions and /v1/models, streaming and not.
 
-Lives on the event loop. A response follows its generations' logs, one per choice. Frames are spliced from parts prepared
-once per response, so that a token costs little more than the encoding of its text.
+Lives on the event loop. A response follows its generations' logs, one per choice. Frames are spliced from parts
+prepared once per response, so that a token costs little more than the encoding of its text.
 Source: OpenAI's API reference.
 """
 

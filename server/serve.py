@@ -35,6 +35,7 @@ from headrace.server.drain import Drainable, drain
 from headrace.server.http_protocol import HttpProtocol, watch_peers
 from headrace.server.log_format import LogFormatter, log_loop_error
 from headrace.server.metrics import RequestMetrics
+from headrace.server.model_details import read_model_details
 from headrace.server.one_shot_models import OneShotSource
 from headrace.server.settings import ListenerSettings, OneShotModelSettings, Settings, is_loopback
 from headrace.server.tls import load_tls
@@ -254,6 +255,7 @@ class _Server(DrainingServer):
             one_shots=one_shots,
             load_one_shots=partial(_load_one_shots, settings, one_shots),
             model_fingerprint="" if settings.journal_file is None else source.fingerprint(),
+            read_details=partial(read_model_details, source),
         )
         super().__init__(self._app, settings, listeners, tls)
 

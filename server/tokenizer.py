@@ -53,6 +53,13 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._wrapper.chat_template)
 
+    def chat_template(self, *, has_tools: bool = False) -> str:
+        """The template of a chat, which may be another with tools; "" where there is none."""
+        templates = self._wrapper.chat_template or ""
+        if isinstance(templates, dict):
+            return str(templates.get("tool_use" if has_tools else "default") or templates.get("default", ""))
+        return str(templates)
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`. Releases the interpreter lock, so worker threads run beside the loop."""
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
