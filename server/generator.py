@@ -16,6 +16,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
+from headrace.scheduler.grammar import Grammar
 from headrace.scheduler.messages import EngineReady, GenerationRequest, SamplingParams, Tier, TokenLogprobs
 from headrace.server.admission import Demand
 from headrace.server.api_keys import ApiKeys, standing_of
@@ -28,6 +29,7 @@ from headrace.server.errors import (
     UnavailableError,
 )
 from headrace.server.generation import Generation, Recipe, Stages
+from headrace.server.grammars import Grammars, GrammarSource
 from headrace.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationParams
 from headrace.server.settings import Settings
 from headrace.server.tenant_limits import TenantLimits
@@ -51,6 +53,7 @@ class Generator:
     limiter: anyio.CapacityLimiter
     keys: ApiKeys | None
     limits: TenantLimits
+    grammars: Grammars
     tokenizer: Tokenizer | None = None
 
     async def start(
@@ -73,6 +76,8 @@ class Generator:
         """
         with self._place(request.model, tenant, request.num_sequences, num_bytes) as (demand, tokenizer, ready):
             prompts = await self._on_worker(lambda: tokenize(tokenizer, request, ready.max_context_tokens))
+            source = request.grammar_source
+            grammar = None if source is None else await self._compile(source, tokenizer, ready)
             stages.tokenized_s = self.client.clock()
             samplings = [_sampling_params(request, prompt.token_ids, tokenizer, ready) for prompt in prompts]
             num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
@@ -87,7 +92,7 @@ class Generator:
                     is_scored = leader is None and bool(prompt.echo)
                     num_prompt_logprobs = sampling.num_logprobs if is_scored else None
                     own = replace(sampling, choice=choice, num_prompt_logprobs=num_prompt_logprobs)
-                    recipe = self._recipe(request, prompt, own, salt)
+                    recipe = self._recipe(request, prompt, own, salt, source)
                     generation = self.make(recipe, id, replace(stages), demand.tier)
                     if leader is None:
                         generation.predicted_ttft_s = prediction.raw_s
@@ -103,6 +108,7 @@ class Generator:
                         arrival_s=stages.received_s,
                         target_s=prediction.target_s,
                         leader=leader,
+                        grammar=grammar,
                     )
                     if on_end is not None:
                         generation.on_end.append(on_end)
@@ -170,7 +176,7 @@ class Generator:
             generation.prompt_logprobs.append(TokenLogprobs(recipe.prompt_token_ids[0]))
         return generation
 
-    def resume(
+    async def resume(
         self,
         recipe: Recipe,
         generation: Generation,
@@ -185,14 +191,31 @@ class Generator:
         assert len(output_token_ids) == generation.num_output_tokens
         self.client.check_accepting()
         assert self.client.ready is not None
+        assert self.tokenizer is not None
         _check_fits(recipe, output_token_ids, self.client.ready)
+        grammar = None
+        if recipe.grammar is not None:
+            grammar = await self._compile(recipe.grammar, self.tokenizer, self.client.ready)
+            self.client.check_accepting()
         if output_token_ids:  # of whose first the prompt's log probabilities came before
             recipe = replace(recipe, sampling=replace(recipe.sampling, num_prompt_logprobs=None))
         tier, weight = standing_of(self.keys, tenant)
         demand = Demand(tier, tenant, weight, generation.num_prompt_tokens)
         target_s = self.client.admission.targets_s[tier]
         now = self.client.clock()
-        self._submit(recipe, generation, demand, arrival_s=now, target_s=target_s, output_token_ids=output_token_ids)
+        self._submit(
+            recipe,
+            generation,
+            demand,
+            arrival_s=now,
+            target_s=target_s,
+            grammar=grammar,
+            output_token_ids=output_token_ids,
+        )
+
+    async def _compile(self, source: GrammarSource, tokenizer: Tokenizer, ready: EngineReady) -> Grammar:
+        """Raises: BadRequestError, naming the grammar's field."""
+        return await self._on_worker(partial(self.grammars.get, source, tokenizer, ready.vocab_size))
 
     @contextmanager
     def _within_limits(self, demand: Demand) -> Iterator[None]:
@@ -204,7 +227,14 @@ class Generator:
         self.limits.end(tenant)
         self.limits.charge(tenant, generation.num_output_tokens)
 
-    def _recipe(self, request: GenerationParams, prompt: "Prompt", sampling: SamplingParams, salt: bytes) -> Recipe:
+    def _recipe(
+        self,
+        request: GenerationParams,
+        prompt: "Prompt",
+        sampling: SamplingParams,
+        salt: bytes,
+        grammar: GrammarSource | None,
+    ) -> Recipe:
         return Recipe(
             prompt.token_ids,
             sampling,
@@ -216,6 +246,7 @@ class Generator:
             queue_timeout_s=_shorter(request.queue_timeout, self.settings.queue_timeout_s),
             ttft_timeout_s=_shorter(request.ttft_timeout, self.settings.ttft_timeout_s),
             stall_timeout_s=_shorter(request.stall_timeout, self.settings.stall_timeout_s),
+            grammar=grammar,
         )
 
     def _submit(
@@ -227,6 +258,7 @@ class Generator:
         arrival_s: float,
         target_s: float,
         leader: Generation | None = None,
+        grammar: Grammar | None = None,
         output_token_ids: tuple[int, ...] = (),
     ) -> None:
         """Submit one sequence, whose first token should come in `target_s`. With a `leader` it waits for that one's
@@ -248,6 +280,7 @@ class Generator:
                 leader_id=None if leader is None else leader.request_id,
                 cache_salt=recipe.cache_salt,
                 output_token_ids=output_token_ids,
+                grammar=grammar,
             ),
             generation,
         )
@@ -282,7 +315,10 @@ def _shorter(asked_s: float | None, most_s: float) -> float:
 
 
 def tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> list[Prompt]:
-    """A request's prompts; runs on a worker thread. Raises: BadRequestError, ContextLengthError for a text too long to be tokenized."""
+    """A request's prompts; runs on a worker thread.
+
+    Raises: BadRequestError, ContextLengthError for a text too long to be tokenized.
+    """
     if isinstance(request, ChatCompletionRequest):
         text = tokenizer.render_chat([message.as_template_input() for message in request.messages])
         # A chat template writes the special tokens itself.
