@@ -282,7 +282,10 @@ def _shorter(asked_s: float | None, most_s: float) -> float:
 
 
 def tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> list[Prompt]:
-    """A request's prompts; runs on a worker thread. Raises: BadRequestError, ContextLengthError for a text too long to be tokenized."""
+    """A request's prompts; runs on a worker thread.
+
+    Raises: BadRequestError, ContextLengthError for a text too long to be tokenized.
+    """
     if isinstance(request, ChatCompletionRequest):
         text = tokenizer.render_chat([message.as_template_input() for message in request.messages])
         # A chat template writes the special tokens itself.
