@@ -25,8 +25,8 @@ from headrace.server.settings import ListenerSettings, is_loopback
 # In the extensions of a scope whose connection is one too many (see `ConnectionLimit`).
 NO_PLACE = "headrace.no_place"
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-# Probes, the pages and their files, and a stream's events, where the stream's id is what one must know. GET /v1/stream asks
-# for a ticket by itself.
+# Probes, the pages and their files, and a stream's events, where the stream's id is what one must know. GET /v1/stream
+# asks for a ticket by itself.
 _OPEN_PATHS = re.compile(r"/|/classify|/docs|/health|/ready|/static/.*|/v1/stream|/v1/streams/[^/]+/events")
 
 

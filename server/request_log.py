@@ -30,7 +30,7 @@ def log_unaccepted(id: str, route: str, received_s: float, outcome: str) -> None
 
 
 def log_answered(id: str, route: str, num_items: int, num_tokens: int, stages: dict[str, float]) -> None:
-    """Write the line of a request that was answered without a generation; `stages` are times, `received_s` among them."""
+    """Write the line of a request that was answered without a generation; `stages` are times, with `received_s`."""
     received_s = stages.pop("received_s")
     _write(id, route, "answered", received_s, dict(stages), prompt_tokens=num_tokens, items=num_items)
 

@@ -1,7 +1,7 @@
 """What texts are in tokens: /tokenize and /detokenize.
 
 Lives on the event loop; all work is done on the generator's worker threads, under the limits of a request that
-generates. What is tokenized is the body of a generation route, and the tokens are those that the route would begin with.
+generates. What is tokenized is the body of a generation route, and the tokens are those that it would begin with.
 Source: vLLM's routes of these names.
 """
 

@@ -582,7 +582,9 @@ def _tokens() -> Iterator[BadInput]:
     yield tokens("two prompts", "/tokenize", {"prompt": [CANARY, CANARY]}, "prompt")
     yield tokens("a million times a", "/tokenize", lambda: {"prompt": "a" * 10**6}, "prompt", code=_TOO_LONG)
     yield tokens("a template", "/tokenize", {"prompt": CANARY, "chat_template": "{{ 7*7 }}"}, "chat_template")
-    yield tokens("a flag that is none", "/tokenize", {"prompt": CANARY, "return_token_strs": "yes"}, "return_token_strs")
+    yield tokens(
+        "a flag that is none", "/tokenize", {"prompt": CANARY, "return_token_strs": "yes"}, "return_token_strs"
+    )
     yield tokens("no tokens", "/detokenize", {}, "tokens")
     yield tokens("tokens that are a text", "/detokenize", {"tokens": CANARY}, "tokens")
     yield tokens("a negative token", "/detokenize", {"tokens": [-1]}, "tokens[0]")
@@ -607,7 +609,18 @@ def _without_keys() -> Iterator[BadInput]:
         yield _keyless(said, "GET", "/metrics", *lines)
     for path in ("/v1/chat/completions", "/v1/streams", "/tokenize", "/v1/embeddings", "/v1/classify", "/v1/nothing"):
         yield _keyless("no key", "POST", path)
-    for path in ("/v1/models", "/v1/models/x", "/version", _STREAM, "/openapi.json", "/docs/", "/V1/models", "/%76%31/models", "/v1//models", "/health/"):
+    for path in (
+        "/v1/models",
+        "/v1/models/x",
+        "/version",
+        _STREAM,
+        "/openapi.json",
+        "/docs/",
+        "/V1/models",
+        "/%76%31/models",
+        "/v1//models",
+        "/health/",
+    ):
         yield _keyless("no key", "GET", path)
     yield _keyless("no key", "DELETE", _STREAM)
     yield _keyless("a key in the URL", "GET", f"/v1/models?api_key={CANARY}&key={CANARY}")
