@@ -48,19 +48,14 @@ class AnswerParser(Protocol):
         """The answer is over: what was held back."""
 
 
-class PlainParser:
-    """The parser of an answer that is text and nothing else."""
+class PlainText:
+    """The parser of answers that are nothing but text."""
 
     def push(self, text: str) -> list[Part]:
-        return [TextPart(text)]
+        return [TextPart(text)] if text else []
 
     def finish(self) -> list[Part]:
         return []
-
-
-def make_parser(tokenizer: object, request: object) -> AnswerParser:
-    """(until the parsers are there)"""
-    return PlainParser()
 
 
 def parse_arguments(text: str) -> dict[str, Any]:

@@ -71,12 +71,12 @@ class Detokenizer:
             if found:
                 at, self.stop_string = min(found, key=lambda start: start[0])
                 return text[:at]
-        num_held = max(_overlap(text, stop) for stop in self._stop)
+        num_held = max(overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` that a longer `stop` begins with."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if stop.startswith(text[len(text) - length :]):

@@ -13,13 +13,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from headrace.scheduler.messages import FinishReason
+from headrace.server.answer_parser import make_parser
 from headrace.server.answer_parts import (
     Part,
     ReasoningPart,
     TextPart,
     ToolArgumentsPart,
     ToolCallPart,
-    make_parser,
     parse_arguments,
 )
 from headrace.server.answering import Answering, AnswerWriter, answer_frames

@@ -15,14 +15,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from headrace.scheduler.messages import FinishReason
+from headrace.server.answer_parser import make_parser
 from headrace.server.answer_parts import (
     Part,
-    PlainParser,
+    PlainText,
     ReasoningPart,
     TextPart,
     ToolArgumentsPart,
     ToolCallPart,
-    make_parser,
     parse_arguments,
 )
 from headrace.server.answering import Answering, AnswerWriter, answer_frames
@@ -144,7 +144,7 @@ class OllamaApi:
         [generation] = await self._answering.start(request, params, request.state.id, num_bytes)
         assert self._generator.tokenizer is not None
         is_chat = isinstance(params, ChatCompletionRequest)
-        parser = make_parser(self._generator.tokenizer, params) if is_chat else PlainParser()
+        parser = make_parser(self._generator.tokenizer, params) if is_chat else PlainText()
         settings = self._generator.settings
         writer = _LineWriter(generation, settings, partial(make_object, asked.model))
         if asked.is_streamed:

@@ -43,7 +43,8 @@ class Tokenizer:
         self._backend.no_padding()
         added_tokens = self._backend.get_added_tokens_decoder()
         self._added_tokens = frozenset(added_tokens)
-        self.special_token_ids = frozenset(i for i, token in added_tokens.items() if token.special)
+        self._special_tokens = {token.content: i for i, token in added_tokens.items() if token.special}
+        self.special_token_ids = frozenset(self._special_tokens.values())
         self._is_byte_level = "ByteLevel" in repr(self._backend.decoder)
         self.eos_token_ids = eos_token_ids
         # No text of more characters than this per token fits; a normalizer may shorten text, so then there is no bound.
@@ -61,21 +62,27 @@ class Tokenizer:
             return str(templates.get("tool_use" if has_tools else "default") or templates.get("default", ""))
         return str(templates)
 
+    def special_token_id(self, text: str) -> int | None:
+        """The special token that is written so, None where there is none."""
+        return self._special_tokens.get(text)
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`. Releases the interpreter lock, so worker threads run beside the loop."""
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoding.ids
 
-    def render_chat(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt text of a conversation, ready for the assistant's answer.
+    def render_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+        """The prompt text of a conversation, ready for the assistant's answer. It tells of `tools` if there are any.
 
         Raises: BadRequestError where the template refuses the messages or the model has none.
         """
         if not self.has_chat_template:
             raise BadRequestError("this model has no chat template; use /v1/completions", param="messages")
+        # SmolLM3's template has a name of its own for them.
+        told = {"tools": tools, "xml_tools": tools} if tools else {}
         try:
             return self._wrapper.apply_chat_template(  # type: ignore[no-any-return]
-                messages, tokenize=False, add_generation_prompt=True
+                messages, tokenize=False, add_generation_prompt=True, **told
             )
         except Exception as error:  # a template is a program, and fails as it likes
             raise BadRequestError(f"the chat template refuses these messages: {error}", param="messages") from error
