@@ -12,13 +12,14 @@ from collections.abc import AsyncIterator
 from starlette.requests import Request
 
 from headrace.server.answer_parts import AnswerParser, Part
-from headrace.server.errors import ApiError
+from headrace.server.errors import ApiError, UnsupportedParameterError
 from headrace.server.generation import Generation, Stages
 from headrace.server.generator import Generator
 from headrace.server.protocol import GenerationParams
 from headrace.server.settings import Settings
 from headrace.server.sse import padded
 from headrace.server.stream_log import LogSlice, Subscriber
+from headrace.server.tool_calls import find_reasoning
 from headrace.server.tracing import Report, trace_context
 
 
@@ -28,6 +29,17 @@ class Answering:
     def __init__(self, generator: Generator, report: Report) -> None:
         self.generator = generator
         self._report = report
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the model reasons before it answers."""
+        tokenizer = self.generator.tokenizer
+        return tokenizer is not None and find_reasoning(tokenizer.chat_template()) is not None
+
+    def check_reasoning(self, param: str) -> None:
+        """Raises: UnsupportedParameterError where the model does not reason, as the field `param` wants it to."""
+        if self.generator.tokenizer is not None and not self.is_reasoning:
+            raise UnsupportedParameterError(f"{param}: this model does not reason", param=param)
 
     async def start(self, request: Request, params: GenerationParams, id: str, num_bytes: int) -> list[Generation]:
         """Start a request's generations, which end with its response. Raises: ApiError."""

@@ -43,6 +43,8 @@ class MessagesApi:
 
     async def create(self, request: Request, body: bytes) -> Response:
         asked, id = validate(MessagesRequest, parse_json_object(body)), request.state.id
+        if asked.has_thinking:
+            self._answering.check_reasoning("thinking")
         with renaming(FIELD_NAMES):
             params = asked.as_chat()
             [generation] = await self._answering.start(request, params, f"msg_{id}", len(body))

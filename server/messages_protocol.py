@@ -17,6 +17,7 @@ from headrace.server.protocol import (
     FIELD_ERROR,
     MAX_MESSAGES,
     MAX_STOP_STRINGS,
+    MAX_TOOLS,
     ChatCompletionRequest,
     Count,
     FieldNames,
@@ -24,6 +25,7 @@ from headrace.server.protocol import (
     Name,
     Number,
     StopString,
+    ToolName,
     parse_request,
     refuse_unsupported,
 )
@@ -88,7 +90,7 @@ class RedactedThinkingBlock(BaseModel):
 class ToolUseBlock(BaseModel):
     type: Literal["tool_use"]
     id: Name
-    name: Name
+    name: ToolName
     input: dict[str, Any]
 
     def as_chat(self) -> dict[str, Any]:
@@ -149,6 +151,8 @@ class AssistantMessage(BaseModel):
         blocks = [TextBlock(type="text", text=self.content)] if isinstance(self.content, str) else self.content
         message: dict[str, Any] = {"role": "assistant"}
         message["content"] = _parts([block for block in blocks if isinstance(block, TextBlock)])
+        if thoughts := [block.thinking for block in blocks if isinstance(block, ThinkingBlock)]:
+            message["reasoning_content"] = "".join(thoughts)
         if calls := [block.as_chat() for block in blocks if isinstance(block, ToolUseBlock)]:
             message["tool_calls"] = calls
         return [message]
@@ -157,13 +161,13 @@ class AssistantMessage(BaseModel):
 Message = Annotated[UserMessage | AssistantMessage | SystemMessage, OneOf("role")]
 
 
-class Tool(BaseModel):
-    """A tool of the client's. Those that a server runs have other types."""
+class ClientTool(BaseModel):
+    """A tool that the client runs. Those that a server runs have other types."""
 
     type: Literal["custom"] | None = None
-    name: Name
+    name: ToolName
     description: str | None = None
-    input_schema: dict[str, Any]
+    input_schema: dict[str, Any] = Field(json_schema_extra={"properties": {"type": {"const": "object"}}})
     strict: Flag | None = None
     defer_loading: Literal[False] | None = None
     allowed_callers: Annotated[list[Literal["direct"]], Field(fail_fast=True)] | None = None
@@ -171,12 +175,10 @@ class Tool(BaseModel):
 
     def as_chat(self) -> dict[str, Any]:
         function = {"name": self.name, "description": self.description, "parameters": self.input_schema}
-        if self.strict is not None:
-            function["strict"] = self.strict
-        return {"type": "function", "function": function}
+        return {"type": "function", "function": {**function, "strict": self.strict}}
 
 
-class ToolChoice(BaseModel):
+class ToolMode(BaseModel):
     type: Literal["auto", "any", "none"]
     disable_parallel_tool_use: Flag | None = None
 
@@ -186,7 +188,7 @@ class ToolChoice(BaseModel):
 
 class NamedToolChoice(BaseModel):
     type: Literal["tool"]
-    name: Name
+    name: ToolName
     disable_parallel_tool_use: Flag | None = None
 
     def as_chat(self) -> Any:
@@ -227,13 +229,21 @@ class Metadata(BaseModel):
 class CountTokensRequest(BaseModel):
     """A conversation, and what else is part of its prompt."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(
+        extra="ignore",
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"tool_choice": {"properties": {"type": {"enum": ["auto", "none"]}}}}},
+                {"properties": {"tools": {"type": "array", "minItems": 1}}, "required": ["tools"]},
+            ]
+        },
+    )
 
     model: Name
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
     system: str | Annotated[list[TextBlock], Field(fail_fast=True)] | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
-    tool_choice: Annotated[ToolChoice | NamedToolChoice, OneOf("type")] | None = None
+    tools: Annotated[list[ClientTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    tool_choice: Annotated[ToolMode | NamedToolChoice, OneOf("type")] | None = None
     thinking: Annotated[Thinking | AdaptiveThinking | NoThinking, OneOf("type")] | None = None
     output_config: OutputConfig | None = None
     output_format: JsonFormat | None = None
@@ -250,6 +260,11 @@ class CountTokensRequest(BaseModel):
         "speed": ("standard",),
         "thread": (),
     }
+
+    @property
+    def has_thinking(self) -> bool:
+        """Whether the model shall think before it answers."""
+        return isinstance(self.thinking, Thinking | AdaptiveThinking)
 
     @model_validator(mode="before")
     @classmethod

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from headrace.scheduler.messages import FinishReason
 from headrace.server.answer_parser import make_parser
 from headrace.server.answer_parts import (
+    AnswerParser,
     Part,
     PlainText,
     ReasoningPart,
@@ -113,6 +114,10 @@ class OllamaApi:
         assert ready is not None
         assert tokenizer is not None
         capabilities = ["completion"]
+        if tokenizer.has_chat_template:
+            capabilities.append("tools")
+        if self._answering.is_reasoning:
+            capabilities.append("thinking")
         return JSONResponse(
             {
                 "modelfile": "",
@@ -141,10 +146,13 @@ class OllamaApi:
         make_object: _MakeObject,
         num_bytes: int,
     ) -> Response:
+        if asked.think:
+            self._answering.check_reasoning("think")
         [generation] = await self._answering.start(request, params, request.state.id, num_bytes)
         assert self._generator.tokenizer is not None
-        is_chat = isinstance(params, ChatCompletionRequest)
-        parser = make_parser(self._generator.tokenizer, params) if is_chat else PlainText()
+        parser: AnswerParser = PlainText()
+        if isinstance(params, ChatCompletionRequest):
+            parser = make_parser(self._generator.tokenizer, params)
         settings = self._generator.settings
         writer = _LineWriter(generation, settings, partial(make_object, asked.model))
         if asked.is_streamed:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from headrace.server.protocol import (
     MAX_MESSAGES,
     MAX_STOP_STRINGS,
+    MAX_TOOLS,
     ChatCompletionRequest,
     CompletionRequest,
     Count,
@@ -23,6 +24,8 @@ from headrace.server.protocol import (
     Number,
     Penalty,
     StopString,
+    ToolFunction,
+    ToolName,
     parse_request,
     refuse_unsupported,
 )
@@ -134,14 +137,14 @@ class OllamaParams(BaseModel):
         return fields | ({} if self.options is None else self.options.as_sampling())
 
 
-class CalledFunction(BaseModel):
-    name: Name
+class OllamaFunction(BaseModel):
+    name: ToolName
     arguments: dict[str, Any]
 
 
-class MessageCall(BaseModel):
+class OllamaCall(BaseModel):
     id: Name | None = None
-    function: CalledFunction
+    function: OllamaFunction
 
     def as_chat(self, id: str) -> dict[str, Any]:
         function = {"name": self.function.name, "arguments": to_json(self.function.arguments)}
@@ -154,7 +157,7 @@ class OllamaMessage(BaseModel):
     role: Literal["system", "user", "assistant", "tool"]
     content: Annotated[str, Field(strict=True)] | None = None
     thinking: Annotated[str, Field(strict=True)] | None = None
-    tool_calls: Annotated[list[MessageCall], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[OllamaCall], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_name: Name | None = None
     tool_call_id: Name | None = None
     images: list[Any] | None = Field(None, max_length=0)
@@ -162,14 +165,17 @@ class OllamaMessage(BaseModel):
 
 class OllamaTool(BaseModel):
     type: Literal["function"] | None = None
-    function: dict[str, Any]
+    function: ToolFunction
+
+    def as_chat(self) -> dict[str, Any]:
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True)}
 
 
 class OllamaChatRequest(OllamaParams):
     """Without messages it asks for nothing but that the model be there."""
 
     messages: Annotated[list[OllamaMessage], Field(fail_fast=True)] | None = Field(None, max_length=MAX_MESSAGES)
-    tools: Annotated[list[OllamaTool], Field(fail_fast=True)] | None = None
+    tools: Annotated[list[OllamaTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
 
     def as_chat(self, model: str) -> ChatCompletionRequest:
         """For a model by the name that it is served under. Raises: ApiError, in the words of a chat completion: see
@@ -178,7 +184,7 @@ class OllamaChatRequest(OllamaParams):
         if fields["messages"][-1]["role"] == "assistant":
             fields |= {"continue_final_message": True, "add_generation_prompt": False}
         if self.tools:
-            fields["tools"] = [{"type": "function", "function": tool.function} for tool in self.tools]
+            fields["tools"] = [tool.as_chat() for tool in self.tools]
         return parse_request(ChatCompletionRequest, fields)
 
     def _chat_messages(self) -> list[dict[str, Any]]:
