@@ -24,11 +24,15 @@ def error_form(error: ApiError, path: str, id: str) -> Any:
     """The body that tells of `error` to who asked for `path`, in the request `id`."""
     if is_anthropic(path):
         return anthropic_form(error, id)
-    return ollama_form(error) if path.startswith("/api/") else error.envelope()
+    return ollama_form(error) if is_ollama(path) else error.envelope()
 
 
 def is_anthropic(path: str) -> bool:
     return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def is_ollama(path: str) -> bool:
+    return path.startswith("/api/")
 
 
 def anthropic_form(error: ApiError, id: str) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class MessagesApi:
             [generation] = await self._answering.start(request, params, f"msg_{id}", len(body))
         assert self._generator.tokenizer is not None
         parser = make_parser(self._generator.tokenizer, params)
-        writer = _MessageWriter(generation, self._generator.settings, asked.model, id)
+        model = asked.model or self._generator.model_name
+        writer = _MessageWriter(generation, self._generator.settings, model, id)
         if asked.stream:
             frames = answer_frames(generation, parser, writer, self._generator.settings)
             return EventStream(frames, writer.failure(InternalError()))

@@ -239,7 +239,7 @@ class CountTokensRequest(BaseModel):
         },
     )
 
-    model: Name
+    model: Name | None = None
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
     system: str | Annotated[list[TextBlock], Field(fail_fast=True)] | None = None
     tools: Annotated[list[ClientTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None

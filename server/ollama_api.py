@@ -154,35 +154,39 @@ class OllamaApi:
         if isinstance(params, ChatCompletionRequest):
             parser = make_parser(self._generator.tokenizer, params)
         settings = self._generator.settings
-        writer = _LineWriter(generation, settings, partial(make_object, asked.model))
+        writer = _LineWriter(generation, settings, partial(make_object, asked.model or self._tagged_name))
         if asked.is_streamed:
             frames = answer_frames(generation, parser, writer, settings)
             return EventStream(frames, writer.failure(InternalError()), "application/x-ndjson")
         [piece] = await self._answering.whole([generation])
         return JSONResponse(writer.whole([*parser.push(piece.text), *parser.finish()]))
 
-    def _loaded(self, model: str, make_object: _MakeObject) -> Response:
+    def _loaded(self, model: str | None, make_object: _MakeObject) -> Response:
         """The answer to a request that only wants its model loaded. Raises: ApiError where it is not."""
         self._check_served(model)
-        return JSONResponse(make_object(model) | {"done": True, "done_reason": "load"})
+        return JSONResponse(make_object(model or self._tagged_name) | {"done": True, "done_reason": "load"})
 
-    def _check_served(self, model: str) -> None:
+    def _check_served(self, model: str | None) -> None:
         """Raises: ModelNotFoundError; UnavailableError while it is loading, or the server ends."""
         if self._served_name(model) != self._generator.model_name:
             raise ModelNotFoundError(f"the model `{model}` does not exist", param="model")
         self._generator.client.check_accepting()
 
-    def _served_name(self, model: str) -> str:
+    def _served_name(self, model: str | None) -> str:
         """The name that a model is served under, whether or not either has the default tag."""
-        bare, served = model.removesuffix(_DEFAULT_TAG), self._generator.model_name
+        served = self._generator.model_name
+        bare = (model or served).removesuffix(_DEFAULT_TAG)
         return served if bare == served.removesuffix(_DEFAULT_TAG) else bare
 
-    def _model(self) -> dict[str, Any]:
+    @property
+    def _tagged_name(self) -> str:
         name = self._generator.model_name
-        tagged = name if ":" in name else name + _DEFAULT_TAG
+        return name if ":" in name else name + _DEFAULT_TAG
+
+    def _model(self) -> dict[str, Any]:
         return {
-            "name": tagged,
-            "model": tagged,
+            "name": self._tagged_name,
+            "model": self._tagged_name,
             "modified_at": _timestamp(datetime.fromtimestamp(self.details.modified_s, UTC)),
             "size": self.details.num_bytes,
             "digest": self.details.digest,

@@ -103,7 +103,7 @@ class OllamaParams(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    model: Name
+    model: Name | None = None
     stream: Flag | None = None
     think: Literal["low", "medium", "high"] | Flag | None = None
     options: Options | None = None
@@ -247,7 +247,7 @@ class OllamaGenerateRequest(OllamaParams):
 
 
 class ShowRequest(BaseModel):
-    model: Name
+    model: Name | None = None
 
 
 def _take_id(unanswered: list[tuple[str, str]], tool_name: str | None) -> str:
