@@ -8,6 +8,7 @@ Source: Anthropic's API reference (messages, count tokens).
 """
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
@@ -124,7 +125,7 @@ class UserMessage(BaseModel):
 
     def as_chat(self) -> list[dict[str, Any]]:
         """A message for each result and for the texts between them."""
-        if isinstance(self.content, str):
+        if isinstance(self.content, str) or not self.content:
             return [{"role": "user", "content": _parts(self.content)}]
         messages: list[dict[str, Any]] = []
         for block in self.content:
@@ -169,9 +170,15 @@ class ClientTool(BaseModel):
     description: str | None = None
     input_schema: dict[str, Any] = Field(json_schema_extra={"properties": {"type": {"const": "object"}}})
     strict: Flag | None = None
-    defer_loading: Literal[False] | None = None
+    defer_loading: Flag | None = Field(None, json_schema_extra={"not": {"const": True}})
     allowed_callers: Annotated[list[Literal["direct"]], Field(fail_fast=True)] | None = None
     input_examples: list[Any] | None = Field(None, max_length=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.defer_loading:
+            raise ValueError("defer_loading: is not supported")
+        return self
 
     def as_chat(self) -> dict[str, Any]:
         function = {"name": self.name, "description": self.description, "parameters": self.input_schema}
@@ -322,7 +329,7 @@ class MessagesRequest(CountTokensRequest):
         }
 
 
-def _parts(content: str | list[TextBlock]) -> list[dict[str, Any]]:
+def _parts(content: str | Sequence[TextBlock]) -> list[dict[str, Any]]:
     texts = [content] if isinstance(content, str) else [block.text for block in content]
     return [{"type": "text", "text": text} for text in texts]
 

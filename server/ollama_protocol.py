@@ -39,7 +39,7 @@ FIELD_NAMES: FieldNames = tuple(
         (r"repetition_penalty", "options.repeat_penalty"),
         (r"(temperature|top_k|top_p|min_p|seed|stop|presence_penalty|frequency_penalty)", r"options.\1"),
         (r"response_format.*", "format"),
-        (r"messages\[.*|continue_final_message", "messages"),
+        (r"continue_final_message", "messages"),
     )
 )
 # The same where the conversation is made of a prompt.
@@ -153,6 +153,15 @@ class OllamaCall(BaseModel):
 
 class OllamaMessage(BaseModel):
     """`tool_name` says which tool a result is of, where `tool_call_id` does not say of which call."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"role": {"const": "assistant"}}},
+                {"properties": {"tool_calls": {"maxItems": 0}}},
+            ]
+        }
+    )
 
     role: Literal["system", "user", "assistant", "tool"]
     content: Annotated[str, Field(strict=True)] | None = None
