@@ -322,7 +322,7 @@ def test_a_grammar_that_becomes_too_complex_costs_its_own_answer(
     monkeypatch.setattr(grammar_module, "_MAX_MASK_S", -1.0)
     scheduler.add(request(compiler.compile(REGEX, "a+")))
     scheduler.add(request(None, id=2))
-    ends = {}
+    ends: dict[int, tuple[FinishReason | None, str | None]] = {}
     while scheduler.has_work:
         ends |= {output.request_id: (output.finish_reason, output.error) for output in step(scheduler)}
     assert ends == {
