@@ -118,7 +118,7 @@ _ROW = np.dtype(
         ("seed", np.uint64),
         *((name, np.int64) for name in ("choice", "position")),
         *((name, np.int64) for name in ("token_ids", "num_token_ids", "num_prompt_tokens")),
-        *((name, np.int64) for name in ("biased", "biases", "num_biased", "masked", "num_masked")),
+        *((name, np.int64) for name in ("biased", "biases", "num_biased", "masked", "num_masked", "allowed")),
     ]
 )
 
@@ -268,6 +268,10 @@ class CpuBackend:
         for index, token_ids in batch.masked:
             self._check(token_ids)
             rows[index]["masked"], rows[index]["num_masked"] = token_ids.ctypes.data, len(token_ids)
+        for index, mask in batch.allowed:
+            assert mask.dtype == np.uint32, "a mask of other words"
+            assert len(mask) == -(-self._vocab_size // 32), "a mask of another vocabulary"
+            rows[index]["allowed"] = mask.ctypes.data
         token_ids = np.empty(len(rows), np.int64)
         status = self._library.headrace_sample(
             self._handle,

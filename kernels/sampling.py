@@ -39,6 +39,7 @@ class SamplingBatch:
     """The settings of R rows, each an array [R]: temperature, top_p, min_p float32; top_k int64; seed uint64, choice
     int64 and position int64 (the index of the token to be drawn). `biased` lists (row, token ids int64 [n], what is
     added to their logits float32 [n]), `masked` (row, token ids that must not be drawn); no row has an id twice.
+    `allowed` lists (row, the tokens that alone may be drawn as bits, uint32 [ceil(V / 32)]: i % 32 of word i // 32).
     """
 
     temperature: np.ndarray
@@ -51,6 +52,7 @@ class SamplingBatch:
     penalties: list[Penalties] = field(default_factory=list)
     biased: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
     masked: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    allowed: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
 
 class LogProbabilities(NamedTuple):
@@ -110,6 +112,11 @@ def modify_logits(logits: torch.Tensor, batch: SamplingBatch) -> None:
     if batch.masked:
         rows, token_lists = zip(*batch.masked, strict=True)
         logits[_places(logits, rows, token_lists)] = float("-inf")
+    if batch.allowed:
+        row_list, masks = zip(*batch.allowed, strict=True)
+        index = upload(np.array(row_list, np.int64), logits.device)
+        words = upload(np.stack(masks).view(np.int32), logits.device)
+        logits[index] = logits[index].masked_fill_(~_bits(words, logits.shape[-1]), float("-inf"))
 
 
 def uniforms(seed: np.ndarray, choice: np.ndarray, position: np.ndarray) -> np.ndarray:
@@ -145,6 +152,12 @@ def _places(
     row_of_each = np.repeat(np.array(rows, dtype=np.int64), [len(ids) for ids in token_ids])
     pair = upload(np.stack((row_of_each, np.concatenate(token_ids))), logits.device)
     return pair[0], pair[1]
+
+
+def _bits(words: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """Each row's bits, the lowest first: int32 [R, W] -> bool [R, num_bits]."""
+    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
+    return ((words[:, :, None] >> shifts) & 1).bool().flatten(1)[:, :num_bits]
 
 
 def _penalise(logits: torch.Tensor, penalties: Penalties) -> None:

@@ -8,7 +8,10 @@ a third of the time to make.
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from headrace.scheduler.grammar import Grammar
 
 _NEVER = float("inf")
 
@@ -20,6 +23,14 @@ class Tier(StrEnum):
     PREMIUM = "premium"
     STANDARD = "standard"
     BATCH = "batch"
+
+
+class GrammarKind(StrEnum):
+    """In what form a grammar is written: a JSON schema, a regular expression, or rules in Lark's form or GBNF."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
 
 
 class FinishReason(StrEnum):
@@ -65,7 +76,7 @@ class SamplingParams:
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A prompt to continue. `request_id` is the server's own and never reused within a process. Where the answer was
-    begun before, `output_token_ids` is what there is of it.
+    begun before, `output_token_ids` is what there is of it. The answer is kept within the `grammar`.
 
     `leader_id` names an earlier request with the same prompt: this one waits until that prompt is computed, and then
     finds it in the prefix cache. Only requests with equal `cache_salt` share cached blocks. A tenant's `weight` is its
@@ -89,6 +100,7 @@ class GenerationRequest:
     leader_id: int | None = None
     cache_salt: bytes = b""
     output_token_ids: tuple[int, ...] = ()
+    grammar: "Grammar | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +115,14 @@ class TokenLogprobs:
 
 class RowResult(NamedTuple):
     """What a step computed for one row. `token_id` is None where the row stops short of its sequence's last token, and
-    where `is_nan`: the model came to no numbers."""
+    where `is_nan`: the model came to no numbers. With `is_late` it was not known which tokens the row's grammar allows,
+    and its last token is still to be computed."""
 
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     is_nan: bool = False
+    is_late: bool = False
 
 
 class SequenceOutput(NamedTuple):

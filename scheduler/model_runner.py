@@ -26,10 +26,12 @@ _SAMPLING = np.dtype(
         *((name, np.float32) for name in ("temperature", "top_p", "min_p")),
         *((name, np.int64) for name in ("top_k", "choice", "min_tokens", "num_prompt_tokens")),
         ("seed", np.uint64),
-        *((name, np.bool_) for name in ("has_penalties", "has_bias", "has_logprobs")),
+        *((name, np.bool_) for name in ("has_penalties", "has_bias", "has_logprobs", "has_grammar")),
     ]
 )
 _NO_NUMBERS = RowResult(is_nan=True)
+_LATE = RowResult(is_late=True)
+_MASK_PATIENCE_S = 0.001
 
 
 class ModelRunner:
@@ -128,7 +130,8 @@ class ModelRunner:
         observed = np.flatnonzero(sampling["has_logprobs"])
         index = upload(observed, logits.device) if len(observed) else None
         unmodified = None if index is None else logits[index]  # a copy: sampling writes to its logits
-        drawn = self.backend.sample(logits[: len(sampled)], _sampling_batch(sampled, sampling))
+        late = _late_rows(sampled, sampling)
+        drawn = self.backend.sample(logits[: len(sampled)], _sampling_batch(sampled, sampling, late))
         tensors = [drawn]
         if index is not None and unmodified is not None:
             tensors += log_probabilities(unmodified, drawn[index].clamp(min=0))
@@ -136,7 +139,7 @@ class ModelRunner:
         if scored:
             token_ids = np.array([sequence.token_ids[i] for sequence, i in scored], np.int64)
             tensors += log_probabilities(logits[len(sampled) :], upload(token_ids, logits.device))
-        return _LaunchedStep(rows, self.backend.read(tensors), observed.tolist())
+        return _LaunchedStep(rows, self.backend.read(tensors), observed.tolist(), late)
 
     def _pack(self, rows: list[ScheduledRow]) -> StepBatch:
         is_asynchronous = self.is_asynchronous
@@ -164,11 +167,13 @@ class ModelRunner:
 @dataclass(frozen=True, slots=True)
 class _LaunchedStep:
     """The rows of a step and the read of what it computes: the drawn tokens, then the log probabilities of the
-    `observed` ones among them, then those of the scored positions, the latter two where there are any."""
+    `observed` ones among them, then those of the scored positions, the latter two where there are any. What is drawn
+    for the `late` ones is nobody's."""
 
     rows: list[ScheduledRow]
     read: PendingRead
     observed: list[int] = field(default_factory=list)
+    late: frozenset[int] = frozenset()
 
     @property
     def times(self) -> StepTimes | None:
@@ -178,7 +183,8 @@ class _LaunchedStep:
         drawn, *found = self.read.wait()
         token_ids = drawn.tolist()
         if not found:
-            following = iter([RowResult(token_id) if token_id >= 0 else _NO_NUMBERS for token_id in token_ids])
+            results = [RowResult(token_id) if token_id >= 0 else _NO_NUMBERS for token_id in token_ids]
+            following = iter(self._without_late(results))
             return [next(following) if row.is_sampled else RowResult() for row in self.rows]
         logprobs: dict[int, TokenLogprobs] = {}
         if self.observed:
@@ -188,12 +194,11 @@ class _LaunchedStep:
             made = _token_logprobs(LogProbabilities(*found[:3]), observed_ids, num_top)
             logprobs = dict(zip(self.observed, made, strict=True))
         scored = iter(self._prompt_logprobs(found[3:] if self.observed else found))
-        rows_drawn = iter(
-            [
-                RowResult(token_id, logprobs.get(i)) if token_id >= 0 else _NO_NUMBERS
-                for i, token_id in enumerate(token_ids)
-            ]
-        )
+        results = [
+            RowResult(token_id, logprobs.get(i)) if token_id >= 0 else _NO_NUMBERS
+            for i, token_id in enumerate(token_ids)
+        ]
+        rows_drawn = iter(self._without_late(results))
         results = []
         for row in self.rows:
             result = next(rows_drawn) if row.is_sampled else RowResult()
@@ -203,6 +208,9 @@ class _LaunchedStep:
                 result = _NO_NUMBERS if is_nan else result._replace(prompt_logprobs=prompt_logprobs)
             results.append(result)
         return results
+
+    def _without_late(self, drawn: list[RowResult]) -> list[RowResult]:
+        return [_LATE if i in self.late and not each.is_nan else each for i, each in enumerate(drawn)]
 
     def _prompt_logprobs(self, found: list[torch.Tensor]) -> list[TokenLogprobs]:
         """Those of all rows' scored tokens, in order."""
@@ -233,20 +241,39 @@ def _make_record(sequence: Sequence) -> bytes:
     record["has_penalties"] = params.has_penalties
     record["has_bias"] = bool(params.logit_bias)
     record["has_logprobs"] = params.num_logprobs is not None
+    record["has_grammar"] = sequence.grammar is not None
     sequence.sampling_record = record.tobytes()
     return sequence.sampling_record
 
 
 def _is_plainly_greedy(sampling: np.ndarray) -> bool:
     """Whether each row's token is the argmax of the logits as they are, and nobody asks for more."""
-    needs_logits = sampling["has_penalties"] | sampling["has_bias"] | sampling["has_logprobs"]
+    needs_logits = sampling["has_penalties"] | sampling["has_bias"] | sampling["has_logprobs"] | sampling["has_grammar"]
     return not (needs_logits | (sampling["temperature"] > 0) | (sampling["min_tokens"] > 0)).any()
 
 
-def _sampling_batch(sampled: list[ScheduledRow], sampling: np.ndarray) -> SamplingBatch:
+def _late_rows(sampled: list[ScheduledRow], sampling: np.ndarray) -> frozenset[int]:
+    """The rows of which it is not known in time what their grammars allow. Others wait for that no longer than they do
+    not feel, and a device that is still at it not at all."""
+    if not sampling["has_grammar"].any():
+        return frozenset()
+    states = {i: state for i, row in enumerate(sampled) if (state := row.sequence.grammar) is not None}
+    due_s = None if len(states) == len(sampled) else time.monotonic() + _MASK_PATIENCE_S
+    for state in states.values():
+        state.wait(due_s and max(0.0, due_s - time.monotonic()))
+    return frozenset(i for i, state in states.items() if not state.is_ready or state.error is not None)
+
+
+def _sampling_batch(sampled: list[ScheduledRow], sampling: np.ndarray, late: frozenset[int]) -> SamplingBatch:
     sequences = [row.sequence for row in sampled]
     position = np.array([row.start + row.num_tokens for row in sampled], dtype=np.int64)
     is_early = position - sampling["num_prompt_tokens"] < sampling["min_tokens"]
+    allowed = []
+    if sampling["has_grammar"].any():
+        for row, sequence in enumerate(sequences):
+            if (state := sequence.grammar) is not None and row not in late:
+                allowed.append((row, state.mask))
+                is_early[row] &= not state.is_over  # what must end now ends
     return SamplingBatch(
         temperature=sampling["temperature"],
         top_k=sampling["top_k"],
@@ -258,6 +285,7 @@ def _sampling_batch(sampled: list[ScheduledRow], sampling: np.ndarray) -> Sampli
         penalties=[_penalties(row, sequences[row]) for row in np.flatnonzero(sampling["has_penalties"]).tolist()],
         biased=[(row, *sequences[row].biases) for row in np.flatnonzero(sampling["has_bias"]).tolist()],
         masked=[(row, sequences[row].stop_token_ids) for row in np.flatnonzero(is_early).tolist()],
+        allowed=allowed,
     )
 
 

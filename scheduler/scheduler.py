@@ -232,21 +232,31 @@ class Scheduler:
             sequence = row.sequence
             if sequence.status is SequenceStatus.FINISHED:
                 continue
-            token_id, logprobs, prompt_logprobs, is_nan = result
+            token_id, logprobs, prompt_logprobs, is_nan, is_late = result
             if is_nan:
                 outputs.append(self._fail(sequence, "the model computed no numbers for this request"))
                 continue
+            num_computed = row.num_tokens
+            if is_late:
+                assert sequence.grammar is not None
+                if sequence.grammar.error is not None:
+                    outputs.append(self._fail(sequence, sequence.grammar.error))
+                    continue
+                num_computed -= 1
+                sequence.num_scheduled_tokens -= 1
             # Here and below, what seldom holds is asked in place: a call per row is felt at hundreds of them.
             is_first_run = sequence.num_computed_tokens == sequence.num_cached_tokens and sequence.is_fresh
-            sequence.num_computed_tokens += row.num_tokens
-            if sequence.num_computed_tokens % self._block_size < row.num_tokens or self._followers:
-                self._note_computed(sequence, row.num_tokens)
+            sequence.num_computed_tokens += num_computed
+            if sequence.num_computed_tokens % self._block_size < num_computed or self._followers:
+                self._note_computed(sequence, num_computed)
             finish_reason = None
             if token_id is not None:
                 num_tokens += 1
                 sequence.token_ids.append(token_id)
                 if token_id in sequence.end_token_ids or len(sequence.token_ids) >= sequence.num_total_tokens:
                     finish_reason = self._finish_reason(sequence, token_id)
+                if sequence.grammar is not None and finish_reason is None:
+                    sequence.grammar.advance(token_id)
                 if times is not None:
                     is_first = sequence.last_token_s is None
                     sequence.last_token_s = times.ended_s
@@ -641,8 +651,10 @@ class Scheduler:
     # F, G, and the other ends
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        if token_id in sequence.end_token_ids and sequence.num_output_tokens > sequence.request.sampling.min_tokens:
-            return FinishReason.STOP
+        if token_id in sequence.end_token_ids:
+            is_due = sequence.num_output_tokens > sequence.request.sampling.min_tokens
+            if is_due or (sequence.grammar is not None and sequence.grammar.is_over):
+                return FinishReason.STOP
         return FinishReason.LENGTH if len(sequence.token_ids) >= sequence.num_total_tokens else None
 
     def _drop_cancelled(self) -> list[SequenceOutput]:

@@ -35,8 +35,9 @@ class Sequence:
     Times are None until then: `scheduled_s` of the first run, `last_token_s` where the step's times are
     known. `account` is its tenant's in the fair queue, and tokens up to `num_charged_tokens` cost it nothing more.
     `num_shared_blocks` of its blocks it found in the cache. `block_ids` is one list for as long as it keeps its blocks,
-    and only ever appended to: backends keep copies. With `needs_last_token` the runner has to know all its tokens to
-    sample the next one. `is_long` where its prompt took more than two steps when it came.
+    and only ever appended to: backends keep copies. `grammar` is where its answer is in the request's. With
+    `needs_last_token` the runner has to know all its tokens to sample the next one. `is_long` where its prompt took
+    more than two steps when it came.
     """
 
     __slots__ = (
@@ -45,6 +46,7 @@ class Sequence:
         "biases",
         "block_ids",
         "end_token_ids",
+        "grammar",
         "is_long",
         "is_scored",
         "last_token_s",
@@ -92,7 +94,10 @@ class Sequence:
         self.biases = np.array([i for i, _ in bias], np.int64), np.array([value for _, value in bias], np.float32)
         self.stop_token_ids = np.array(sorted(request.sampling.stop_token_ids), np.int64)
         self.sampling_record = b""
-        self.needs_last_token = request.sampling.has_penalties
+        self.grammar = None if request.grammar is None else request.grammar.begin()
+        if self.grammar is not None and request.output_token_ids:
+            self.grammar.advance(*request.output_token_ids)
+        self.needs_last_token = request.sampling.has_penalties or self.grammar is not None
         self._block_hashes: list[bytes] = []
 
     @property

@@ -37,6 +37,7 @@ from headrace.server.engine_client import EngineClient, QueueLimits
 from headrace.server.errors import ApiError, EngineFailedError, ShutdownError
 from headrace.server.generation import Generation
 from headrace.server.generator import Generator
+from headrace.server.grammars import Grammars
 from headrace.server.guard import guards
 from headrace.server.journal import Journal
 from headrace.server.native_api import NativeApi
@@ -125,7 +126,8 @@ class App:
         self.tickets = Tickets(self.client.clock)
         limiter = anyio.CapacityLimiter(settings.tokenizer_threads)
         self.limits = TenantLimits(self.keys, self.client.clock)
-        self.generator = Generator(self.client, settings, model_name, limiter, self.keys, self.limits)
+        self.grammars = Grammars(settings.grammar_cache_bytes)
+        self.generator = Generator(self.client, settings, model_name, limiter, self.keys, self.limits, self.grammars)
         self.one_shots = OneShots(one_shots, self.client, settings, self.keys)
         self._native = NativeApi(self.generator, self.registry, self.tickets, self._report)
         self.settled = anyio.Event()  # requests can be served, or never will be
@@ -200,6 +202,7 @@ class App:
             tasks.cancel_scope.cancel()
         if self.journal is not None:
             await anyio.to_thread.run_sync(self.journal.close)
+        await anyio.to_thread.run_sync(self.grammars.close)
         self.one_shots.close()
 
     async def _watch_engine(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from headrace.scheduler.messages import FinishReason, SamplingParams, SequenceOutput, Tier, TokenLogprobs
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.errors import ApiError, DeadlineError, EngineFailedError
+from headrace.server.grammars import GrammarSource
 from headrace.server.stream_log import StreamLog, Terminal
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Recipe:
     queue_timeout_s: float
     ttft_timeout_s: float
     stall_timeout_s: float
+    grammar: GrammarSource | None = None
 
 
 @dataclass(slots=True)

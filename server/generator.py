@@ -16,6 +16,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
+from headrace.scheduler.grammar import Grammar
 from headrace.scheduler.messages import EngineReady, GenerationRequest, SamplingParams, Tier, TokenLogprobs
 from headrace.server.admission import Demand
 from headrace.server.api_keys import ApiKeys, standing_of
@@ -28,6 +29,7 @@ from headrace.server.errors import (
     UnavailableError,
 )
 from headrace.server.generation import Generation, Recipe, Stages
+from headrace.server.grammars import Grammars, GrammarSource
 from headrace.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationParams
 from headrace.server.settings import Settings
 from headrace.server.tenant_limits import TenantLimits
@@ -51,6 +53,7 @@ class Generator:
     limiter: anyio.CapacityLimiter
     keys: ApiKeys | None
     limits: TenantLimits
+    grammars: Grammars
     tokenizer: Tokenizer | None = None
 
     async def start(
@@ -73,6 +76,8 @@ class Generator:
         """
         with self._place(request.model, tenant, request.num_sequences, num_bytes) as (demand, tokenizer, ready):
             prompts = await self._on_worker(lambda: tokenize(tokenizer, request, ready.max_context_tokens))
+            source = request.grammar_source
+            grammar = None if source is None else await self._compile(source, tokenizer, ready)
             stages.tokenized_s = self.client.clock()
             samplings = [_sampling_params(request, prompt.token_ids, tokenizer, ready) for prompt in prompts]
             num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
@@ -87,7 +92,7 @@ class Generator:
                     is_scored = leader is None and bool(prompt.echo)
                     num_prompt_logprobs = sampling.num_logprobs if is_scored else None
                     own = replace(sampling, choice=choice, num_prompt_logprobs=num_prompt_logprobs)
-                    recipe = self._recipe(request, prompt, own, salt)
+                    recipe = self._recipe(request, prompt, own, salt, source)
                     generation = self.make(recipe, id, replace(stages), demand.tier)
                     if leader is None:
                         generation.predicted_ttft_s = prediction.raw_s
@@ -103,6 +108,7 @@ class Generator:
                         arrival_s=stages.received_s,
                         target_s=prediction.target_s,
                         leader=leader,
+                        grammar=grammar,
                     )
                     if on_end is not None:
                         generation.on_end.append(on_end)
@@ -125,7 +131,8 @@ class Generator:
     def _place(
         self, model: str | None, tenant: str, num_sequences: int, num_bytes: int
     ) -> Iterator[tuple[Demand, Tokenizer, EngineReady]]:
-        """Hold a request's places while it is read. Raises: ApiError."""
+        """Hold a request's places while it is read. Raises: ApiError. A cancellation inside is counted as a client that
+        left."""
         if model is not None and model != self.model_name:
             raise ModelNotFoundError(f"the model `{model}` does not exist", param="model")
         tier, weight = standing_of(self.keys, tenant)
@@ -133,17 +140,17 @@ class Generator:
         with self.client.reserve(demand, num_bytes), self._within_limits(demand):
             if self.client.ready is None or self.tokenizer is None:
                 raise UnavailableError("the model is still loading", "loading")
-            yield demand, self.tokenizer, self.client.ready
+            try:
+                yield demand, self.tokenizer, self.client.ready
+            except anyio.get_cancelled_exc_class():
+                self.client.metrics.count_cancelled("tokenizing")
+                raise
 
     async def _on_worker(self, work: Callable[[], _T]) -> _T:
-        """Raises: what `work` raises. A cancellation is counted as a client that left."""
-        try:
-            # Not abandoned when the client leaves: the limiter would count the thread as free while it runs on.
-            done = await anyio.to_thread.run_sync(work, limiter=self.limiter)
-            await anyio.lowlevel.checkpoint_if_cancelled()
-        except anyio.get_cancelled_exc_class():
-            self.client.metrics.count_cancelled("tokenizing")
-            raise
+        """Raises: what `work` raises."""
+        # Not abandoned when the client leaves: the limiter would count the thread as free while it runs on.
+        done = await anyio.to_thread.run_sync(work, limiter=self.limiter)
+        await anyio.lowlevel.checkpoint_if_cancelled()
         return done
 
     def make(self, recipe: Recipe, id: str, stages: Stages, tier: Tier) -> Generation:
@@ -170,7 +177,7 @@ class Generator:
             generation.prompt_logprobs.append(TokenLogprobs(recipe.prompt_token_ids[0]))
         return generation
 
-    def resume(
+    async def resume(
         self,
         recipe: Recipe,
         generation: Generation,
@@ -185,14 +192,31 @@ class Generator:
         assert len(output_token_ids) == generation.num_output_tokens
         self.client.check_accepting()
         assert self.client.ready is not None
+        assert self.tokenizer is not None
         _check_fits(recipe, output_token_ids, self.client.ready)
+        grammar = None
+        if recipe.grammar is not None:
+            grammar = await self._compile(recipe.grammar, self.tokenizer, self.client.ready)
+            self.client.check_accepting()
         if output_token_ids:  # of whose first the prompt's log probabilities came before
             recipe = replace(recipe, sampling=replace(recipe.sampling, num_prompt_logprobs=None))
         tier, weight = standing_of(self.keys, tenant)
         demand = Demand(tier, tenant, weight, generation.num_prompt_tokens)
         target_s = self.client.admission.targets_s[tier]
         now = self.client.clock()
-        self._submit(recipe, generation, demand, arrival_s=now, target_s=target_s, output_token_ids=output_token_ids)
+        self._submit(
+            recipe,
+            generation,
+            demand,
+            arrival_s=now,
+            target_s=target_s,
+            grammar=grammar,
+            output_token_ids=output_token_ids,
+        )
+
+    async def _compile(self, source: GrammarSource, tokenizer: Tokenizer, ready: EngineReady) -> Grammar:
+        """Raises: BadRequestError, naming the grammar's field."""
+        return await self._on_worker(lambda: self.grammars.get(source, tokenizer, ready.vocab_size))
 
     @contextmanager
     def _within_limits(self, demand: Demand) -> Iterator[None]:
@@ -204,7 +228,14 @@ class Generator:
         self.limits.end(tenant)
         self.limits.charge(tenant, generation.num_output_tokens)
 
-    def _recipe(self, request: GenerationParams, prompt: "Prompt", sampling: SamplingParams, salt: bytes) -> Recipe:
+    def _recipe(
+        self,
+        request: GenerationParams,
+        prompt: "Prompt",
+        sampling: SamplingParams,
+        salt: bytes,
+        grammar: GrammarSource | None,
+    ) -> Recipe:
         return Recipe(
             prompt.token_ids,
             sampling,
@@ -216,6 +247,7 @@ class Generator:
             queue_timeout_s=_shorter(request.queue_timeout, self.settings.queue_timeout_s),
             ttft_timeout_s=_shorter(request.ttft_timeout, self.settings.ttft_timeout_s),
             stall_timeout_s=_shorter(request.stall_timeout, self.settings.stall_timeout_s),
+            grammar=grammar,
         )
 
     def _submit(
@@ -227,6 +259,7 @@ class Generator:
         arrival_s: float,
         target_s: float,
         leader: Generation | None = None,
+        grammar: Grammar | None = None,
         output_token_ids: tuple[int, ...] = (),
     ) -> None:
         """Submit one sequence, whose first token should come in `target_s`. With a `leader` it waits for that one's
@@ -248,6 +281,7 @@ class Generator:
                 leader_id=None if leader is None else leader.request_id,
                 cache_salt=recipe.cache_salt,
                 output_token_ids=output_token_ids,
+                grammar=grammar,
             ),
             generation,
         )

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from headrace.scheduler.errors import HeadraceError
-from headrace.scheduler.messages import FinishReason, SamplingParams, SequenceOutput, TokenLogprobs
+from headrace.scheduler.messages import FinishReason, GrammarKind, SamplingParams, SequenceOutput, TokenLogprobs
 from headrace.server.generation import Recipe
+from headrace.server.grammars import GrammarSource
 
 logger = logging.getLogger(__name__)
 
@@ -417,6 +418,9 @@ class Journal:
         sampling = recipe.pop("sampling")
         bias = tuple((token_id, value) for token_id, value in sampling.pop("logit_bias"))
         stop_token_ids = frozenset(sampling.pop("stop_token_ids"))
+        if (grammar := recipe.get("grammar")) is not None:
+            kind, *rest = grammar
+            recipe["grammar"] = GrammarSource(GrammarKind(kind), *rest)
         recipe |= {
             "prompt_token_ids": tuple(array("q", prompt)),
             "sampling": SamplingParams(**sampling, logit_bias=bias, stop_token_ids=stop_token_ids),

@@ -5,12 +5,15 @@ known field that this server cannot honour is refused by name unless its value a
 Source: OpenAI's API reference (chat completions, completions), and the extensions vLLM's clients use.
 """
 
+import json
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
+from headrace.scheduler.messages import GrammarKind
 from headrace.server.errors import ApiError, BadRequestError, UnsupportedParameterError
+from headrace.server.grammars import GrammarSource
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1000
@@ -18,6 +21,8 @@ MAX_MESSAGES = 2048
 MAX_NAME_CHARS = 512
 MAX_SEQUENCES = 128  # prompts times choices of one request
 MAX_LOGIT_BIASES = 1024
+MAX_GRAMMAR_CHARS = 2**17
+MAX_GRAMMAR_CHOICES = 4096
 _MAX_PATH_CHARS = 200  # of what an error names: a key may be as long as a body
 
 # Fields that exist elsewhere and ask for what this server does not do, with the values that ask for nothing.
@@ -34,12 +39,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
@@ -120,6 +119,100 @@ class StreamOptions(BaseModel):
     include_obfuscation: Flag | None = None
 
 
+GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
+GrammarChoices = Annotated[
+    list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, min_length=1, max_length=MAX_GRAMMAR_CHOICES)
+]
+# An object, or its text: clients send both.
+JsonSchema = dict[str, Any] | GrammarText
+
+
+class NamedSchema(BaseModel):
+    """A JSON schema as OpenAI has it. It is kept to whether it is `strict` or not."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    name: Name | None = None
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    strict: Flag | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"type": {"enum": ["text", "json_object"]}}},
+                {"properties": {"json_schema": {"type": "object"}}, "required": ["json_schema"]},
+            ]
+        }
+    )
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema: is missing")
+        return self
+
+    @property
+    def grammar_source(self) -> GrammarSource | None:
+        if self.type == "text":
+            return None
+        asked = self.json_schema.json_schema if self.type == "json_schema" and self.json_schema else None
+        field = "response_format.json_schema.schema" if asked is not None else "response_format"
+        return _schema_source(field, {"type": "object"} if asked is None else asked)
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's form: one of them."""
+
+    json_schema: JsonSchema | None = Field(None, alias="json")
+    regex: GrammarText | None = None
+    choice: GrammarChoices | None = None
+    grammar: GrammarText | None = None
+    json_object: Flag | None = None
+    structural_tag: None = None
+
+
+def _schema_source(field: str, schema: dict[str, Any] | str) -> GrammarSource:
+    """Raises: ValueError."""
+    text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise ValueError(f"{field}: must have at most {MAX_GRAMMAR_CHARS} characters")
+    return GrammarSource(GrammarKind.JSON_SCHEMA, text, field)
+
+
+def _choice_source(field: str, choices: list[str]) -> GrammarSource:
+    """Raises: ValueError."""
+    if sum(map(len, choices)) > MAX_GRAMMAR_CHARS:
+        raise ValueError(f"{field}: must have at most {MAX_GRAMMAR_CHARS} characters in all")
+    # A terminal: alternatives of a rule would be too many for the parser.
+    return GrammarSource(GrammarKind.LARK, "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, choices)), field)
+
+
+def _grammar_sources(fields: "GenerationParams") -> list[GrammarSource]:
+    """All that a request wants its answers to keep to. Raises: ValueError."""
+    other = fields.structured_outputs or StructuredOutputs()
+    sources: list[GrammarSource | None] = []
+    if fields.response_format is not None:
+        sources.append(fields.response_format.grammar_source)
+    for prefix, schema, regex, choice, grammar in (
+        ("guided_", fields.guided_json, fields.guided_regex, fields.guided_choice, fields.guided_grammar),
+        ("structured_outputs.", other.json_schema, other.regex, other.choice, other.grammar),
+    ):
+        sources += [
+            None if schema is None else _schema_source(f"{prefix}json", schema),
+            None if regex is None else GrammarSource(GrammarKind.REGEX, regex, f"{prefix}regex"),
+            None if choice is None else _choice_source(f"{prefix}choice", choice),
+            None if grammar is None else GrammarSource(GrammarKind.LARK, grammar, f"{prefix}grammar"),
+        ]
+    if other.json_object:
+        sources.append(_schema_source("structured_outputs.json_object", {"type": "object"}))
+    return [source for source in sources if source is not None]
+
+
 class GenerationParams(BaseModel):
     """What all generation routes share. Ranges that depend on the model are checked where the model is known."""
 
@@ -162,6 +255,12 @@ class GenerationParams(BaseModel):
     ignore_eos: Flag | None = None
     add_special_tokens: Flag | None = None
     skip_special_tokens: Flag | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonSchema | None = None
+    guided_regex: GrammarText | None = None
+    guided_choice: GrammarChoices | None = None
+    guided_grammar: GrammarText | None = None
     timeout: Number | None = Field(None, gt=0, le=1e6)
     queue_timeout: Number | None = Field(None, gt=0, le=1e6)
     ttft_timeout: Number | None = Field(None, gt=0, le=1e6)
@@ -180,6 +279,11 @@ class GenerationParams(BaseModel):
             raise ValueError(f"{max_tokens_field}: must be at least 1, for there is no echo")
         if not all(key.isascii() and key.isdigit() and len(key) < 11 for key in self.logit_bias or ()):
             raise ValueError("logit_bias: its keys must be token ids")
+        sources = _grammar_sources(self)
+        if len(sources) > 1:
+            raise ValueError(f"{sources[1].field}: an answer keeps to one grammar, and there is {sources[0].field}")
+        if sources and self.ignore_eos:
+            raise ValueError(f"ignore_eos: an answer that keeps to {sources[0].field} ends with it")
         return self
 
     @model_validator(mode="before")
@@ -198,6 +302,11 @@ class GenerationParams(BaseModel):
     def is_echoed(self) -> bool:
         """Whether an answer begins with its prompt."""
         return False
+
+    @property
+    def grammar_source(self) -> GrammarSource | None:
+        """What the answers are to keep to."""
+        return next(iter(_grammar_sources(self)), None)
 
     @property
     def num_choices(self) -> int:

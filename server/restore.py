@@ -109,7 +109,7 @@ async def _take_up(
         try:
             if recorded.num_vain_restarts >= _MAX_VAIN_RESTARTS:
                 raise EngineFailedError(f"{recorded.num_vain_restarts} times the server ended before the next token")
-            generator.resume(recorded.record.recipe, stream.generation, token_ids, stream.tenant)
+            await generator.resume(recorded.record.recipe, stream.generation, token_ids, stream.tenant)
         except (EngineFailedError, BadRequestError, ContextLengthError) as error:
             client.cancel(stream.generation, error)
         stream.generation.on_end.append(partial(on_end, stream.id))

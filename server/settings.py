@@ -227,6 +227,7 @@ class Settings(ListenerSettings):
         120, ge=2, description="after so long in one step, or without a turn of the event loop, the process ends"
     )
     tokenizer_threads: int = Field(2, ge=1, le=64, description="worker threads for templates and tokenizing")
+    grammar_cache_bytes: Bytes = Field(64 * 2**20, ge=0, description="most memory for grammars of earlier requests")
     heartbeat_s: float = Field(15, ge=1, description="silence on a stream before a comment is sent")
 
     stream_grace_s: float = Field(15, ge=0, description="how long a native stream runs without readers")

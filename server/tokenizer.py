@@ -18,6 +18,7 @@ from tokenizers.decoders import DecodeStream
 
 from headrace.scheduler.errors import HeadraceError, ModelSourceError, UnsupportedModelError
 from headrace.scheduler.gguf_file import GGUFFile, open_gguf
+from headrace.scheduler.grammar import GrammarCompiler
 from headrace.scheduler.model_source import ModelSource
 from headrace.server.errors import BadRequestError
 from headrace.server.gguf_tokenizer import read_tokenizer
@@ -99,6 +100,11 @@ class Tokenizer:
         if (byte := _BYTE_FALLBACK.fullmatch(piece)) is not None:
             return bytes.fromhex(byte[1])
         return piece.replace(_METASPACE, " ").encode()
+
+    def grammar_compiler(self, vocab_size: int) -> GrammarCompiler:
+        """What compiles grammars for a model of so many tokens. Raises: GrammarError where nothing ends an answer."""
+        eos_token_ids = frozenset(token_id for token_id in self.eos_token_ids if 0 <= token_id < vocab_size)
+        return GrammarCompiler(self._backend.to_str(), vocab_size, eos_token_ids)
 
     def decode_step(self, stream: DecodeStream, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is unfinished.

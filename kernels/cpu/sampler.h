@@ -29,6 +29,7 @@ struct RowSampling {
   int64_t num_biased;
   const int64_t* masked;
   int64_t num_masked;
+  const uint32_t* allowed;  // null, or a bit for each token: no other may be drawn
 };
 
 struct Candidate {
@@ -59,8 +60,21 @@ inline double uniform(const RowSampling& row) {
   return double(splitmix64(splitmix64(mixed) ^ uint64_t(row.position)) >> 11) * 0x1p-53;
 }
 
-// Penalties, bias and mask.
-inline void modify(const RowSampling& row, float* logits) {
+// Rule out each token without its bit.
+inline void keep_allowed(const uint32_t* allowed, float* logits, int64_t vocab_size) {
+  for (int64_t begin = 0; begin < vocab_size; begin += 32) {
+    const uint32_t word = allowed[begin / 32];
+    const int64_t end = std::min(begin + 32, vocab_size);
+    if (word == 0)  // most are
+      std::fill(logits + begin, logits + end, MINUS_INFINITY);
+    else if (word != ~uint32_t(0))
+      for (int64_t i = begin; i < end; ++i)
+        if (!(word >> (i - begin) & 1)) logits[i] = MINUS_INFINITY;
+  }
+}
+
+// Penalties, bias and masks.
+inline void modify(const RowSampling& row, float* logits, int64_t vocab_size) {
   const int64_t* output = row.token_ids + row.num_prompt_tokens;
   const int64_t num_output = row.num_token_ids - row.num_prompt_tokens;
   if (row.repetition_penalty != 1.0f) {
@@ -81,6 +95,7 @@ inline void modify(const RowSampling& row, float* logits) {
     for (int64_t i = 0; i < num_output; ++i) logits[output[i]] -= row.frequency_penalty;
   for (int64_t i = 0; i < row.num_biased; ++i) logits[row.biased[i]] += row.biases[i];
   for (int64_t i = 0; i < row.num_masked; ++i) logits[row.masked[i]] = MINUS_INFINITY;
+  if (row.allowed != nullptr) keep_allowed(row.allowed, logits, vocab_size);
 }
 
 // Whether all logits are numbers below infinity.
@@ -204,7 +219,7 @@ inline int64_t draw_plain(const RowSampling& row, const float* logits, int64_t v
 // they are no numbers, even if none of these could have been drawn.
 inline int64_t draw(const RowSampling& row, float* logits, int64_t vocab_size, SamplerSpace& space) {
   if (!are_numbers(logits, vocab_size)) return NO_TOKEN;
-  modify(row, logits);
+  modify(row, logits, vocab_size);
   const int64_t greedy = argmax(logits, vocab_size);
   const float top = logits[greedy];
   if (!(row.temperature > 0) || !(top > MINUS_INFINITY)) return greedy;

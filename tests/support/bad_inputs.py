@@ -131,6 +131,11 @@ def _schema(depth: int) -> dict[str, Any]:
     return schema
 
 
+def _wide_schema(num_properties: int) -> dict[str, Any]:
+    names = [f"p{i}" for i in range(num_properties)]
+    return {"type": "object", "properties": {name: {"type": "string"} for name in names}, "required": names}
+
+
 def _chunked(*chunks: bytes) -> bytes:
     head = "POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\nconnection: close\r\n"
     return head.encode() + b"transfer-encoding: chunked\r\n\r\n" + b"".join(chunks)
@@ -263,9 +268,7 @@ def _completions() -> Iterator[BadInput]:
     yield completion("a model that is a URL", {"model": _URL}, "model", 404, code="model_not_found")
     yield completion("a model with a NUL", {"model": "a\0b"}, "model", 404, code="model_not_found")
     yield completion("a model with line breaks", {"model": "a\r\nx: y"}, "model", 404, code="model_not_found")
-    yield completion("a regex bomb", {"guided_regex": _BOMB}, code=_UNSUPPORTED)
-    yield completion("a grammar", {"guided_grammar": "root ::= root root"}, code=_UNSUPPORTED)
-    yield completion("a schema 60 deep", lambda: {"guided_json": _schema(60)}, "guided_json", code=_UNSUPPORTED)
+    yield from _grammars()
     yield completion("a template", {"chat_template": "{% for i in range(9**9) %}"}, code=_UNSUPPORTED)
     yield completion("a priority that is claimed", {"priority": -100}, code=_UNSUPPORTED)
     yield completion("a tier that is claimed", {"tier": "premium"}, status=200)
@@ -275,6 +278,38 @@ def _completions() -> Iterator[BadInput]:
     yield completion(
         "control characters", {"prompt": "".join(map(chr, range(160))) + "\u202e\ufffe\U0010ffff"}, status=200
     )
+
+
+def _grammars() -> Iterator[BadInput]:
+    """Each is refused, or costs nobody but who sent it."""
+    yield completion("a regex that is none", {"guided_regex": "(" * 1000})
+    yield completion("a regex that looks behind", {"guided_regex": "(?<=a)b"})
+    yield completion("a regex of 200,000 characters", {"guided_regex": "a" * 200_000})
+    yield completion("a regex of a trillion states", {"guided_regex": "(((a{9999}){9999}){9999}){9999}"})
+    yield completion("a regex bomb of backtrackers", {"guided_regex": "(a+)+b" * 50}, status=200)
+    yield completion("a grammar without an end", {"guided_grammar": "root ::= root root"})
+    yield completion("a grammar that names nobody", {"guided_grammar": 'start: "a" nobody'})
+    yield completion("a grammar of 50,000 brackets", {"guided_grammar": "start: " + "(" * 50_000})
+    yield completion("a schema 200 deep", lambda: {"guided_json": _schema(200)}, "guided_json")
+    yield completion("a schema that is a list", {"guided_json": []}, "guided_json")
+    yield completion("a schema that is no JSON", {"guided_json": "{"})
+    yield completion("a schema of a keyword that is not done", {"guided_json": {"not": {}}})
+    yield completion("a schema from elsewhere", {"guided_json": {"$ref": _URL}})
+    yield completion("a schema of 3,000 properties", lambda: {"guided_json": _wide_schema(3000)}, status=200)
+    yield completion("a schema of 200,000 characters", {"guided_json": {"description": "x" * 200_000}})
+    yield completion("no choice", {"guided_choice": []})
+    yield completion("an empty choice", {"guided_choice": ["a", ""]}, "guided_choice[1]")
+    yield completion("100,000 choices", lambda: {"guided_choice": ["a"] * 100_000}, "guided_choice", most_mib=48)
+    yield completion("two grammars", {"guided_json": {}, "guided_regex": "a"}, "guided_regex")
+    yield completion("a grammar and no end", {"ignore_eos": True, "guided_regex": "a"})
+    structured = "structured_outputs"
+    yield completion("a structural tag", {structured: {"structural_tag": "{}"}}, f"{structured}.structural_tag")
+    yield completion("two of one", {structured: {"regex": "a", "choice": ["b"]}}, f"{structured}.choice")
+    yield completion("outputs that are a string", {structured: "json"})
+    yield completion("a format that is none", {"response_format": {"type": "xml"}}, "response_format.type")
+    yield completion("a format without a type", {"response_format": {}}, "response_format.type")
+    no_schema = {"response_format": {"type": "json_schema"}}
+    yield completion("a format without its schema", no_schema, "response_format.json_schema")
 
 
 def _chats() -> Iterator[BadInput]:
@@ -296,9 +331,8 @@ def _chats() -> Iterator[BadInput]:
     yield chat(
         "a recursive schema",
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
-        code=_UNSUPPORTED,
+        "response_format.json_schema.schema",
     )
-    yield chat("a JSON object", {"response_format": {"type": "json_object"}}, code=_UNSUPPORTED)
     yield chat("a structural tag", {"structural_tag": {"a": [_BOMB]}}, code=_UNSUPPORTED)
     yield chat("a template", {"chat_template": "{{ ''.__class__.__mro__ }}"}, code=_UNSUPPORTED)
     yield chat("a template's variables", {"chat_template_kwargs": {"x": "{{ 7*7 }}"}}, code=_UNSUPPORTED)
@@ -357,7 +391,8 @@ def _streams() -> Iterator[BadInput]:
     yield query("10^5000", "prompt=a&seed=1" + "0" * 5000, "seed")
     yield query("1,000 arrays deep", "prompt=a&logit_bias=" + "[" * 1000, "logit_bias")
     yield query("20 stop strings", "prompt=a&" + "stop=x&" * 20, "stop")
-    yield query("a field that is not supported", f"prompt=a&guided_regex={quote(_BOMB)}", "guided_regex")
+    yield query("a field that is not supported", f"prompt=a&grammar={quote(_BOMB)}", "grammar")
+    yield query("a regex that is none", "prompt=a&guided_regex=%28", "guided_regex")
     yield query("an unknown model", f"prompt=a&model={CANARY}", "model", 404, code="model_not_found")
     yield query("bytes that are no UTF-8", "prompt=a&max_tokens=%ff%fe", "max_tokens")
     yield query("a ticket that is none", f"prompt=a&ticket={CANARY}", None, 401, code="invalid_ticket")

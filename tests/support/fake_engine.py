@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer as BackendTokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -50,9 +52,24 @@ def run(output: SchedulerOutput, pending: Mapping[int, int] = MappingProxyType({
         prompt_ids = row.sequence.request.prompt_token_ids
         prompt = tuple(fake_logprobs(prompt_ids[i], num_prompt_logprobs) for i in row.scored_positions)
         token_id = next_token([sampling.choice, *token_ids] if sampling.choice else token_ids)
+        grammar = row.sequence.grammar
+        if grammar is not None and row.is_sampled:
+            grammar.wait()
+            if not grammar.is_ready or grammar.error is not None:
+                results.append(RowResult(prompt_logprobs=prompt, is_late=True))
+                continue
+            token_id = next_allowed(grammar.mask, token_id)
         logprobs = None if sampling.num_logprobs is None else fake_logprobs(token_id, sampling.num_logprobs)
         results.append(RowResult(token_id, logprobs, prompt) if row.is_sampled else RowResult(prompt_logprobs=prompt))
     return results
+
+
+def next_allowed(mask: npt.NDArray[np.uint32], token_id: int) -> int:
+    """The first allowed token from one on, round to its predecessor; no white space where there is something else."""
+    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")[:VOCAB_SIZE])
+    visible = allowed[allowed > ord(" ")]
+    allowed = visible if len(visible) else allowed
+    return int(allowed[np.searchsorted(allowed, token_id) % len(allowed)])
 
 
 def drawn_tokens(output: SchedulerOutput, results: Iterable[RowResult]) -> dict[int, int]:

@@ -83,6 +83,7 @@ def sampling(num_rows: int, model: TinyModel) -> SamplingBatch:
         penalties=[Penalties(num_rows - 1, np.tile(some, 3), len(some), 1.2, 0.3, 0.1)],
         biased=[(0, some, np.ones(len(some), np.float32))],
         masked=[(num_rows // 2, some[1:])],
+        allowed=[(num_rows // 2, np.full(-(-model.vocab_size // 32), 0x0F0F_F0F1, np.uint32))],
     )
 
 

@@ -31,7 +31,7 @@ def make_batch(rows: list[Setting], positions: list[int] | None = None, seed: in
 
 def random_modifiers(num_rows: int, vocab_size: int, generator: np.random.Generator) -> dict[str, Any]:
     """Penalties, biases and masks of about a third of the rows each; tokens occur several times in penalties."""
-    penalties, biased, masked = [], [], []
+    penalties, biased, masked, allowed = [], [], [], []
     for row in range(num_rows):
         if generator.random() < 0.3:
             token_ids = generator.integers(0, min(vocab_size, 50), generator.integers(0, 80))
@@ -43,7 +43,13 @@ def random_modifiers(num_rows: int, vocab_size: int, generator: np.random.Genera
             biased.append((row, token_ids, generator.normal(0, 5, len(token_ids)).astype(np.float32)))
         if generator.random() < 0.3:
             masked.append((row, generator.choice(vocab_size, vocab_size // 2, replace=False)))
-    return {"penalties": penalties, "biased": biased, "masked": masked}
+        elif generator.random() < 0.4:  # a row of which nothing is left draws any token
+            share = generator.choice([0.01, 0.5, 0.999])
+            words = np.packbits(generator.random(-(-vocab_size // 32) * 32) < share, bitorder="little").view(np.uint32)
+            words[generator.random(len(words)) < 0.2] = generator.choice([0, 2**32 - 1])
+            words[0] |= 2
+            allowed.append((row, words))
+    return {"penalties": penalties, "biased": biased, "masked": masked, "allowed": allowed}
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
@@ -253,6 +259,7 @@ def subset(batch: SamplingBatch, order: Any) -> SamplingBatch:
         ],
         biased=[(place[row], *lists) for row, *lists in batch.biased if row in place],  # type: ignore[misc]
         masked=[(place[row], token_ids) for row, token_ids in batch.masked if row in place],
+        allowed=[(place[row], words) for row, words in batch.allowed if row in place],
     )
 
 

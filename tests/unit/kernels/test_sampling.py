@@ -18,7 +18,7 @@ def batch(num_rows: int, **fields: Any) -> SamplingBatch:
         name: np.broadcast_to(np.asarray(fields.get(name, value)), num_rows).astype(dtypes.get(name, np.float32))
         for name, value in defaults.items()
     }
-    lists = {name: fields[name] for name in ("penalties", "biased", "masked") if name in fields}
+    lists = {name: fields[name] for name in ("penalties", "biased", "masked", "allowed") if name in fields}
     return SamplingBatch(**arrays, **lists)
 
 
@@ -125,6 +125,34 @@ def test_a_masked_token_is_never_drawn() -> None:
             batch(2, temperature=[0, 1], position=position, masked=[(0, np.array([1])), (1, np.array([1]))]),
         ).tolist()
         assert 1 not in drawn
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_only_allowed_tokens_are_drawn_and_in_proportion_to_what_they_had(temperature: float) -> None:
+    """With every token's bit tried on both sides of a word's border, in a vocabulary that ends within a word."""
+    allowed_ids = [0, 5, 31, 32, 63, 64, 69]
+    words = np.zeros(3, np.uint32)
+    for token_id in allowed_ids:
+        words[token_id // 32] |= np.uint32(1 << token_id % 32)
+    row = logits(1, 70, seed=3)
+    num_draws = 4000
+    allowed = [(i, words) for i in range(0, num_draws, 2)]
+    drawn = sample(
+        row.repeat(num_draws, 1),
+        batch(num_draws, temperature=temperature, position=np.arange(num_draws), allowed=allowed),
+    )
+    held, free = drawn[::2], drawn[1::2]
+    assert set(held.tolist()) <= set(allowed_ids)
+    assert not set(free.tolist()) <= set(allowed_ids)
+    only = torch.full((70,), float("-inf"))
+    only[allowed_ids] = row[0, allowed_ids]
+    if temperature == 0:
+        assert set(held.tolist()) == {int(only.argmax())}
+        return
+    expected = torch.softmax(only / temperature, dim=-1) * len(held)
+    found = torch.bincount(held, minlength=70)
+    chi2 = float((((found - expected) ** 2) / expected)[allowed_ids].sum())
+    assert chi2 < 33.1  # 6 degrees of freedom: once in 100,000 seeds
 
 
 def test_uniforms_are_uniform_over_seeds_over_choices_and_over_positions() -> None:

@@ -1,10 +1,13 @@
 """What a request gets is its own: alone, in company, in chunks, after preemption, in blocks that held other keys."""
 
 import math
+import threading
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +19,7 @@ from headrace.kernels.step_times import StepTimes
 from headrace.kernels.torch_backend import TorchBackend
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.errors import DeviceLostError
+from headrace.scheduler.grammar import Following, Grammar, GrammarState
 from headrace.scheduler.messages import FinishReason, GenerationRequest, SamplingParams, SequenceOutput, TokenLogprobs
 from headrace.scheduler.model_runner import ModelRunner
 from headrace.scheduler.scheduler import Scheduler
@@ -361,6 +365,75 @@ def test_a_stop_token_is_not_even_drawn_before_min_tokens(temperature: float) ->
         assert stop.isdisjoint(tokens[:-1])
     else:
         assert stop.isdisjoint(tokens)
+
+
+class AlternatingCompiler:
+    """What follows a token is of the other parity. Each third token takes a step longer, where it `is_slow`."""
+
+    def __init__(self, *, is_slow: bool = False) -> None:
+        self.is_slow = is_slow
+        self.delayed: list[tuple[Future[Following], Following]] = []
+
+    def following(self, parity: int) -> Following:
+        ids = np.arange(-(-VOCAB_SIZE // 32) * 32)
+        return Following(np.packbits(ids % 2 == parity, bitorder="little").view(np.uint32), is_over=False)
+
+    def submit(self, state: GrammarState, token_ids: tuple[int, ...]) -> "Future[Following]":
+        future: Future[Following] = Future()
+        following = self.following(1 - token_ids[-1] % 2)
+        if self.is_slow and token_ids[-1] % 3 == 0:
+            self.delayed.append((future, following))
+        else:
+            future.set_result(following)
+        return future
+
+    def catch_up(self) -> None:
+        for future, following in self.delayed:
+            future.set_result(following)
+        self.delayed.clear()
+
+    def grammar(self) -> Grammar:
+        return Grammar(cast(Any, self), cast(Any, None), self.following(0), 0)
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+@pytest.mark.parametrize("has_logprobs", [False, True])
+def test_rows_that_keep_to_a_grammar_do_so_and_their_neighbours_never_notice(
+    each_alone: list[list[int]], *, is_slow: bool, has_logprobs: bool
+) -> None:
+    """What a row is given is the same whenever its mask comes, with the log probabilities of what it was given."""
+    compilers = AlternatingCompiler(), AlternatingCompiler(is_slow=is_slow)
+    texts = []
+    for compiler in compilers:
+        engine = Engine()
+        for i, (prompt, sampling) in enumerate(zip(PROMPTS, SAMPLINGS, strict=True)):
+            grammar = compiler.grammar() if i % 2 else None
+            own = replace(sampling, num_logprobs=2) if has_logprobs else sampling
+            engine.scheduler.add(GenerationRequest(i, tuple(prompt), own, 0.0, grammar=grammar))
+        tokens: list[list[int]] = [[] for _ in PROMPTS]
+        while engine.scheduler.has_work:
+            for output in engine.step():
+                tokens[output.request_id] += output.token_ids
+                assert [each.token_id for each in output.logprobs] == [*output.token_ids] * has_logprobs
+            compiler.catch_up()
+        texts.append(tokens)
+        assert tokens[::2] == each_alone[::2]
+        for constrained in tokens[1::2]:
+            assert [token_id % 2 for token_id in constrained] == [i % 2 for i in range(NUM_TOKENS)]
+    assert texts[0] == texts[1]
+
+
+def test_a_batch_of_which_all_keep_to_grammars_waits_for_what_they_allow() -> None:
+    compiler = AlternatingCompiler(is_slow=True)
+    engine = Engine()
+    engine.scheduler.add(GenerationRequest(0, tuple(PROMPTS[3]), SAMPLINGS[0], 0.0, grammar=compiler.grammar()))
+    tokens: list[int] = []
+    while engine.scheduler.has_work:
+        if compiler.delayed:
+            threading.Timer(0.01, compiler.catch_up).start()
+        [output] = engine.step()
+        tokens += output.token_ids
+    assert len(tokens) == NUM_TOKENS
 
 
 def test_prompts_that_are_not_done_are_given_no_token() -> None:
