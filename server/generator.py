@@ -131,7 +131,8 @@ class Generator:
     def _place(
         self, model: str | None, tenant: str, num_sequences: int, num_bytes: int
     ) -> Iterator[tuple[Demand, Tokenizer, EngineReady]]:
-        """Hold a request's places while it is read. Raises: ApiError."""
+        """Hold a request's places while it is read. Raises: ApiError. A cancellation inside is counted as a client that
+        left."""
         if model is not None and model != self.model_name:
             raise ModelNotFoundError(f"the model `{model}` does not exist", param="model")
         tier, weight = standing_of(self.keys, tenant)
@@ -139,17 +140,17 @@ class Generator:
         with self.client.reserve(demand, num_bytes), self._within_limits(demand):
             if self.client.ready is None or self.tokenizer is None:
                 raise UnavailableError("the model is still loading", "loading")
-            yield demand, self.tokenizer, self.client.ready
+            try:
+                yield demand, self.tokenizer, self.client.ready
+            except anyio.get_cancelled_exc_class():
+                self.client.metrics.count_cancelled("tokenizing")
+                raise
 
     async def _on_worker(self, work: Callable[[], _T]) -> _T:
-        """Raises: what `work` raises. A cancellation is counted as a client that left."""
-        try:
-            # Not abandoned when the client leaves: the limiter would count the thread as free while it runs on.
-            done = await anyio.to_thread.run_sync(work, limiter=self.limiter)
-            await anyio.lowlevel.checkpoint_if_cancelled()
-        except anyio.get_cancelled_exc_class():
-            self.client.metrics.count_cancelled("tokenizing")
-            raise
+        """Raises: what `work` raises."""
+        # Not abandoned when the client leaves: the limiter would count the thread as free while it runs on.
+        done = await anyio.to_thread.run_sync(work, limiter=self.limiter)
+        await anyio.lowlevel.checkpoint_if_cancelled()
         return done
 
     def make(self, recipe: Recipe, id: str, stages: Stages, tier: Tier) -> Generation:
@@ -215,7 +216,7 @@ class Generator:
 
     async def _compile(self, source: GrammarSource, tokenizer: Tokenizer, ready: EngineReady) -> Grammar:
         """Raises: BadRequestError, naming the grammar's field."""
-        return await self._on_worker(partial(self.grammars.get, source, tokenizer, ready.vocab_size))
+        return await self._on_worker(lambda: self.grammars.get(source, tokenizer, ready.vocab_size))
 
     @contextmanager
     def _within_limits(self, demand: Demand) -> Iterator[None]:
