@@ -23,7 +23,7 @@ from headrace.server.answer_parts import (
     ToolCallPart,
 )
 from headrace.server.detokenizer import overlap
-from headrace.server.protocol import MAX_TOOL_NAME_CHARS, ChatCompletionRequest
+from headrace.server.protocol import MAX_TOOL_NAME_CHARS, ChatCompletionRequest, GenerationParams
 from headrace.server.tokenizer import Tokenizer
 from headrace.server.tool_calls import CallStyle, ReasoningMarkers, find_format, find_reasoning, make_call_id
 
@@ -70,8 +70,10 @@ def is_only_text(tokenizer: Tokenizer, request: ChatCompletionRequest) -> bool:
     return _formats(tokenizer, request) == (None, None)
 
 
-def kept_token_ids(tokenizer: Tokenizer, request: ChatCompletionRequest) -> tuple[int, ...]:
-    """The special tokens that the request's parser has to see."""
+def kept_token_ids(tokenizer: Tokenizer, request: GenerationParams) -> tuple[int, ...]:
+    """The special tokens that the request's parser, if it has one, must see."""
+    if not isinstance(request, ChatCompletionRequest) or not request.has_parts:
+        return ()
     token_ids = map(tokenizer.special_token_id, _markers(*_formats(tokenizer, request)))
     return tuple(token_id for token_id in token_ids if token_id is not None)
 
@@ -86,7 +88,12 @@ def begins_in_reasoning(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -
 
 
 def _formats(tokenizer: Tokenizer, request: ChatCompletionRequest) -> tuple[ReasoningMarkers | None, CallStyle | None]:
-    """What there may be in an answer beside text, None for what there is not."""
+    """What there may be in an answer beside text, None for what there is not.
+
+    One that keeps to a grammar is what that says and nothing else.
+    """
+    if request.grammar_source is not None:
+        return None, None
     has_tools = bool(request.callable_tools)
     template = tokenizer.chat_template(has_tools=has_tools)
     return find_reasoning(template), find_format(template).style if has_tools else None
@@ -271,6 +278,7 @@ class _Parser:
                     yield from self._skip_fields()
                 else:
                     yield from self._take("}")
+                self._taken = ""
                 return True
             if self._unread and _NO_CALL.match(self._unread):
                 return False

@@ -4,20 +4,24 @@ The words in which a parser of a model's text speaks to the routes, which write 
 the formats in which models write these nor the wire.
 """
 
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from pydantic_core import from_json
 
 
-class TextPart(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TextPart:
     text: str
 
 
-class ReasoningPart(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ReasoningPart:
     text: str
 
 
-class ToolCallPart(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ToolCallPart:
     """A call of a tool begins, the answer's `index`-th; its arguments follow."""
 
     index: int
@@ -25,7 +29,8 @@ class ToolCallPart(NamedTuple):
     name: str
 
 
-class ToolArgumentsPart(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ToolArgumentsPart:
     """A piece of the JSON text that the arguments of the `index`-th call are."""
 
     index: int

@@ -49,7 +49,7 @@ class MessagesApi:
             params = asked.as_chat()
             [generation] = await self._answering.start(request, params, f"msg_{id}", len(body))
         assert self._generator.tokenizer is not None
-        parser = make_parser(self._generator.tokenizer, params)
+        parser = make_parser(self._generator.tokenizer, params, begins_in_reasoning=generation.begins_in_reasoning)
         model = asked.model or self._generator.model_name
         writer = _MessageWriter(generation, self._generator.settings, model, id)
         if asked.stream:

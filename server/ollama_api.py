@@ -152,7 +152,7 @@ class OllamaApi:
         assert self._generator.tokenizer is not None
         parser: AnswerParser = PlainText()
         if isinstance(params, ChatCompletionRequest):
-            parser = make_parser(self._generator.tokenizer, params)
+            parser = make_parser(self._generator.tokenizer, params, begins_in_reasoning=generation.begins_in_reasoning)
         settings = self._generator.settings
         writer = _LineWriter(generation, settings, partial(make_object, asked.model or self._tagged_name))
         if asked.is_streamed:

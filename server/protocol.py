@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -310,7 +311,7 @@ class GenerationParams(BaseModel):
         """Whether an answer begins with its prompt."""
         return False
 
-    @property
+    @cached_property
     def grammar_source(self) -> GrammarSource | None:
         """What the answers are to keep to."""
         return next(iter(_grammar_sources(self)), None)
@@ -391,8 +392,11 @@ class AllowedTools(BaseModel):
     tools: Annotated[list[NamedTool], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_TOOLS)
 
 
+_PRESENT: dict[str, Any] = {"not": {"type": "null"}}
+
+
 def _named_by(field: str) -> dict[str, Any]:
-    return {"properties": {"type": {"const": field}, field: {"not": {"type": "null"}}}, "required": [field]}
+    return {"properties": {"type": {"const": field}, field: _PRESENT}, "required": [field]}
 
 
 class ToolChoice(BaseModel):
@@ -417,7 +421,9 @@ class ToolChoice(BaseModel):
             assert self.function is not None
             return {"function.name": self.function.name}
         assert self.allowed_tools is not None
-        return {f"allowed_tools.tools[{i}].function.name": t.function.name for i, t in enumerate(self.allowed_tools.tools)}
+        return {
+            f"allowed_tools.tools[{i}].function.name": t.function.name for i, t in enumerate(self.allowed_tools.tools)
+        }
 
 
 class CalledFunction(BaseModel):
@@ -443,23 +449,21 @@ class MessageToolCall(BaseModel):
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 
 
-def _unless(role: str, **properties: Any) -> dict[str, Any]:
-    """In JSON Schema: these properties are so in messages of any other role."""
-    required = [name for name, schema in properties.items() if schema == _PRESENT]
-    return {"anyOf": [{"properties": {"role": {"const": role}}}, {"properties": properties, "required": required}]}
-
-
-_PRESENT = {"not": {"type": "null"}}
-
-
 class ChatMessage(BaseModel):
     """A message whose content is text, whole or in parts. What asks for more may be there if it is empty."""
 
     model_config = ConfigDict(
         json_schema_extra={
             "allOf": [
-                _unless("assistant", content=_PRESENT),
-                _unless("assistant", tool_calls={"maxItems": 0}),
+                {
+                    "anyOf": [
+                        {"properties": {"role": {"const": "assistant"}}},
+                        {
+                            "properties": {"content": _PRESENT, "tool_calls": {"maxItems": 0}},
+                            "required": ["content"],
+                        },
+                    ]
+                },
                 {
                     "anyOf": [
                         {"properties": {"role": {"not": {"const": "tool"}}}},
@@ -548,6 +552,10 @@ class ChatCompletionRequest(GenerationParams):
             names.add(tool.function.name)
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
             raise ValueError("tool_choice: needs tools")
+        if self.offered_tools and self.grammar_source is not None:
+            raise ValueError(f"{self.grammar_source.field}: an answer that keeps to it can call no tools")
+        if self.must_call and self.ignore_eos:
+            raise ValueError("ignore_eos: an answer that must be a call ends with it")
         if isinstance(self.tool_choice, ToolChoice):
             for place, name in self.tool_choice.names.items():
                 if name not in names:

@@ -16,7 +16,10 @@ from enum import Enum, auto
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from headrace.server.protocol import ChatCompletionRequest
+from headrace.scheduler.messages import GrammarKind
+from headrace.server.errors import BadRequestError
+from headrace.server.grammars import GrammarSource
+from headrace.server.protocol import MAX_GRAMMAR_CHARS, ChatCompletionRequest
 from headrace.server.tokenizer import Tokenizer
 
 
@@ -59,7 +62,13 @@ _NO_JSON = re.compile("<function=|<arg_key>")
 # The ids that Mistral's templates take.
 _MISTRAL_ID = re.compile("[a-zA-Z0-9]{9}")
 # Templates write JSON so, and models after them.
-_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_JSON_STYLE = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "coerce_one_of": False,
+    "lenient": False,
+}
 
 _TOOLS_TEXT = """\
 You can call functions. Each line here is one: its name, what it does, and the JSON schema of its arguments.
@@ -151,24 +160,34 @@ def _to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def call_schemas(request: ChatCompletionRequest) -> dict[str, dict[str, Any]]:
-    """The JSON schemas of the arguments of the tools that may be called, by where they stand in the request."""
+def parameter_schemas(request: ChatCompletionRequest) -> list[GrammarSource]:
+    """The JSON schemas of the arguments of each tool that may be called."""
     no_parameters = {"properties": {}, "additionalProperties": False}
-    return {
-        f"tools[{i}].function.parameters": {"type": "object", **(tool.function.parameters or no_parameters)}
+    return [
+        GrammarSource(
+            GrammarKind.JSON_SCHEMA,
+            json.dumps({"type": "object", **(tool.function.parameters or no_parameters), "x-guidance": _JSON_STYLE}),
+            f"tools[{i}].function.parameters",
+        )
         for i, tool in request.callable_tools.items()
-    }
+    ]
 
 
-def call_grammar(tokenizer: Tokenizer, request: ChatCompletionRequest, *, is_reasoning: bool) -> str:
+def call_grammar(tokenizer: Tokenizer, request: ChatCompletionRequest, *, begins_in_reasoning: bool) -> GrammarSource:
     """A grammar of answers that are calls of the callable tools: one, or several where the request lets them be.
 
-    A model that reasons may do so before, and must end it where its prompt has begun it (`is_reasoning`).
+    A model that reasons may do so before, and must come to an end of it where the prompt has begun it.
+
+    Raises: BadRequestError where it would be too large.
     """
-    return "\n".join(_rules(tokenizer, request, is_reasoning))
+    text = "\n".join(_rules(tokenizer, request, begins_in_reasoning))
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise BadRequestError(f"tools: their schemas must have at most {MAX_GRAMMAR_CHARS} characters", param="tools")
+    # The compiler would take this for the sign of another language.
+    return GrammarSource(GrammarKind.LARK, text.replace("::=", r"\u003a:="), "tools")
 
 
-def _rules(tokenizer: Tokenizer, request: ChatCompletionRequest, is_reasoning: bool) -> Iterator[str]:
+def _rules(tokenizer: Tokenizer, request: ChatCompletionRequest, begins_in_reasoning: bool) -> Iterator[str]:
     def literal(text: str) -> str:
         """A special token is no text to a grammar."""
         token_id = tokenizer.special_token_id(text)
@@ -179,29 +198,23 @@ def _rules(tokenizer: Tokenizer, request: ChatCompletionRequest, is_reasoning: b
     if (reasoning := find_reasoning(template)) is None:
         yield "start: calls"
     else:
-        yield r"start: thought /\s*/ calls" if is_reasoning else r"start: (/\s*/ opening thought /\s*/)? calls"
-        yield f"opening: {literal(reasoning.opening)}"
+        opening = literal(reasoning.opening)
+        yield (
+            r"start: thought /\s*/ calls" if begins_in_reasoning else rf"start: (/\s*/ {opening} thought /\s*/)? calls"
+        )
         if tokenizer.special_token_id(reasoning.closing) is None:
             closing = re.escape(reasoning.closing).replace("/", r"\/")
             yield f"thought[lazy]: /(?s:.*){closing}/"
         else:
             yield f"thought: /(?s:.*)/ {literal(reasoning.closing)}"
-    repeated, separator = "call", ""
-    match style:
-        case CallStyle.HERMES:
-            separator = r'"\n"'
-        case CallStyle.LLAMA:
-            separator = '"; "'
-        case CallStyle.MISTRAL_LIST:
-            separator = '", "'
-    calls = f"call ({separator} call)*" if request.may_call_several else "call"
+    separators = {CallStyle.HERMES: r'"\n"', CallStyle.LLAMA: '"; "', CallStyle.MISTRAL_LIST: '", "'}
+    calls = f"call ({separators.get(style, '')} call)*" if request.may_call_several else "call"
     if style is CallStyle.MISTRAL_LIST:
         calls = f'{literal("[TOOL_CALLS]")} " "? "[" {calls} "]"'
     yield f"calls: {calls}"
     yield "call: " + " | ".join(f"call_{i}" for i in request.callable_tools)
-    for (i, tool), schema in zip(request.callable_tools.items(), call_schemas(request).values(), strict=True):
-        arguments = f"%json {json.dumps({**schema, 'x-guidance': _JSON_STYLE})}"
-        name = tool.function.name
+    for (i, tool), schema in zip(request.callable_tools.items(), parameter_schemas(request), strict=True):
+        name, arguments = tool.function.name, f"%json {schema.text}"
         if style is CallStyle.MISTRAL_NAMED:
             yield f"call_{i}: {literal('[TOOL_CALLS]')} {json.dumps(name)} {literal('[ARGS]')} {arguments}"
             continue
