@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_v
 from pydantic_core import CoreSchema, core_schema
 
 from headrace.server.protocol import (
-    FIELD_ERROR,
     MAX_MESSAGES,
     MAX_STOP_STRINGS,
     MAX_TOOLS,
@@ -57,21 +56,23 @@ class OneOf:
         self._field = field
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        models = {
-            value: handler.generate_schema(model)
+        schemas = {
+            kind: handler.generate_schema(model)
             for model in get_args(source)
-            for value in get_args(model.model_fields[self._field].annotation)
+            for kind in get_args(model.model_fields[self._field].annotation)
         }
-        return core_schema.tagged_union_schema(
-            {_tag(value): schema for value, schema in models.items()},
-            lambda value: _tag(value.get(self._field)) if isinstance(value, dict) else None,
-            custom_error_type=FIELD_ERROR,
-            custom_error_message=f"{self._field}: must be {' or '.join(models)}",
+
+        def check(value: Any) -> Any:
+            kind = value.get(self._field) if isinstance(value, dict) else None
+            if not isinstance(kind, str) or kind not in schemas:
+                raise ValueError(f"{self._field}: must be {' or '.join(schemas)}, not {kind!r:.60}")
+            return value
+
+        union = core_schema.tagged_union_schema(
+            {f"kind[{kind}]": schema for kind, schema in schemas.items()},
+            lambda value: f"kind[{value[self._field]}]",
         )
-
-
-def _tag(value: Any) -> str:
-    return f"kind[{value}]"
+        return core_schema.no_info_before_validator_function(check, union)
 
 
 class TextBlock(BaseModel):

@@ -641,8 +641,6 @@ class CompletionRequest(GenerationParams):
 
 BodyT = TypeVar("BodyT", bound=GenerationParams)
 ModelT = TypeVar("ModelT", bound=BaseModel)
-# The type of an error whose message begins with the name of the field at fault, as those of `ValueError` do.
-FIELD_ERROR = "field"
 # What fields of one request are called in another that was made into it: (all of a path or its beginning, the name).
 FieldNames = tuple[tuple[re.Pattern[str], str], ...]
 
@@ -706,7 +704,7 @@ def _place_and_message(detail: Any) -> tuple[list[str | int], str]:
     tried = ("str", "constrained-str", "list", "dict", "literal", "function-after", "kind")
     place = [part for part in detail["loc"] if str(part).partition("[")[0] not in tried]
     message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] in ("value_error", FIELD_ERROR):
+    if detail["type"] == "value_error":
         # Our own checks of a whole object name the field they refuse.
         field, _, message = message.partition(": ")
         place.append(field)
