@@ -79,6 +79,28 @@ def message(name: str, fields: Fields, param: str, **more: Any) -> BadInput:
     return chat(f"message: {name}", own, param, **more)
 
 
+def anthropic(name: str, fields: Fields, param: str | None = None, status: int = 400, **more: Any) -> BadInput:
+    """The same of a message of Anthropic's."""
+    base = {"messages": [{"role": "user", "content": CANARY}], "max_tokens": 2, "temperature": 0}
+    own = (lambda: base | fields()) if callable(fields) else base | fields
+    named = param or _param_of(fields) or None if status == 400 else param
+    return BadInput(f"anthropic: {name}", _post("/v1/messages", own), (status,), named, **more)
+
+
+def blocks(name: str, block: Any, field: str, role: str = "user") -> BadInput:
+    """A message of Anthropic's with this block, at fault for a field of it."""
+    fields = {"messages": [{"role": role, "content": [block]}]}
+    return anthropic(f"block: {name}", fields, f"messages[0].content[0].{field}")
+
+
+def ollama(name: str, fields: Fields, param: str | None = None, status: int = 400, **more: Any) -> BadInput:
+    """The same of a chat of Ollama's."""
+    base = {"messages": [{"role": "user", "content": CANARY}], "options": {"num_predict": 2}, "stream": False}
+    own = (lambda: base | fields()) if callable(fields) else base | fields
+    named = param or _param_of(fields) or None if status == 400 else param
+    return BadInput(f"ollama: {name}", _post("/api/chat", own), (status,), named, **more)
+
+
 def native(name: str, fields: Fields, param: str | None = None, status: int = 400, **more: Any) -> BadInput:
     """A native stream with these fields."""
     named = param or _param_of(fields) or None if status == 400 else param
@@ -369,6 +391,42 @@ def _chats() -> Iterator[BadInput]:
     yield message("a name of 1 MB", lambda: {"role": "user", "content": "x", "name": "n" * 10**6}, "messages[0].name")
 
 
+def _anthropics() -> Iterator[BadInput]:
+    yield BadInput("anthropic: no JSON", _text("/v1/messages", lambda: b"{"), (400,))
+    yield anthropic("no limit", {"max_tokens": None})
+    yield anthropic("an unknown model", {"model": CANARY}, "model", 404)
+    yield anthropic("a role that is a list", {"messages": [{"role": [], "content": "x"}]}, "messages[0].role")
+    yield anthropic(
+        "100,000 blocks that are none",
+        lambda: {"messages": [{"role": "user", "content": [1] * 100_000}]},
+        "messages[0]",
+    )
+    yield blocks("an image's URL", {"type": "image", "source": {"type": "url", "url": _URL}}, "type")
+    yield blocks("a kind that is an object", {"type": {"type": "text"}}, "type")
+    yield blocks("a result by the assistant", {"type": "tool_result", "tool_use_id": "x"}, "type", "assistant")
+    yield anthropic("a server's tool", {"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type")
+    yield anthropic("a remote server of tools", {"mcp_servers": [{"type": "url", "url": _URL}]})
+
+
+def _ollamas() -> Iterator[BadInput]:
+    yield BadInput("ollama: no JSON", _text("/api/chat", lambda: b"{"), (400,))
+    yield ollama("a model that is a path", {"model": "../../etc/passwd:latest"}, "model", 404)
+    yield ollama("options that are none", {"options": [1]})
+    yield ollama("num_predict 1e18", {"options": {"num_predict": 10**18}}, "options.num_predict")
+    yield ollama("a context of 1e18", {"options": {"num_ctx": 10**18, "num_predict": 1}}, status=200)
+    yield ollama("an image", {"messages": [{"role": "user", "images": ["A" * 1000]}]}, "messages[0].images")
+    call = {"function": {"name": "x", "arguments": "{}"}}
+    yield ollama(
+        "arguments that are text",
+        {"messages": [{"role": "assistant", "tool_calls": [call]}]},
+        "messages[0].tool_calls[0].function.arguments",
+    )
+    yield BadInput(
+        "ollama: a template", _post("/api/generate", {"prompt": "x", "template": "{{ . }}"}), (400,), "template"
+    )
+    yield BadInput("ollama: a model to fetch", _post("/api/pull", {"model": _URL}), (404,))
+
+
 def _streams() -> Iterator[BadInput]:
     yield native("nothing", {}, "messages")
     yield native("both", {"prompt": "a", "messages": []}, "messages")
@@ -607,7 +665,16 @@ def _without_keys() -> Iterator[BadInput]:
     for said, lines in auths.items():
         yield _keyless(said, "POST", "/v1/completions", *lines)
         yield _keyless(said, "GET", "/metrics", *lines)
-    for path in ("/v1/chat/completions", "/v1/streams", "/tokenize", "/v1/embeddings", "/v1/classify", "/v1/nothing"):
+    for path in (
+        "/v1/chat/completions",
+        "/v1/messages",
+        "/api/chat",
+        "/v1/streams",
+        "/tokenize",
+        "/v1/embeddings",
+        "/v1/classify",
+        "/v1/nothing",
+    ):
         yield _keyless("no key", "POST", path)
     for path in (
         "/v1/models",
@@ -645,6 +712,8 @@ BAD_INPUTS: tuple[BadInput, ...] = (
     *_bodies(),
     *_completions(),
     *_chats(),
+    *_anthropics(),
+    *_ollamas(),
     *_streams(),
     *_targets(),
     *_headers(),
