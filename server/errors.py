@@ -187,6 +187,12 @@ class InternalError(ApiError):
         super().__init__("internal server error")
 
 
+class GrammarTooComplexError(ApiError):
+    """What an answer's grammar allows at some point could not be found out within the limits."""
+
+    code = "grammar_too_complex"
+
+
 class DeadlineError(ApiError):
     """The request's time is over, so a retry would only ask for the same again."""
 

@@ -180,6 +180,7 @@ class Generator:
             echo=recipe.echo,
             tier=tier,
             begins_in_reasoning=begins_in_reasoning(self.tokenizer, recipe.prompt_token_ids),
+            grammar_field=None if recipe.grammar is None else recipe.grammar.field,
         )
         if sampling.num_prompt_logprobs is not None:
             generation.prompt_logprobs.append(TokenLogprobs(recipe.prompt_token_ids[0]))

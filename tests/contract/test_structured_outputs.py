@@ -6,9 +6,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
-from asgi_client import Exchange, call, chunks
+from asgi_client import Exchange, call, chunks, exchange
 from fake_engine import FakeRunner
 from live_app import LiveApp, live_app
 from recorded_streams import crash
@@ -176,6 +177,22 @@ async def test_a_grammar_is_compiled_once_and_forgotten_for_newer_ones() -> None
         for regex in ("two", "[0-9]three", "four", "one"):
             await ask(app, regex)
             assert app.grammars.num_bytes <= 3 * 2**20
+
+
+async def test_a_grammar_that_turns_out_too_complex_is_a_refusal_of_its_field_and_in_a_stream_an_error() -> None:
+    fields = {"guided_regex": "((a{999}){999}){999}"}
+    async with live_app() as app:
+        beside = exchange(app.asgi, "POST", "/v1/completions")
+        beside.send_body(json.dumps(COMPLETION).encode())
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(beside.run)
+            whole = await call(app.asgi, "POST", "/v1/completions", COMPLETION | fields)
+            streamed = await call(app.asgi, "POST", "/v1/completions", COMPLETION | fields | {"stream": True})
+        assert beside.status == 200
+    assert whole.status == 400, whole.body
+    error = whole.json()["error"]
+    assert (error["param"], error["code"]) == ("guided_regex", "grammar_too_complex")
+    assert json.loads(streamed.body.strip().split(b"data: ")[-1])["error"] == error
 
 
 @pytest.mark.parametrize("num_steps", range(1, 7))
