@@ -40,14 +40,9 @@ _HERMES_MESSAGES = """\
 """
 QWEN2 = _HERMES_TOOLS + _HERMES_MESSAGES + _ASSISTANT
 # Qwen3 shows the reasoning of earlier turns, and its newer kind begins it in the prompt.
-QWEN3 = (
-    _HERMES_TOOLS
-    + _HERMES_MESSAGES.replace(
-        "{{ m.content }}{% for call",
-        "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n{% endif %}{{ m.content }}{% for call",
-    )
-    + _ASSISTANT
-)
+_THOUGHT = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n{% endif %}"
+_WITH_THOUGHT = _HERMES_MESSAGES.replace("{{ m.content }}{% for", _THOUGHT + "{{ m.content }}{% for")
+QWEN3 = _HERMES_TOOLS + _WITH_THOUGHT + _ASSISTANT
 QWEN3_THINKING = QWEN3.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
 # SmolLM3's tools have a name of their own.
 SMOLLM3 = QWEN3.replace("in tools", "in xml_tools").replace("if tools", "if xml_tools").replace("| tojson }}{%", "}}{%")
@@ -64,7 +59,8 @@ LLAMA = """\
 {%- for m in messages %}
 {%- if m.tool_calls %}<|start_header_id|>assistant<|end_header_id|>
 
-{% set call = m.tool_calls[0].function %}{"name": "{{ call.name }}", {{ '"parameters": ' }}{{ call.arguments | tojson }}}<|eot_id|>
+{% set call = m.tool_calls[0].function %}{"name": "{{ call.name }}", {{ '"parameters": ' -}}
+{{ call.arguments | tojson }}}<|eot_id|>
 {%- elif m.role in ['tool', 'ipython'] %}<|start_header_id|>ipython<|end_header_id|>
 
 {{ m.content | tojson }}<|eot_id|>
@@ -81,7 +77,8 @@ LLAMA = """\
 _MISTRAL = """\
 {{ bos_token }}{% for m in messages %}
 {%- if m.role == 'user' %}
-{%- if tools and loop.last %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}[INST] {{ m.content }}[/INST]
+{%- if tools and loop.last %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif -%}
+[INST] {{ m.content }}[/INST]
 {%- elif m.tool_calls is defined and m.tool_calls is not none %}
 {%- for call in m.tool_calls %}
 {%- if call.id | length != 9 %}{{ raise_exception('ids have nine characters') }}{% endif %}

@@ -66,7 +66,7 @@ def run(output: SchedulerOutput, pending: Mapping[int, int] = MappingProxyType({
 
 def next_allowed(mask: npt.NDArray[np.uint32], token_id: int) -> int:
     """The first allowed token from one on, round to its predecessor; no white space where there is something else."""
-    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")[:VOCAB_SIZE])
+    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
     visible = allowed[allowed > ord(" ")]
     allowed = visible if len(visible) else allowed
     return int(allowed[np.searchsorted(allowed, token_id) % len(allowed)])
