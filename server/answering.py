@@ -15,7 +15,7 @@ from headrace.server.answer_parts import AnswerParser, Part
 from headrace.server.errors import ApiError, UnsupportedParameterError
 from headrace.server.generation import Generation, Stages
 from headrace.server.generator import Generator
-from headrace.server.protocol import GenerationParams
+from headrace.server.protocol import FieldNames, GenerationParams, rename
 from headrace.server.settings import Settings
 from headrace.server.sse import padded
 from headrace.server.stream_log import LogSlice, Subscriber
@@ -73,12 +73,13 @@ class Answering:
 
 
 class AnswerWriter(ABC):
-    """Writes one answer in its API's form, as it comes."""
+    """Writes one answer in its API's form, as it comes. `field_names` are what that calls the fields of completions."""
 
     # What is sent where nothing else was for long.
     heartbeat = b""
 
-    def __init__(self, generation: Generation, settings: Settings) -> None:
+    def __init__(self, generation: Generation, settings: Settings, field_names: FieldNames) -> None:
+        self.field_names = field_names
         self._generation = generation
         self._padding_bytes = settings.stream_padding_bytes
 
@@ -120,8 +121,9 @@ async def answer_frames(
                     write = writer.opening()
                 write += b"".join(map(writer.part, parser.push(piece.text)))
             if piece is not None and piece.terminal is not None:
-                if piece.terminal.error is not None:
-                    yield write + writer.failure(piece.terminal.error)
+                if (error := piece.terminal.error) is not None:
+                    rename(error, writer.field_names)
+                    yield write + writer.failure(error)
                     return
                 if stages.first_byte_s is None:
                     write = writer.opening()

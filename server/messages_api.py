@@ -45,18 +45,17 @@ class MessagesApi:
         asked, id = validate(MessagesRequest, parse_json_object(body)), request.state.id
         if asked.has_thinking:
             self._answering.check_reasoning("thinking")
+        settings, tokenizer = self._generator.settings, self._generator.tokenizer
         with renaming(FIELD_NAMES):
             params = asked.as_chat()
             [generation] = await self._answering.start(request, params, f"msg_{id}", len(body))
-        assert self._generator.tokenizer is not None
-        parser = make_parser(self._generator.tokenizer, params, begins_in_reasoning=generation.begins_in_reasoning)
-        model = asked.model or self._generator.model_name
-        writer = _MessageWriter(generation, self._generator.settings, model, id)
-        if asked.stream:
-            frames = answer_frames(generation, parser, writer, self._generator.settings)
-            return EventStream(frames, writer.failure(InternalError()))
-        [piece] = await self._answering.whole([generation])
-        return JSONResponse(writer.whole([*parser.push(piece.text), *parser.finish()]))
+            assert tokenizer is not None
+            parser = make_parser(tokenizer, params, begins_in_reasoning=generation.begins_in_reasoning)
+            writer = _MessageWriter(generation, settings, asked.model or self._generator.model_name, id)
+            if asked.stream:
+                return EventStream(answer_frames(generation, parser, writer, settings), writer.failure(InternalError()))
+            [piece] = await self._answering.whole([generation])
+            return JSONResponse(writer.whole([*parser.push(piece.text), *parser.finish()]))
 
     async def count_tokens(self, request: Request, body: bytes) -> Response:
         asked, state = validate(CountTokensRequest, parse_json_object(body)), request.state
@@ -81,7 +80,7 @@ class _MessageWriter(AnswerWriter):
     heartbeat = event_frame("ping", {"type": "ping"}, id=None)
 
     def __init__(self, generation: Generation, settings: Settings, model: str, request_id: str) -> None:
-        super().__init__(generation, settings)
+        super().__init__(generation, settings, FIELD_NAMES)
         self._model = model
         self._request_id = request_id
         self._num_blocks = 0

@@ -42,6 +42,7 @@ from headrace.server.ollama_protocol import (
 from headrace.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
+    FieldNames,
     parse_json_object,
     renaming,
     validate,
@@ -76,7 +77,7 @@ class OllamaApi:
             return self._loaded(asked.model, _chat_object)
         with renaming(FIELD_NAMES):
             params = asked.as_chat(self._served_name(asked.model))
-            return await self._answer(request, asked, params, _chat_object, len(body))
+            return await self._answer(request, asked, params, _chat_object, FIELD_NAMES, len(body))
 
     async def generate(self, request: Request, body: bytes) -> Response:
         """POST /api/generate."""
@@ -87,7 +88,7 @@ class OllamaApi:
         has_template = tokenizer is None or tokenizer.has_chat_template
         with renaming(PROMPT_FIELD_NAMES):
             params = asked.as_completion(self._served_name(asked.model), has_chat_template=has_template)
-            return await self._answer(request, asked, params, _prompt_object, len(body))
+            return await self._answer(request, asked, params, _prompt_object, PROMPT_FIELD_NAMES, len(body))
 
     async def tags(self, request: Request) -> Response:
         """GET /api/tags: the models that there are."""
@@ -144,6 +145,7 @@ class OllamaApi:
         asked: OllamaParams,
         params: ChatCompletionRequest | CompletionRequest,
         make_object: _MakeObject,
+        field_names: FieldNames,
         num_bytes: int,
     ) -> Response:
         if asked.think:
@@ -154,7 +156,8 @@ class OllamaApi:
         if isinstance(params, ChatCompletionRequest):
             parser = make_parser(self._generator.tokenizer, params, begins_in_reasoning=generation.begins_in_reasoning)
         settings = self._generator.settings
-        writer = _LineWriter(generation, settings, partial(make_object, asked.model or self._tagged_name))
+        make = partial(make_object, asked.model or self._tagged_name)
+        writer = _LineWriter(generation, settings, field_names, make)
         if asked.is_streamed:
             frames = answer_frames(generation, parser, writer, settings)
             return EventStream(frames, writer.failure(InternalError()), "application/x-ndjson")
@@ -217,8 +220,10 @@ def _prompt_object(
 class _LineWriter(AnswerWriter):
     """Writes an object for each piece of text, and for each tool call once it is whole."""
 
-    def __init__(self, generation: Generation, settings: Settings, make_object: _MakeObject) -> None:
-        super().__init__(generation, settings)
+    def __init__(
+        self, generation: Generation, settings: Settings, field_names: FieldNames, make_object: _MakeObject
+    ) -> None:
+        super().__init__(generation, settings, field_names)
         self._make_object = make_object
         self._call: ToolCallPart | None = None
         self._arguments = ""

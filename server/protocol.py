@@ -687,16 +687,22 @@ def renaming(names: FieldNames) -> Iterator[None]:
     try:
         yield
     except ApiError as error:
-        if error.param is not None:
-            param = error.param
-            for pattern, name in names:
-                if (found := pattern.match(param)) is not None:
-                    param = found.expand(name) + param[found.end() :]
-                    break
-            if error.message.lstrip("`").startswith(error.param):
-                error.message = error.message.replace(error.param, param, 1)
-            error.param = param
+        rename(error, names)
         raise
+
+
+def rename(error: ApiError, names: FieldNames) -> None:
+    """Have an error name the field that a client knows."""
+    if error.param is None:
+        return
+    param = error.param
+    for pattern, name in names:
+        if (found := pattern.match(param)) is not None:
+            param = found.expand(name) + param[found.end() :]
+            break
+    if error.message.lstrip("`").startswith(error.param):
+        error.message = error.message.replace(error.param, param, 1)
+    error.param = param
 
 
 def _place_and_message(detail: Any) -> tuple[list[str | int], str]:
