@@ -126,7 +126,7 @@ class UserMessage(BaseModel):
 
     def as_chat(self) -> list[dict[str, Any]]:
         """A message for each result and for the texts between them."""
-        if isinstance(self.content, str) or not self.content:
+        if isinstance(self.content, str):
             return [{"role": "user", "content": _parts(self.content)}]
         messages: list[dict[str, Any]] = []
         for block in self.content:
@@ -136,7 +136,7 @@ class UserMessage(BaseModel):
                 messages[-1]["content"] += _parts([block])
             else:
                 messages.append({"role": "user", "content": _parts([block])})
-        return messages
+        return messages or [{"role": "user", "content": []}]
 
 
 class AssistantMessage(BaseModel):

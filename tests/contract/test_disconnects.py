@@ -32,9 +32,9 @@ PATHS = {
 def start(app: LiveApp, route: str, tasks: anyio.abc.TaskGroup, **fields: Any) -> Exchange:
     """Send a whole request on a route and begin to answer it."""
     kind, _, stream = route.partition("-")
-    prompt: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
-    body = ({"prompt": "hi"} if kind == "completion" else prompt) | {"stream": bool(stream), "temperature": 0}
-    body |= {"max_tokens": 100} | fields
+    body: dict[str, Any] = {"stream": bool(stream), "temperature": 0, "max_tokens": 100}
+    body |= {"prompt": "hi"} if kind == "completion" else {"messages": [{"role": "user", "content": "hi"}]}
+    body |= fields
     if kind == "ollama":
         body["options"] = {"temperature": 0, "num_predict": body.pop("max_tokens")}
     request = exchange(app.asgi, "POST", PATHS[kind])

@@ -205,7 +205,7 @@ async def test_a_models_name_may_have_the_default_tag(served: str) -> None:
         listed = (await client.list()).models[0].model
         assert listed == (served if ":" in served else f"{served}:latest")
         for name in {served, listed, *(["fake", "fake:latest"] if served != "fake:8b" else [])}:
-            assert (await client.chat(name, [HELLO], options=OPTIONS)).model == name  # type: ignore[arg-type]
+            assert (await client.chat(name, [HELLO], options=OPTIONS)).model == name
         with pytest.raises(ollama.ResponseError, match="does not exist"):
             await client.chat("fake:7b", [HELLO])
 
