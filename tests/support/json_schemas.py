@@ -4,8 +4,12 @@ Made of a `random.Random`, so that a seed says which one failed. Every schema ha
 alternatives are made independently of each other, and bounds leave room.
 """
 
+import datetime
+import json
 import random
 from typing import Any
+
+from jsonschema import Draft202012Validator, FormatChecker
 
 Schema = dict[str, Any]
 
@@ -28,6 +32,20 @@ _NAMES = ["id", "name", "größe", "x y", 'say "so"', "日付", "a/b~c", "", "ta
 _PATTERNS = ["^[A-Z]{2}-[0-9]{1,3}$", "^(yes|no)$", "^[a-z]+(_[a-z]+)?$", "[0-9]", "^\\d{2}:\\d{2}$"]
 _FORMATS = ["date", "ipv4", "uuid", "email"]
 _CONSTANTS: list[Any] = [None, True, 0, -1, 17, 0.5, "", "ok", "süß 😀", 'a"b\\c\n', [], [1, [2]], {}, {"k": "v"}]
+
+
+_FORMAT_CHECKER = FormatChecker()
+
+
+@_FORMAT_CHECKER.checks("date", raises=ValueError)
+def _is_date(text: object) -> bool:
+    """As RFC 3339's grammar has it: in any year, the year 0 included, a February may have 29 days."""
+    return not isinstance(text, str) or bool(datetime.date.fromisoformat("2000" + text[4:]))
+
+
+def validate(schema: Schema, text: str) -> None:
+    """Raises: jsonschema's ValidationError; ValueError where it is no JSON."""
+    Draft202012Validator(schema, format_checker=_FORMAT_CHECKER).validate(json.loads(text))
 
 
 def random_schema(rng: random.Random) -> Schema:
