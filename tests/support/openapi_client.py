@@ -25,6 +25,7 @@ BEYOND_SCHEMA = re.compile(
     "|as many as text_2|differs from|prompts times n|log probabilities are asked for|valid integer"
     "|base64|the image|Too many fields"
     "|there is no echo|prompt: Field required|names no stream|in the future|not an event id of this stream"
+    "|the last message|has more than 64 names"
 )
 
 
