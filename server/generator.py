@@ -43,14 +43,6 @@ _MAX_LOGPROBS = 2**18
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt's tokens, and its text where the answer shall begin with it."""
-
-    token_ids: tuple[int, ...]
-    echo: str = ""
-
-
 @dataclass(slots=True)
 class Generator:
     """Starts generations of one model. `tokenizer` is set before the server is ready."""
@@ -83,7 +75,7 @@ class Generator:
         Raises: ApiError. A cancellation while tokenizing is counted as a client that left.
         """
         with self._place(request.model, tenant, request.num_sequences, num_bytes) as (demand, tokenizer, ready):
-            prompts = await self._on_worker(lambda: self.tokenize(tokenizer, request, ready))
+            prompts = await self._on_worker(lambda: tokenize(tokenizer, request, ready.max_context_tokens))
             source = request.grammar_source
             grammar = None if source is None else await self._compile(source, tokenizer, ready)
             stages.tokenized_s = self.client.clock()
@@ -160,36 +152,6 @@ class Generator:
         done = await anyio.to_thread.run_sync(work, limiter=self.limiter)
         await anyio.lowlevel.checkpoint_if_cancelled()
         return done
-
-    def tokenize(self, tokenizer: Tokenizer, request: GenerationParams, ready: EngineReady) -> list[Prompt]:
-        """A request's prompts; runs on a worker thread.
-
-        Raises: BadRequestError, ContextLengthError for a text too long to be tokenized.
-        """
-        context = ready.max_context_tokens
-        if isinstance(request, ChatCompletionRequest):
-            text = tokenizer.render_chat(
-                [message.as_template_input() for message in request.messages],
-                request.chat_template_kwargs or {},
-                add_generation_prompt=request.has_generation_prompt,
-                continue_final_message=request.is_continued,
-                keeps_control_tokens=self.settings.control_tokens_in_messages == "control",
-            )
-            # A chat template writes the special tokens itself.
-            has_special_tokens = bool(request.add_special_tokens)
-            return [Prompt(_encode(tokenizer, text, request, context, add_special_tokens=has_special_tokens))]
-        assert isinstance(request, CompletionRequest)
-        prompts = []
-        has_special_tokens = request.add_special_tokens is not False
-        for prompt in request.prompts:
-            if isinstance(prompt, str):
-                token_ids = _encode(tokenizer, prompt, request, context, add_special_tokens=has_special_tokens)
-                prompts.append(Prompt(token_ids, prompt if request.echo else ""))
-            else:
-                has_echo = request.echo and len(prompt) < context  # a longer one is refused
-                text = tokenizer.decode(prompt, skip_special_tokens=request.skips_special_tokens) if has_echo else ""
-                prompts.append(Prompt(tuple(prompt), text))
-        return prompts
 
     def make(self, recipe: Recipe, id: str, stages: Stages, tier: Tier) -> Generation:
         """A generation of nothing so far, which the engine does not know yet."""
@@ -269,7 +231,7 @@ class Generator:
     def _recipe(
         self,
         request: GenerationParams,
-        prompt: Prompt,
+        prompt: "Prompt",
         sampling: SamplingParams,
         salt: bytes,
         grammar: GrammarSource | None,
@@ -341,8 +303,45 @@ def _check_fits(recipe: Recipe, output_token_ids: tuple[int, ...], ready: Engine
             raise BadRequestError(f"the server has no token {token_id} since its restart")
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt's tokens, and its text where the answer shall begin with it."""
+
+    token_ids: tuple[int, ...]
+    echo: str = ""
+
+
 def _shorter(asked_s: float | None, most_s: float) -> float:
     return most_s if asked_s is None else min(asked_s, most_s)
+
+
+def tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> list[Prompt]:
+    """A request's prompts; runs on a worker thread.
+
+    Raises: BadRequestError, ContextLengthError for a text too long to be tokenized.
+    """
+    if isinstance(request, ChatCompletionRequest):
+        text = tokenizer.render_chat(
+            [message.as_template_input() for message in request.messages],
+            variables=request.chat_template_kwargs or {},
+            add_generation_prompt=request.has_generation_prompt,
+            continue_final_message=request.is_continued,
+        )
+        # A chat template writes the special tokens itself.
+        has_special_tokens = bool(request.add_special_tokens)
+        return [Prompt(_encode(tokenizer, text, request, context, add_special_tokens=has_special_tokens))]
+    assert isinstance(request, CompletionRequest)
+    prompts = []
+    has_special_tokens = request.add_special_tokens is not False
+    for prompt in request.prompts:
+        if isinstance(prompt, str):
+            token_ids = _encode(tokenizer, prompt, request, context, add_special_tokens=has_special_tokens)
+            prompts.append(Prompt(token_ids, prompt if request.echo else ""))
+        else:
+            has_echo = request.echo and len(prompt) < context  # a longer one is refused
+            text = tokenizer.decode(prompt, skip_special_tokens=request.skips_special_tokens) if has_echo else ""
+            prompts.append(Prompt(tuple(prompt), text))
+    return prompts
 
 
 def _encode(

@@ -47,10 +47,18 @@ _AROUND: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
 
 class Tokenizer:
     """A model's tokenizer. `eos_token_ids` are the tokens that end an answer, `special_token_ids` those that decoding
-    can skip."""
+    can skip. Control tokens that messages spell are text unless it `keeps_control_tokens`."""
 
-    def __init__(self, wrapper: Any, eos_token_ids: frozenset[int], backend: BackendTokenizer | None = None) -> None:
+    def __init__(
+        self,
+        wrapper: Any,
+        eos_token_ids: frozenset[int],
+        backend: BackendTokenizer | None = None,
+        *,
+        keeps_control_tokens: bool = False,
+    ) -> None:
         self._wrapper = wrapper
+        self._keeps_control_tokens = keeps_control_tokens
         self._backend: BackendTokenizer = wrapper.backend_tokenizer if backend is None else backend
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -78,17 +86,16 @@ class Tokenizer:
     def render_chat(
         self,
         messages: list[dict[str, Any]],
-        variables: Mapping[str, Any] = MappingProxyType({}),
         *,
+        variables: Mapping[str, Any] = MappingProxyType({}),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        keeps_control_tokens: bool = False,
     ) -> str:
         """The prompt text of a conversation, for `encode`: ready for the assistant's answer, or, without a generation
         prompt, as it is; a final message that is continued is left open. `variables` are the template's own.
 
-        Control tokens that messages and variables spell are marked, unless they are kept. A message's content is a text
-        or a list of parts, and becomes what the template takes.
+        Control tokens that messages and variables spell are marked, unless they are kept. A message's content, a text
+        or a list of parts, becomes what the template takes.
 
         Raises: BadRequestError where the template refuses the messages or the model has none.
         """
@@ -96,7 +103,7 @@ class Tokenizer:
             raise BadRequestError("this model has no chat template; use /v1/completions", param="messages")
         try:
             messages = [message | {"content": self._content(message)} for message in messages]
-            if not keeps_control_tokens:
+            if not self._keeps_control_tokens:
                 messages, variables = self._control_tokens.mark(messages), self._control_tokens.mark(dict(variables))
             return self._render(
                 messages,
@@ -191,10 +198,13 @@ class Tokenizer:
         return stream.step(self._backend, token_id) or ""
 
 
-def load_tokenizer(source: ModelSource) -> Tokenizer:
+def load_tokenizer(source: ModelSource, *, keeps_control_tokens: bool = False) -> Tokenizer:
     """Read a model's tokenizer. Raises: ModelSourceError, UnsupportedModelError."""
     try:
-        tokenizer = _from_gguf(open_gguf(source.path)) if source.is_gguf else _from_directory(source.path)
+        if source.is_gguf:
+            tokenizer = _from_gguf(open_gguf(source.path), keeps_control_tokens)
+        else:
+            tokenizer = _from_directory(source.path, keeps_control_tokens)
         tokenizer.compile_chat_template()
         return tokenizer
     except HeadraceError:
@@ -204,7 +214,7 @@ def load_tokenizer(source: ModelSource) -> Tokenizer:
         raise ModelSourceError(f"{source.path}: the tokenizer cannot be read{hint}: {error}") from error
 
 
-def _from_directory(folder: Path) -> Tokenizer:
+def _from_directory(folder: Path, keeps_control_tokens: bool) -> Tokenizer:
     # transformers imports torch, which the server's start must not wait for.
     from transformers import AutoTokenizer
 
@@ -224,10 +234,10 @@ def _from_directory(folder: Path) -> Tokenizer:
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(token_id, int) for token_id in ids):
         raise ModelSourceError(f"{folder}: eos_token_id is {eos!r}, which is no token's id")
-    return Tokenizer(wrapper, frozenset(ids))
+    return Tokenizer(wrapper, frozenset(ids), keeps_control_tokens=keeps_control_tokens)
 
 
-def _from_gguf(file: GGUFFile) -> Tokenizer:
+def _from_gguf(file: GGUFFile, keeps_control_tokens: bool) -> Tokenizer:
     from transformers import PreTrainedTokenizerFast
 
     described = read_tokenizer(file)
@@ -237,4 +247,5 @@ def _from_gguf(file: GGUFFile) -> Tokenizer:
         chat_template=file.get("tokenizer.chat_template"),
         **described.special_tokens,
     )
-    return Tokenizer(wrapper, described.eos_token_ids, described.backend)
+    ends, backend = described.eos_token_ids, described.backend
+    return Tokenizer(wrapper, ends, backend, keeps_control_tokens=keeps_control_tokens)

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from headrace.scheduler.messages import EngineReady
 from headrace.server.errors import BadRequestError
-from headrace.server.generator import Generator
+from headrace.server.generator import Generator, tokenize
 from headrace.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -69,7 +69,7 @@ class TokensApi:
             params = parse_request(TokenizeCompletionRequest, fields)
 
         def work(tokenizer: Tokenizer, ready: EngineReady) -> tuple[int, str]:
-            [prompt] = self._generator.tokenize(tokenizer, params, ready)
+            [prompt] = tokenize(tokenizer, params, ready.max_context_tokens)
             token_ids = prompt.token_ids
             texts = _json_list(tokenizer.token_texts(token_ids)) if params.return_token_strs else "null"
             head = f'"count":{len(token_ids)},"max_model_len":{ready.max_context_tokens}'

@@ -228,7 +228,7 @@ def make_scheduler(
     )
 
 
-def byte_tokenizer() -> Tokenizer:
+def byte_tokenizer(*, keeps_control_tokens: bool = False) -> Tokenizer:
     """A byte-level tokenizer without merges: token i is byte i; token 256 ends a sequence."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -240,7 +240,7 @@ def byte_tokenizer() -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<|end|>", special=True)])
     wrapper = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE, eos_token="<|end|>")
-    return Tokenizer(wrapper, frozenset({EOS}))
+    return Tokenizer(wrapper, frozenset({EOS}), keeps_control_tokens=keeps_control_tokens)
 
 
 def expected_text(prompt: str, num_tokens: int, choice: int = 0) -> str:
