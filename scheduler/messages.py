@@ -130,6 +130,7 @@ class SequenceOutput(NamedTuple):
 
     `scheduled_s` is set once, on the step that first ran the sequence, and so is `num_cached_tokens`. `token_ids` can
     be empty: a chunk of prefill produces none, nor does a cancellation. `logprobs` has an item per token where asked.
+    With `is_refused` the `error` is the request's own doing: what its grammar asks for is too much.
     """
 
     request_id: int
@@ -140,6 +141,7 @@ class SequenceOutput(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: str | None = None
+    is_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -240,7 +240,7 @@ class Scheduler:
             if is_late:
                 assert sequence.grammar is not None
                 if sequence.grammar.error is not None:
-                    outputs.append(self._fail(sequence, sequence.grammar.error))
+                    outputs.append(self._fail(sequence, sequence.grammar.error)._replace(is_refused=True))
                     continue
                 num_computed -= 1
                 sequence.num_scheduled_tokens -= 1
@@ -275,6 +275,7 @@ class Scheduler:
                     () if logprobs is None else (logprobs,),
                     prompt_logprobs,
                     None,
+                    False,
                 )
                 outputs.append(_new(SequenceOutput, fields))
             if finish_reason is not None:

@@ -167,6 +167,12 @@ class EngineFailedError(ApiError):
     code = "engine_error"
 
 
+class GrammarTooComplexError(ApiError):
+    """What an answer's grammar allows at some point could not be found out within the limits."""
+
+    code = "grammar_too_complex"
+
+
 class DeadlineError(ApiError):
     """The request's time is over, so a retry would only ask for the same again."""
 

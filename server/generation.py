@@ -11,7 +11,7 @@ from typing import Any
 
 from headrace.scheduler.messages import FinishReason, SamplingParams, SequenceOutput, Tier, TokenLogprobs
 from headrace.server.detokenizer import Detokenizer
-from headrace.server.errors import ApiError, DeadlineError, EngineFailedError
+from headrace.server.errors import ApiError, DeadlineError, EngineFailedError, GrammarTooComplexError
 from headrace.server.grammars import GrammarSource
 from headrace.server.stream_log import StreamLog, Terminal
 
@@ -55,9 +55,10 @@ class Generation:
     """`id` is what the log calls it, `request_id` what the engine calls it; the prompt is not kept.
 
     `choice` numbers the answers to one prompt. `echo` is text that comes before the answer, with `prompt_logprobs`, a
-    list that all choices of a prompt share and the first one fills. `predicted_ttft_s` is the bare prediction that it
-    was admitted with, until it can be compared. `on_end` is called once the log has closed. What `is_journaled` a later
-    process can go on with. What `is_cancelled` is over, or will be soon.
+    list that all choices of a prompt share and the first one fills. `grammar_field` is the request's, where its grammar
+    is. `predicted_ttft_s` is the bare prediction that it was admitted with, until it can be compared. `on_end` is
+    called once the log has closed. What `is_journaled` a later process can go on with. What `is_cancelled` is over, or
+    will be soon.
     """
 
     id: str
@@ -72,6 +73,7 @@ class Generation:
     predicted_ttft_s: float | None = None
     is_journaled: bool = False
     is_cancelled: bool = False
+    grammar_field: str | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     log: StreamLog = field(default_factory=StreamLog)
     num_output_tokens: int = 0
@@ -137,6 +139,8 @@ class Generation:
             error: ApiError | None = None
             if output.finish_reason is FinishReason.DEADLINE:
                 error = DeadlineError("the request's time was over before it finished")
+            elif output.is_refused:
+                error = GrammarTooComplexError(f"{self.grammar_field}: {output.error}", param=self.grammar_field)
             elif output.finish_reason is FinishReason.ERROR:
                 error = EngineFailedError(output.error or "the engine failed")
             self.end(output.finish_reason, now, error)

@@ -172,6 +172,7 @@ class Generator:
             choice=sampling.choice,
             echo=recipe.echo,
             tier=tier,
+            grammar_field=None if recipe.grammar is None else recipe.grammar.field,
         )
         if sampling.num_prompt_logprobs is not None:
             generation.prompt_logprobs.append(TokenLogprobs(recipe.prompt_token_ids[0]))

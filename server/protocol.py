@@ -598,7 +598,9 @@ def validate(cls: type[ModelT], fields: dict[str, Any]) -> ModelT:
 
 def _path(detail: Any) -> list[str | int]:
     """Where an error is, without the types that were tried, which mean nothing to a client."""
-    return [part for part in detail["loc"] if str(part).partition("[")[0] not in ("str", "constrained-str", "list")]
+    return [
+        part for part in detail["loc"] if str(part).partition("[")[0] not in ("str", "constrained-str", "list", "dict")
+    ]
 
 
 def _bad_request(error: ValidationError) -> ApiError:

@@ -1,15 +1,18 @@
 """Answers that keep to a grammar, on every route, whatever field it comes in; and the fields that are refused."""
 
 import json
+import random
 import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
-from asgi_client import Exchange, call, chunks
-from fake_engine import FakeRunner
+from asgi_client import Exchange, call, chunks, exchange
+from fake_engine import FakeRunner, make_scheduler
+from json_schemas import UNSUPPORTED, Schema, random_schema, validate, with_unsupported
 from live_app import LiveApp, live_app
 from recorded_streams import crash
 
@@ -107,6 +110,50 @@ async def test_what_asks_for_no_grammar_changes_nothing(fields: dict[str, Any]) 
         assert (await call(app.asgi, "POST", "/v1/completions", COMPLETION | fields)).json()["choices"] == free
 
 
+async def test_of_two_hundred_schemas_what_ends_fulfils_them_and_what_is_cut_is_the_beginning_of_what_does() -> None:
+    """The fake model says the same for longer with more tokens, and whatever is allowed, as no real one does."""
+    ends = {"stop": 0, "length": 0}
+    scheduler = make_scheduler(num_blocks=4096, max_num_batched_tokens=256, max_num_seqs=40)
+    limit = anyio.CapacityLimiter(32)
+
+    async with live_app(runner=FakeRunner(2048), scheduler=scheduler) as app:
+
+        async def answer(seed: int, schema: Schema, max_tokens: int) -> tuple[str, str]:
+            form = {"type": "json_schema", "json_schema": {"name": "example", "schema": schema, "strict": True}}
+            body = {"prompt": f"{seed}", "response_format": form, "max_tokens": max_tokens}
+            async with limit:
+                answered = await call(app.asgi, "POST", "/v1/completions", body)
+            assert answered.status == 200, (seed, answered.body)
+            [choice] = answered.json()["choices"]
+            return choice["text"], choice["finish_reason"]
+
+        async def check(seed: int) -> None:
+            schema = random_schema(random.Random(seed))
+            text, reason = await answer(seed, schema, 100)
+            ends[reason] += 1
+            if reason == "length":
+                whole, reason = await answer(seed, schema, 500)
+                assert whole.startswith(text.rstrip("\ufffd")), seed
+                text = whole
+            if reason == "stop":
+                validate(schema, text)
+
+        async with anyio.create_task_group() as tasks:
+            for seed in range(200):
+                tasks.start_soon(check, seed)
+    assert ends["stop"] > 80
+    assert ends["length"] > 20
+
+
+async def test_a_keyword_that_is_not_supported_is_refused_by_its_name_wherever_it_is() -> None:
+    async with live_app() as app:
+        for seed, keyword in enumerate([*UNSUPPORTED] * 3):
+            schema = with_unsupported(random.Random(seed), keyword)
+            answer = await call(app.asgi, "POST", "/v1/completions", COMPLETION | {"guided_json": schema})
+            assert (answer.status, answer.json()["error"]["param"]) == (400, "guided_json")
+            assert f'"{keyword}"' in answer.json()["error"]["message"]
+
+
 async def test_each_choice_and_each_prompt_keeps_to_it_by_itself() -> None:
     async with live_app() as app:
         fields = {"prompt": ["a", "b"], "n": 3, "guided_regex": "[a-z]{4}[0-9]"}
@@ -176,6 +223,22 @@ async def test_a_grammar_is_compiled_once_and_forgotten_for_newer_ones() -> None
         for regex in ("two", "[0-9]three", "four", "one"):
             await ask(app, regex)
             assert app.grammars.num_bytes <= 3 * 2**20
+
+
+async def test_a_grammar_that_turns_out_too_complex_is_a_refusal_of_its_field_and_in_a_stream_an_error() -> None:
+    fields = {"guided_regex": "(a?){4000}a{4000}"}
+    async with live_app() as app:
+        beside = exchange(app.asgi, "POST", "/v1/completions")
+        beside.send_body(json.dumps(COMPLETION).encode())
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(beside.run)
+            whole = await call(app.asgi, "POST", "/v1/completions", COMPLETION | fields)
+            streamed = await call(app.asgi, "POST", "/v1/completions", COMPLETION | fields | {"stream": True})
+        assert beside.status == 200
+    assert whole.status == 400, whole.body
+    error = whole.json()["error"]
+    assert (error["param"], error["code"]) == ("guided_regex", "grammar_too_complex")
+    assert json.loads(streamed.body.strip().split(b"data: ")[-1])["error"] == error
 
 
 @pytest.mark.parametrize("num_steps", range(1, 7))

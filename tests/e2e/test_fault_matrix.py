@@ -63,6 +63,8 @@ class Watched:
         self.url = server.url()
         self._http = httpx.Client(base_url=self.url, headers=dict(line.split(": ", 1) for line in lines))
         self._neighbour = completion(*lines, stream=True, max_tokens=num_tokens)
+        with Client(self.url, completion(*lines, ignore_eos=False, stream=True, guided_regex="a")) as first:
+            assert first.text() == "a"  # what compiles grammars is made for the first one, and kept
         with Client(self.url, self._neighbour) as alone:
             self.reference = alone.text()
         self._quiet = self._state()

@@ -290,7 +290,7 @@ def _grammars() -> Iterator[BadInput]:
     yield completion("a grammar without an end", {"guided_grammar": "root ::= root root"})
     yield completion("a grammar that names nobody", {"guided_grammar": 'start: "a" nobody'})
     yield completion("a grammar of 50,000 brackets", {"guided_grammar": "start: " + "(" * 50_000})
-    yield completion("a schema 200 deep", lambda: {"guided_json": _schema(200)}, "guided_json")
+    yield completion("a schema 80 deep", lambda: {"guided_json": _schema(80)}, "guided_json")
     yield completion("a schema that is a list", {"guided_json": []}, "guided_json")
     yield completion("a schema that is no JSON", {"guided_json": "{"})
     yield completion("a schema of a keyword that is not done", {"guided_json": {"not": {}}})

@@ -18,12 +18,13 @@ from headrace.server import answers
 
 # Per operation, beside some thousand at the edges; in `make test-all` other ones each time.
 NUM_EXAMPLES = int(os.environ.get("TESTS_EXAMPLES") or (300 if os.environ.get("TESTS_LONG") else 5))
-# What JSON Schema cannot say: how many tokens a text has and a model takes, how two values or parameters of a query
-# compare, that a number is written without a point, what is a picture, and what was named before.
+# What JSON Schema cannot say: what is a grammar, how many tokens a text has and a model takes, how two values or
+# parameters of a query compare, that a number is written without a point, what is a picture, and what was named before.
 BEYOND_SCHEMA = re.compile(
     "must be below|exceed|the context of|tokens are more than|the prompt is empty|are too many"
     "|as many as text_2|differs from|prompts times n|log probabilities are asked for|valid integer"
     "|base64|the image|Too many fields"
+    r'|"param":"(guided_[a-z]+|structured_outputs\.[a-z_]+|response_format\.json_schema\.schema|ignore_eos)"'
     "|there is no echo|prompt: Field required|names no stream|in the future|not an event id of this stream"
     "|the last message|has more than 64 names"
 )

@@ -322,12 +322,12 @@ def test_a_grammar_that_becomes_too_complex_costs_its_own_answer(
     monkeypatch.setattr(grammar_module, "_MAX_MASK_S", -1.0)
     scheduler.add(request(compiler.compile(REGEX, "a+")))
     scheduler.add(request(None, id=2))
-    ends = {}
+    ends: dict[int, tuple[FinishReason | None, str | None, bool]] = {}
     while scheduler.has_work:
-        ends |= {output.request_id: (output.finish_reason, output.error) for output in step(scheduler)}
+        ends |= {out.request_id: (out.finish_reason, out.error, out.is_refused) for out in step(scheduler)}
     assert ends == {
-        1: (FinishReason.ERROR, "the grammar takes too long at this point of the answer"),
-        2: (FinishReason.LENGTH, None),
+        1: (FinishReason.ERROR, "the grammar takes too long at this point of the answer", True),
+        2: (FinishReason.LENGTH, None, False),
     }
 
 

@@ -239,7 +239,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.add(request)
             self.sequences[id] = self.scheduler._sequences[id]
 
-    def times(self, data: st.DataObject) -> dict[str, float]:
+    def times(self, data: st.DataObject) -> dict[str, Any]:
         """Most requests have all the time in the world, some all kinds of deadlines."""
         kind = data.draw(st.sampled_from(("none", "none", "total", "all")), "deadlines")
         after_s = dict.fromkeys(("deadline_s", "queue_deadline_s", "first_token_deadline_s"), math.inf)
