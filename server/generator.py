@@ -333,7 +333,13 @@ def tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> l
     """
     if isinstance(request, ChatCompletionRequest):
         messages, tools = template_input(tokenizer, request)
-        text = tokenizer.render_chat(messages, tools)
+        text = tokenizer.render_chat(
+            messages,
+            tools=tools,
+            variables=request.chat_template_kwargs or {},
+            add_generation_prompt=request.has_generation_prompt,
+            continue_final_message=request.is_continued,
+        )
         # A chat template writes the special tokens itself.
         has_special_tokens = bool(request.add_special_tokens)
         return [Prompt(_encode(tokenizer, text, request, context, add_special_tokens=has_special_tokens))]

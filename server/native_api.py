@@ -344,8 +344,9 @@ def _parse_cursor(id: str, last_event_id: str) -> tuple[int, int]:
 def _params_from_query(request: Request) -> StreamCompletionRequest:
     """A completion's fields out of the query: text as it stands, all else as JSON. Raises: BadRequestError."""
     fields: dict[str, Any] = {}
+    known = {*StreamCompletionRequest.model_fields, *UNSUPPORTED, *StreamCompletionRequest.unsupported}
     for name, value in request.query_params.items():
-        if name not in StreamCompletionRequest.model_fields and name not in UNSUPPORTED | WITHOUT_TOOLS:
+        if name not in known:
             continue
         if name == "stop":
             fields[name] = request.query_params.getlist(name)

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from headrace.scheduler.messages import GrammarKind
 from headrace.server.errors import ApiError, BadRequestError, UnsupportedParameterError
@@ -27,6 +27,8 @@ MAX_TOOLS = 128  # and calls of them in one message
 MAX_TOOL_NAME_CHARS = 128
 MAX_SEQUENCES = 128  # prompts times choices of one request
 MAX_LOGIT_BIASES = 1024
+MAX_TEMPLATE_VARIABLES = 64
+MAX_TEMPLATE_CHARS = 2**14  # of all the variables, as JSON
 MAX_GRAMMAR_CHARS = 2**17
 MAX_GRAMMAR_CHOICES = 4096
 _MAX_PATH_CHARS = 200  # of what an error names: a key may be as long as a body
@@ -47,9 +49,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "add_generation_prompt": (True,),
     "documents": ([],),
     "truncate_prompt_tokens": (),
     "include_stop_str_in_output": (False,),
@@ -86,6 +85,17 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "reasoning": (),
 }
 
+# What a template is given by the server, and what the library that renders it would take for itself.
+NO_TEMPLATE_VARIABLES = frozenset(
+    [
+        *("messages", "tools", "xml_tools", "documents", "add_generation_prompt", "continue_final_message"),
+        *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+        *("self", "conversation", "conversations", "chat_template", "tokenize", "tokenizer_kwargs", "return_tensors"),
+        *("return_dict", "return_assistant_tokens_mask", "sanitize_control_tokens", "padding", "truncation"),
+        "max_length",
+    ]
+)
+
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -113,6 +123,19 @@ def _only_with(field: str, needed: str, *neutral: Any) -> dict[str, Any]:
         ]
     }
 
+
+# Parts of messages elsewhere.
+_OTHER_PARTS = (
+    "image_url",
+    "input_image",
+    "image",
+    "input_audio",
+    "audio_url",
+    "video_url",
+    "video",
+    "file",
+    "input_file",
+)
 
 STREAM_OPTIONS_RULE = _only_with("stream_options", "stream")
 
@@ -345,8 +368,40 @@ class GenerationParams(BaseModel):
 
 
 class TextPart(BaseModel):
-    type: Literal["text"]
-    text: str
+    """A piece of a message's text. One whose type is `refusal` has it in the field of that name."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"type": {"const": "refusal"}, "refusal": {"type": "string"}}, "required": ["refusal"]},
+                {
+                    "properties": {"type": {"not": {"const": "refusal"}}, "text": {"type": "string"}},
+                    "required": ["text"],
+                },
+            ]
+        }
+    )
+
+    type: Literal["text", "input_text", "output_text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_type(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("type") in _OTHER_PARTS:
+            raise ValueError(f"type: `{fields['type']}` is not supported, for the model reads text alone")
+        return fields
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.written is None:
+            raise ValueError(f"{'refusal' if self.type == 'refusal' else 'text'}: must be text")
+        return self
+
+    @property
+    def written(self) -> str | None:
+        return self.refusal if self.type == "refusal" else self.text
 
 
 class ToolFunction(BaseModel):
@@ -480,14 +535,14 @@ class ChatMessage(BaseModel):
     tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_call_id: Name | None = None
     function_call: dict[str, Any] | None = Field(None, json_schema_extra={"maxProperties": 0})
-    refusal: str | None = Field(None, json_schema_extra={"maxLength": 0})
+    refusal: str | None = None
     audio: dict[str, Any] | None = Field(None, json_schema_extra={"maxProperties": 0})
-    prefix: Flag | None = Field(None, json_schema_extra={"not": {"const": True}})
+    prefix: Flag | None = None
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for field in ("function_call", "refusal", "audio", "prefix"):
+        for field in ("function_call", "audio"):
             if getattr(self, field):
                 raise ValueError(f"{field}: is not supported")
         if self.content is None and self.role != "assistant":
@@ -499,8 +554,11 @@ class ChatMessage(BaseModel):
         return self
 
     def as_template_input(self) -> dict[str, Any]:
-        """The message as chat templates read it. `developer` is OpenAI's newer name of `system`."""
-        content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
+        """The message as chat templates read it. `developer` is OpenAI's newer name of `system`, and a refusal is what
+        the assistant said in place of anything else."""
+        content: Any = self.refusal or "" if self.content is None else self.content
+        if isinstance(self.content, list):
+            content = [{"type": "text", "text": part.written} for part in self.content]
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.name is not None:
             message["name"] = self.name
@@ -515,6 +573,15 @@ class ChatMessage(BaseModel):
 
 class ChatCompletionRequest(GenerationParams):
     messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
+    add_generation_prompt: Flag | None = None
+    continue_final_message: Flag | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None,
+        json_schema_extra={
+            "maxProperties": MAX_TEMPLATE_VARIABLES,
+            "propertyNames": {"not": {"enum": [*sorted(NO_TEMPLATE_VARIABLES)]}},
+        },
+    )
 
     logprobs: Flag | None = None
     top_logprobs: NumLogprobs | None = None
@@ -529,6 +596,12 @@ class ChatCompletionRequest(GenerationParams):
             "anyOf": [
                 {"properties": {"tool_choice": {"enum": [None, "none", "auto"]}}},
                 {"properties": {"tools": {"type": "array", "minItems": 1}}, "required": ["tools"]},
+            ]
+        },
+        {
+            "anyOf": [
+                {"properties": {"continue_final_message": {"enum": [None, False]}}},
+                {"properties": {"add_generation_prompt": {"enum": [None, False]}}},
             ]
         },
     ]
@@ -561,6 +634,38 @@ class ChatCompletionRequest(GenerationParams):
                 if name not in names:
                     raise ValueError(f"tool_choice.{place}: is no tool's name")
         return self
+
+    def _check_continuation(self) -> Self:
+        last = self.messages[-1]
+        for i, message in enumerate(self.messages):
+            if message.prefix and (message is not last or message.role != "assistant"):
+                raise ValueError(f"messages[{i}].prefix: is only for the last message, and only the assistant's")
+        if self.continue_final_message and last.role != "assistant":
+            raise ValueError("continue_final_message: the last message is not the assistant's")
+        if self.is_continued and self.add_generation_prompt:
+            raise ValueError("add_generation_prompt: cannot be true where the last message is continued")
+        return self
+
+    @model_validator(mode="after")
+    def _check_template_variables(self) -> Self:
+        variables = self.chat_template_kwargs or {}
+        if len(variables) > MAX_TEMPLATE_VARIABLES or len(to_json(variables)) > MAX_TEMPLATE_CHARS:
+            raise ValueError(
+                f"chat_template_kwargs: has more than {MAX_TEMPLATE_VARIABLES} names or {MAX_TEMPLATE_CHARS} characters"
+            )
+        for name in NO_TEMPLATE_VARIABLES.intersection(variables):
+            raise ValueError(f"chat_template_kwargs.{name}: is not a request's to set")
+        return self
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether the answer goes on with the last message."""
+        return bool(self.continue_final_message or self.messages[-1].prefix)
+
+    @property
+    def has_generation_prompt(self) -> bool:
+        """Whether the prompt ends with the beginning of the assistant's turn."""
+        return not self.is_continued and self.add_generation_prompt is not False
 
     @property
     def num_logprobs(self) -> int | None:
@@ -610,7 +715,13 @@ class CompletionRequest(GenerationParams):
         BeforeValidator(_none_if_false, json_schema_input_type=NumLogprobs | Literal[False] | None),
     ] = None
 
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"top_logprobs": (0,), **WITHOUT_TOOLS}
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "top_logprobs": (0,),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "chat_template_kwargs": ({},),
+        **WITHOUT_TOOLS,
+    }
     prompt_field: ClassVar[str] = "prompt"
     default_max_tokens: ClassVar[int | None] = 16
 

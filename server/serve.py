@@ -249,7 +249,7 @@ class _Server(DrainingServer):
             settings,
             name,
             load_engine=load_engine,
-            load_tokenizer=lambda: _load_tokenizer(source),
+            load_tokenizer=lambda: _load_tokenizer(settings, source),
             on_engine_change=self._report,
             tracing=self._tracing,
             one_shots=one_shots,
@@ -373,6 +373,6 @@ def _load_one_shots(settings: Settings, sources: Sequence[OneShotSource]) -> Map
         }
 
 
-def _load_tokenizer(source: ModelSource) -> Tokenizer:
+def _load_tokenizer(settings: Settings, source: ModelSource) -> Tokenizer:
     with _LOADING:
-        return load_tokenizer(source)
+        return load_tokenizer(source, keeps_control_tokens=settings.control_tokens_in_messages == "control")

@@ -1,6 +1,7 @@
 """The page of the API in a real browser: all that the document has is on it, and what it offers to try works."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +88,7 @@ def test_a_link_opens_the_shape_that_it_names(page: Page) -> None:
 def test_an_example_can_be_tried(page: Page) -> None:
     entry = send(page, "chat_completions")
     expect(entry.locator("output")).to_contain_text("200 after")
+    expect(entry.locator(".example")).to_have_text(re.compile("}$"))
     answer = json.loads(entry.locator(".example").inner_text())
     assert answer["choices"][0]["message"]["content"] == expected_text(CHAT_PROMPT, 8)
 

@@ -354,7 +354,17 @@ def _chats() -> Iterator[BadInput]:
     )
     yield chat("a structural tag", {"structural_tag": {"a": [_BOMB]}}, code=_UNSUPPORTED)
     yield chat("a template", {"chat_template": "{{ ''.__class__.__mro__ }}"}, code=_UNSUPPORTED)
-    yield chat("a template's variables", {"chat_template_kwargs": {"x": "{{ 7*7 }}"}}, code=_UNSUPPORTED)
+    yield chat("a template in a variable", {"chat_template_kwargs": {"x": "{{ 7*7 }}"}}, status=200)
+    yield chat(
+        "a variable of the server's", {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"
+    )
+    yield chat("a variable of Python's", {"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs.self")
+    yield chat("a variable of 1 MB", lambda: {"chat_template_kwargs": {"x": "x" * 10**6}}, "chat_template_kwargs")
+    yield chat(
+        "10,000 variables",
+        lambda: {"chat_template_kwargs": {f"x{i}": i for i in range(10_000)}},
+        "chat_template_kwargs",
+    )
     yield chat("a service tier", {"service_tier": "priority"}, code=_UNSUPPORTED)
     yield chat("logits processors", {"logits_processors": ["os.system"]}, code=_UNSUPPORTED)
     yield chat("a template in a message", {"messages": [{"role": "user", "content": "{{ 7*7 }}{% raw %}"}]}, status=200)
@@ -402,7 +412,12 @@ def _chats() -> Iterator[BadInput]:
     yield message("a result of no call", {"role": "tool", "content": "x"}, "messages[0].tool_call_id")
     yield message("a call without a result", {"role": "tool", "tool_call_id": "x"}, "messages[0].content")
     yield message("an older call", {"role": "assistant", "function_call": {"name": "f"}}, "messages[0].function_call")
-    yield message("a prefix", {"role": "assistant", "content": "x", "prefix": True}, "messages[0].prefix")
+    yield message("a user's prefix", {"role": "user", "content": "x", "prefix": True}, "messages[0].prefix")
+    yield chat("a user's message to continue", {"continue_final_message": True})
+    yield chat(
+        "a message to continue and a new one",
+        {"add_generation_prompt": True, "messages": [{"role": "assistant", "content": CANARY, "prefix": True}]},
+    )
     yield message("a name of 1 MB", lambda: {"role": "user", "content": "x", "name": "n" * 10**6}, "messages[0].name")
 
 
