@@ -335,7 +335,7 @@ def tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> l
         messages, tools = template_input(tokenizer, request)
         text = tokenizer.render_chat(
             messages,
-            tools=tools,
+            tools,
             variables=request.chat_template_kwargs or {},
             add_generation_prompt=request.has_generation_prompt,
             continue_final_message=request.is_continued,

@@ -635,6 +635,7 @@ class ChatCompletionRequest(GenerationParams):
                     raise ValueError(f"tool_choice.{place}: is no tool's name")
         return self
 
+    @model_validator(mode="after")
     def _check_continuation(self) -> Self:
         last = self.messages[-1]
         for i, message in enumerate(self.messages):

@@ -98,8 +98,8 @@ class Tokenizer:
     def render_chat(
         self,
         messages: list[dict[str, Any]],
-        *,
         tools: list[dict[str, Any]] | None = None,
+        *,
         variables: Mapping[str, Any] = MappingProxyType({}),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
