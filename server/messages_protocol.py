@@ -28,6 +28,7 @@ from headrace.server.protocol import (
     ToolName,
     parse_request,
     refuse_unsupported,
+    thinking_variables,
 )
 from headrace.server.sse import to_json
 
@@ -108,7 +109,7 @@ class ToolResultBlock(BaseModel):
     is_error: Flag | None = None
 
     def as_chat(self) -> dict[str, Any]:
-        content = ([{"type": "text", "text": "Error: "}] if self.is_error else []) + _parts(self.content or "")
+        content = ([{"type": "text", "text": "Error: "}] if self.is_error else []) + _parts(self.content or [])
         return {"role": "tool", "tool_call_id": self.tool_use_id, "content": content}
 
 
@@ -286,11 +287,16 @@ class CountTokensRequest(BaseModel):
 
     def _chat_fields(self) -> dict[str, Any]:
         messages = _merged([message for each in self.messages for message in each.as_chat()])
-        fields: dict[str, Any] = {"model": self.model, "messages": messages}
         if self.system:
             messages.insert(0, {"role": "system", "content": _parts(self.system)})
+        for message in messages:
+            if len(message["content"]) < 2:  # templates are made for texts before all
+                message["content"] = "".join(part["text"] for part in message["content"])
+        fields: dict[str, Any] = {"model": self.model, "messages": messages}
         if messages[-1]["role"] == "assistant":
-            fields |= {"continue_final_message": True, "add_generation_prompt": False}
+            fields["continue_final_message"] = True
+        if self.thinking is not None:
+            fields["chat_template_kwargs"] = thinking_variables(self.has_thinking)
         if self.tools:
             fields["tools"] = [tool.as_chat() for tool in self.tools]
         if self.tool_choice is not None:
@@ -340,7 +346,8 @@ def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     merged: list[dict[str, Any]] = []
     for message in messages:
         if merged and message["role"] == merged[-1]["role"] != "tool":
-            merged[-1]["content"] += [_TURN_BREAK, *message["content"]]
+            has_two = merged[-1]["content"] and message["content"]
+            merged[-1]["content"] += [*([_TURN_BREAK] if has_two else []), *message["content"]]
             if "tool_calls" in message:
                 merged[-1].setdefault("tool_calls", []).extend(message["tool_calls"])
         else:

@@ -28,6 +28,7 @@ from headrace.server.protocol import (
     ToolName,
     parse_request,
     refuse_unsupported,
+    thinking_variables,
 )
 from headrace.server.sse import to_json
 
@@ -127,6 +128,13 @@ class OllamaParams(BaseModel):
     def is_streamed(self) -> bool:
         return self.stream is not False
 
+    def _chat_fields(self, model: str) -> dict[str, Any]:
+        fields = self._completion_fields(model)
+        if self.think is not None:
+            depth = {"reasoning_effort": self.think} if isinstance(self.think, str) else {}
+            fields["chat_template_kwargs"] = thinking_variables(bool(self.think)) | depth
+        return fields
+
     def _completion_fields(self, model: str) -> dict[str, Any]:
         fields: dict[str, Any] = {"model": model}
         if self.format == "json":
@@ -189,9 +197,9 @@ class OllamaChatRequest(OllamaParams):
     def as_chat(self, model: str) -> ChatCompletionRequest:
         """For a model by the name that it is served under. Raises: ApiError, in the words of a chat completion: see
         `FIELD_NAMES`."""
-        fields = self._completion_fields(model) | {"messages": self._chat_messages()}
+        fields = self._chat_fields(model) | {"messages": self._chat_messages()}
         if fields["messages"][-1]["role"] == "assistant":
-            fields |= {"continue_final_message": True, "add_generation_prompt": False}
+            fields["continue_final_message"] = True
         if self.tools:
             fields["tools"] = [tool.as_chat() for tool in self.tools]
         return parse_request(ChatCompletionRequest, fields)
@@ -246,13 +254,12 @@ class OllamaGenerateRequest(OllamaParams):
 
         Raises: ApiError, in the words of a completion: see `PROMPT_FIELD_NAMES`.
         """
-        fields = self._completion_fields(model)
         if self.raw or not (has_chat_template or self.system):
-            return parse_request(_RawRequest, fields | {"prompt": self.prompt})
+            return parse_request(_RawRequest, self._completion_fields(model) | {"prompt": self.prompt})
         messages = [{"role": "user", "content": self.prompt}]
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
-        return parse_request(_PromptRequest, fields | {"messages": messages})
+        return parse_request(_PromptRequest, self._chat_fields(model) | {"messages": messages})
 
 
 class ShowRequest(BaseModel):

@@ -751,6 +751,11 @@ class CompletionRequest(GenerationParams):
         return self.logprobs
 
 
+def thinking_variables(is_thinking: bool) -> dict[str, bool]:
+    """Whether the model shall think before it answers, as chat templates know it, in either name."""
+    return {"enable_thinking": is_thinking, "thinking": is_thinking}
+
+
 BodyT = TypeVar("BodyT", bound=GenerationParams)
 ModelT = TypeVar("ModelT", bound=BaseModel)
 # What fields of one request are called in another that was made into it: (all of a path or its beginning, the name).

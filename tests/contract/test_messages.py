@@ -33,6 +33,7 @@ WEATHER_TOOL: dict[str, Any] = {
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+BUDGET = {"type": "enabled", "budget_tokens": 1024}
 EVENTS: TypeAdapter[RawMessageStreamEvent] = TypeAdapter(RawMessageStreamEvent)
 
 
@@ -257,9 +258,8 @@ async def test_arguments_that_are_cut_are_told_as_far_as_they_are_whole() -> Non
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_reasoning_is_a_thinking_block(stream: bool) -> None:
-    thinking = {"type": "enabled", "budget_tokens": 1024}
     async with speaking("<think>\nHm.\n</think>\n\nYes.") as app:
-        answer = await create(app, max_tokens=2000, thinking=thinking, stream=stream)
+        answer = await create(app, max_tokens=2000, thinking=BUDGET, stream=stream)
     if not stream:
         assert answer.json()["content"] == [
             {"type": "thinking", "thinking": "Hm.", "signature": ""},
@@ -274,6 +274,27 @@ async def test_reasoning_is_a_thinking_block(stream: bool) -> None:
     deltas = [event["delta"] for event in events if event["type"] == "content_block_delta"]
     assert "".join(delta.get("thinking", "") for delta in deltas) == "Hm."
     assert "".join(delta.get("text", "") for delta in deltas) == "Yes."
+
+
+@pytest.mark.parametrize(
+    ("thinking", "is_told"),
+    [(None, "unknown"), ({"type": "disabled"}, "no"), ({"type": "adaptive"}, "yes"), (BUDGET, "yes")],
+)
+async def test_whether_to_think_is_told_to_the_template(thinking: Any, is_told: str) -> None:
+    told = "{{ ('yes' if enable_thinking else 'no') if enable_thinking is defined else 'unknown' }}"
+    async with speaking("Yes.", template=f"{templates.QWEN3}{told}") as app:
+        await create(app, max_tokens=2000, thinking=thinking)
+        [prompt] = app.runner.prompts  # type: ignore[attr-defined]
+    assert bytes(prompt).decode().endswith(is_told)
+
+
+async def test_a_last_turn_of_the_assistant_is_continued() -> None:
+    turns = [HELLO, {"role": "assistant", "content": [{"type": "text", "text": "The answer"}]}]
+    async with live_app() as app:
+        whole, streamed = await create(app, messages=turns), await create(app, messages=turns, stream=True)
+    text = expected_text("[user]hi\n[assistant]The answer", 6)
+    assert whole.json()["content"][0]["text"] == text
+    assert "".join(event["delta"]["text"] for event in events_of(streamed)[2:-3]) == text
 
 
 async def test_a_schema_holds_the_answer() -> None:

@@ -180,6 +180,24 @@ async def test_reasoning_is_told_apart(path: str, stream: bool) -> None:
     assert "".join(part["content" if path == "chat" else "response"] for part in parts) == "Yes."
 
 
+@pytest.mark.parametrize(("think", "told"), [(None, "-"), (False, "no"), (True, "yes"), ("low", "yes low")])
+async def test_whether_to_think_is_told_to_the_template(think: Any, told: str) -> None:
+    said = "{{ ('yes' if enable_thinking else 'no') if enable_thinking is defined else '-' }}"
+    depth = "{{ ' ' ~ reasoning_effort if reasoning_effort is defined else '' }}"
+    async with speaking("Yes.", template=f"{templates.QWEN3}{said}{depth}") as app:
+        for path, body in (("chat", CHAT), ("generate", GENERATE)):
+            assert (await call(app.asgi, "POST", f"/api/{path}", body | {"think": think})).status == 200
+        [prompt] = app.runner.prompts  # type: ignore[attr-defined]
+    assert bytes(prompt).decode().endswith(f"assistant\n{told}")
+
+
+async def test_a_last_message_of_the_assistant_is_continued() -> None:
+    messages = [HELLO, {"role": "assistant", "content": "The answer"}]
+    async with live_app() as app, client_of(app) as client:
+        answer = await client.chat("fake", messages, options=OPTIONS)
+    assert answer.message.content == expected_text("[user]hi\n[assistant]The answer", 6)
+
+
 @pytest.mark.parametrize("format", ["json", {"type": "object", "properties": {"a": {"type": "boolean"}}}])
 async def test_a_format_holds_the_answer(format: Any) -> None:
     async with live_app() as app, client_of(app) as client:

@@ -22,8 +22,11 @@ def chat_of(*turns: tuple[str, Any], **fields: Any) -> ChatCompletionRequest:
     return validate(CountTokensRequest, {"messages": messages} | fields).as_chat()
 
 
-def said(request: ChatCompletionRequest) -> list[tuple[str, str]]:
-    return [(m["role"], m["content"]) for m in (message.as_template_input() for message in request.messages)]
+def said(request: ChatCompletionRequest) -> list[tuple[str, Any]]:
+    """Roles and contents, where there are parts their texts."""
+    messages = [message.as_template_input() for message in request.messages]
+    contents = (m["content"] if isinstance(m["content"], str) else [p["text"] for p in m["content"]] for m in messages)
+    return [(message["role"], content) for message, content in zip(messages, contents, strict=True)]
 
 
 def test_results_and_texts_of_a_turn_become_messages_in_their_order() -> None:
@@ -40,7 +43,7 @@ def test_results_and_texts_of_a_turn_become_messages_in_their_order() -> None:
         ("assistant", "I call."),
         ("tool", "noon"),
         ("tool", "Error: "),
-        ("user", "And then?"),
+        ("user", ["And", " then?"]),
     ]
     calls = request.messages[1].as_template_input()["tool_calls"]
     assert [call["id"] for call in calls] == ["c1", "c2"]
@@ -54,7 +57,7 @@ def test_a_turn_without_blocks_is_an_empty_one() -> None:
 
 def test_system_texts_go_first_and_a_system_turn_stays_where_it_is() -> None:
     request = chat_of(("user", "a"), ("system", [text("s2")]), ("user", "b"), system=[text("s"), text("1")])
-    assert said(request) == [("system", "s1"), ("user", "a"), ("system", "s2"), ("user", "b")]
+    assert said(request) == [("system", ["s", "1"]), ("user", "a"), ("system", "s2"), ("user", "b")]
 
 
 def test_turns_of_one_role_in_a_row_are_joined_by_an_empty_line_and_results_are_not() -> None:
@@ -65,7 +68,12 @@ def test_turns_of_one_role_in_a_row_are_joined_by_an_empty_line_and_results_are_
         ("assistant", [USE]),
         ("user", [RESULT] * 2),
     )
-    assert said(request) == [("user", "a\n\nb"), ("assistant", "c\n\n"), ("tool", "noon"), ("tool", "noon")]
+    assert said(request) == [
+        ("user", ["a", "\n\n", "b"]),
+        ("assistant", "c"),
+        ("tool", "noon"),
+        ("tool", "noon"),
+    ]
     assert len(request.messages[1].tool_calls or ()) == 2
 
 
