@@ -28,7 +28,7 @@ from headrace.server.errors import ApiError, InternalError
 from headrace.server.generation import Generation
 from headrace.server.generator import tokenize
 from headrace.server.messages_protocol import FIELD_NAMES, CountTokensRequest, MessagesRequest
-from headrace.server.protocol import parse_json_object, renaming, validate
+from headrace.server.protocol import ChatCompletionRequest, parse_json_object, renaming, validate
 from headrace.server.request_log import log_answered
 from headrace.server.settings import Settings
 from headrace.server.sse import EventStream, event_frame
@@ -43,11 +43,9 @@ class MessagesApi:
 
     async def create(self, request: Request, body: bytes) -> Response:
         asked, id = validate(MessagesRequest, parse_json_object(body)), request.state.id
-        if asked.has_thinking:
-            self._answering.check_reasoning("thinking")
         settings, tokenizer = self._generator.settings, self._generator.tokenizer
         with renaming(FIELD_NAMES):
-            params = asked.as_chat()
+            params = self._as_chat(asked)
             [generation] = await self._answering.start(request, params, f"msg_{id}", len(body))
             assert tokenizer is not None
             parser = make_parser(tokenizer, params, begins_in_reasoning=generation.begins_in_reasoning)
@@ -60,7 +58,7 @@ class MessagesApi:
     async def count_tokens(self, request: Request, body: bytes) -> Response:
         asked, state = validate(CountTokensRequest, parse_json_object(body)), request.state
         with renaming(FIELD_NAMES):
-            params = asked.as_chat()
+            params = self._as_chat(asked)
             [prompt] = await self._generator.read(
                 lambda tokenizer, ready: tokenize(tokenizer, params, ready.max_context_tokens),
                 params.model,
@@ -71,6 +69,12 @@ class MessagesApi:
         stages = {"received_s": state.received_s, "end_s": time.monotonic()}
         log_answered(state.id, request.scope["path"], 1, len(prompt.token_ids), stages)
         return JSONResponse({"input_tokens": len(prompt.token_ids)})
+
+    def _as_chat(self, asked: CountTokensRequest) -> ChatCompletionRequest:
+        """Raises: ApiError."""
+        if asked.has_thinking:
+            self._answering.check_reasoning("thinking")
+        return asked.as_chat()
 
 
 class _MessageWriter(AnswerWriter):

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from headrace.server.errors import ApiError, BadRequestError
 from headrace.server.messages_protocol import FIELD_NAMES, CountTokensRequest
@@ -103,3 +104,34 @@ def test_errors_of_the_chat_name_the_fields_of_the_message(param: str, expected:
         assert caught.value.message == message.replace(param, expected)
     with pytest.raises(ApiError, match=re.escape("nobody's fault")), renaming(FIELD_NAMES):
         raise BadRequestError("nobody's fault")
+
+
+TEXTS = st.sampled_from(["", "a", "\n"])
+CONTENTS = TEXTS | st.lists(
+    st.builds(text, TEXTS)
+    | st.sampled_from([USE, RESULT, RESULT | {"is_error": True}, {"type": "redacted_thinking"}, {"type": "image"}]),
+    max_size=3,
+)
+TURNS = st.builds(
+    lambda role, content: {"role": role, "content": content}, st.sampled_from(["user", "assistant", "system"]), CONTENTS
+)
+
+
+def refused_field(fields: dict[str, Any]) -> str | None:
+    """The field that is at fault, None where the turns become a chat; each result is then a message."""
+    try:
+        request = validate(CountTokensRequest, fields).as_chat()
+    except ApiError as error:
+        return error.param
+    roles = [message.role for message in request.messages]
+    blocks = [block for turn in fields["messages"] for block in turn["content"] if isinstance(block, dict)]
+    assert roles.count("tool") == sum(block["type"] == "tool_result" for block in blocks)
+    assert request.is_continued == (roles[-1] == "assistant")
+    return None
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(turns=st.lists(TURNS, max_size=5), system=st.none() | CONTENTS)
+def test_any_turns_become_a_chat_or_are_refused_by_name(turns: list[dict[str, Any]], system: Any) -> None:
+    field = refused_field({"messages": turns, "system": system})
+    assert field is None or field.startswith(("messages", "system"))
