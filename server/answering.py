@@ -7,20 +7,26 @@ parts are followed here too; how one is written is known to the route's own `Ans
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from headrace.server.answer_parts import AnswerParser, Part
 from headrace.server.errors import ApiError, UnsupportedParameterError
 from headrace.server.generation import Generation, Stages
 from headrace.server.generator import Generator
+from headrace.server.logprobs import make_off_loop
 from headrace.server.protocol import FieldNames, GenerationParams, rename
 from headrace.server.settings import Settings
 from headrace.server.sse import padded
 from headrace.server.stream_log import LogSlice, Subscriber
 from headrace.server.tool_calls import find_reasoning
 from headrace.server.tracing import Report, trace_context
+
+# Of a whole answer, looked at for its parts in the time that a token's log probabilities take.
+_CHARS_PER_LOGPROB = 1000
 
 
 class Answering:
@@ -70,6 +76,13 @@ class Answering:
             self.generator.client.cancel(generation, error)
         generations[0].stages.end_s = self.generator.client.clock()  # of the response, which outlasts the last token
         self._report(generations, request.scope["path"], trace_context(request.headers))
+
+
+async def whole_response(make: Callable[[], Any], pieces: Sequence[LogSlice]) -> Response:
+    """The response of an answer that is whole, as `make` writes it out of these pieces: on a worker if that takes
+    long."""
+    num_slow = sum(len(piece.logprobs) + len(piece.text) // _CHARS_PER_LOGPROB for piece in pieces)
+    return await make_off_loop(lambda: JSONResponse(make()), num_slow)
 
 
 class AnswerWriter(ABC):

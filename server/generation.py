@@ -56,10 +56,10 @@ class Generation:
     """`id` is what the log calls it, `request_id` what the engine calls it; the prompt is not kept.
 
     `choice` numbers the answers to one prompt. `echo` is text that comes before the answer, with `prompt_logprobs`, a
-    list that all choices of a prompt share and the first one fills. `grammar_field` is the request's, where its grammar
-    is. `predicted_ttft_s` is the bare prediction that it was admitted with, until it can be compared.
-    `begins_in_reasoning` tells that its prompt has begun the model's reasoning. `on_end` is called once the log has
-    closed. What `is_journaled` a later process can go on with. What `is_cancelled` is over, or will be soon.
+    list that all choices of a prompt share and the first one fills. `begins_in_reasoning` tells that the prompt has
+    begun the model's reasoning. `grammar_field` is the request's, where its grammar is. `predicted_ttft_s` is the bare
+    prediction that it was admitted with, until it can be compared. `on_end` is called once the log has closed. What
+    `is_journaled` a later process can go on with. What `is_cancelled` is over, or will be soon.
     """
 
     id: str

@@ -22,7 +22,7 @@ from headrace.server.answer_parts import (
     ToolCallPart,
     parse_arguments,
 )
-from headrace.server.answering import Answering, AnswerWriter, answer_frames
+from headrace.server.answering import Answering, AnswerWriter, answer_frames, whole_response
 from headrace.server.error_forms import anthropic_form
 from headrace.server.errors import ApiError, InternalError
 from headrace.server.generation import Generation
@@ -53,7 +53,7 @@ class MessagesApi:
             if asked.stream:
                 return EventStream(answer_frames(generation, parser, writer, settings), writer.failure(InternalError()))
             [piece] = await self._answering.whole([generation])
-            return JSONResponse(writer.whole([*parser.push(piece.text), *parser.finish()]))
+            return await whole_response(lambda: writer.whole([*parser.push(piece.text), *parser.finish()]), [piece])
 
     async def count_tokens(self, request: Request, body: bytes) -> Response:
         asked, state = validate(CountTokensRequest, parse_json_object(body)), request.state

@@ -26,7 +26,7 @@ from headrace.server.answer_parts import (
     ToolCallPart,
     parse_arguments,
 )
-from headrace.server.answering import Answering, AnswerWriter, answer_frames
+from headrace.server.answering import Answering, AnswerWriter, answer_frames, whole_response
 from headrace.server.error_forms import ollama_form
 from headrace.server.errors import ApiError, InternalError, ModelNotFoundError
 from headrace.server.generation import Generation
@@ -162,7 +162,7 @@ class OllamaApi:
             frames = answer_frames(generation, parser, writer, settings)
             return EventStream(frames, writer.failure(InternalError()), "application/x-ndjson")
         [piece] = await self._answering.whole([generation])
-        return JSONResponse(writer.whole([*parser.push(piece.text), *parser.finish()]))
+        return await whole_response(lambda: writer.whole([*parser.push(piece.text), *parser.finish()]), [piece])
 
     def _loaded(self, model: str | None, make_object: _MakeObject) -> Response:
         """The answer to a request that only wants its model loaded. Raises: ApiError where it is not."""

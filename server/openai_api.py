@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from headrace.scheduler.messages import FinishReason
 from headrace.server.answer_parser import is_only_text, make_parser
 from headrace.server.answer_parts import Part, ReasoningPart, TextPart, ToolArgumentsPart, ToolCallPart
-from headrace.server.answering import Answering
+from headrace.server.answering import Answering, whole_response
 from headrace.server.errors import ModelNotFoundError
 from headrace.server.generation import Generation, final_usage, usage
 from headrace.server.logprobs import chat_logprobs, completion_logprobs, make_off_loop
@@ -98,8 +98,7 @@ class OpenAIApi:
             options = params.stream_options or StreamOptions()
             return EventStream(_frames(generations, format, options, self._generator.settings))
         pieces = await self._answering.whole(generations)
-        num_scored = sum(len(piece.logprobs) for piece in pieces)
-        return await make_off_loop(lambda: JSONResponse(format.whole(pieces, final_usage(generations))), num_scored)
+        return await whole_response(lambda: format.whole(pieces, final_usage(generations)), pieces)
 
 
 async def _frames(

@@ -252,7 +252,11 @@ def _from_directory(folder: Path, keeps_control_tokens: bool) -> Tokenizer:
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(token_id, int) for token_id in ids):
         raise ModelSourceError(f"{folder}: eos_token_id is {eos!r}, which is no token's id")
-    return Tokenizer(wrapper, frozenset(ids), keeps_control_tokens=keeps_control_tokens)
+    tokenizer = Tokenizer(wrapper, frozenset(ids), keeps_control_tokens=keeps_control_tokens)
+    # Llama's end of a message that waits for a call's result, which not every copy of its configs has.
+    if (eom := tokenizer.special_token_id("<|eom_id|>")) is not None:
+        tokenizer.eos_token_ids |= {eom}
+    return tokenizer
 
 
 def _from_gguf(file: GGUFFile, keeps_control_tokens: bool) -> Tokenizer:
