@@ -309,10 +309,10 @@ async def test_openais_client_reads_calls_in_strict_mode() -> None:
 
 
 async def test_openais_client_is_told_which_parameter_is_refused() -> None:
+    wrong: Any = {"model": "fake", "messages": [QUESTION], "tools": [{"type": "function"}]}
     async with speaking(TEXT) as app, client_of(app) as client:
         with pytest.raises(openai.BadRequestError) as refused:
-            wrong: Any = {"tools": [{"type": "function"}]}
-            await client.chat.completions.create(model="fake", messages=[], **wrong)
+            await client.chat.completions.create(**wrong)
     assert refused.value.param == "tools[0].function"
 
 
