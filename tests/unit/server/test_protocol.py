@@ -178,7 +178,7 @@ def test_calls_and_results_are_read_where_they_belong_and_null_is_none() -> None
         {"role": "user", "content": "x"},
         {"role": "assistant", "content": ""},
         {"role": "assistant", "content": "", "tool_calls": [call, call | {"id": "b"}]},
-        {"role": "tool", "content": "y", "name": "f", "tool_call_id": "a"},
+        {"role": "tool", "content": [{"type": "text", "text": "y"}], "name": "f", "tool_call_id": "a"},
     ]
 
 
