@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 CLIENTS := tests/e2e/clients
 CLIENT_VENVS := $(CLIENTS)/.venvs
 ARGS ?=
-FUZZ_TARGETS ?= request_parser sse_encoder gguf_reader stop_strings
+FUZZ_TARGETS ?= request_parser sse_encoder gguf_reader stop_strings answer_parser
 FUZZ_S ?= 60
 # pip, with a line per package instead of its dozens.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt

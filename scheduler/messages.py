@@ -79,7 +79,8 @@ class GenerationRequest:
     begun before, `output_token_ids` is what there is of it. The answer is kept within the `grammar`.
 
     `leader_id` names an earlier request with the same prompt: this one waits until that prompt is computed, and then
-    finds it in the prefix cache. Only requests with equal `cache_salt` share cached blocks. A tenant's `weight` is its
+    finds it in the prefix cache. `adapter` is the name of one, None for the model as it is. Only requests with equal
+    `cache_salt` and the same adapter share cached blocks. A tenant's `weight` is its
     share among those of its tier. The first token should come by `target_s`; the request ends where the engine has not
     begun it by `queue_deadline_s`, has no token by `first_token_deadline_s`, none in `stall_timeout_s` after the last,
     or has not finished by `deadline_s`.
@@ -101,6 +102,7 @@ class GenerationRequest:
     cache_salt: bytes = b""
     output_token_ids: tuple[int, ...] = ()
     grammar: "Grammar | None" = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -232,6 +232,8 @@ class Model(TypedDict):
     owned_by: str
     task: Literal["generate", "embed", "score", "classify"]
     max_model_len: int | None
+    root: str
+    parent: str | None
 
 
 class Version(TypedDict):

@@ -91,8 +91,9 @@ class App:
         load_one_shots: Callable[[], Mapping[str, OneShotModel]] = dict,
         model_fingerprint: str = "",
         read_details: Callable[[], ModelDetails] = ModelDetails,
+        adapters: Mapping[str, str] | None = None,
     ) -> None:
-        """Raises: ApiKeysError, JournalError."""
+        """`adapters` are those of the model, with their fingerprints. Raises: ApiKeysError, JournalError."""
         self.settings = settings
         self.keys = None if settings.api_keys_file is None else ApiKeys(Path(settings.api_keys_file))
         self.journal: Journal | None = None
@@ -134,7 +135,9 @@ class App:
         limiter = anyio.CapacityLimiter(settings.tokenizer_threads)
         self.limits = TenantLimits(self.keys, self.client.clock)
         self.grammars = Grammars(settings.grammar_cache_bytes)
-        self.generator = Generator(self.client, settings, model_name, limiter, self.keys, self.limits, self.grammars)
+        self.generator = Generator(
+            self.client, settings, model_name, limiter, self.keys, self.limits, self.grammars, adapters or {}
+        )
         self.one_shots = OneShots(one_shots, self.client, settings, self.keys)
         self._answering = Answering(self.generator, self._report)
         self._ollama = OllamaApi(self._answering)

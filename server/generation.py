@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """All that an answer follows from, and the seconds it may take: who has it can begin the answer again, or go on
-    with one that was begun. `kept_token_ids` are special tokens that are text all the same."""
+    with one that was begun. A model's adapter can change as the model itself can, so its fingerprint is a part.
+    `kept_token_ids` are special tokens that are text all the same."""
 
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
@@ -35,6 +36,8 @@ class Recipe:
     stall_timeout_s: float
     grammar: GrammarSource | None = None
     kept_token_ids: tuple[int, ...] = ()
+    adapter: str | None = None
+    adapter_fingerprint: str = ""
 
 
 @dataclass(slots=True)
@@ -53,7 +56,8 @@ class Stages:
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """`id` is what the log calls it, `request_id` what the engine calls it; the prompt is not kept.
+    """`id` is what the log calls it, `request_id` what the engine calls it; the prompt is not kept. `model` is the name
+    of the model, or of the adapter, that answers.
 
     `choice` numbers the answers to one prompt. `echo` is text that comes before the answer, with `prompt_logprobs`, a
     list that all choices of a prompt share and the first one fills. `begins_in_reasoning` tells that the prompt has
@@ -71,6 +75,7 @@ class Generation:
     choice: int = 0
     echo: str = ""
     tier: Tier = Tier.STANDARD
+    model: str = ""
     predicted_ttft_s: float | None = None
     begins_in_reasoning: bool = False
     is_journaled: bool = False

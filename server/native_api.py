@@ -103,7 +103,7 @@ class NativeApi:
             params = parse_request(StreamCompletionRequest, fields)
         stream = await self._start(request, params, len(body))
         urls = _urls(stream.id)
-        content = {"id": stream.id, "created": stream.created_s, "model": self._generator.model_name, **urls}
+        content = {"id": stream.id, "created": stream.created_s, "model": stream.generation.model, **urls}
         return JSONResponse(content, 201, {"location": urls["url"]})
 
     async def issue_ticket(self, request: Request) -> Response:
@@ -304,7 +304,7 @@ class NativeApi:
             "id": stream.id,
             "object": "stream",
             "created": stream.created_s,
-            "model": self._generator.model_name,
+            "model": generation.model,
             "status": status,
             "text": generation.log.read().text,
             "cursor": cursor,

@@ -92,7 +92,7 @@ class OllamaApi:
 
     async def tags(self, request: Request) -> Response:
         """GET /api/tags: the models that there are."""
-        return JSONResponse({"models": [self._model()]})
+        return JSONResponse({"models": [self._model(name) for name in self._names]})
 
     async def running(self, request: Request) -> Response:
         """GET /api/ps: the models that are loaded."""
@@ -105,7 +105,7 @@ class OllamaApi:
             "size_vram": num_gpu_bytes,
             "context_length": ready.max_context_tokens,
         }
-        return JSONResponse({"models": [self._model() | loaded]})
+        return JSONResponse({"models": [self._model(name) | loaded for name in self._names]})
 
     async def show(self, request: Request, body: bytes) -> Response:
         """POST /api/show: what a model is and can."""
@@ -124,7 +124,7 @@ class OllamaApi:
                 "modelfile": "",
                 "parameters": "",
                 "template": tokenizer.chat_template(),
-                "details": _model_details(details),
+                "details": self._details_of(self._served_name(asked.model)),
                 "model_info": {
                     "general.architecture": details.family,
                     "general.parameter_count": details.num_parameters,
@@ -156,7 +156,7 @@ class OllamaApi:
         if isinstance(params, ChatCompletionRequest):
             parser = make_parser(self._generator.tokenizer, params, begins_in_reasoning=generation.begins_in_reasoning)
         settings = self._generator.settings
-        make = partial(make_object, asked.model or self._tagged_name)
+        make = partial(make_object, asked.model or _tagged(self._generator.model_name))
         writer = _LineWriter(generation, settings, field_names, make)
         if asked.is_streamed:
             frames = answer_frames(generation, parser, writer, settings)
@@ -167,34 +167,52 @@ class OllamaApi:
     def _loaded(self, model: str | None, make_object: _MakeObject) -> Response:
         """The answer to a request that only wants its model loaded. Raises: ApiError where it is not."""
         self._check_served(model)
-        return JSONResponse(make_object(model or self._tagged_name) | {"done": True, "done_reason": "load"})
+        return JSONResponse(
+            make_object(model or _tagged(self._generator.model_name)) | {"done": True, "done_reason": "load"}
+        )
 
     def _check_served(self, model: str | None) -> None:
         """Raises: ModelNotFoundError; UnavailableError while it is loading, or the server ends."""
-        if self._served_name(model) != self._generator.model_name:
+        if self._served_name(model) not in self._names:
             raise ModelNotFoundError(f"the model `{model}` does not exist", param="model")
         self._generator.client.check_accepting()
 
+    @property
+    def _names(self) -> list[str]:
+        """The model's name, and its adapters'."""
+        return [self._generator.model_name, *self._generator.adapters]
+
     def _served_name(self, model: str | None) -> str:
         """The name that a model is served under, whether or not either has the default tag."""
-        served = self._generator.model_name
-        bare = (model or served).removesuffix(_DEFAULT_TAG)
-        return served if bare == served.removesuffix(_DEFAULT_TAG) else bare
+        bare = (model or self._generator.model_name).removesuffix(_DEFAULT_TAG)
+        return next((name for name in self._names if name.removesuffix(_DEFAULT_TAG) == bare), bare)
 
-    @property
-    def _tagged_name(self) -> str:
-        name = self._generator.model_name
-        return name if ":" in name else name + _DEFAULT_TAG
-
-    def _model(self) -> dict[str, Any]:
+    def _details_of(self, name: str) -> dict[str, Any]:
+        """What an adapter has is its model's."""
+        details, base = self.details, self._generator.model_name
+        millions = details.num_parameters / 1e6
         return {
-            "name": self._tagged_name,
-            "model": self._tagged_name,
+            "parent_model": "" if name == base else base,
+            "format": details.format,
+            "family": details.family,
+            "families": [details.family],
+            "parameter_size": f"{millions:.2f}M" if millions < 1000 else f"{millions / 1000:.1f}B",
+            "quantization_level": details.value_type,
+        }
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {
+            "name": _tagged(name),
+            "model": _tagged(name),
             "modified_at": _timestamp(datetime.fromtimestamp(self.details.modified_s, UTC)),
             "size": self.details.num_bytes,
             "digest": self.details.digest,
-            "details": _model_details(self.details),
+            "details": self._details_of(name),
         }
+
+
+def _tagged(name: str) -> str:
+    return name if ":" in name else name + _DEFAULT_TAG
 
 
 def _chat_object(
@@ -293,18 +311,6 @@ def _call(call: ToolCallPart, arguments: str) -> dict[str, Any]:
 
 def _nanoseconds(seconds: float | None) -> int:
     return round((seconds or 0) * 1e9)
-
-
-def _model_details(details: ModelDetails) -> dict[str, Any]:
-    millions = details.num_parameters / 1e6
-    return {
-        "parent_model": "",
-        "format": details.format,
-        "family": details.family,
-        "families": [details.family],
-        "parameter_size": f"{millions:.2f}M" if millions < 1000 else f"{millions / 1000:.1f}B",
-        "quantization_level": details.value_type,
-    }
 
 
 def _timestamp(at: datetime) -> str:

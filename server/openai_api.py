@@ -72,9 +72,13 @@ class OpenAIApi:
     def _models(self) -> list[dict[str, Any]]:
         ready = self._generator.client.ready
         context = ready.max_context_tokens if ready else None
-        models = [(self._generator.model_name, "generate", context)]
+        base = self._generator.model_name
+        models = [
+            (base, "generate", context, None),
+            *((name, "generate", context, base) for name in self._generator.adapters),
+        ]
         for model in self._one_shots.models:
-            models.append((model.name, model.task.value, getattr(model.reader, "max_tokens", None)))
+            models.append((model.name, model.task.value, getattr(model.reader, "max_tokens", None), None))
         return [
             {
                 "id": name,
@@ -83,8 +87,10 @@ class OpenAIApi:
                 "owned_by": "headrace",
                 "task": task,
                 "max_model_len": max_tokens,
+                "root": parent or name,
+                "parent": parent,
             }
-            for name, task, max_tokens in models
+            for name, task, max_tokens, parent in models
         ]
 
     async def _complete(
@@ -93,7 +99,7 @@ class OpenAIApi:
         id = f"{make_format.id_prefix}{request.state.id}"
         generations = await self._answering.start(request, params, id, num_bytes)
         assert self._generator.tokenizer is not None
-        format = make_format.make(id, self._generator.model_name, self._generator.tokenizer, params, generations[0])
+        format = make_format.make(id, generations[0].model, self._generator.tokenizer, params, generations[0])
         if params.stream:
             options = params.stream_options or StreamOptions()
             return EventStream(_frames(generations, format, options, self._generator.settings))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import anyio
@@ -79,9 +80,11 @@ def serve(settings: Settings, load_engine: LoadEngine | None = None) -> int:
         one_shots = [_resolve_one_shot(one_shot) for one_shot in settings.one_shot_models]
         if one_shots:
             os.environ.setdefault("GOMP_SPINCOUNT", _OPENMP_SPINS)  # read when torch is imported
-        _check_names([settings.served_model_name or source.name, *(one_shot.name for one_shot in one_shots)])
-        load_engine = load_engine or partial(_load_engine, settings, source)
-        server = _Server(settings, source, one_shots, load_engine, listeners, tls, started_s)
+        adapters = [_find_adapter(name, folder) for name, folder in settings.lora_adapters.items()]
+        beside = [*(one_shot.name for one_shot in one_shots), *(adapter.name for adapter in adapters)]
+        _check_names([settings.served_model_name or source.name, *beside])
+        load_engine = load_engine or partial(_load_engine, settings, source, adapters)
+        server = _Server(settings, source, one_shots, adapters, load_engine, listeners, tls, started_s)
     except HeadraceError as error:
         print(f"headrace: {error}", file=sys.stderr)
         return 1
@@ -234,6 +237,7 @@ class _Server(DrainingServer):
         settings: Settings,
         source: ModelSource,
         one_shots: Sequence[OneShotSource],
+        adapters: Sequence[ModelSource],
         load_engine: LoadEngine,
         listeners: Sequence[socket.socket],
         tls: ssl.SSLContext | None,
@@ -244,7 +248,7 @@ class _Server(DrainingServer):
         self._error: Exception | None = None
         name = settings.served_model_name or source.name
         endpoint = settings.otlp_traces_endpoint
-        self._tracing = None if endpoint is None else open_tracing(endpoint, name)
+        self._tracing = None if endpoint is None else open_tracing(endpoint)
         self._app = App(
             settings,
             name,
@@ -256,6 +260,7 @@ class _Server(DrainingServer):
             load_one_shots=partial(_load_one_shots, settings, one_shots),
             model_fingerprint="" if settings.journal_file is None else source.fingerprint(),
             read_details=partial(read_model_details, source),
+            adapters={each.name: "" if settings.journal_file is None else each.fingerprint() for each in adapters},
         )
         super().__init__(self._app, settings, listeners, tls)
 
@@ -313,7 +318,7 @@ def _settle_garbage_collector() -> None:
     gc.set_threshold(10_000, 10, 10)
 
 
-def _load_engine(settings: Settings, source: ModelSource) -> tuple[Scheduler, Runner]:
+def _load_engine(settings: Settings, source: ModelSource, adapters: Sequence[ModelSource]) -> tuple[Scheduler, Runner]:
     targets_ms = settings.itl_targets_ms
     config = EngineConfig(
         model_path=source.path,
@@ -334,6 +339,7 @@ def _load_engine(settings: Settings, source: ModelSource) -> tuple[Scheduler, Ru
         tier_weights=settings.tier_weights,
         one_shot_share=settings.one_shot_share,
         itl_targets_s=None if targets_ms == "auto" else tuple(target_ms / 1000 for target_ms in targets_ms),
+        lora_adapters={each.name: each.path for each in adapters},
     )
     with _LOADING:
         # Imported on the engine thread: torch takes a second or two, and the server listens meanwhile.
@@ -348,6 +354,14 @@ def _resolve_one_shot(settings: OneShotModelSettings) -> OneShotSource:
     if source.is_gguf:
         raise ModelSourceError(f"{settings.model}: a one-shot model is a Hugging Face directory, not a .gguf file")
     return OneShotSource(settings.name or source.name, source.path, settings)
+
+
+def _find_adapter(name: str, folder: str) -> ModelSource:
+    """Raises: ModelSourceError."""
+    path = Path(os.path.expanduser(folder))
+    if not (path / "adapter_config.json").is_file():
+        raise ModelSourceError(f"lora_adapters: {name}: {folder} is no directory with an adapter_config.json")
+    return ModelSource(path, name)
 
 
 def _check_names(names: Sequence[str]) -> None:

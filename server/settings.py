@@ -60,6 +60,8 @@ _PerTierOrAuto = Annotated[
 ]
 
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)]
+_AdapterName = Annotated[str, Field(min_length=1, max_length=512)]  # as `model` in a request may be
+_AdapterFolder = Annotated[str, Field(min_length=1)]
 
 
 def is_loopback(host: str) -> bool:
@@ -150,6 +152,10 @@ class Settings(ListenerSettings):
         None,
         pattern=r"^https?://",
         description="URL of an OpenTelemetry collector, such as http://127.0.0.1:4318/v1/traces; needs headrace[otel]",
+    )
+
+    lora_adapters: dict[_AdapterName, _AdapterFolder] = Field(
+        {}, description="LoRA adapters of the model: PEFT's directories, by the names that clients use"
     )
 
     device: str = Field(

@@ -258,6 +258,19 @@ async def test_the_model_is_described() -> None:
     assert shown.capabilities == ["completion", "tools"]
 
 
+async def test_adapters_are_models_with_a_parent() -> None:
+    async with live_app() as app, client_of(app) as client:
+        app.generator.adapters = {"poet": ""}
+        model, adapter = (await client.list()).models
+        assert (model.model, adapter.model) == ("fake:latest", "poet:latest")
+        assert model.details is not None
+        assert adapter.details is not None
+        assert (model.details.parent_model, adapter.details.parent_model) == ("", "fake")
+        shown = await client.show("poet")
+        assert shown.details == adapter.details
+        assert (await client.generate("poet")).done_reason == "load"
+
+
 async def test_a_model_that_reasons_says_so() -> None:
     async with speaking("x") as app, client_of(app) as client:
         assert (await client.show("fake")).capabilities == ["completion", "tools", "thinking"]

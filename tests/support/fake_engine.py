@@ -33,6 +33,11 @@ def next_token(token_ids: Iterable[int]) -> int:
     return ord("a") + state % 26
 
 
+def adapter_token_ids(adapter: str | None) -> list[int]:
+    """What makes an adapter's answers other ones: the fake model computes as if these came before a prompt."""
+    return [] if adapter is None else [*adapter.encode()]
+
+
 def computed_tokens(row: ScheduledRow, pending: Mapping[int, int]) -> list[int]:
     """A row's tokens and all before them. The last can be one that the step before drew for its request."""
     token_ids = list(row.sequence.token_ids[: row.start + row.num_tokens])
@@ -51,6 +56,7 @@ def run(output: SchedulerOutput, pending: Mapping[int, int] = MappingProxyType({
         num_prompt_logprobs = sampling.num_prompt_logprobs or 0
         prompt_ids = row.sequence.request.prompt_token_ids
         prompt = tuple(fake_logprobs(prompt_ids[i], num_prompt_logprobs) for i in row.scored_positions)
+        token_ids = [*adapter_token_ids(row.sequence.request.adapter), *token_ids]
         token_id = next_token([sampling.choice, *token_ids] if sampling.choice else token_ids)
         grammar = row.sequence.grammar
         if grammar is not None and row.is_sampled:
@@ -248,9 +254,10 @@ def byte_tokenizer(
     return Tokenizer(wrapper, frozenset({EOS}), keeps_control_tokens=keeps_control_tokens)
 
 
-def expected_text(prompt: str, num_tokens: int, choice: int = 0) -> str:
+def expected_text(prompt: str, num_tokens: int, choice: int = 0, adapter: str | None = None) -> str:
     """What the fake model answers to a completion prompt."""
-    token_ids = list(prompt.encode())
+    before = [*adapter_token_ids(adapter), *prompt.encode()]
+    token_ids = list(before)
     for _ in range(num_tokens):
         token_ids.append(next_token([choice, *token_ids] if choice else token_ids))
-    return bytes(token_ids[len(prompt.encode()) :]).decode()
+    return bytes(token_ids[len(before) :]).decode()
