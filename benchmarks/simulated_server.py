@@ -244,7 +244,7 @@ class _LetterDetokenizer(Detokenizer):
 
     def __init__(self) -> None:
         self.num_chars = 0
-        self.is_stopped = False
+        self.stop_string = None
 
     def push(self, token_id: int) -> str:
         self.num_chars += 1

@@ -2,10 +2,11 @@
 
 For the OpenAPI document alone: answers are written where they are made, field by field, and a test compares them with
 these. Fields may be added to any of them.
-Source: OpenAI's API reference; Jina's and vLLM's for the one-shot routes.
+Source: OpenAI's API reference; Anthropic's and Ollama's for their routes; Jina's and vLLM's for the one-shot routes;
+vLLM's for tokens.
 """
 
-from typing import Literal, NotRequired
+from typing import Any, Literal, NotRequired
 
 # typing's own is not for pydantic before Python 3.12.
 from typing_extensions import TypedDict
@@ -22,6 +23,35 @@ class Error(TypedDict):
 
 class ErrorEnvelope(TypedDict):
     error: Error
+
+
+class AnthropicError(TypedDict):
+    """`message` names the field at fault."""
+
+    type: Literal[
+        "invalid_request_error",
+        "authentication_error",
+        "permission_error",
+        "not_found_error",
+        "request_too_large",
+        "rate_limit_error",
+        "api_error",
+        "overloaded_error",
+        "timeout_error",
+    ]
+    message: str
+
+
+class AnthropicErrorEnvelope(TypedDict):
+    type: Literal["error"]
+    error: AnthropicError
+    request_id: str
+
+
+class OllamaError(TypedDict):
+    """The message, which names the field at fault."""
+
+    error: str
 
 
 class Status(TypedDict):
@@ -206,9 +236,214 @@ class Model(TypedDict):
     parent: str | None
 
 
+class Version(TypedDict):
+    version: str
+
+
 class ModelList(TypedDict):
     object: Literal["list"]
     data: list[Model]
+
+
+class Tokens(TypedDict):
+    """`token_strs` are the tokens as the vocabulary spells them, null unless asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(TypedDict):
+    prompt: str
+
+
+class TextContent(TypedDict):
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingContent(TypedDict):
+    type: Literal["thinking"]
+    thinking: str
+    signature: str
+
+
+class ToolUseContent(TypedDict):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class AnthropicUsage(TypedDict):
+    """`input_tokens` are those that were not found in the cache."""
+
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class AnthropicMessage(TypedDict):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[TextContent | ThinkingContent | ToolUseContent]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None
+    stop_sequence: str | None
+    usage: AnthropicUsage
+
+
+class MessageStart(TypedDict):
+    type: Literal["message_start"]
+    message: AnthropicMessage
+
+
+class ContentBlockStart(TypedDict):
+    type: Literal["content_block_start"]
+    index: int
+    content_block: TextContent | ThinkingContent | ToolUseContent
+
+
+class TextDelta(TypedDict):
+    type: Literal["text_delta"]
+    text: str
+
+
+class ThinkingDelta(TypedDict):
+    type: Literal["thinking_delta"]
+    thinking: str
+
+
+class InputJsonDelta(TypedDict):
+    type: Literal["input_json_delta"]
+    partial_json: str
+
+
+class ContentBlockDelta(_Padded):
+    type: Literal["content_block_delta"]
+    index: int
+    delta: TextDelta | ThinkingDelta | InputJsonDelta
+
+
+class ContentBlockStop(TypedDict):
+    type: Literal["content_block_stop"]
+    index: int
+
+
+class MessageEnd(TypedDict):
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+    stop_sequence: str | None
+
+
+class MessageDelta(TypedDict):
+    type: Literal["message_delta"]
+    delta: MessageEnd
+    usage: AnthropicUsage
+
+
+class MessageStop(TypedDict):
+    type: Literal["message_stop"]
+
+
+class Ping(TypedDict):
+    type: Literal["ping"]
+
+
+class TokenCount(TypedDict):
+    input_tokens: int
+
+
+class _OllamaAnswer(_Padded):
+    """A part of an answer, or where it is `done` the end or all of it; durations are nanoseconds."""
+
+    model: str
+    created_at: str
+    done: bool
+    done_reason: NotRequired[Literal["stop", "length", "load"]]
+    total_duration: NotRequired[int]
+    load_duration: NotRequired[int]
+    prompt_eval_count: NotRequired[int]
+    prompt_eval_duration: NotRequired[int]
+    eval_count: NotRequired[int]
+    eval_duration: NotRequired[int]
+
+
+class OllamaCalledFunction(TypedDict):
+    name: str
+    arguments: dict[str, Any]
+
+
+class OllamaToolCall(TypedDict):
+    id: str
+    function: OllamaCalledFunction
+
+
+class OllamaAnswerMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str
+    thinking: NotRequired[str]
+    tool_calls: NotRequired[list[OllamaToolCall]]
+
+
+class OllamaChatAnswer(_OllamaAnswer):
+    message: OllamaAnswerMessage
+
+
+class OllamaGenerateAnswer(_OllamaAnswer):
+    response: str
+    thinking: NotRequired[str]
+
+
+class OllamaModelDetails(TypedDict):
+    parent_model: str
+    format: str
+    family: str
+    families: list[str]
+    parameter_size: str
+    quantization_level: str
+
+
+class OllamaModel(TypedDict):
+    name: str
+    model: str
+    modified_at: str
+    size: int
+    digest: str
+    details: OllamaModelDetails
+
+
+class OllamaModels(TypedDict):
+    models: list[OllamaModel]
+
+
+class OllamaRunningModel(OllamaModel):
+    expires_at: str
+    size_vram: int
+    context_length: int
+
+
+class OllamaRunningModels(TypedDict):
+    models: list[OllamaRunningModel]
+
+
+class OllamaShownModel(TypedDict):
+    modelfile: str
+    parameters: str
+    template: str
+    details: OllamaModelDetails
+    model_info: dict[str, Any]
+    capabilities: list[str]
+    modified_at: str
+
+
+class OllamaVersion(TypedDict):
+    """`version` is that of the API, `headrace` the server's."""
+
+    version: str
+    headrace: str
 
 
 class Ticket(TypedDict):

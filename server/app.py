@@ -25,10 +25,12 @@ from headrace.scheduler.messages import Tier
 from headrace.scheduler.one_shot_runner import OneShotModel
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.admin import admin_app
+from headrace.server.answering import Answering
 from headrace.server.api_keys import ApiKeys, reload_keys
 from headrace.server.endpoint import (
     Endpoint,
     ReceivedBytes,
+    Refuse,
     error_response,
     exception_handlers,
     refuse_event_source,
@@ -40,7 +42,10 @@ from headrace.server.generator import Generator
 from headrace.server.grammars import Grammars
 from headrace.server.guard import guards
 from headrace.server.journal import Journal
+from headrace.server.messages_api import MessagesApi
+from headrace.server.model_details import ModelDetails
 from headrace.server.native_api import NativeApi
+from headrace.server.ollama_api import OllamaApi
 from headrace.server.one_shot_api import OneShotApi
 from headrace.server.one_shot_models import OneShots, OneShotSource
 from headrace.server.openai_api import OpenAIApi
@@ -52,7 +57,9 @@ from headrace.server.stream_registry import StreamRegistry
 from headrace.server.tenant_limits import TenantLimits
 from headrace.server.tickets import Tickets
 from headrace.server.tokenizer import Tokenizer
+from headrace.server.tokens_api import TokensApi
 from headrace.server.tracing import Tracing
+from headrace.server.version import VERSION
 from headrace.server.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -67,8 +74,9 @@ _STATIC = Path(__file__).parent / "static"
 class App:
     """One server's parts. `asgi` is the application; the lifespan starts and stops the rest.
 
-    `load_engine` and `load_one_shots` run on the engine thread, `load_tokenizer` on a worker. `on_engine_change` is
-    called on the loop: with None once requests can be served, with the error if that cannot be or is over.
+    `load_engine` and `load_one_shots` run on the engine thread, `load_tokenizer` and `read_details` on a worker.
+    `on_engine_change` is called on the loop: with None once requests can be served, with the error if that cannot be or
+    is over.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class App:
         one_shots: Sequence[OneShotSource] = (),
         load_one_shots: Callable[[], Mapping[str, OneShotModel]] = dict,
         model_fingerprint: str = "",
+        read_details: Callable[[], ModelDetails] = ModelDetails,
         adapters: Mapping[str, str] | None = None,
     ) -> None:
         """`adapters` are those of the model, with their fingerprints. Raises: ApiKeysError, JournalError."""
@@ -130,9 +139,12 @@ class App:
             self.client, settings, model_name, limiter, self.keys, self.limits, self.grammars, adapters or {}
         )
         self.one_shots = OneShots(one_shots, self.client, settings, self.keys)
+        self._answering = Answering(self.generator, self._report)
+        self._ollama = OllamaApi(self._answering)
         self._native = NativeApi(self.generator, self.registry, self.tickets, self._report)
         self.settled = anyio.Event()  # requests can be served, or never will be
         self._load_tokenizer = load_tokenizer
+        self._read_details = read_details
         self._on_engine_change = on_engine_change
         self._tracing = tracing
         self.asgi = Starlette(
@@ -212,6 +224,7 @@ class App:
         try:
             self.generator.tokenizer = await anyio.to_thread.run_sync(self._load_tokenizer, abandon_on_cancel=True)
             await anyio.to_thread.run_sync(self.one_shots.load_readers, abandon_on_cancel=True)
+            self._ollama.details = await anyio.to_thread.run_sync(self._read_details, abandon_on_cancel=True)
         except HeadraceError as exception:
             error = exception
         else:
@@ -251,15 +264,18 @@ class App:
         return [Route("/health", self._health), Route("/ready", self._ready)]
 
     def _routes(self) -> list[Route | Mount]:
-        openai = OpenAIApi(self.generator, self.one_shots, self._report)
+        openai = OpenAIApi(self._answering, self.one_shots)
         one_shot = OneShotApi(self.one_shots, self.limits, self.metrics, self.settings.request_timeout_s)
+        messages = MessagesApi(self._answering)
+        ollama = self._ollama
+        tokens = TokensApi(self.generator)
         native = self._native
         metrics = self.metrics
         receiving = ReceivedBytes(self.settings.max_queue_bytes)
 
         def endpoint(
             respond: Callable[..., object],
-            refuse: Callable[[ApiError], Response] = error_response,
+            refuse: Refuse = error_response,
             max_body_bytes: int = self.settings.max_body_bytes,
             media_types: tuple[str, ...] = ("application/json",),
         ) -> Endpoint:
@@ -277,13 +293,26 @@ class App:
         return [
             Route("/", _page("index.html")),
             Route("/classify", _page("classify.html")),
+            Route("/docs", _page("docs.html")),
             Mount("/static", _PageFiles(directory=_STATIC)),
             *self._probes(),
             *([Route("/metrics", self._metrics)] if self.settings.admin_port is None else []),
             Route("/openapi.json", OpenApi(self.settings).get),
+            Route("/version", self._version),
             Route("/v1/models", openai.models),
+            Route("/v1/models/{id:path}", endpoint(openai.model), methods=["GET"]),
             Route("/v1/chat/completions", endpoint(openai.chat_completions), methods=["POST"]),
             Route("/v1/completions", endpoint(openai.completions), methods=["POST"]),
+            Route("/v1/messages", endpoint(messages.create), methods=["POST"]),
+            Route("/v1/messages/count_tokens", endpoint(messages.count_tokens), methods=["POST"]),
+            Route("/api/chat", endpoint(ollama.chat), methods=["POST"]),
+            Route("/api/generate", endpoint(ollama.generate), methods=["POST"]),
+            Route("/api/show", endpoint(ollama.show), methods=["POST"]),
+            Route("/api/tags", ollama.tags),
+            Route("/api/ps", ollama.running),
+            Route("/api/version", ollama.version),
+            Route("/tokenize", endpoint(tokens.tokenize), methods=["POST"]),
+            Route("/detokenize", endpoint(tokens.detokenize), methods=["POST"]),
             Route("/v1/embeddings", endpoint(one_shot.embeddings), methods=["POST"]),
             *(
                 Route(path, endpoint(one_shot.rerank), methods=["POST"])
@@ -335,6 +364,9 @@ class App:
         if self.client.stopped.is_set():
             return "engine_dead"
         return None if self.watchdog.hung is None else f"{self.watchdog.hung}_hung"
+
+    async def _version(self, request: Request) -> Response:
+        return JSONResponse({"version": VERSION})
 
     async def _metrics(self, request: Request) -> Response:
         exposed = bytearray()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
+from typing import TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -40,6 +41,8 @@ from headrace.server.tool_calls import call_grammar, parameter_schemas, template
 _MIN_TEMPERATURE = 1e-5
 # Log probabilities in one answer, alternatives and choices counted: some 20 MB of JSON.
 _MAX_LOGPROBS = 2**18
+
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -75,33 +78,16 @@ class Generator:
 
         Raises: ApiError. A cancellation while tokenizing is counted as a client that left.
         """
-        model = self.model_name if request.model is None else request.model
-        if model != self.model_name and model not in self.adapters:
-            raise ModelNotFoundError(f"the model `{model}` does not exist", param="model")
-        tier, weight = standing_of(self.keys, tenant)
-        demand = Demand(tier, tenant, weight, 0, request.num_sequences)
-        with self.client.reserve(demand, num_bytes), self._within_limits(demand):
-            ready = self.client.ready
-            if ready is None or self.tokenizer is None:
-                raise UnavailableError("the model is still loading", "loading")
-            context = ready.max_context_tokens
-            try:
-                # Not abandoned when the client leaves: the limiter would count the thread as free while it runs on.
-                prompts = await anyio.to_thread.run_sync(
-                    _tokenize, self.tokenizer, request, context, limiter=self.limiter
-                )
-                source, grammar = request.grammar_source, None
-                if isinstance(request, ChatCompletionRequest) and request.must_call:
-                    compile = partial(_compile_calls, self.grammars, self.tokenizer, request, prompts[0], ready)
-                    source, grammar = await anyio.to_thread.run_sync(compile, limiter=self.limiter)
-                elif source is not None:
-                    grammar = await self._compile(source, self.tokenizer, ready)
-                await anyio.lowlevel.checkpoint_if_cancelled()
-            except anyio.get_cancelled_exc_class():
-                self.client.metrics.count_cancelled("tokenizing")
-                raise
+        with self._place(request.model, tenant, request.num_sequences, num_bytes) as (demand, tokenizer, ready):
+            prompts = await self._on_worker(lambda: tokenize(tokenizer, request, ready.max_context_tokens))
+            source, grammar = request.grammar_source, None
+            if isinstance(request, ChatCompletionRequest) and request.must_call:
+                compile = partial(_compile_calls, self.grammars, tokenizer, request, prompts[0], ready)
+                source, grammar = await self._on_worker(compile)
+            elif source is not None:
+                grammar = await self._compile(source, tokenizer, ready)
             stages.tokenized_s = self.client.clock()
-            samplings = [_sampling_params(request, prompt.token_ids, self.tokenizer, ready) for prompt in prompts]
+            samplings = [_sampling_params(request, prompt.token_ids, tokenizer, ready) for prompt in prompts]
             num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
             demand = replace(demand, num_tokens=num_tokens)
             prediction = self.client.admit(demand)
@@ -138,6 +124,42 @@ class Generator:
                     leader = leader or generation
             self.limits.charge(tenant, num_tokens)
             return generations
+
+    async def read(
+        self, work: Callable[[Tokenizer, EngineReady], _T], model: str | None, tenant: str = "", num_bytes: int = 0
+    ) -> _T:
+        """Have a worker do what needs the tokenizer alone, under the limits of a request that generates.
+
+        Raises: ApiError, what `work` raises.
+        """
+        with self._place(model, tenant, 1, num_bytes) as (_, tokenizer, ready):
+            return await self._on_worker(lambda: work(tokenizer, ready))
+
+    @contextmanager
+    def _place(
+        self, model: str | None, tenant: str, num_sequences: int, num_bytes: int
+    ) -> Iterator[tuple[Demand, Tokenizer, EngineReady]]:
+        """Hold a request's places while it is read. Raises: ApiError. A cancellation inside is counted as a client that
+        left."""
+        if model is not None and model != self.model_name and model not in self.adapters:
+            raise ModelNotFoundError(f"the model `{model}` does not exist", param="model")
+        tier, weight = standing_of(self.keys, tenant)
+        demand = Demand(tier, tenant, weight, 0, num_sequences)
+        with self.client.reserve(demand, num_bytes), self._within_limits(demand):
+            if self.client.ready is None or self.tokenizer is None:
+                raise UnavailableError("the model is still loading", "loading")
+            try:
+                yield demand, self.tokenizer, self.client.ready
+            except anyio.get_cancelled_exc_class():
+                self.client.metrics.count_cancelled("tokenizing")
+                raise
+
+    async def _on_worker(self, work: Callable[[], _T]) -> _T:
+        """Raises: what `work` raises."""
+        # Not abandoned when the client leaves: the limiter would count the thread as free while it runs on.
+        done = await anyio.to_thread.run_sync(work, limiter=self.limiter)
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        return done
 
     def make(self, recipe: Recipe, id: str, stages: Stages, tier: Tier) -> Generation:
         """A generation of nothing so far, which the engine does not know yet."""
@@ -206,8 +228,7 @@ class Generator:
 
     async def _compile(self, source: GrammarSource, tokenizer: Tokenizer, ready: EngineReady) -> Grammar:
         """Raises: BadRequestError, naming the grammar's field."""
-        compile = partial(self.grammars.get, source, tokenizer, ready.vocab_size)
-        return await anyio.to_thread.run_sync(compile, limiter=self.limiter)
+        return await self._on_worker(lambda: self.grammars.get(source, tokenizer, ready.vocab_size))
 
     @contextmanager
     def _within_limits(self, demand: Demand) -> Iterator[None]:
@@ -222,7 +243,7 @@ class Generator:
     def _recipe(
         self,
         request: GenerationParams,
-        prompt: "_Prompt",
+        prompt: "Prompt",
         sampling: SamplingParams,
         salt: bytes,
         grammar: GrammarSource | None,
@@ -305,7 +326,7 @@ def _check_fits(
 
 
 @dataclass(frozen=True, slots=True)
-class _Prompt:
+class Prompt:
     """A prompt's tokens, and its text where the answer shall begin with it."""
 
     token_ids: tuple[int, ...]
@@ -316,28 +337,39 @@ def _shorter(asked_s: float | None, most_s: float) -> float:
     return most_s if asked_s is None else min(asked_s, most_s)
 
 
-def _tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> list[_Prompt]:
-    """Runs on a worker thread. Raises: BadRequestError, ContextLengthError for a text too long to be tokenized."""
+def tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> list[Prompt]:
+    """A request's prompts; runs on a worker thread.
+
+    Raises: BadRequestError, ContextLengthError for a text too long to be tokenized.
+    """
     if isinstance(request, ChatCompletionRequest):
         messages, tools = template_input(tokenizer, request)
-        text = tokenizer.render_chat(messages, tools)
+        text = tokenizer.render_chat(
+            messages,
+            tools,
+            variables=request.chat_template_kwargs or {},
+            add_generation_prompt=request.has_generation_prompt,
+            continue_final_message=request.is_continued,
+        )
         # A chat template writes the special tokens itself.
-        return [_Prompt(_encode(tokenizer, text, request, context, add_special_tokens=False))]
+        has_special_tokens = bool(request.add_special_tokens)
+        return [Prompt(_encode(tokenizer, text, request, context, add_special_tokens=has_special_tokens))]
     assert isinstance(request, CompletionRequest)
     prompts = []
+    has_special_tokens = request.add_special_tokens is not False
     for prompt in request.prompts:
         if isinstance(prompt, str):
-            token_ids = _encode(tokenizer, prompt, request, context, add_special_tokens=True)
-            prompts.append(_Prompt(token_ids, prompt if request.echo else ""))
+            token_ids = _encode(tokenizer, prompt, request, context, add_special_tokens=has_special_tokens)
+            prompts.append(Prompt(token_ids, prompt if request.echo else ""))
         else:
             has_echo = request.echo and len(prompt) < context  # a longer one is refused
             text = tokenizer.decode(prompt, skip_special_tokens=request.skips_special_tokens) if has_echo else ""
-            prompts.append(_Prompt(tuple(prompt), text))
+            prompts.append(Prompt(tuple(prompt), text))
     return prompts
 
 
 def _compile_calls(
-    grammars: Grammars, tokenizer: Tokenizer, request: ChatCompletionRequest, prompt: _Prompt, ready: EngineReady
+    grammars: Grammars, tokenizer: Tokenizer, request: ChatCompletionRequest, prompt: Prompt, ready: EngineReady
 ) -> tuple[GrammarSource, Grammar]:
     """Runs on a worker thread. Raises: BadRequestError, which names the parameters at fault."""
     has_begun = begins_in_reasoning(tokenizer, prompt.token_ids)

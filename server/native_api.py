@@ -20,11 +20,11 @@ from starlette.responses import JSONResponse, Response
 
 from headrace.server.errors import (
     BadRequestError,
+    InternalError,
     LostEventsError,
     NotAcceptableError,
     ShutdownError,
     UnauthorizedError,
-    internal_error,
 )
 from headrace.server.generation import Generation, Recipe, Stages, usage
 from headrace.server.generator import Generator
@@ -230,7 +230,7 @@ class NativeApi:
             raise BadRequestError("last_event_id: lies in the future of this stream", param="last_event_id")
         if log.terminal is not None and cursor == log.end:
             return Response(status_code=204)  # tells EventSource to stop
-        return EventStream(self._frames(stream, cursor), event_frame("error", internal_error(), id=None))
+        return EventStream(self._frames(stream, cursor), event_frame("error", InternalError().envelope(), id=None))
 
     async def _frames(self, stream: NativeStream, cursor: int) -> AsyncIterator[bytes]:
         """What one reader is sent; each item is one write."""
@@ -344,8 +344,9 @@ def _parse_cursor(id: str, last_event_id: str) -> tuple[int, int]:
 def _params_from_query(request: Request) -> StreamCompletionRequest:
     """A completion's fields out of the query: text as it stands, all else as JSON. Raises: BadRequestError."""
     fields: dict[str, Any] = {}
+    known = {*StreamCompletionRequest.model_fields, *UNSUPPORTED, *StreamCompletionRequest.unsupported}
     for name, value in request.query_params.items():
-        if name not in StreamCompletionRequest.model_fields and name not in UNSUPPORTED | WITHOUT_TOOLS:
+        if name not in known:
             continue
         if name == "stop":
             fields[name] = request.query_params.getlist(name)

@@ -35,7 +35,7 @@ from headrace.server.one_shot_protocol import (
     TextParams,
 )
 from headrace.server.protocol import parse_json_object, validate
-from headrace.server.request_log import log_one_shot
+from headrace.server.request_log import log_answered
 from headrace.server.sse import to_json
 from headrace.server.tenant_limits import TenantLimits
 
@@ -166,7 +166,7 @@ class OneShotApi:
             content = await self._models.write(lambda: write(outputs, num_tokens))
         state.is_accepted = True
         stages["end_s"] = time.monotonic()
-        log_one_shot(state.id, request.scope["path"], model.name, len(arrays), num_tokens, stages)
+        log_answered(state.id, request.scope["path"], len(arrays), num_tokens, stages)
         return Response(content, media_type="application/json")
 
     async def _compute(

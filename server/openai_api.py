@@ -1,8 +1,7 @@
 """OpenAI's generation routes: /v1/chat/completions, /v1/completions and /v1/models, streaming and not.
 
-Lives on the event loop. A response follows its generations' logs, one per choice; whatever ends the response (its last
-event, an error in one choice, a disconnect) ends them all. Frames are spliced from parts prepared once per response, so
-that a token costs little more than the encoding of its text.
+Lives on the event loop. A response follows its generations' logs, one per choice. Frames are spliced from parts
+prepared once per response, so that a token costs little more than the encoding of its text.
 Source: OpenAI's API reference.
 """
 
@@ -18,8 +17,9 @@ from starlette.responses import JSONResponse, Response
 from headrace.scheduler.messages import FinishReason
 from headrace.server.answer_parser import is_only_text, make_parser
 from headrace.server.answer_parts import Part, ReasoningPart, TextPart, ToolArgumentsPart, ToolCallPart
-from headrace.server.generation import Generation, Stages, final_usage, usage
-from headrace.server.generator import Generator
+from headrace.server.answering import Answering, whole_response
+from headrace.server.errors import ModelNotFoundError
+from headrace.server.generation import Generation, final_usage, usage
 from headrace.server.logprobs import chat_logprobs, completion_logprobs, make_off_loop
 from headrace.server.one_shot_models import OneShots
 from headrace.server.protocol import (
@@ -34,23 +34,20 @@ from headrace.server.settings import Settings
 from headrace.server.sse import HEARTBEAT, EventStream, data_frame, padded, to_json
 from headrace.server.stream_log import LogSlice, Subscriber
 from headrace.server.tokenizer import Tokenizer
-from headrace.server.tracing import Report, trace_context
 from headrace.server.version import SYSTEM_FINGERPRINT
 
 _DONE = b"data: [DONE]\n\n"
 # What a client that asks for obfuscation has its texts rounded up to.
 _OBFUSCATED_BYTES = 32
-# Of a whole answer, looked at for its parts in the time that a token's log probabilities take.
-_CHARS_PER_LOGPROB = 1000
 
 
 class OpenAIApi:
-    """The routes of one model. `report` hears of every generation once its response is over too."""
+    """The routes of one model."""
 
-    def __init__(self, generator: Generator, one_shots: OneShots, report: Report) -> None:
-        self._generator = generator
+    def __init__(self, answering: Answering, one_shots: OneShots) -> None:
+        self._answering = answering
+        self._generator = answering.generator
         self._one_shots = one_shots
-        self._report = report
         self._created_s = int(time.time())
 
     async def chat_completions(self, request: Request, body: bytes) -> Response:
@@ -62,6 +59,17 @@ class OpenAIApi:
         return await self._complete(request, params, _CompletionFormat, len(body))
 
     async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": self._models()})
+
+    async def model(self, request: Request, body: bytes) -> Response:
+        """GET /v1/models/{id}, whose id may have slashes."""
+        id = request.path_params["id"]
+        for model in self._models():
+            if model["id"] == id:
+                return JSONResponse(model)
+        raise ModelNotFoundError(f"the model `{id[:200]}` does not exist", param="model")
+
+    def _models(self) -> list[dict[str, Any]]:
         ready = self._generator.client.ready
         context = ready.max_context_tokens if ready else None
         base = self._generator.model_name
@@ -71,7 +79,7 @@ class OpenAIApi:
         ]
         for model in self._one_shots.models:
             models.append((model.name, model.task.value, getattr(model.reader, "max_tokens", None), None))
-        content = [
+        return [
             {
                 "id": name,
                 "object": "model",
@@ -84,42 +92,19 @@ class OpenAIApi:
             }
             for name, task, max_tokens, parent in models
         ]
-        return JSONResponse({"object": "list", "data": content})
 
     async def _complete(
         self, request: Request, params: GenerationParams, make_format: "type[_Format]", num_bytes: int
     ) -> Response:
         id = f"{make_format.id_prefix}{request.state.id}"
-        stages = Stages(request.state.received_s)
-        generations = await self._generator.start(params, id, stages, tenant=request.state.tenant, num_bytes=num_bytes)
-        request.state.is_accepted = True
-        request.state.cleanup.callback(self._finish, generations, request)
+        generations = await self._answering.start(request, params, id, num_bytes)
         assert self._generator.tokenizer is not None
         format = make_format.make(id, generations[0].model, self._generator.tokenizer, params, generations[0])
         if params.stream:
             options = params.stream_options or StreamOptions()
             return EventStream(_frames(generations, format, options, self._generator.settings))
-        with Subscriber([generation.log for generation in generations]) as subscriber:
-            num_open = len(generations)
-            while num_open:
-                piece = await subscriber.next()
-                if piece is not None and piece.terminal is not None:
-                    num_open -= 1
-                    if piece.terminal.error is not None:
-                        raise piece.terminal.error
-        generations[0].stages.first_byte_s = self._generator.client.clock()
-        pieces = [generation.log.read() for generation in generations]
-        num_slow = sum(len(piece.logprobs) + len(piece.text) // _CHARS_PER_LOGPROB for piece in pieces)
-        return await make_off_loop(lambda: JSONResponse(format.whole(pieces, final_usage(generations))), num_slow)
-
-    def _finish(self, generations: list[Generation], request: Request) -> None:
-        ends = [generation.log.terminal for generation in generations]
-        # Where one choice failed the others end for its reason, and nobody left.
-        error = next((end.error for end in ends if end is not None and end.error is not None), None)
-        for generation in generations:
-            self._generator.client.cancel(generation, error)
-        generations[0].stages.end_s = self._generator.client.clock()  # of the response, which outlasts the last token
-        self._report(generations, request.scope["path"], trace_context(request.headers))
+        pieces = await self._answering.whole(generations)
+        return await whole_response(lambda: format.whole(pieces, final_usage(generations)), pieces)
 
 
 async def _frames(

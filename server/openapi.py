@@ -18,8 +18,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.server import answers
+from headrace.server.error_forms import is_anthropic, is_ollama
 from headrace.server.guard import is_open
+from headrace.server.messages_protocol import CountTokensRequest, MessagesRequest
 from headrace.server.native_api import QUERY_TEXTS, StreamChatRequest, StreamCompletionRequest
+from headrace.server.ollama_protocol import OllamaChatRequest, OllamaGenerateRequest, Options, ShowRequest
 from headrace.server.one_shot_protocol import (
     ClassifyForm,
     ClassifyRequest,
@@ -36,6 +39,7 @@ from headrace.server.protocol import (
 )
 from headrace.server.settings import Settings
 from headrace.server.sse import to_json
+from headrace.server.tokens_api import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
 from headrace.server.version import VERSION
 
 _REQUESTS: tuple[type[BaseModel], ...] = (
@@ -43,6 +47,15 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     CompletionRequest,
     StreamChatRequest,
     StreamCompletionRequest,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+    DetokenizeRequest,
+    MessagesRequest,
+    CountTokensRequest,
+    OllamaChatRequest,
+    OllamaGenerateRequest,
+    Options,
+    ShowRequest,
     EmbeddingRequest,
     RerankRequest,
     ScoreRequest,
@@ -51,13 +64,34 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
 )
 _ANSWERS: tuple[type[Any], ...] = (
     answers.ErrorEnvelope,
+    answers.AnthropicErrorEnvelope,
+    answers.OllamaError,
     answers.Status,
     answers.Health,
     answers.ChatCompletion,
     answers.ChatCompletionChunk,
     answers.Completion,
     answers.CompletionChunk,
+    answers.Version,
+    answers.Model,
     answers.ModelList,
+    answers.Tokens,
+    answers.Text,
+    answers.AnthropicMessage,
+    answers.MessageStart,
+    answers.ContentBlockStart,
+    answers.ContentBlockDelta,
+    answers.ContentBlockStop,
+    answers.MessageDelta,
+    answers.MessageStop,
+    answers.Ping,
+    answers.TokenCount,
+    answers.OllamaChatAnswer,
+    answers.OllamaGenerateAnswer,
+    answers.OllamaModels,
+    answers.OllamaRunningModels,
+    answers.OllamaShownModel,
+    answers.OllamaVersion,
     answers.Ticket,
     answers.StreamCreated,
     answers.StreamSnapshot,
@@ -86,6 +120,12 @@ _REFUSALS = {
     500: "The server failed.",
     503: "The server is loading or draining, has too many connections, or its engine has ended.",
     504: "The request's time was over before its answer.",
+}
+# The forms of errors, each with what the names of its refusals begin with.
+_ERROR_FORMS: dict[type[Any], str] = {
+    answers.ErrorEnvelope: "",
+    answers.AnthropicErrorEnvelope: "anthropic_",
+    answers.OllamaError: "ollama_",
 }
 # On any route: what is refused before the route is known, and what may always go wrong.
 _ALWAYS = (400, 408, 431, 500, 503)
@@ -130,7 +170,8 @@ class OpenApi:
         for operation in _operations(schemas):
             if operation.path != "/metrics" or self._settings.admin_port is None:
                 paths.setdefault(operation.path, {})[operation.method] = self._described(operation)
-        components: dict[str, Any] = {"schemas": schemas, "responses": {str(s): _refusal(s) for s in _REFUSALS}}
+        refusals = {f"{name}{s}": _refusal(s, form) for form, name in _ERROR_FORMS.items() for s in _REFUSALS}
+        components: dict[str, Any] = {"schemas": schemas, "responses": refusals}
         if self._has_keys:
             components["securitySchemes"] = {
                 "bearer": {"type": "http", "scheme": "bearer"},
@@ -151,13 +192,14 @@ class OpenApi:
 
     def _described(self, operation: _Operation) -> dict[str, Any]:
         refusals = sorted({*_ALWAYS, *operation.refusals, 401 if self._has_keys else 403} - operation.answers.keys())
+        form = _ERROR_FORMS[_error_form(operation.path)]
         described: dict[str, Any] = {
             "operationId": operation.id,
             "summary": operation.summary,
             "parameters": operation.parameters,
             "responses": {
                 **{str(status): answer for status, answer in operation.answers.items()},
-                **{str(status): {"$ref": f"#/components/responses/{status}"} for status in refusals},
+                **{str(status): {"$ref": f"#/components/responses/{form}{status}"} for status in refusals},
             },
         }
         if operation.body:
@@ -228,8 +270,15 @@ def _header(type: str, *, is_required: bool) -> dict[str, Any]:
     return {"required": is_required, "schema": {"type": type}}
 
 
-def _refusal(status: int) -> dict[str, Any]:
-    refusal = _json(_REFUSALS[status], answers.ErrorEnvelope, has_id=status != 500)
+def _error_form(path: str) -> type[Any]:
+    if is_anthropic(path):
+        return answers.AnthropicErrorEnvelope
+    return answers.OllamaError if is_ollama(path) else answers.ErrorEnvelope
+
+
+def _refusal(status: int, form: type[Any]) -> dict[str, Any]:
+    # Whose head is too large has not been asked where it wants to go.
+    refusal = _json(_REFUSALS[status], answers.ErrorEnvelope if status == 431 else form, has_id=status != 500)
     if status in (429, 503):  # an engine that has ended does not come back
         refusal["headers"]["retry-after"] = _header("integer", is_required=status == 429)
     return refusal
@@ -253,6 +302,26 @@ def _completion(whole: type[Any], chunk: type[Any]) -> dict[str, Any]:
     return _answer("The answer.", {"application/json": _ref(whole), "text/event-stream": _event(data=data)})
 
 
+def _message_events() -> dict[str, Any]:
+    types = (
+        answers.MessageStart,
+        answers.ContentBlockStart,
+        answers.ContentBlockDelta,
+        answers.ContentBlockStop,
+        answers.MessageDelta,
+        answers.MessageStop,
+        answers.Ping,
+        answers.AnthropicErrorEnvelope,
+    )
+    return _event(event={"type": "string"}, data=_json_text({"anyOf": [_ref(type) for type in types]}))
+
+
+def _lines(type: type[Any]) -> dict[str, Any]:
+    """What Ollama's generation routes answer: a line of JSON for each part, or all at once."""
+    line = {"anyOf": [_ref(type), _ref(answers.OllamaError)]}
+    return _answer("The answer.", {"application/json": _ref(type), "application/x-ndjson": line})
+
+
 def _native_events() -> dict[str, Any]:
     types = {
         "queued": answers.Queued,
@@ -268,6 +337,15 @@ def _native_events() -> dict[str, Any]:
 
 def _body(model: type[BaseModel], example: Any) -> dict[str, dict[str, Any]]:
     return {"application/json": {"schema": _ref(model), "example": example}}
+
+
+def _body_of_either(chat: type[BaseModel], completion: type[BaseModel], example: Any) -> dict[str, dict[str, Any]]:
+    """A conversation or a prompt, and not both."""
+    one_of = [
+        {**_ref(chat), "properties": {"prompt": {"type": "null"}}},
+        {**_ref(completion), "properties": {"messages": {"type": "null"}}},
+    ]
+    return {"application/json": {"schema": {"oneOf": one_of}, "example": example}}
 
 
 def _form(properties: Mapping[str, Any]) -> dict[str, Any]:
@@ -300,6 +378,17 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
     yield _Operation("get", "/openapi.json", "openapi", "This document", {200: document})
     models = _json("The models.", answers.ModelList, has_id=False)
     yield _Operation("get", "/v1/models", "models", "What is served here", {200: models})
+    yield _Operation(
+        "get",
+        "/v1/models/{id}",
+        "model",
+        "One of the models",
+        {200: _json("The model.", answers.Model)},
+        (404,),
+        parameters=[{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}],
+    )
+    version = _json("The version.", answers.Version, has_id=False)
+    yield _Operation("get", "/version", "version", "The version of this server", {200: version})
 
     refusals = (404, 413, 415, 429, 504)
     yield _Operation(
@@ -320,6 +409,82 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         refusals,
         _body(CompletionRequest, {"prompt": "Once upon a time", "max_tokens": 8}),
     )
+    yield _Operation(
+        "post",
+        "/tokenize",
+        "tokenize",
+        "The tokens of a text or of a conversation",
+        {200: _json("The tokens.", answers.Tokens)},
+        (404, 413, 415, 429),
+        _body_of_either(TokenizeChatRequest, TokenizeCompletionRequest, {"prompt": "Once upon a time"}),
+    )
+    yield _Operation(
+        "post",
+        "/detokenize",
+        "detokenize",
+        "The text of tokens",
+        {200: _json("The text.", answers.Text)},
+        (404, 413, 415, 429),
+        _body(DetokenizeRequest, {"tokens": [1, 2, 3]}),
+    )
+    yield _Operation(
+        "post",
+        "/v1/messages",
+        "messages",
+        "Answer a conversation, in Anthropic's form",
+        {
+            200: _answer(
+                "The answer.",
+                {"application/json": _ref(answers.AnthropicMessage), "text/event-stream": _message_events()},
+            )
+        },
+        refusals,
+        _body(MessagesRequest, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}),
+    )
+    yield _Operation(
+        "post",
+        "/v1/messages/count_tokens",
+        "count_message_tokens",
+        "How many tokens a conversation has, in Anthropic's form",
+        {200: _json("The number.", answers.TokenCount)},
+        (404, 413, 415, 429),
+        _body(CountTokensRequest, {"messages": [{"role": "user", "content": "Hello"}]}),
+    )
+    ollama_example = {"options": {"num_predict": 8}}
+    yield _Operation(
+        "post",
+        "/api/chat",
+        "ollama_chat",
+        "Answer a conversation, in Ollama's form",
+        {200: _lines(answers.OllamaChatAnswer)},
+        refusals,
+        _body(OllamaChatRequest, {**ollama_example, "messages": [{"role": "user", "content": "Hello"}]}),
+    )
+    yield _Operation(
+        "post",
+        "/api/generate",
+        "ollama_generate",
+        "Answer a prompt, in Ollama's form",
+        {200: _lines(answers.OllamaGenerateAnswer)},
+        refusals,
+        _body(OllamaGenerateRequest, {**ollama_example, "prompt": "Hello"}),
+    )
+    yield _Operation(
+        "post",
+        "/api/show",
+        "ollama_show",
+        "What a model is and can, in Ollama's form",
+        {200: _json("The model.", answers.OllamaShownModel)},
+        (404, 413, 415),
+        _body(ShowRequest, {}),
+    )
+    for path, type, summary in (
+        ("/api/tags", answers.OllamaModels, "What is served here, in Ollama's form"),
+        ("/api/ps", answers.OllamaRunningModels, "What is loaded, in Ollama's form"),
+        ("/api/version", answers.OllamaVersion, "The version of Ollama's API that is spoken here"),
+    ):
+        answer = _json(f"{summary}.", type, has_id=False)
+        yield _Operation("get", path, path[1:].replace("/", "_"), summary, {200: answer})
     yield _Operation(
         "post",
         "/v1/embeddings",
@@ -387,12 +552,6 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "A ticket, which stands for the key on GET /v1/stream",
         {201: _json("The ticket.", answers.Ticket, has_id=False)},
     )
-    one_of = {
-        "oneOf": [
-            {**_ref(StreamChatRequest), "properties": {"prompt": {"type": "null"}}},
-            {**_ref(StreamCompletionRequest), "properties": {"messages": {"type": "null"}}},
-        ]
-    }
     names = ("stream_snapshot", "cancel_stream", "stream_events")
     links = {name: {"operationId": name, "parameters": {"id": "$response.body#/id"}} for name in names}
     yield _Operation(
@@ -402,7 +561,7 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "Start a native stream that answers a conversation or completes a text",
         {201: {**_json("Where it is read.", answers.StreamCreated), "links": links}},
         (404, 413, 415, 429),
-        {"application/json": {"schema": one_of, "example": {"prompt": "Once upon a time", "max_tokens": 8}}},
+        _body_of_either(StreamChatRequest, StreamCompletionRequest, {"prompt": "Once upon a time", "max_tokens": 8}),
     )
     snapshot = {200: _json("The stream.", answers.StreamSnapshot)}
     path = "/v1/streams/{id}"

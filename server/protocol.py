@@ -6,11 +6,14 @@ Source: OpenAI's API reference (chat completions, completions), and the extensio
 """
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from headrace.scheduler.messages import GrammarKind
 from headrace.server.errors import ApiError, BadRequestError, UnsupportedParameterError
@@ -24,6 +27,8 @@ MAX_TOOLS = 128  # and calls of them in one message
 MAX_TOOL_NAME_CHARS = 128
 MAX_SEQUENCES = 128  # prompts times choices of one request
 MAX_LOGIT_BIASES = 1024
+MAX_TEMPLATE_VARIABLES = 64
+MAX_TEMPLATE_CHARS = 2**14  # of all the variables, as JSON
 MAX_GRAMMAR_CHARS = 2**17
 MAX_GRAMMAR_CHOICES = 4096
 _MAX_PATH_CHARS = 200  # of what an error names: a key may be as long as a body
@@ -44,9 +49,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "add_generation_prompt": (True,),
     "documents": ([],),
     "truncate_prompt_tokens": (),
     "include_stop_str_in_output": (False,),
@@ -62,7 +64,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
     "priority": (0,),
-    "add_special_tokens": (True,),
     "detokenize": (True,),
     "grammar": (),
     "json_schema": (),
@@ -83,6 +84,17 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "thinking": (),
     "reasoning": (),
 }
+
+# What a template is given by the server, and what the library that renders it would take for itself.
+NO_TEMPLATE_VARIABLES = frozenset(
+    [
+        *("messages", "tools", "xml_tools", "documents", "add_generation_prompt", "continue_final_message"),
+        *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+        *("self", "conversation", "conversations", "chat_template", "tokenize", "tokenizer_kwargs", "return_tensors"),
+        *("return_dict", "return_assistant_tokens_mask", "sanitize_control_tokens", "padding", "truncation"),
+        "max_length",
+    ]
+)
 
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True)]
@@ -111,6 +123,19 @@ def _only_with(field: str, needed: str, *neutral: Any) -> dict[str, Any]:
         ]
     }
 
+
+# Parts of messages elsewhere.
+_OTHER_PARTS = (
+    "image_url",
+    "input_image",
+    "image",
+    "input_audio",
+    "audio_url",
+    "video_url",
+    "video",
+    "file",
+    "input_file",
+)
 
 STREAM_OPTIONS_RULE = _only_with("stream_options", "stream")
 
@@ -259,6 +284,7 @@ class GenerationParams(BaseModel):
     stop: StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: TokenIds | None = Field(None, max_length=1024)
     ignore_eos: Flag | None = None
+    add_special_tokens: Flag | None = None
     skip_special_tokens: Flag | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -342,8 +368,40 @@ class GenerationParams(BaseModel):
 
 
 class TextPart(BaseModel):
-    type: Literal["text"]
-    text: str
+    """A piece of a message's text. One whose type is `refusal` has it in the field of that name."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"type": {"const": "refusal"}, "refusal": {"type": "string"}}, "required": ["refusal"]},
+                {
+                    "properties": {"type": {"not": {"const": "refusal"}}, "text": {"type": "string"}},
+                    "required": ["text"],
+                },
+            ]
+        }
+    )
+
+    type: Literal["text", "input_text", "output_text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_type(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("type") in _OTHER_PARTS:
+            raise ValueError(f"type: `{fields['type']}` is not supported, for the model reads text alone")
+        return fields
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.written is None:
+            raise ValueError(f"{'refusal' if self.type == 'refusal' else 'text'}: must be text")
+        return self
+
+    @property
+    def written(self) -> str | None:
+        return self.refusal if self.type == "refusal" else self.text
 
 
 class ToolFunction(BaseModel):
@@ -477,14 +535,14 @@ class ChatMessage(BaseModel):
     tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_call_id: Name | None = None
     function_call: dict[str, Any] | None = Field(None, json_schema_extra={"maxProperties": 0})
-    refusal: str | None = Field(None, json_schema_extra={"maxLength": 0})
+    refusal: str | None = None
     audio: dict[str, Any] | None = Field(None, json_schema_extra={"maxProperties": 0})
-    prefix: Flag | None = Field(None, json_schema_extra={"not": {"const": True}})
+    prefix: Flag | None = None
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for field in ("function_call", "refusal", "audio", "prefix"):
+        for field in ("function_call", "audio"):
             if getattr(self, field):
                 raise ValueError(f"{field}: is not supported")
         if self.content is None and self.role != "assistant":
@@ -496,8 +554,11 @@ class ChatMessage(BaseModel):
         return self
 
     def as_template_input(self) -> dict[str, Any]:
-        """The message as chat templates read it. `developer` is OpenAI's newer name of `system`."""
-        content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
+        """The message as chat templates read it. `developer` is OpenAI's newer name of `system`, and a refusal is what
+        the assistant said in place of anything else."""
+        content: Any = self.refusal or "" if self.content is None else self.content
+        if isinstance(self.content, list):
+            content = [{"type": "text", "text": part.written} for part in self.content]
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.name is not None:
             message["name"] = self.name
@@ -512,6 +573,15 @@ class ChatMessage(BaseModel):
 
 class ChatCompletionRequest(GenerationParams):
     messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
+    add_generation_prompt: Flag | None = None
+    continue_final_message: Flag | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None,
+        json_schema_extra={
+            "maxProperties": MAX_TEMPLATE_VARIABLES,
+            "propertyNames": {"not": {"enum": [*sorted(NO_TEMPLATE_VARIABLES)]}},
+        },
+    )
 
     logprobs: Flag | None = None
     top_logprobs: NumLogprobs | None = None
@@ -526,6 +596,12 @@ class ChatCompletionRequest(GenerationParams):
             "anyOf": [
                 {"properties": {"tool_choice": {"enum": [None, "none", "auto"]}}},
                 {"properties": {"tools": {"type": "array", "minItems": 1}}, "required": ["tools"]},
+            ]
+        },
+        {
+            "anyOf": [
+                {"properties": {"continue_final_message": {"enum": [None, False]}}},
+                {"properties": {"add_generation_prompt": {"enum": [None, False]}}},
             ]
         },
     ]
@@ -558,6 +634,39 @@ class ChatCompletionRequest(GenerationParams):
                 if name not in names:
                     raise ValueError(f"tool_choice.{place}: is no tool's name")
         return self
+
+    @model_validator(mode="after")
+    def _check_continuation(self) -> Self:
+        last = self.messages[-1]
+        for i, message in enumerate(self.messages):
+            if message.prefix and (message is not last or message.role != "assistant"):
+                raise ValueError(f"messages[{i}].prefix: is only for the last message, and only the assistant's")
+        if self.continue_final_message and last.role != "assistant":
+            raise ValueError("continue_final_message: the last message is not the assistant's")
+        if self.is_continued and self.add_generation_prompt:
+            raise ValueError("add_generation_prompt: cannot be true where the last message is continued")
+        return self
+
+    @model_validator(mode="after")
+    def _check_template_variables(self) -> Self:
+        variables = self.chat_template_kwargs or {}
+        if len(variables) > MAX_TEMPLATE_VARIABLES or len(to_json(variables)) > MAX_TEMPLATE_CHARS:
+            raise ValueError(
+                f"chat_template_kwargs: has more than {MAX_TEMPLATE_VARIABLES} names or {MAX_TEMPLATE_CHARS} characters"
+            )
+        for name in NO_TEMPLATE_VARIABLES.intersection(variables):
+            raise ValueError(f"chat_template_kwargs.{name}: is not a request's to set")
+        return self
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether the answer goes on with the last message."""
+        return bool(self.continue_final_message or self.messages[-1].prefix)
+
+    @property
+    def has_generation_prompt(self) -> bool:
+        """Whether the prompt ends with the beginning of the assistant's turn."""
+        return not self.is_continued and self.add_generation_prompt is not False
 
     @property
     def num_logprobs(self) -> int | None:
@@ -607,7 +716,13 @@ class CompletionRequest(GenerationParams):
         BeforeValidator(_none_if_false, json_schema_input_type=NumLogprobs | Literal[False] | None),
     ] = None
 
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"top_logprobs": (0,), **WITHOUT_TOOLS}
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "top_logprobs": (0,),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "chat_template_kwargs": ({},),
+        **WITHOUT_TOOLS,
+    }
     prompt_field: ClassVar[str] = "prompt"
     default_max_tokens: ClassVar[int | None] = 16
 
@@ -636,8 +751,15 @@ class CompletionRequest(GenerationParams):
         return self.logprobs
 
 
+def thinking_variables(is_thinking: bool) -> dict[str, bool]:
+    """Whether the model shall think before it answers, as chat templates know it, in either name."""
+    return {"enable_thinking": is_thinking, "thinking": is_thinking}
+
+
 BodyT = TypeVar("BodyT", bound=GenerationParams)
 ModelT = TypeVar("ModelT", bound=BaseModel)
+# What fields of one request are called in another that was made into it: (all of a path or its beginning, the name).
+FieldNames = tuple[tuple[re.Pattern[str], str], ...]
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:
@@ -657,15 +779,15 @@ def parse_request(cls: type[BodyT], fields: dict[str, Any]) -> BodyT:
     return validate(cls, fields)
 
 
-def refuse_unsupported(fields: dict[str, Any], unsupported: dict[str, tuple[Any, ...]]) -> None:
-    """Raises: UnsupportedParameterError for a field that asks for what is not done."""
+def refuse_unsupported(fields: dict[str, Any], unsupported: dict[str, tuple[Any, ...]], path: str = "") -> None:
+    """Raises: UnsupportedParameterError for a field that asks for what is not done; `path` goes before its name."""
     for name, neutral in unsupported.items():
         value = fields.get(name)
         # 0 and False are equal in Python and differ on the wire: `logprobs: 0` asks for something.
         if value is not None and not any(
             value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral
         ):
-            raise UnsupportedParameterError(f"`{name}` is not supported", param=name)
+            raise UnsupportedParameterError(f"`{path}{name}` is not supported", param=f"{path}{name}")
 
 
 def validate(cls: type[ModelT], fields: dict[str, Any]) -> ModelT:
@@ -676,9 +798,33 @@ def validate(cls: type[ModelT], fields: dict[str, Any]) -> ModelT:
         raise _bad_request(error) from None
 
 
+@contextmanager
+def renaming(names: FieldNames) -> Iterator[None]:
+    """Have errors inside the block name the fields that a client knows."""
+    try:
+        yield
+    except ApiError as error:
+        rename(error, names)
+        raise
+
+
+def rename(error: ApiError, names: FieldNames) -> None:
+    """Have an error name the field that a client knows."""
+    if error.param is None:
+        return
+    param = error.param
+    for pattern, name in names:
+        if (found := pattern.match(param)) is not None:
+            param = found.expand(name) + param[found.end() :]
+            break
+    if error.message.lstrip("`").startswith(error.param):
+        error.message = error.message.replace(error.param, param, 1)
+    error.param = param
+
+
 def _place_and_message(detail: Any) -> tuple[list[str | int], str]:
     """Where an error is, without the types that were tried, which mean nothing to a client, and what it is."""
-    tried = ("str", "constrained-str", "list", "dict", "literal", "function-after")
+    tried = ("str", "constrained-str", "list", "dict", "literal", "function-after", "kind")
     place = [part for part in detail["loc"] if str(part).partition("[")[0] not in tried]
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":

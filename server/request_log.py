@@ -29,8 +29,8 @@ def log_unaccepted(id: str, route: str, received_s: float, outcome: str) -> None
     _write(id, route, outcome, received_s, {"end_s": time.monotonic()})
 
 
-def log_one_shot(id: str, route: str, model: str, num_items: int, num_tokens: int, stages: dict[str, float]) -> None:
-    """Write the line of a request that one-shot models have answered; `stages` are times, `received_s` among them."""
+def log_answered(id: str, route: str, num_items: int, num_tokens: int, stages: dict[str, float]) -> None:
+    """Write the line of a request that was answered without a generation; `stages` are times, with `received_s`."""
     received_s = stages.pop("received_s")
     _write(id, route, "answered", received_s, dict(stages), prompt_tokens=num_tokens, items=num_items)
 

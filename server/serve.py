@@ -36,6 +36,7 @@ from headrace.server.drain import Drainable, drain
 from headrace.server.http_protocol import HttpProtocol, watch_peers
 from headrace.server.log_format import LogFormatter, log_loop_error
 from headrace.server.metrics import RequestMetrics
+from headrace.server.model_details import read_model_details
 from headrace.server.one_shot_models import OneShotSource
 from headrace.server.settings import ListenerSettings, OneShotModelSettings, Settings, is_loopback
 from headrace.server.tls import load_tls
@@ -252,12 +253,13 @@ class _Server(DrainingServer):
             settings,
             name,
             load_engine=load_engine,
-            load_tokenizer=lambda: _load_tokenizer(source),
+            load_tokenizer=lambda: _load_tokenizer(settings, source),
             on_engine_change=self._report,
             tracing=self._tracing,
             one_shots=one_shots,
             load_one_shots=partial(_load_one_shots, settings, one_shots),
             model_fingerprint="" if settings.journal_file is None else source.fingerprint(),
+            read_details=partial(read_model_details, source),
             adapters={each.name: "" if settings.journal_file is None else each.fingerprint() for each in adapters},
         )
         super().__init__(self._app, settings, listeners, tls)
@@ -385,6 +387,6 @@ def _load_one_shots(settings: Settings, sources: Sequence[OneShotSource]) -> Map
         }
 
 
-def _load_tokenizer(source: ModelSource) -> Tokenizer:
+def _load_tokenizer(settings: Settings, source: ModelSource) -> Tokenizer:
     with _LOADING:
-        return load_tokenizer(source)
+        return load_tokenizer(source, keeps_control_tokens=settings.control_tokens_in_messages == "control")

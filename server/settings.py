@@ -234,6 +234,9 @@ class Settings(ListenerSettings):
     )
     tokenizer_threads: int = Field(2, ge=1, le=64, description="worker threads for templates and tokenizing")
     grammar_cache_bytes: Bytes = Field(64 * 2**20, ge=0, description="most memory for grammars of earlier requests")
+    control_tokens_in_messages: Literal["text", "control"] = Field(
+        "text", description="what control tokens spelled in a chat's messages are; as control they can forge turns"
+    )
     heartbeat_s: float = Field(15, ge=1, description="silence on a stream before a comment is sent")
 
     stream_grace_s: float = Field(15, ge=0, description="how long a native stream runs without readers")

@@ -4,12 +4,17 @@ Loaded once; used by worker threads (templates, encoding) and the event loop (de
 `tokenizers` does the work. Its wrapper's encode keeps truncation state that threads would share, so the wrapper only
 renders templates, and the bare tokenizer encodes.
 
-Control tokens in a user's text (`<|im_start|>`) become control tokens, as with Hugging Face's own default.
+Control tokens that a text spells (`<|im_start|>`) become control tokens, as with Hugging Face's own default, but inside
+of messages they stay text unless asked otherwise.
 """
 
+import contextlib
 import json
 import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import Tokenizer as BackendTokenizer, models
@@ -19,6 +24,7 @@ from headrace.scheduler.errors import HeadraceError, ModelSourceError, Unsupport
 from headrace.scheduler.gguf_file import GGUFFile, open_gguf
 from headrace.scheduler.grammar import GrammarCompiler
 from headrace.scheduler.model_source import ModelSource
+from headrace.server.control_tokens import MARK, ControlTokens
 from headrace.server.errors import BadRequestError
 from headrace.server.gguf_tokenizer import read_tokenizer
 
@@ -29,14 +35,30 @@ _BYTE_FALLBACK = re.compile("<0x([0-9A-F]{2})>")
 _VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 _BYTE_OF = {chr(byte): byte for byte in _VISIBLE}
 _BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in _VISIBLE)}
+_MAX_REFUSAL_CHARS = 500  # of a template's, which may quote the whole conversation
+_USER, _ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+# Where a message of each role can stand: before it and after it.
+_AROUND: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "system": ([], [_USER]),
+    "user": ([], []),
+    "assistant": ([_USER], [_USER]),
+}
 
 
 class Tokenizer:
     """A model's tokenizer. `eos_token_ids` are the tokens that end an answer, `special_token_ids` those that decoding
-    can skip."""
+    can skip. Control tokens that messages spell are text unless it `keeps_control_tokens`."""
 
-    def __init__(self, wrapper: Any, eos_token_ids: frozenset[int], backend: BackendTokenizer | None = None) -> None:
+    def __init__(
+        self,
+        wrapper: Any,
+        eos_token_ids: frozenset[int],
+        backend: BackendTokenizer | None = None,
+        *,
+        keeps_control_tokens: bool = False,
+    ) -> None:
         self._wrapper = wrapper
+        self._keeps_control_tokens = keeps_control_tokens
         self._backend: BackendTokenizer = wrapper.backend_tokenizer if backend is None else backend
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -66,28 +88,95 @@ class Tokenizer:
         return self._special_tokens.get(text)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of `text`. Releases the interpreter lock, so worker threads run beside the loop."""
+        """Token ids of `text`, which may be a chat's. Releases the interpreter lock, so worker threads run beside the
+        loop."""
+        if MARK in text:
+            return self._control_tokens.encode(text, add_special_tokens=add_special_tokens)
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoding.ids
 
-    def render_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
-        """The prompt text of a conversation, ready for the assistant's answer. It tells of `tools` if there are any.
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The prompt text of a conversation, for `encode`: ready for the assistant's answer, or, without a generation
+        prompt, as it is; a final message that is continued is left open. It tells of `tools` if there are any;
+        `variables` are the template's own.
+
+        Control tokens that messages, tools and variables spell are marked, unless they are kept. A message's content, a
+        text or a list of parts, becomes what the template takes.
 
         Raises: BadRequestError where the template refuses the messages or the model has none.
         """
         if not self.has_chat_template:
             raise BadRequestError("this model has no chat template; use /v1/completions", param="messages")
-        # SmolLM3's template has a name of its own for them.
-        told = {"tools": tools, "xml_tools": tools} if tools else {}
         try:
-            return self._wrapper.apply_chat_template(  # type: ignore[no-any-return]
-                messages, tokenize=False, add_generation_prompt=True, **told
+            messages = [message | {"content": self._content(message)} for message in messages]
+            if not self._keeps_control_tokens:
+                mark = self._control_tokens.mark
+                messages, variables, tools = mark(messages), mark(dict(variables)), mark(tools)
+            # SmolLM3's template has a name of its own for them.
+            told = {"tools": tools, "xml_tools": tools} if tools else {}
+            return self._render(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **variables,
+                **told,
             )
         except Exception as error:  # a template is a program, and fails as it likes
-            raise BadRequestError(f"the chat template refuses these messages: {error}", param="messages") from error
+            reason = str(error).replace(MARK, "")[:_MAX_REFUSAL_CHARS]
+            raise BadRequestError(f"the chat template refuses these messages: {reason}", param="messages") from error
+
+    def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """Raises: anything."""
+        return self._wrapper.apply_chat_template(messages, tokenize=False, **options)  # type: ignore[no-any-return]
+
+    def _content(self, message: Mapping[str, Any]) -> Any:
+        """A message's content in a form that the template takes, its own if possible. HF leaves that to the caller."""
+        content, forms = message["content"], self._content_forms.get(message["role"], frozenset())
+        if isinstance(content, list) and list not in forms:
+            return "".join(part["text"] for part in content)
+        if isinstance(content, str) and forms == {list}:
+            return [{"type": "text", "text": content}]
+        return content
+
+    @cached_property
+    def _content_forms(self) -> dict[str, frozenset[type]]:
+        """As what the template takes the content of each role's messages: whose text comes out whole, and nothing else
+        of it."""
+        key = "not text"
+        parts = [{"type": "text", "text": word, key: 1} for word in ("first", "second")]
+        forms: dict[str, set[type]] = {}
+        for role, (before, after) in _AROUND.items():
+            forms[role] = set()
+            for content in (parts, "first second"):
+                with contextlib.suppress(Exception):
+                    text = self._render([*before, {"role": role, "content": content}, *after])
+                    if "first" in text and "second" in text and key not in text:
+                        forms[role].add(type(content))
+        return {role: frozenset(found) for role, found in forms.items()}
+
+    @cached_property
+    def _control_tokens(self) -> ControlTokens:
+        """The special tokens, and others that the template writes around the turns of any conversation."""
+        chat = [{"role": "system", "content": "c"}, _USER, _ASSISTANT, _USER]
+        text = ""
+        for messages in (chat, chat[1:]):  # of models without system messages too
+            with contextlib.suppress(Exception):
+                text = text or self._render(messages)
+        added = self._backend.get_added_tokens_decoder()
+        written = {i for i in self.encode(text, add_special_tokens=False) if i in added and added[i].content.strip()}
+        return ControlTokens(self._backend, self.special_token_ids | written)
 
     def compile_chat_template(self) -> None:
-        """Compile the template, so that the first chat need not. Raises: ValueError where it is no template."""
+        """Compile the template and try it, so that the first chat need not. Raises: ValueError where it is no
+        template."""
         try:
             self.render_chat([{"role": "user", "content": ""}])
         except BadRequestError as error:  # which may be what a template thinks of this chat
@@ -95,6 +184,10 @@ class Tokenizer:
 
             if isinstance(cause := error.__cause__, TemplateSyntaxError):
                 raise ValueError(f"the chat template's line {cause.lineno}: {cause.message}") from None
+
+    def token_texts(self, token_ids: Iterable[int]) -> list[str]:
+        """Each token as the vocabulary spells it; "" for an id that has no token."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -123,10 +216,13 @@ class Tokenizer:
         return stream.step(self._backend, token_id) or ""
 
 
-def load_tokenizer(source: ModelSource) -> Tokenizer:
+def load_tokenizer(source: ModelSource, *, keeps_control_tokens: bool = False) -> Tokenizer:
     """Read a model's tokenizer. Raises: ModelSourceError, UnsupportedModelError."""
     try:
-        tokenizer = _from_gguf(open_gguf(source.path)) if source.is_gguf else _from_directory(source.path)
+        if source.is_gguf:
+            tokenizer = _from_gguf(open_gguf(source.path), keeps_control_tokens)
+        else:
+            tokenizer = _from_directory(source.path, keeps_control_tokens)
         tokenizer.compile_chat_template()
         return tokenizer
     except HeadraceError:
@@ -136,7 +232,7 @@ def load_tokenizer(source: ModelSource) -> Tokenizer:
         raise ModelSourceError(f"{source.path}: the tokenizer cannot be read{hint}: {error}") from error
 
 
-def _from_directory(folder: Path) -> Tokenizer:
+def _from_directory(folder: Path, keeps_control_tokens: bool) -> Tokenizer:
     # transformers imports torch, which the server's start must not wait for.
     from transformers import AutoTokenizer
 
@@ -156,14 +252,14 @@ def _from_directory(folder: Path) -> Tokenizer:
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(token_id, int) for token_id in ids):
         raise ModelSourceError(f"{folder}: eos_token_id is {eos!r}, which is no token's id")
-    tokenizer = Tokenizer(wrapper, frozenset(ids))
+    tokenizer = Tokenizer(wrapper, frozenset(ids), keeps_control_tokens=keeps_control_tokens)
     # Llama's end of a message that waits for a call's result, which not every copy of its configs has.
     if (eom := tokenizer.special_token_id("<|eom_id|>")) is not None:
         tokenizer.eos_token_ids |= {eom}
     return tokenizer
 
 
-def _from_gguf(file: GGUFFile) -> Tokenizer:
+def _from_gguf(file: GGUFFile, keeps_control_tokens: bool) -> Tokenizer:
     from transformers import PreTrainedTokenizerFast
 
     described = read_tokenizer(file)
@@ -173,4 +269,5 @@ def _from_gguf(file: GGUFFile) -> Tokenizer:
         chat_template=file.get("tokenizer.chat_template"),
         **described.special_tokens,
     )
-    return Tokenizer(wrapper, described.eos_token_ids, described.backend)
+    ends, backend = described.eos_token_ids, described.backend
+    return Tokenizer(wrapper, ends, backend, keeps_control_tokens=keeps_control_tokens)

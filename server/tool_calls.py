@@ -137,6 +137,9 @@ def _in_plain_messages(messages: list[dict[str, Any]], tools: list[dict[str, Any
     is_after_result = False
     for message in messages:
         content, is_result = message["content"], message["role"] == "tool"
+        if isinstance(content, list):
+            content = "".join(part["text"] for part in content)
+            message = message | {"content": content}
         if is_result:
             message = {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
         elif "tool_calls" in message:

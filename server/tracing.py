@@ -23,7 +23,12 @@ _CLOSE_TIMEOUT_S = 5.0
 # Called with the generations of a request that is over, its route and its caller's trace context.
 Report = Callable[[Sequence[Generation], str, Mapping[str, str]], None]
 
-_OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
+_OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/messages": "chat",
+    "/api/chat": "chat",
+}
 
 
 class TracingError(HeadraceError):

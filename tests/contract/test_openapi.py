@@ -20,7 +20,7 @@ from live_app import live_app
 pytestmark = pytest.mark.anyio
 
 # Pages for people, which are no interface.
-PAGES = {"/", "/classify"}
+PAGES = {"/", "/classify", "/docs"}
 
 
 async def document_of(app: App, headers: dict[str, str] | None = None) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def operations(document: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]
 async def test_every_route_is_in_the_document_and_nothing_else(settings: dict[str, Any]) -> None:
     async with live_app(**settings) as app:
         routes = {
-            (method.lower(), route.path)
+            (method.lower(), route.path_format)
             for route in app.asgi.routes
             if isinstance(route, Route) and route.path not in PAGES
             for method in (route.methods or set()) - {"HEAD"}

@@ -446,7 +446,11 @@ def client(server: ServerProcess) -> Iterator[OpenAI]:
 
 
 def test_openai_lists_the_model(client: OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == [MODEL]
+    [model] = client.models.list()
+    assert model.id == MODEL
+    assert client.models.retrieve(MODEL) == model
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("some/other")
 
 
 def test_openai_chat_chunks_share_an_id_and_open_with_the_role(client: OpenAI) -> None:

@@ -79,6 +79,28 @@ def message(name: str, fields: Fields, param: str, **more: Any) -> BadInput:
     return chat(f"message: {name}", own, param, **more)
 
 
+def anthropic(name: str, fields: Fields, param: str | None = None, status: int = 400, **more: Any) -> BadInput:
+    """The same of a message of Anthropic's."""
+    base = {"messages": [{"role": "user", "content": CANARY}], "max_tokens": 2, "temperature": 0}
+    own = (lambda: base | fields()) if callable(fields) else base | fields
+    named = param or _param_of(fields) or None if status == 400 else param
+    return BadInput(f"anthropic: {name}", _post("/v1/messages", own), (status,), named, **more)
+
+
+def blocks(name: str, block: Any, field: str, role: str = "user") -> BadInput:
+    """A message of Anthropic's with this block, at fault for a field of it."""
+    fields = {"messages": [{"role": role, "content": [block]}]}
+    return anthropic(f"block: {name}", fields, f"messages[0].content[0].{field}")
+
+
+def ollama(name: str, fields: Fields, param: str | None = None, status: int = 400, **more: Any) -> BadInput:
+    """The same of a chat of Ollama's."""
+    base = {"messages": [{"role": "user", "content": CANARY}], "options": {"num_predict": 2}, "stream": False}
+    own = (lambda: base | fields()) if callable(fields) else base | fields
+    named = param or _param_of(fields) or None if status == 400 else param
+    return BadInput(f"ollama: {name}", _post("/api/chat", own), (status,), named, **more)
+
+
 def native(name: str, fields: Fields, param: str | None = None, status: int = 400, **more: Any) -> BadInput:
     """A native stream with these fields."""
     named = param or _param_of(fields) or None if status == 400 else param
@@ -118,6 +140,10 @@ def wire(name: str, request: bytes | Callable[[], bytes], *statuses: int, **more
 
 def one_shot(name: str, path: str, fields: Fields, param: str | None, status: int = 400, **more: Any) -> BadInput:
     return BadInput(f"one-shot: {path} {name}", _post(path, fields), (status,), param, **more)
+
+
+def tokens(name: str, path: str, fields: Fields, param: str | None, status: int = 400, **more: Any) -> BadInput:
+    return BadInput(f"tokens: {path} {name}", _post(path, fields), (status,), param, **more)
 
 
 def _schema(depth: int) -> dict[str, Any]:
@@ -328,7 +354,17 @@ def _chats() -> Iterator[BadInput]:
     )
     yield chat("a structural tag", {"structural_tag": {"a": [_BOMB]}}, code=_UNSUPPORTED)
     yield chat("a template", {"chat_template": "{{ ''.__class__.__mro__ }}"}, code=_UNSUPPORTED)
-    yield chat("a template's variables", {"chat_template_kwargs": {"x": "{{ 7*7 }}"}}, code=_UNSUPPORTED)
+    yield chat("a template in a variable", {"chat_template_kwargs": {"x": "{{ 7*7 }}"}}, status=200)
+    yield chat(
+        "a variable of the server's", {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"
+    )
+    yield chat("a variable of Python's", {"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs.self")
+    yield chat("a variable of 1 MB", lambda: {"chat_template_kwargs": {"x": "x" * 10**6}}, "chat_template_kwargs")
+    yield chat(
+        "10,000 variables",
+        lambda: {"chat_template_kwargs": {f"x{i}": i for i in range(10_000)}},
+        "chat_template_kwargs",
+    )
     yield chat("a service tier", {"service_tier": "priority"}, code=_UNSUPPORTED)
     yield chat("logits processors", {"logits_processors": ["os.system"]}, code=_UNSUPPORTED)
     yield chat("a template in a message", {"messages": [{"role": "user", "content": "{{ 7*7 }}{% raw %}"}]}, status=200)
@@ -376,8 +412,49 @@ def _chats() -> Iterator[BadInput]:
     yield message("a result of no call", {"role": "tool", "content": "x"}, "messages[0].tool_call_id")
     yield message("a call without a result", {"role": "tool", "tool_call_id": "x"}, "messages[0].content")
     yield message("an older call", {"role": "assistant", "function_call": {"name": "f"}}, "messages[0].function_call")
-    yield message("a prefix", {"role": "assistant", "content": "x", "prefix": True}, "messages[0].prefix")
+    yield message("a user's prefix", {"role": "user", "content": "x", "prefix": True}, "messages[0].prefix")
+    yield chat("a user's message to continue", {"continue_final_message": True})
+    yield chat(
+        "a message to continue and a new one",
+        {"add_generation_prompt": True, "messages": [{"role": "assistant", "content": CANARY, "prefix": True}]},
+    )
     yield message("a name of 1 MB", lambda: {"role": "user", "content": "x", "name": "n" * 10**6}, "messages[0].name")
+
+
+def _anthropics() -> Iterator[BadInput]:
+    yield BadInput("anthropic: no JSON", _text("/v1/messages", lambda: b"{"), (400,))
+    yield anthropic("no limit", {"max_tokens": None})
+    yield anthropic("an unknown model", {"model": CANARY}, "model", 404)
+    yield anthropic("a role that is a list", {"messages": [{"role": [], "content": "x"}]}, "messages[0].role")
+    yield anthropic(
+        "100,000 blocks that are none",
+        lambda: {"messages": [{"role": "user", "content": [1] * 100_000}]},
+        "messages[0]",
+    )
+    yield blocks("an image's URL", {"type": "image", "source": {"type": "url", "url": _URL}}, "type")
+    yield blocks("a kind that is an object", {"type": {"type": "text"}}, "type")
+    yield blocks("a result by the assistant", {"type": "tool_result", "tool_use_id": "x"}, "type", "assistant")
+    yield anthropic("a server's tool", {"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type")
+    yield anthropic("a remote server of tools", {"mcp_servers": [{"type": "url", "url": _URL}]})
+
+
+def _ollamas() -> Iterator[BadInput]:
+    yield BadInput("ollama: no JSON", _text("/api/chat", lambda: b"{"), (400,))
+    yield ollama("a model that is a path", {"model": "../../etc/passwd:latest"}, "model", 404)
+    yield ollama("options that are none", {"options": [1]})
+    yield ollama("num_predict 1e18", {"options": {"num_predict": 10**18}}, "options.num_predict")
+    yield ollama("a context of 1e18", {"options": {"num_ctx": 10**18, "num_predict": 1}}, status=200)
+    yield ollama("an image", {"messages": [{"role": "user", "images": ["A" * 1000]}]}, "messages[0].images")
+    call = {"function": {"name": "x", "arguments": "{}"}}
+    yield ollama(
+        "arguments that are text",
+        {"messages": [{"role": "assistant", "tool_calls": [call]}]},
+        "messages[0].tool_calls[0].function.arguments",
+    )
+    yield BadInput(
+        "ollama: a template", _post("/api/generate", {"prompt": "x", "template": "{{ . }}"}), (400,), "template"
+    )
+    yield BadInput("ollama: a model to fetch", _post("/api/pull", {"model": _URL}), (404,))
 
 
 def _tools() -> Iterator[BadInput]:
@@ -651,6 +728,31 @@ def _one_shots() -> Iterator[BadInput]:
     yield one_shot("top_k 0", "/v1/classify", {"image": "AAAA", "top_k": 0}, "top_k")
 
 
+def _tokens() -> Iterator[BadInput]:
+    for path, fields in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+        yield BadInput(f"tokens: {path} no JSON", _text(path, lambda: b"{"), (400,))
+        yield BadInput(f"tokens: {path} no JSON object", _text(path, lambda: b"[1]"), (400,))
+        yield tokens("an unknown model", path, fields | {"model": CANARY}, "model", 404, code="model_not_found")
+        yield tokens("a model of 10,000 characters", path, fields | {"model": "m" * 10_000}, "model")
+    yield tokens("nothing", "/tokenize", {}, "messages")
+    yield tokens("a prompt and messages", "/tokenize", {"prompt": CANARY, "messages": []}, "messages")
+    yield tokens("two prompts", "/tokenize", {"prompt": [CANARY, CANARY]}, "prompt")
+    yield tokens("a million times a", "/tokenize", lambda: {"prompt": "a" * 10**6}, "prompt", code=_TOO_LONG)
+    yield tokens("a template", "/tokenize", {"prompt": CANARY, "chat_template": "{{ 7*7 }}"}, "chat_template")
+    yield tokens(
+        "a flag that is none", "/tokenize", {"prompt": CANARY, "return_token_strs": "yes"}, "return_token_strs"
+    )
+    yield tokens("no tokens", "/detokenize", {}, "tokens")
+    yield tokens("tokens that are a text", "/detokenize", {"tokens": CANARY}, "tokens")
+    yield tokens("a negative token", "/detokenize", {"tokens": [-1]}, "tokens[0]")
+    yield tokens("a token out of the vocabulary", "/detokenize", {"tokens": [10**9]}, "tokens")
+    yield tokens("a million tokens", "/detokenize", lambda: {"tokens": [1] * 10**6}, None, 200, most_mib=96)
+    yield target("an unknown model", "GET", f"/v1/models/{CANARY}", 404, "model", "model_not_found")
+    yield target("a model that is a path", "GET", "/v1/models/..%2f..%2fetc%2fpasswd", 404, "model", "model_not_found")
+    yield target("a model with a NUL", "GET", "/v1/models/a%00b", 404, "model", "model_not_found")
+    yield target("a model of 20,000 characters", "GET", "/v1/models/" + "m" * 20_000, 404, "model", "model_not_found")
+
+
 def _without_keys() -> Iterator[BadInput]:
     auths = {
         "no key": (),
@@ -662,9 +764,29 @@ def _without_keys() -> Iterator[BadInput]:
     for said, lines in auths.items():
         yield _keyless(said, "POST", "/v1/completions", *lines)
         yield _keyless(said, "GET", "/metrics", *lines)
-    for path in ("/v1/chat/completions", "/v1/streams", "/v1/embeddings", "/v1/classify", "/v1/nothing"):
+    for path in (
+        "/v1/chat/completions",
+        "/v1/messages",
+        "/api/chat",
+        "/v1/streams",
+        "/tokenize",
+        "/v1/embeddings",
+        "/v1/classify",
+        "/v1/nothing",
+    ):
         yield _keyless("no key", "POST", path)
-    for path in ("/v1/models", _STREAM, "/openapi.json", "/V1/models", "/%76%31/models", "/v1//models", "/health/"):
+    for path in (
+        "/v1/models",
+        "/v1/models/x",
+        "/version",
+        _STREAM,
+        "/openapi.json",
+        "/docs/",
+        "/V1/models",
+        "/%76%31/models",
+        "/v1//models",
+        "/health/",
+    ):
         yield _keyless("no key", "GET", path)
     yield _keyless("no key", "DELETE", _STREAM)
     yield _keyless("a key in the URL", "GET", f"/v1/models?api_key={CANARY}&key={CANARY}")
@@ -689,9 +811,12 @@ BAD_INPUTS: tuple[BadInput, ...] = (
     *_bodies(),
     *_completions(),
     *_chats(),
+    *_anthropics(),
+    *_ollamas(),
     *_streams(),
     *_targets(),
     *_headers(),
     *_wires(),
     *_one_shots(),
+    *_tokens(),
 )

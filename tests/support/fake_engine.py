@@ -235,7 +235,10 @@ def make_scheduler(
 
 
 def byte_tokenizer(
-    chat_template: str | dict[str, str] = CHAT_TEMPLATE, special_tokens: tuple[str, ...] = ()
+    chat_template: str | dict[str, str] = CHAT_TEMPLATE,
+    special_tokens: tuple[str, ...] = (),
+    *,
+    keeps_control_tokens: bool = False,
 ) -> Tokenizer:
     """A byte-level tokenizer without merges: token i is byte i; token 256 ends a sequence, and others may follow."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -248,7 +251,7 @@ def byte_tokenizer(
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True) for token in ("<|end|>", *special_tokens)])
     wrapper = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, eos_token="<|end|>")
-    return Tokenizer(wrapper, frozenset({EOS}))
+    return Tokenizer(wrapper, frozenset({EOS}), keeps_control_tokens=keeps_control_tokens)
 
 
 def expected_text(prompt: str, num_tokens: int, choice: int = 0, adapter: str | None = None) -> str:

@@ -36,7 +36,7 @@ class LiveApp(App):
             settings,
             "fake",
             lambda: (scheduler, runner),
-            lambda: tokenizer or byte_tokenizer(),
+            lambda: tokenizer or byte_tokenizer(keeps_control_tokens=settings.control_tokens_in_messages == "control"),
             tracing=tracing,
             one_shots=[one_shot.source for one_shot in one_shots],
             load_one_shots=lambda: self.fakes,

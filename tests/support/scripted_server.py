@@ -45,5 +45,5 @@ if __name__ == "__main__":
         resource.setrlimit(resource.RLIMIT_NOFILE, (int(max_descriptors) // 2, int(max_descriptors)))
     settings = load_settings([*sys.argv[1:], "--ttft-targets-s", "[1e6,1e6,1e6]"], {})
     source = ModelSource(Path("fake"), "fake")
-    with patch.multiple(serving, resolve_model=lambda *_: source, _load_tokenizer=lambda _: byte_tokenizer()):
+    with patch.multiple(serving, resolve_model=lambda *_: source, _load_tokenizer=lambda *_: byte_tokenizer()):
         sys.exit(serving.serve(settings, lambda: (make_scheduler(num_blocks=2048), ScriptedRunner())))

@@ -134,6 +134,10 @@ def test_a_prompt_is_text_or_token_ids_or_a_list_of_either(prompt: Any) -> None:
         ({"role": "user", "content": [{"type": "text"}]}, ".content[0].text"),
         ({"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}, ".content[1].type"),
         ({"role": "user", "content": [{"type": "text", "text": 5}]}, ".content[0].text"),
+        ({"role": "user", "content": [{"type": "text", "refusal": "no"}]}, ".content[0].text"),
+        ({"role": "user", "content": [{"type": "refusal", "text": "no"}]}, ".content[0].refusal"),
+        ({"role": "user", "content": [{"type": ["text"], "text": "x"}]}, ".content[0].type"),
+        ({"role": "user", "content": "x", "prefix": True}, ".prefix"),
     ],
     ids=lambda value: repr(value)[:60],
 )
@@ -174,7 +178,7 @@ def test_calls_and_results_are_read_where_they_belong_and_null_is_none() -> None
         {"role": "user", "content": "x"},
         {"role": "assistant", "content": ""},
         {"role": "assistant", "content": "", "tool_calls": [call, call | {"id": "b"}]},
-        {"role": "tool", "content": "y", "name": "f", "tool_call_id": "a"},
+        {"role": "tool", "content": [{"type": "text", "text": "y"}], "name": "f", "tool_call_id": "a"},
     ]
 
 
@@ -336,18 +340,69 @@ def test_max_tokens_may_have_its_newer_name_or_both_that_agree() -> None:
     assert ChatCompletionRequest.default_max_tokens is None
 
 
-def test_messages_reach_the_template_as_plain_text() -> None:
+def test_messages_reach_the_template_as_texts_and_parts() -> None:
     messages = [
         {"role": "developer", "content": "be brief"},
-        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]},
         {"role": "assistant", "content": None},
     ]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     params = parse_request(ChatCompletionRequest, {"messages": messages})
     assert [message.as_template_input() for message in params.messages] == [
         {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "ab"},
+        {"role": "user", "content": parts},
         {"role": "assistant", "content": ""},
     ]
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
+def test_a_part_that_is_no_text_is_refused_by_its_name(kind: str) -> None:
+    parts = [{"type": "text", "text": "x"}, {"type": kind, kind: {"url": "data:,"}}]
+    error = refused(ChatCompletionRequest, {"messages": [{"role": "user", "content": parts}]})
+    assert error.message == f"messages[0].content[1].type: `{kind}` is not supported, for the model reads text alone"
+
+
+ANSWERED = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well"}]
+
+
+def test_the_last_message_is_continued_where_that_is_asked_for() -> None:
+    def prompts(*messages: dict[str, Any], **fields: Any) -> tuple[bool, bool]:
+        request = parse_request(ChatCompletionRequest, {"messages": messages or ANSWERED, **fields})
+        return request.is_continued, request.has_generation_prompt
+
+    assert prompts() == prompts(continue_final_message=False, add_generation_prompt=True) == (False, True)
+    assert prompts(add_generation_prompt=False) == (False, False)
+    assert prompts(continue_final_message=True) == (True, False)
+    assert prompts(continue_final_message=True, add_generation_prompt=False) == (True, False)
+    assert prompts(ANSWERED[0], ANSWERED[1] | {"prefix": True}) == (True, False)
+    assert prompts(ANSWERED[0], ANSWERED[1] | {"prefix": False}) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("messages", "fields", "param"),
+    [
+        (ANSWERED[:1], {"continue_final_message": True}, "continue_final_message"),
+        (ANSWERED, {"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
+        ([ANSWERED[0], ANSWERED[1] | {"prefix": True}], {"add_generation_prompt": True}, "add_generation_prompt"),
+        ([ANSWERED[1] | {"prefix": True}, ANSWERED[0]], {}, "messages[0].prefix"),
+        ([ANSWERED[0] | {"prefix": True}], {}, "messages[0].prefix"),
+        (ANSWERED, {"continue_final_message": "yes"}, "continue_final_message"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(messages: Any, fields: dict[str, Any], param: str) -> None:
+    assert refused(ChatCompletionRequest, {"messages": messages, **fields}).param == param
+    assert refused(CompletionRequest, COMPLETION | {"continue_final_message": True}).param == "continue_final_message"
+
+
+def test_a_templates_variables_are_bounded() -> None:
+    def param(variables: Any) -> str | None:
+        return refused(ChatCompletionRequest, CHAT | {"chat_template_kwargs": variables}).param
+
+    assert param({str(i): 1 for i in range(65)}) == param({"a": "x" * 2**14}) == param([1]) == "chat_template_kwargs"
+    assert param({"messages": []}) == "chat_template_kwargs.messages"
+    variables = {"enable_thinking": False, "deep": {"a": [1, None]}}
+    request = parse_request(ChatCompletionRequest, CHAT | {"chat_template_kwargs": variables})
+    assert request.chat_template_kwargs == variables
 
 
 def test_stop_is_one_string_or_several() -> None:

@@ -51,6 +51,7 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "ttft_timeout_s": (600.0, 1.5, 2.5, 3.5),
     "stall_timeout_s": (60.0, 1.5, 2.5, 3.5),
     "tokenizer_threads": (2, 1, 3, 4),
+    "control_tokens_in_messages": ("text", "control", "text", "control"),
     "grammar_cache_bytes": (64 * 2**20, 1, 2, 3),
     "max_body_bytes": (4 * 2**20, 1, 2, 3),
     "max_header_bytes": (64 * 2**10, 2000, 3000, 4000),
