@@ -83,29 +83,65 @@ class CompletionLogprobs(TypedDict):
 Ended = Literal["stop", "length", "cancelled", "deadline_exceeded", "error"]
 
 
+ChatEnded = Literal[Ended, "tool_calls"]
+
+
+class CalledFunction(TypedDict):
+    """`arguments` are JSON as the model wrote it, which a limit on tokens may have cut."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class Message(TypedDict):
+    """`content` is null where there is nothing but calls; `reasoning_content` only of models that reason."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
 
 
 class ChatChoice(TypedDict):
     index: int
     message: Message
     logprobs: ChatLogprobs | None
-    finish_reason: Ended
+    finish_reason: ChatEnded
+
+
+class CalledFunctionDelta(TypedDict):
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    """The first one of a call has all fields and no arguments, each later one more of those."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: CalledFunctionDelta
 
 
 class Delta(TypedDict):
     role: NotRequired[Literal["assistant"]]
-    content: NotRequired[str]
+    content: NotRequired[str | None]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 class ChatChunkChoice(TypedDict):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
-    finish_reason: Ended | None
+    finish_reason: ChatEnded | None
 
 
 class CompletionChoice(TypedDict):

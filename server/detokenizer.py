@@ -12,15 +12,23 @@ from headrace.server.tokenizer import Tokenizer
 class Detokenizer:
     """Feed it token ids with `push`, then `flush` once the sequence has ended.
 
-    A token that ends the sequence (end of sequence, a stop token) is no part of its text and is not pushed.
+    A token that ends the sequence (end of sequence, a stop token) is no part of its text and is not pushed. Where
+    special tokens are skipped, those of `kept_token_ids` are not.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...], min_tokens: int = 0, skip_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...],
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+        kept_token_ids: tuple[int, ...] = (),
     ) -> None:
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._skipped: frozenset[int] = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        if kept_token_ids:
+            self._skipped = self._skipped.difference(kept_token_ids)
+        self._stream = DecodeStream(skip_special_tokens=False)
         self._pending: list[int] = []  # tokens whose text has not come out yet
         self._stop = stop
         self._min_tokens = min_tokens
@@ -33,13 +41,15 @@ class Detokenizer:
         """The text that may go out now. `is_stopped` is set once a stop string is complete: nothing follows it."""
         assert not self.is_stopped, "push after a stop string"
         self._num_tokens += 1
+        if token_id in self._skipped:
+            return self._pass_on("")
         self._pending.append(token_id)
         try:
             text = self._tokenizer.decode_step(self._stream, token_id)
         except Exception:
             # Where a whole decode writes U+FFFD for stray bytes, the stream gives up: write it and begin anew.
-            text = self._tokenizer.decode(self._pending, skip_special_tokens=self._skip_special_tokens)
-            self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
+            text = self._tokenizer.decode(self._pending, skip_special_tokens=False)
+            self._stream = DecodeStream(skip_special_tokens=False)
         if text:
             self._pending.clear()
         return self._pass_on(text)
@@ -49,7 +59,7 @@ class Detokenizer:
         if self.is_stopped:
             return ""
         pending, self._pending = self._pending, []
-        text = self._pass_on(self._tokenizer.decode(pending, skip_special_tokens=self._skip_special_tokens))
+        text = self._pass_on(self._tokenizer.decode(pending, skip_special_tokens=False))
         if self.is_stopped:
             return text
         held, self._held = self._held, ""
@@ -67,12 +77,12 @@ class Detokenizer:
             if found:
                 self.is_stopped = True
                 return text[: min(found)]
-        num_held = max(_overlap(text, stop) for stop in self._stop)
+        num_held = max(overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` that a longer `stop` begins with."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if stop.startswith(text[len(text) - length :]):

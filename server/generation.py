@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """All that an answer follows from, and the seconds it may take: who has it can begin the answer again, or go on
-    with one that was begun."""
+    with one that was begun. `kept_token_ids` are special tokens that are text all the same."""
 
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
@@ -34,6 +34,7 @@ class Recipe:
     ttft_timeout_s: float
     stall_timeout_s: float
     grammar: GrammarSource | None = None
+    kept_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -56,9 +57,9 @@ class Generation:
 
     `choice` numbers the answers to one prompt. `echo` is text that comes before the answer, with `prompt_logprobs`, a
     list that all choices of a prompt share and the first one fills. `grammar_field` is the request's, where its grammar
-    is. `predicted_ttft_s` is the bare prediction that it was admitted with, until it can be compared. `on_end` is
-    called once the log has closed. What `is_journaled` a later process can go on with. What `is_cancelled` is over, or
-    will be soon.
+    is. `predicted_ttft_s` is the bare prediction that it was admitted with, until it can be compared.
+    `begins_in_reasoning` tells that its prompt has begun the model's reasoning. `on_end` is called once the log has
+    closed. What `is_journaled` a later process can go on with. What `is_cancelled` is over, or will be soon.
     """
 
     id: str
@@ -71,6 +72,7 @@ class Generation:
     echo: str = ""
     tier: Tier = Tier.STANDARD
     predicted_ttft_s: float | None = None
+    begins_in_reasoning: bool = False
     is_journaled: bool = False
     is_cancelled: bool = False
     grammar_field: str | None = None

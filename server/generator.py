@@ -19,6 +19,7 @@ import anyio.to_thread
 from headrace.scheduler.grammar import Grammar
 from headrace.scheduler.messages import EngineReady, GenerationRequest, SamplingParams, Tier, TokenLogprobs
 from headrace.server.admission import Demand
+from headrace.server.answer_parser import begins_in_reasoning, kept_token_ids
 from headrace.server.api_keys import ApiKeys, standing_of
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.engine_client import EngineClient
@@ -34,6 +35,7 @@ from headrace.server.protocol import ChatCompletionRequest, CompletionRequest, G
 from headrace.server.settings import Settings
 from headrace.server.tenant_limits import TenantLimits
 from headrace.server.tokenizer import Tokenizer
+from headrace.server.tool_calls import call_grammar, parameter_schemas, template_input
 
 # Below this a temperature is greedy: dividing by it would overflow.
 _MIN_TEMPERATURE = 1e-5
@@ -76,8 +78,12 @@ class Generator:
         """
         with self._place(request.model, tenant, request.num_sequences, num_bytes) as (demand, tokenizer, ready):
             prompts = await self._on_worker(lambda: tokenize(tokenizer, request, ready.max_context_tokens))
-            source = request.grammar_source
-            grammar = None if source is None else await self._compile(source, tokenizer, ready)
+            source, grammar = request.grammar_source, None
+            if isinstance(request, ChatCompletionRequest) and request.must_call:
+                compile = partial(_compile_calls, self.grammars, tokenizer, request, prompts[0], ready)
+                source, grammar = await self._on_worker(compile)
+            elif source is not None:
+                grammar = await self._compile(source, tokenizer, ready)
             stages.tokenized_s = self.client.clock()
             samplings = [_sampling_params(request, prompt.token_ids, tokenizer, ready) for prompt in prompts]
             num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
@@ -162,6 +168,7 @@ class Generator:
             recipe.stop_strings,
             min_tokens=sampling.min_tokens,
             skip_special_tokens=recipe.skips_special_tokens,
+            kept_token_ids=recipe.kept_token_ids,
         )
         generation = Generation(
             id,
@@ -173,6 +180,7 @@ class Generator:
             echo=recipe.echo,
             tier=tier,
             grammar_field=None if recipe.grammar is None else recipe.grammar.field,
+            begins_in_reasoning=begins_in_reasoning(self.tokenizer, recipe.prompt_token_ids),
         )
         if sampling.num_prompt_logprobs is not None:
             generation.prompt_logprobs.append(TokenLogprobs(recipe.prompt_token_ids[0]))
@@ -237,6 +245,7 @@ class Generator:
         salt: bytes,
         grammar: GrammarSource | None,
     ) -> Recipe:
+        assert self.tokenizer is not None
         return Recipe(
             prompt.token_ids,
             sampling,
@@ -249,6 +258,7 @@ class Generator:
             ttft_timeout_s=_shorter(request.ttft_timeout, self.settings.ttft_timeout_s),
             stall_timeout_s=_shorter(request.stall_timeout, self.settings.stall_timeout_s),
             grammar=grammar,
+            kept_token_ids=kept_token_ids(self.tokenizer, request),
         )
 
     def _submit(
@@ -322,8 +332,10 @@ def tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> l
     Raises: BadRequestError, ContextLengthError for a text too long to be tokenized.
     """
     if isinstance(request, ChatCompletionRequest):
+        messages, tools = template_input(tokenizer, request)
         text = tokenizer.render_chat(
-            [message.as_template_input() for message in request.messages],
+            messages,
+            tools,
             variables=request.chat_template_kwargs or {},
             add_generation_prompt=request.has_generation_prompt,
             continue_final_message=request.is_continued,
@@ -343,6 +355,20 @@ def tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> l
             text = tokenizer.decode(prompt, skip_special_tokens=request.skips_special_tokens) if has_echo else ""
             prompts.append(Prompt(tuple(prompt), text))
     return prompts
+
+
+def _compile_calls(
+    grammars: Grammars, tokenizer: Tokenizer, request: ChatCompletionRequest, prompt: Prompt, ready: EngineReady
+) -> tuple[GrammarSource, Grammar]:
+    """Runs on a worker thread. Raises: BadRequestError, which names the parameters at fault."""
+    has_begun = begins_in_reasoning(tokenizer, prompt.token_ids)
+    source = call_grammar(tokenizer, request, begins_in_reasoning=has_begun)
+    try:
+        return source, grammars.get(source, tokenizer, ready.vocab_size)
+    except BadRequestError:
+        for schema in parameter_schemas(request):
+            grammars.get(schema, tokenizer, ready.vocab_size)
+        raise
 
 
 def _encode(

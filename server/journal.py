@@ -425,6 +425,7 @@ class Journal:
             "prompt_token_ids": tuple(array("q", prompt)),
             "sampling": SamplingParams(**sampling, logit_bias=bias, stop_token_ids=stop_token_ids),
             "stop_strings": tuple(recipe["stop_strings"]),
+            "kept_token_ids": tuple(recipe.get("kept_token_ids", ())),
             "cache_salt": bytes.fromhex(recipe["cache_salt"]),
         }
         for name in ("received_s", "submitted_s"):

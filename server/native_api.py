@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import anyio
 from pydantic import Field
@@ -32,6 +32,7 @@ from headrace.server.journal import StreamRecord
 from headrace.server.logprobs import chat_logprobs, make_off_loop
 from headrace.server.protocol import (
     UNSUPPORTED,
+    WITHOUT_TOOLS,
     ChatCompletionRequest,
     CompletionRequest,
     Number,
@@ -55,8 +56,16 @@ OnDisconnect = Literal["cancel", "continue"]
 
 
 class StreamChatRequest(ChatCompletionRequest):
+    """Its answer is one text as the model writes it, reasoning included."""
+
     on_disconnect: OnDisconnect | None = None
     disconnect_grace_s: Number | None = Field(None, ge=0, le=_MAX_GRACE_S)
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = ChatCompletionRequest.unsupported | WITHOUT_TOOLS
+
+    @property
+    def has_parts(self) -> bool:
+        return False
 
 
 class StreamCompletionRequest(CompletionRequest):

@@ -16,6 +16,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from headrace.scheduler.messages import FinishReason
+from headrace.server.answer_parser import is_only_text, make_parser
+from headrace.server.answer_parts import Part, ReasoningPart, TextPart, ToolArgumentsPart, ToolCallPart
 from headrace.server.errors import ModelNotFoundError
 from headrace.server.generation import Generation, Stages, final_usage, usage
 from headrace.server.generator import Generator
@@ -96,7 +98,7 @@ class OpenAIApi:
         request.state.is_accepted = True
         request.state.cleanup.callback(self._finish, generations, request)
         assert self._generator.tokenizer is not None
-        format = make_format(id, self._generator.model_name, self._generator.tokenizer, params)
+        format = make_format.make(id, self._generator.model_name, self._generator.tokenizer, params, generations[0])
         if params.stream:
             options = params.stream_options or StreamOptions()
             return EventStream(_frames(generations, format, options, self._generator.settings))
@@ -127,13 +129,14 @@ async def _frames(
     generations: list[Generation], format: "_Format", options: StreamOptions, settings: Settings
 ) -> AsyncIterator[bytes]:
     """The frames of a streaming response; each item is one write, and may hold several frames."""
-    format.prepare_frames(has_usage=bool(options.include_usage or options.continuous_usage_stats))
+    padding = settings.stream_padding_bytes or (_OBFUSCATED_BYTES if options.include_obfuscation else 0)
+    has_usage = bool(options.include_usage or options.continuous_usage_stats)
+    format.prepare_frames(has_usage=has_usage, padding=padding)
     is_continuous = bool(options.continuous_usage_stats)
     opening = format.opening_frames(usage(generations, 0) if is_continuous else None)
     stages = generations[0].stages
     num_tokens = [0] * len(generations)
     num_open = len(generations)
-    padding = settings.stream_padding_bytes or (_OBFUSCATED_BYTES if options.include_obfuscation else 0)
     logs = [generation.log for generation in generations]
     with Subscriber(logs, interval_s=settings.stream_interval_ms / 1000) as subscriber:
         while num_open:
@@ -146,14 +149,13 @@ async def _frames(
             if piece.text or piece.logprobs:
                 counts = usage(generations, sum(num_tokens)) if is_continuous else None
                 if piece.logprobs:  # most have none, and should not cost a coroutine each
-                    frame = await make_off_loop(partial(format.text_frame, piece, counts), len(piece.logprobs))
+                    frames = await make_off_loop(partial(format.text_frames, piece, counts), len(piece.logprobs))
                 else:
-                    frame = format.text_frame(piece, counts)
-                if padding:
-                    frame = padded(frame, None if piece.logprobs else piece.text, padding)
-                write, opening = opening + frame, b""
-                if stages.first_byte_s is None:
-                    stages.first_byte_s = time.monotonic()
+                    frames = format.text_frames(piece, counts)
+                if frames:
+                    write, opening = opening + frames, b""
+                    if stages.first_byte_s is None:
+                        stages.first_byte_s = time.monotonic()
             if piece.terminal is not None:
                 if piece.terminal.error is not None:
                     yield write + data_frame(piece.terminal.error.envelope())
@@ -162,13 +164,14 @@ async def _frames(
                 # More than its text was made of, by such as the token that ended it.
                 num_tokens[piece.log_index] = generations[piece.log_index].num_output_tokens
                 counts = usage(generations, sum(num_tokens)) if is_continuous else None
-                write += opening + format.finish_frame(piece.log_index, piece.terminal.finish_reason, counts)
+                write += opening + format.finish_frames(piece.log_index, piece.terminal.finish_reason, counts)
                 opening = b""
             if num_open == 0:
                 if options.include_usage:
                     write += format.usage_frame(final_usage(generations))
                 write += _DONE
-            yield write
+            if write:  # else all there is may be a part of a marker
+                yield write
 
 
 class _Format(ABC):
@@ -188,6 +191,13 @@ class _Format(ABC):
         self._tokenizer = tokenizer
         self._num_choices = params.num_sequences
         self._has_logprobs = params.num_logprobs is not None
+
+    @classmethod
+    def make(
+        cls, id: str, model_name: str, tokenizer: Tokenizer, params: GenerationParams, generation: Generation
+    ) -> "_Format":
+        """The format of an answer, of which the generation is a choice."""
+        return cls(id, model_name, tokenizer, params)
 
     @abstractmethod
     def choice(self, piece: LogSlice) -> dict[str, Any]:
@@ -211,9 +221,11 @@ class _Format(ABC):
         choices = [self.choice(piece._replace(log_index=index)) for index, piece in enumerate(pieces)]
         return {**self._head, "object": self.object, "choices": choices, "usage": usage}
 
-    def prepare_frames(self, *, has_usage: bool) -> None:
-        """Encode what all of a stream's frames share. With `has_usage` every chunk has the field, null or not."""
+    def prepare_frames(self, *, has_usage: bool, padding: int) -> None:
+        """Encode what all of a stream's frames share. With `has_usage` every chunk has the field, null or not; with
+        `padding` texts are padded to a multiple of it."""
         self._has_usage = has_usage
+        self._padding = padding
         # The text comes last but for numbers, so the last slot in the frame is the one meant.
         slot = '"@text@"'
         self._around_text: list[tuple[bytes, bytes]] = []
@@ -225,13 +237,17 @@ class _Format(ABC):
         choices = [self.opening_choice(index) for index in range(self._num_choices)]
         return b"".join(self._frame([choice], usage) for choice in choices if choice is not None)
 
-    def text_frame(self, piece: LogSlice, usage: dict[str, Any] | None) -> bytes:
+    def text_frames(self, piece: LogSlice, usage: dict[str, Any] | None) -> bytes:
         if usage is not None or self._has_logprobs:
-            return self._frame([self.chunk_choice(piece.log_index, piece.text, None, self.logprobs(piece))], usage)
-        before, after = self._around_text[piece.log_index]
-        return before + to_json(piece.text).encode() + after
+            frame = self._frame([self.chunk_choice(piece.log_index, piece.text, None, self.logprobs(piece))], usage)
+        else:
+            before, after = self._around_text[piece.log_index]
+            frame = before + to_json(piece.text).encode() + after
+        if self._padding:
+            frame = padded(frame, None if piece.logprobs else piece.text, self._padding)
+        return frame
 
-    def finish_frame(self, index: int, finish_reason: FinishReason, usage: dict[str, Any] | None) -> bytes:
+    def finish_frames(self, index: int, finish_reason: FinishReason, usage: dict[str, Any] | None) -> bytes:
         return self._frame([self.chunk_choice(index, None, finish_reason.value)], usage)
 
     def usage_frame(self, usage: dict[str, Any]) -> bytes:
@@ -248,6 +264,15 @@ class _ChatFormat(_Format):
     id_prefix = "chatcmpl-"
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+
+    @classmethod
+    def make(
+        cls, id: str, model_name: str, tokenizer: Tokenizer, params: GenerationParams, generation: Generation
+    ) -> "_Format":
+        assert isinstance(params, ChatCompletionRequest)
+        if is_only_text(tokenizer, params):
+            return cls(id, model_name, tokenizer, params)
+        return _PartsFormat(id, model_name, tokenizer, params, begins_in_reasoning=generation.begins_in_reasoning)
 
     def choice(self, piece: LogSlice) -> dict[str, Any]:
         assert piece.terminal is not None
@@ -270,6 +295,104 @@ class _ChatFormat(_Format):
 
     def logprobs(self, piece: LogSlice) -> dict[str, Any] | None:
         return chat_logprobs(self._tokenizer, piece.logprobs) if self._has_logprobs else None
+
+
+class _PartsFormat(_ChatFormat):
+    """A chat whose answers may have more parts than text. Each is a frame of its own."""
+
+    def __init__(
+        self,
+        id: str,
+        model_name: str,
+        tokenizer: Tokenizer,
+        params: ChatCompletionRequest,
+        *,
+        begins_in_reasoning: bool,
+    ) -> None:
+        super().__init__(id, model_name, tokenizer, params)
+        self._parsers = [
+            make_parser(tokenizer, params, begins_in_reasoning=begins_in_reasoning) for _ in range(self._num_choices)
+        ]
+        self._calling: set[int] = set()  # the choices that have made a call
+
+    def choice(self, piece: LogSlice) -> dict[str, Any]:
+        assert piece.terminal is not None
+        parser = self._parsers[piece.log_index]
+        message = _message([*parser.push(piece.text), *parser.finish()])
+        if "tool_calls" in message:
+            self._calling.add(piece.log_index)
+        reason = self._finish_reason(piece.log_index, piece.terminal.finish_reason)
+        logprobs = self.logprobs(piece)
+        return {"index": piece.log_index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def opening_choice(self, index: int) -> dict[str, Any] | None:
+        return self._part_choice(index, {"role": "assistant", "content": None})
+
+    def text_frames(self, piece: LogSlice, usage: dict[str, Any] | None) -> bytes:
+        parts = self._parsers[piece.log_index].push(piece.text)
+        if len(parts) == 1 and isinstance(parts[0], TextPart):
+            return super().text_frames(piece._replace(text=parts[0].text), usage)
+        return self._part_frames(piece.log_index, parts, usage, self.logprobs(piece) if piece.logprobs else None)
+
+    def finish_frames(self, index: int, finish_reason: FinishReason, usage: dict[str, Any] | None) -> bytes:
+        frames = self._part_frames(index, self._parsers[index].finish(), usage)
+        reason = self._finish_reason(index, finish_reason)
+        return frames + self._frame([self.chunk_choice(index, None, reason)], usage)
+
+    def _part_frames(
+        self, index: int, parts: list[Part], usage: dict[str, Any] | None, logprobs: dict[str, Any] | None = None
+    ) -> bytes:
+        """A frame for each part. Log probabilities are in the first, or in one of their own."""
+        frames = b""
+        deltas = [_delta(part) for part in parts]
+        for delta in deltas or ([] if logprobs is None else [{}]):
+            frame = self._frame([self._part_choice(index, delta, logprobs)], usage)
+            frames += padded(frame, None, self._padding) if self._padding else frame
+            logprobs = None
+        if any(isinstance(part, ToolCallPart) for part in parts):
+            self._calling.add(index)
+        return frames
+
+    def _part_choice(self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+    def _finish_reason(self, index: int, reason: FinishReason) -> str:
+        return "tool_calls" if reason is FinishReason.STOP and index in self._calling else reason.value
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    """What a part adds to a message."""
+    match part:
+        case TextPart(text):
+            return {"content": text}
+        case ReasoningPart(text):
+            return {"reasoning_content": text}
+        case ToolCallPart(index, id, name):
+            function = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": index, "id": id, "type": "function", "function": function}]}
+        case ToolArgumentsPart(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+
+
+def _message(parts: list[Part]) -> dict[str, Any]:
+    """A whole message. Its content is null where there is nothing but calls."""
+    content, reasoning, calls = "", "", list[dict[str, Any]]()
+    for part in parts:
+        match part:
+            case TextPart(text):
+                content += text
+            case ReasoningPart(text):
+                reasoning += text
+            case ToolCallPart(_, id, name):
+                calls.append({"id": id, "type": "function", "function": {"name": name, "arguments": ""}})
+            case ToolArgumentsPart(index, text):
+                calls[index]["function"]["arguments"] += text
+    message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = calls
+    return message
 
 
 class _CompletionFormat(_Format):

@@ -6,6 +6,7 @@ Source: OpenAI's API reference (chat completions, completions), and the extensio
 """
 
 import json
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -19,6 +20,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1000
 MAX_MESSAGES = 2048
 MAX_NAME_CHARS = 512
+MAX_TOOLS = 128  # and calls of them in one message
+MAX_TOOL_NAME_CHARS = 128
 MAX_SEQUENCES = 128  # prompts times choices of one request
 MAX_LOGIT_BIASES = 1024
 MAX_TEMPLATE_VARIABLES = 64
@@ -26,6 +29,9 @@ MAX_TEMPLATE_CHARS = 2**14  # of all the variables, as JSON
 MAX_GRAMMAR_CHARS = 2**17
 MAX_GRAMMAR_CHOICES = 4096
 _MAX_PATH_CHARS = 200  # of what an error names: a key may be as long as a body
+
+# Where an answer is one text and nothing is made of it.
+WITHOUT_TOOLS: dict[str, tuple[Any, ...]] = {"tools": ([],), "tool_choice": ("none", "auto")}
 
 # Fields that exist elsewhere and ask for what this server does not do, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -37,8 +43,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "typical_p": (1,),
     "bad_words": ([],),
     "allowed_token_ids": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "chat_template": (),
@@ -99,6 +103,7 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Penalty = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-2, le=2)]
 Bias = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-100, le=100)]
 NumLogprobs = Annotated[int, Field(strict=True, ge=0, le=20)]
+ToolName = Annotated[str, Field(strict=True, max_length=MAX_TOOL_NAME_CHARS, pattern="^[a-zA-Z0-9_-]+$")]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -326,7 +331,7 @@ class GenerationParams(BaseModel):
         """Whether an answer begins with its prompt."""
         return False
 
-    @property
+    @cached_property
     def grammar_source(self) -> GrammarSource | None:
         """What the answers are to keep to."""
         return next(iter(_grammar_sources(self)), None)
@@ -396,21 +401,136 @@ class TextPart(BaseModel):
         return self.refusal if self.type == "refusal" else self.text
 
 
+class ToolFunction(BaseModel):
+    """`parameters` is the JSON schema of an object; without it there are none."""
+
+    name: ToolName
+    description: Annotated[str, Field(strict=True)] | None = None
+    parameters: dict[str, Any] | None = Field(None, json_schema_extra={"properties": {"type": {"const": "object"}}})
+    strict: Flag | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.parameters or {}).get("type", "object") != "object":
+            raise ValueError("parameters: must be the JSON schema of an object")
+        return self
+
+
+class Tool(BaseModel):
+    type: Literal["function"]
+    function: ToolFunction
+
+    def as_template_input(self) -> dict[str, Any]:
+        """The tool as chat templates read it."""
+        function: dict[str, Any] = {"name": self.function.name}
+        if self.function.description is not None:
+            function["description"] = self.function.description
+        # Some templates look into the parameters without asking whether there are any.
+        function["parameters"] = self.function.parameters or {"type": "object", "properties": {}}
+        return {"type": "function", "function": function}
+
+
+class FunctionName(BaseModel):
+    name: ToolName
+
+
+class NamedTool(BaseModel):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(BaseModel):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_TOOLS)
+
+
+_PRESENT: dict[str, Any] = {"not": {"type": "null"}}
+
+
+def _named_by(field: str) -> dict[str, Any]:
+    return {"properties": {"type": {"const": field}, field: _PRESENT}, "required": [field]}
+
+
+class ToolChoice(BaseModel):
+    """One tool that must be called, or the tools that may be called of those that the model is told of."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [_named_by("function"), _named_by("allowed_tools")]})
+
+    type: Literal["function", "allowed_tools"]
+    function: FunctionName | None = None
+    allowed_tools: AllowedTools | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if getattr(self, self.type) is None:
+            raise ValueError(f"{self.type}: is required")
+        return self
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The tools by where they are named."""
+        if self.type == "function":
+            assert self.function is not None
+            return {"function.name": self.function.name}
+        assert self.allowed_tools is not None
+        return {
+            f"allowed_tools.tools[{i}].function.name": t.function.name for i, t in enumerate(self.allowed_tools.tools)
+        }
+
+
+class CalledFunction(BaseModel):
+    """`arguments` are JSON as the model wrote it, which need not be sound."""
+
+    name: ToolName
+    arguments: Annotated[str, Field(strict=True)]
+
+
+class MessageToolCall(BaseModel):
+    id: Name
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+    def as_template_input(self) -> dict[str, Any]:
+        """The call as chat templates read it: with its arguments as an object, where they are one."""
+        try:
+            arguments = from_json(self.function.arguments or "{}", allow_inf_nan=False)
+        except ValueError:
+            arguments = None
+        if not isinstance(arguments, dict):
+            arguments = self.function.arguments
+        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+
+
 class ChatMessage(BaseModel):
     """A message whose content is text, whole or in parts. What asks for more may be there if it is empty."""
 
     model_config = ConfigDict(
         json_schema_extra={
-            "anyOf": [
-                {"properties": {"role": {"const": "assistant"}}},
-                {"properties": {"content": {"not": {"type": "null"}}}, "required": ["content"]},
+            "allOf": [
+                {
+                    "anyOf": [
+                        {"properties": {"role": {"const": "assistant"}}},
+                        {
+                            "properties": {"content": _PRESENT, "tool_calls": {"maxItems": 0}},
+                            "required": ["content"],
+                        },
+                    ]
+                },
+                {
+                    "anyOf": [
+                        {"properties": {"role": {"not": {"const": "tool"}}}},
+                        {"properties": {"tool_call_id": _PRESENT}, "required": ["tool_call_id"]},
+                    ]
+                },
             ]
         }
     )
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     name: Name | None = None
-    tool_calls: list[Any] | None = Field(None, json_schema_extra={"maxItems": 0})
+    reasoning_content: str | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Name | None = None
     function_call: dict[str, Any] | None = Field(None, json_schema_extra={"maxProperties": 0})
     refusal: str | None = None
     audio: dict[str, Any] | None = Field(None, json_schema_extra={"maxProperties": 0})
@@ -419,11 +539,15 @@ class ChatMessage(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for field in ("tool_calls", "function_call", "audio"):
+        for field in ("function_call", "audio"):
             if getattr(self, field):
                 raise ValueError(f"{field}: is not supported")
         if self.content is None and self.role != "assistant":
             raise ValueError("content: must be text")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls: are an assistant's only")
+        if self.tool_call_id is None and self.role == "tool":
+            raise ValueError("tool_call_id: must name the call that this is the result of")
         return self
 
     def as_template_input(self) -> dict[str, Any]:
@@ -433,7 +557,15 @@ class ChatMessage(BaseModel):
         if isinstance(self.content, list):
             content = [{"type": "text", "text": part.written} for part in self.content]
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        return message if self.name is None else message | {"name": self.name}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.reasoning_content is not None:
+            message["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            message["tool_calls"] = [call.as_template_input() for call in self.tool_calls]
+        if self.role == "tool":
+            message["tool_call_id"] = self.tool_call_id
+        return message
 
 
 class ChatCompletionRequest(GenerationParams):
@@ -450,6 +582,9 @@ class ChatCompletionRequest(GenerationParams):
 
     logprobs: Flag | None = None
     top_logprobs: NumLogprobs | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: Flag | None = None
 
     rules: ClassVar[list[dict[str, Any]]] = [
         *GenerationParams.rules,
@@ -458,6 +593,12 @@ class ChatCompletionRequest(GenerationParams):
             "anyOf": [
                 {"properties": {"continue_final_message": {"enum": [None, False]}}},
                 {"properties": {"add_generation_prompt": {"enum": [None, False]}}},
+            ]
+        },
+        {
+            "anyOf": [
+                {"properties": {"tool_choice": {"enum": [None, "none", "auto"]}}},
+                {"properties": {"tools": {"type": "array", "minItems": 1}}, "required": ["tools"]},
             ]
         },
     ]
@@ -495,6 +636,25 @@ class ChatCompletionRequest(GenerationParams):
             raise ValueError(f"chat_template_kwargs.{name}: is not a request's to set")
         return self
 
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        names: set[str] = set()
+        for i, tool in enumerate(self.tools or ()):
+            if tool.function.name in names:
+                raise ValueError(f"tools[{i}].function.name: is there twice")
+            names.add(tool.function.name)
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice: needs tools")
+        if self.offered_tools and self.grammar_source is not None:
+            raise ValueError(f"{self.grammar_source.field}: an answer that keeps to it can call no tools")
+        if self.must_call and self.ignore_eos:
+            raise ValueError("ignore_eos: an answer that must be a call ends with it")
+        if isinstance(self.tool_choice, ToolChoice):
+            for place, name in self.tool_choice.names.items():
+                if name not in names:
+                    raise ValueError(f"tool_choice.{place}: is no tool's name")
+        return self
+
     @property
     def is_continued(self) -> bool:
         """Whether the answer goes on with the last message."""
@@ -508,6 +668,37 @@ class ChatCompletionRequest(GenerationParams):
     @property
     def num_logprobs(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether the answer is taken apart into text, reasoning and tool calls."""
+        return True
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def callable_tools(self) -> dict[int, Tool]:
+        """The tools of which calls are taken, by their places in `tools`."""
+        tools = dict(enumerate(self.offered_tools))
+        if not isinstance(self.tool_choice, ToolChoice):
+            return tools
+        names = self.tool_choice.names.values()
+        return {i: tool for i, tool in tools.items() if tool.function.name in names}
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer must be a call."""
+        if isinstance(self.tool_choice, ToolChoice) and self.tool_choice.allowed_tools is not None:
+            return self.tool_choice.allowed_tools.mode == "required"
+        return self.tool_choice not in (None, "none", "auto")
+
+    @property
+    def may_call_several(self) -> bool:
+        is_named = isinstance(self.tool_choice, ToolChoice) and self.tool_choice.type == "function"
+        return self.parallel_tool_calls is not False and not is_named
 
 
 class CompletionRequest(GenerationParams):
@@ -527,6 +718,7 @@ class CompletionRequest(GenerationParams):
         "add_generation_prompt": (True,),
         "continue_final_message": (False,),
         "chat_template_kwargs": ({},),
+        **WITHOUT_TOOLS,
     }
     prompt_field: ClassVar[str] = "prompt"
     default_max_tokens: ClassVar[int | None] = 16
@@ -596,24 +788,22 @@ def validate(cls: type[ModelT], fields: dict[str, Any]) -> ModelT:
         raise _bad_request(error) from None
 
 
-def _path(detail: Any) -> list[str | int]:
-    """Where an error is, without the types that were tried, which mean nothing to a client."""
-    return [
-        part for part in detail["loc"] if str(part).partition("[")[0] not in ("str", "constrained-str", "list", "dict")
-    ]
+def _place_and_message(detail: Any) -> tuple[list[str | int], str]:
+    """Where an error is, without the types that were tried, which mean nothing to a client, and what it is."""
+    tried = ("str", "constrained-str", "list", "dict", "literal", "function-after")
+    place = [part for part in detail["loc"] if str(part).partition("[")[0] not in tried]
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        # Our own checks of a whole object name the field they refuse.
+        field, _, message = message.partition(": ")
+        place.append(field)
+    return place, message
 
 
 def _bad_request(error: ValidationError) -> ApiError:
     details = error.errors(include_url=False, include_input=False)
     # A field of several types has an error for each: the one that got furthest is of the type that was meant.
     same_field = [detail for detail in details if detail["loc"][:1] == details[0]["loc"][:1]]
-    detail = max(same_field, key=lambda detail: len(_path(detail)))
-    parts = _path(detail)
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "value_error":
-        # Our own checks of a whole object name the field they refuse.
-        field, _, message = message.partition(": ")
-        path = f"{path}.{field}".lstrip(".")
-    path = path[:_MAX_PATH_CHARS]
+    place, message = max(map(_place_and_message, same_field), key=lambda found: len(found[0]))
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")[:_MAX_PATH_CHARS]
     return BadRequestError(f"{path}: {message}", param=path)

@@ -64,7 +64,8 @@ class Tokenizer:
         self._backend.no_padding()
         added_tokens = self._backend.get_added_tokens_decoder()
         self._added_tokens = frozenset(added_tokens)
-        self.special_token_ids = frozenset(i for i, token in added_tokens.items() if token.special)
+        self._special_tokens = {token.content: i for i, token in added_tokens.items() if token.special}
+        self.special_token_ids = frozenset(self._special_tokens.values())
         self._is_byte_level = "ByteLevel" in repr(self._backend.decoder)
         self.eos_token_ids = eos_token_ids
         # No text of more characters than this per token fits; a normalizer may shorten text, so then there is no bound.
@@ -74,6 +75,17 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return bool(self._wrapper.chat_template)
+
+    def chat_template(self, *, has_tools: bool = False) -> str:
+        """The template of a chat, which may be another with tools; "" where there is none."""
+        templates = self._wrapper.chat_template or ""
+        if isinstance(templates, dict):
+            return str(templates.get("tool_use" if has_tools else "default") or templates.get("default", ""))
+        return str(templates)
+
+    def special_token_id(self, text: str) -> int | None:
+        """The special token that is written so, None where there is none."""
+        return self._special_tokens.get(text)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`, which may be a chat's. Releases the interpreter lock, so worker threads run beside the
@@ -86,30 +98,35 @@ class Tokenizer:
     def render_chat(
         self,
         messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
         *,
         variables: Mapping[str, Any] = MappingProxyType({}),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> str:
         """The prompt text of a conversation, for `encode`: ready for the assistant's answer, or, without a generation
-        prompt, as it is; a final message that is continued is left open. `variables` are the template's own.
+        prompt, as it is; a final message that is continued is left open. It tells of `tools` if there are any;
+        `variables` are the template's own.
 
-        Control tokens that messages and variables spell are marked, unless they are kept. A message's content, a text
-        or a list of parts, becomes what the template takes.
+        Control tokens that any of these spell are marked, unless they are kept. A message's content, a text or a list
+        of parts, becomes what the template takes.
 
         Raises: BadRequestError where the template refuses the messages or the model has none.
         """
         if not self.has_chat_template:
             raise BadRequestError("this model has no chat template; use /v1/completions", param="messages")
+        # SmolLM3's template has a name of its own for them.
+        told = {"tools": tools, "xml_tools": tools} if tools else {}
         try:
+            given: dict[str, Any] = {**variables, **told}
             messages = [message | {"content": self._content(message)} for message in messages]
             if not self._keeps_control_tokens:
-                messages, variables = self._control_tokens.mark(messages), self._control_tokens.mark(dict(variables))
+                messages, given = self._control_tokens.mark(messages), self._control_tokens.mark(given)
             return self._render(
                 messages,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **variables,
+                **given,
             )
         except Exception as error:  # a template is a program, and fails as it likes
             reason = str(error).replace(MARK, "")[:_MAX_REFUSAL_CHARS]
@@ -123,7 +140,7 @@ class Tokenizer:
         """A message's content in a form that the template takes, its own if possible. HF leaves that to the caller."""
         content, forms = message["content"], self._content_forms.get(message["role"], frozenset())
         if isinstance(content, list) and list not in forms:
-            return "".join(part["text"] for part in content)
+            return text_of(content)
         if isinstance(content, str) and forms == {list}:
             return [{"type": "text", "text": content}]
         return content
@@ -198,6 +215,11 @@ class Tokenizer:
         return stream.step(self._backend, token_id) or ""
 
 
+def text_of(content: str | list[dict[str, Any]]) -> str:
+    """A message's content as one text."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
 def load_tokenizer(source: ModelSource, *, keeps_control_tokens: bool = False) -> Tokenizer:
     """Read a model's tokenizer. Raises: ModelSourceError, UnsupportedModelError."""
     try:
@@ -234,7 +256,11 @@ def _from_directory(folder: Path, keeps_control_tokens: bool) -> Tokenizer:
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(token_id, int) for token_id in ids):
         raise ModelSourceError(f"{folder}: eos_token_id is {eos!r}, which is no token's id")
-    return Tokenizer(wrapper, frozenset(ids), keeps_control_tokens=keeps_control_tokens)
+    tokenizer = Tokenizer(wrapper, frozenset(ids), keeps_control_tokens=keeps_control_tokens)
+    # Llama's end of a message that waits for a call's result, which not every copy of its configs has.
+    if (eom := tokenizer.special_token_id("<|eom_id|>")) is not None:
+        tokenizer.eos_token_ids |= {eom}
+    return tokenizer
 
 
 def _from_gguf(file: GGUFFile, keeps_control_tokens: bool) -> Tokenizer:

@@ -110,7 +110,7 @@ async def test_a_wrong_value_is_refused_by_name(fields: dict[str, Any], param: s
     [
         ([], "messages"),
         ([{"role": "user"}], "messages[0].content"),
-        ([{"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}], "messages[0].tool_calls[0].function"),
         ([{"role": "assistant", "content": "x", "prefix": True}, CHAT["messages"][0]], "messages[0].prefix"),
         ([{"role": "user", "content": [1] * 100_000}], "messages[0].content[0]"),
         ([{"role": "king", "content": "x"}], "messages[0].role"),

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import httpx
+import jsonschema
 import openai
 import pytest
 from openai import OpenAI
@@ -81,22 +82,29 @@ _AI_SDK_ERRORS = {
 }
 
 CLIENTS = [
-    Client("openai-python-3", "openai_python.py", _OPENAI_WAYS, _OPENAI_ERRORS, features="choices logprobs"),
-    Client("openai-python-2", "openai_python.py", _OPENAI_WAYS, _OPENAI_ERRORS, "openai2", "choices logprobs"),
+    Client("openai-python-3", "openai_python.py", _OPENAI_WAYS, _OPENAI_ERRORS, features="choices logprobs tools"),
+    Client("openai-python-2", "openai_python.py", _OPENAI_WAYS, _OPENAI_ERRORS, "openai2", "choices logprobs tools"),
     Client(
         "openai-node",
         "openai_node.mjs",
         "chat chat_stream chat_helper completion completion_stream",
         _OPENAI_ERRORS | {"timeout": "APIConnectionTimeoutError"},
-        features="choices logprobs",
+        features="choices logprobs tools",
     ),
-    Client("ai-sdk-compatible", "ai_sdk.mjs", "chat chat_stream completion completion_stream", _AI_SDK_ERRORS),
+    Client(
+        "ai-sdk-compatible",
+        "ai_sdk.mjs",
+        "chat chat_stream completion completion_stream",
+        _AI_SDK_ERRORS,
+        features="tools",
+    ),
     Client(
         "ai-sdk-openai",
         "ai_sdk.mjs",
         "openai_chat openai_chat_stream openai_completion openai_completion_stream",
         # It sends no fields that OpenAI does not know, so no stream of it can be made to fail.
         {kind: name for kind, name in _AI_SDK_ERRORS.items() if kind != "failure"},
+        features="tools",
     ),
     Client(
         "langchain",
@@ -104,7 +112,7 @@ CLIENTS = [
         "chat async_chat chat_stream async_chat_stream completion completion_stream",
         _OPENAI_ERRORS,
         "langchain",
-        "logprobs",
+        "logprobs tools",
     ),
     Client(
         "litellm",
@@ -112,7 +120,7 @@ CLIENTS = [
         "chat async_chat chat_stream async_chat_stream chat_builder completion completion_stream",
         _OPENAI_ERRORS | {"timeout": "Timeout"},
         "litellm",
-        "choices logprobs",
+        "choices logprobs tools",
     ),
     # It knows success and failure only.
     Client("vllm-bench", "vllm_bench.py", "chat_stream completion_stream", {}, "vllm-bench"),
@@ -134,6 +142,40 @@ NEVER_CLOSES = ("litellm", "completion_stream")
 CHAT = {"messages": [{"role": "user", "content": "Name three colours 🌈."}]}
 COUNTING = {"messages": [{"role": "user", "content": "Count from 1 to 9, like this: 1, 2, 3, 4, 5, 6, 7, 8, 9"}]}
 JOKE = {"messages": [{"role": "user", "content": "Tell me a joke."}]}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of the next days.",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"enum": ["Paris", "Rome"]},
+                "days": {"type": "integer", "minimum": 1, "maximum": 7},
+            },
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+CALL = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city":"Paris","days":1}'},
+}
+# A call was made, its result goes in, and another one comes out.
+ASKING_TWICE = {
+    "messages": [
+        {"role": "user", "content": "How is the weather in Paris?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "It rains."},
+        {"role": "user", "content": "And in Rome, for three days?"},
+    ],
+    "tools": [WEATHER],
+    "tool_choice": "required",
+    "parallel_tool_calls": False,
+}
 # (Feature it takes, the chat body, the completion body)
 ASKED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "length": ("", {**CHAT, "max_tokens": 12}, {"prompt": "The river", "max_tokens": 12}),
@@ -152,6 +194,7 @@ ASKED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**CHAT, "max_tokens": 6, "logprobs": True, "top_logprobs": 2},
         {"prompt": "The river", "max_tokens": 6, "logprobs": 2},
     ),
+    "tools": ("tools", {**ASKING_TWICE, "max_tokens": 60}, {}),
 }
 LONG_CHAT = {
     "messages": [{"role": "user", "content": "Write a very long story about a mill, in twenty chapters."}],
@@ -184,11 +227,15 @@ def _raw(server: ServerProcess, client: Client, body: dict[str, Any]) -> Seen:
     answer = httpx.post(server.url() + route, json=body, timeout=120).raise_for_status().json()
     choices = answer["choices"]
     return Seen(
-        texts=[choice["text"] if "text" in choice else choice["message"]["content"] for choice in choices],
+        texts=[choice["text"] if "text" in choice else choice["message"]["content"] or "" for choice in choices],
         finish_reasons=[choice["finish_reason"] for choice in choices],
         logprobs=[_pairs(choice["logprobs"]) for choice in choices],
         usage=answer["usage"],
         num_chunks=0,
+        calls=[
+            [call["function"]["name"], call["function"]["arguments"]]
+            for call in choices[0].get("message", {}).get("tool_calls", ())
+        ],
         error=None,
     )
 
@@ -241,7 +288,7 @@ def _matrix(*endings: str, error: str | None = None) -> pytest.MarkDecorator:
         for client in CLIENTS
         for way in client.ways.split()
         for asked, (feature, _, _) in ASKED.items()
-        if feature in client.features
+        if feature in client.features and not (asked == "tools" and "completion" in way)
     ],
 )
 def test_a_client_gets_what_raw_http_gets(
@@ -253,14 +300,22 @@ def test_a_client_gets_what_raw_http_gets(
     seen, raw = driver.call(way, body), _raw(server, client, body)
     assert seen.error is None
     assert seen.texts == raw.texts
-    assert all(seen.texts)
+    assert [(name, json.loads(arguments)) for name, arguments in seen.calls] == [
+        (name, json.loads(arguments)) for name, arguments in raw.calls
+    ]
+    assert all(seen.texts) != bool(seen.calls)
+    if asked == "tools":
+        [(name, arguments)] = seen.calls
+        assert name == "weather"
+        jsonschema.validate(json.loads(arguments), WEATHER["function"]["parameters"])  # type: ignore[index]
     hidden = HIDDEN.get((client.name, way), set())
     num_shown = 1 if "later finish_reasons" in hidden else len(raw.texts)
     if "finish_reasons" not in hidden:
         assert seen.finish_reasons[:num_shown] == raw.finish_reasons[:num_shown]
     if "usage" not in hidden:
         assert _counts(seen.usage) == _counts(raw.usage)
-    assert raw.finish_reasons == (["stop"] if asked == "stop" else ["length"] * len(raw.texts))
+    ends = {"stop": "stop", "tools": "tool_calls"}
+    assert raw.finish_reasons == [ends.get(asked, "length")] * len(raw.texts)
     if asked == "logprobs" and "logprobs" not in hidden:
         assert [token for token, _ in seen.logprobs[0]] == [token for token, _ in raw.logprobs[0]]
         assert [p for _, p in seen.logprobs[0]] == pytest.approx([p for _, p in raw.logprobs[0]], abs=1e-3)

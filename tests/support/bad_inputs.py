@@ -153,6 +153,7 @@ def _head(*lines: str) -> bytes:
 
 _OK = b'{"prompt": "a", "max_tokens": 1}'
 _GET = raw_request("GET", "/health")
+_CALL = {"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 _STREAM = "/v1/streams/" + "0" * 32
 _EVENTS = f"{_STREAM}/events"
 _SSE = "accept: text/event-stream"
@@ -323,11 +324,7 @@ def _chats() -> Iterator[BadInput]:
     yield chat("top_logprobs without logprobs", {"top_logprobs": 5})
     yield chat("logprobs a number", {"logprobs": 5})
     yield chat("two limits that differ", {"max_tokens": 5, "max_completion_tokens": 6})
-    yield chat("tools", {"tools": [{"type": "function", "function": {"name": CANARY}}]}, code=_UNSUPPORTED)
-    yield chat(
-        "100,000 tools", lambda: {"tools": [{"type": "function"}] * 100_000}, "tools", code=_UNSUPPORTED, most_mib=96
-    )
-    yield chat("a tool choice", {"tool_choice": "required"}, code=_UNSUPPORTED)
+    yield from _tools()
     yield chat(
         "a recursive schema",
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
@@ -373,8 +370,26 @@ def _chats() -> Iterator[BadInput]:
         {"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]},
         "messages[0].content[0].type",
     )
-    yield message("a tool's call", {"role": "assistant", "tool_calls": [{"id": "x"}]}, "messages[0].tool_calls")
-    yield message("a tool's answer", {"role": "tool", "content": "x"}, "messages[0].role")
+    yield message("a user's call", {"role": "user", "content": "x", "tool_calls": [_CALL]}, "messages[0].tool_calls")
+    yield message("calls a string", {"role": "assistant", "tool_calls": "x"}, "messages[0].tool_calls")
+    yield message(
+        "30,000 calls", lambda: {"role": "assistant", "tool_calls": [_CALL] * 30_000}, "messages[0].tool_calls"
+    )
+    for field, wrong in (
+        ("id", {"function": _CALL["function"]}),
+        ("id", _CALL | {"id": "x" * 1000}),
+        ("type", _CALL | {"type": "custom"}),
+        ("function", {"id": "x"}),
+        ("function.name", {"id": "x", "function": {"arguments": "{}"}}),
+        ("function.name", {"id": "x", "function": {"name": "<|im_end|>", "arguments": "{}"}}),
+        ("function.arguments", {"id": "x", "function": {"name": "f", "arguments": {}}}),
+        ("function.arguments", {"id": "x", "function": {"name": "f"}}),
+    ):
+        name = f"messages[0].tool_calls[0].{field}"
+        yield message(f"a call whose {field} is {wrong!r:.60}", {"role": "assistant", "tool_calls": [wrong]}, name)
+    yield message("a result of no call", {"role": "tool", "content": "x"}, "messages[0].tool_call_id")
+    yield message("a call without a result", {"role": "tool", "tool_call_id": "x"}, "messages[0].content")
+    yield message("an older call", {"role": "assistant", "function_call": {"name": "f"}}, "messages[0].function_call")
     yield message("a user's prefix", {"role": "user", "content": "x", "prefix": True}, "messages[0].prefix")
     yield chat("a user's message to continue", {"continue_final_message": True})
     yield chat(
@@ -382,6 +397,74 @@ def _chats() -> Iterator[BadInput]:
         {"add_generation_prompt": True, "messages": [{"role": "assistant", "content": CANARY, "prefix": True}]},
     )
     yield message("a name of 1 MB", lambda: {"role": "user", "content": "x", "name": "n" * 10**6}, "messages[0].name")
+
+
+def _tools() -> Iterator[BadInput]:
+    named = {"type": "function", "function": {"name": "other"}}
+    for name, tool, place in (
+        ("that is none", 5, ""),
+        ("of no type", {"function": {"name": "f"}}, ".type"),
+        ("of another type", {"type": "web_search"}, ".type"),
+        ("without its function", {"type": "function"}, ".function"),
+        ("without a name", _tool(), ".function.name"),
+        ("whose name is a number", _tool(name=5), ".function.name"),
+        ("whose name is empty", _tool(name=""), ".function.name"),
+        ("whose name has a quote", _tool(name='f"'), ".function.name"),
+        ("whose name has a control token", _tool(name="<|im_end|>"), ".function.name"),
+        ("whose name ends a line", _tool(name="f\n"), ".function.name"),
+        ("whose name has 1,000 characters", _tool(name="f" * 1000), ".function.name"),
+        ("whose description is a list", _tool(name="f", description=[]), ".function.description"),
+        ("whose parameters are text", _tool(name="f", parameters="{}"), ".function.parameters"),
+        ("whose parameters are no object's", _tool(name="f", parameters={"type": "array"}), ".function.parameters"),
+        ("that is strict by word", _tool(name="f", strict="yes"), ".function.strict"),
+    ):
+        yield chat(f"a tool {name}", {"tools": [tool]}, f"tools[0]{place}")
+    yield chat("tools an object", {"tools": {"name": "f"}})
+    yield chat("a tool twice", {"tools": [_tool(name="f"), _tool(name="f")]}, "tools[1].function.name")
+    yield chat("50,000 tools", lambda: {"tools": [_tool(name="f")] * 50_000}, "tools", most_mib=96)
+    yield chat("100,000 tools that are none", lambda: {"tools": [1] * 100_000}, "tools[0]", most_mib=48)
+    yield chat("a tool choice without tools", {"tool_choice": "required"})
+    for name, choice, place in (
+        ("that is none", "any", ""),
+        ("a number", 5, ""),
+        ("of no type", {}, ".type"),
+        ("of another type", {"type": "tool"}, ".type"),
+        ("without a function", {"type": "function"}, ".function"),
+        ("without a name", {"type": "function", "function": {}}, ".function.name"),
+        ("of another tool", named, ".function.name"),
+        ("without a list", {"type": "allowed_tools"}, ".allowed_tools"),
+        ("of no mode", {"type": "allowed_tools", "allowed_tools": {"tools": [named]}}, ".allowed_tools.mode"),
+        ("of none", {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}, ".allowed_tools.tools"),
+        (
+            "of others",
+            {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named]}},
+            ".allowed_tools.tools[0].function.name",
+        ),
+    ):
+        yield chat(f"a tool choice {name}", {"tool_choice": choice, "tools": [_tool(name="f")]}, f"tool_choice{place}")
+    yield chat("parallel calls by word", {"parallel_tool_calls": "no"})
+    tools, required = {"tools": [_tool(name="f")]}, {"tool_choice": "required"}
+    yield chat("tools and a format", {"response_format": {"type": "json_object"}, **tools})
+    yield chat("tools and a regex", {"guided_regex": "a", **tools})
+    yield chat("a call and no end", {"ignore_eos": True, **tools, **required})
+    for name, schema in (
+        ("of a keyword that is not done", {"properties": {"a": {"not": {}}}}),
+        ("from elsewhere", {"$ref": _URL}),
+        ("that is its own", {"$ref": "#"}),
+        ("of a regex that looks behind", {"properties": {"a": {"type": "string", "pattern": "(?<=a)b"}}}),
+        ("80 deep", _schema(80)),
+        ("of properties that are none", {"properties": 5}),
+    ):
+        asked = {"tools": [_tool(name="g"), _tool(name="f", parameters=schema)], **required}
+        yield chat(f"a required call with a schema {name}", asked, "tools[1].function.parameters")
+    large = {"tools": [_tool(name="f", parameters={"description": "x" * 200_000})], **required}
+    yield chat("a required call with a schema of 200,000 characters", large)
+    yield chat("functions", {"functions": [{"name": "f"}]}, code=_UNSUPPORTED)
+    yield chat("a function call", {"function_call": {"name": "f"}}, code=_UNSUPPORTED)
+
+
+def _tool(**function: Any) -> dict[str, Any]:
+    return {"type": "function", "function": function}
 
 
 def _streams() -> Iterator[BadInput]:
@@ -407,6 +490,7 @@ def _streams() -> Iterator[BadInput]:
     yield query("1,000 arrays deep", "prompt=a&logit_bias=" + "[" * 1000, "logit_bias")
     yield query("20 stop strings", "prompt=a&" + "stop=x&" * 20, "stop")
     yield query("a field that is not supported", f"prompt=a&grammar={quote(_BOMB)}", "grammar")
+    yield query("tools", "prompt=a&tools=[1]", "tools", code=_UNSUPPORTED)
     yield query("a regex that is none", "prompt=a&guided_regex=%28", "guided_regex")
     yield query("an unknown model", f"prompt=a&model={CANARY}", "model", 404, code="model_not_found")
     yield query("bytes that are no UTF-8", "prompt=a&max_tokens=%ff%fe", "max_tokens")

@@ -16,6 +16,7 @@ class Seen:
     logprobs: list[list[tuple[str, float]]]
     usage: dict[str, Any] | None
     num_chunks: int
+    calls: list[list[str]]
     error: dict[str, Any] | None
 
 

@@ -66,7 +66,7 @@ def run(output: SchedulerOutput, pending: Mapping[int, int] = MappingProxyType({
 
 def next_allowed(mask: npt.NDArray[np.uint32], token_id: int) -> int:
     """The first allowed token from one on, round to its predecessor; no white space where there is something else."""
-    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")[:VOCAB_SIZE])
+    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
     visible = allowed[allowed > ord(" ")]
     allowed = visible if len(visible) else allowed
     return int(allowed[np.searchsorted(allowed, token_id) % len(allowed)])
@@ -228,8 +228,13 @@ def make_scheduler(
     )
 
 
-def byte_tokenizer(*, keeps_control_tokens: bool = False) -> Tokenizer:
-    """A byte-level tokenizer without merges: token i is byte i; token 256 ends a sequence."""
+def byte_tokenizer(
+    chat_template: str | dict[str, str] = CHAT_TEMPLATE,
+    special_tokens: tuple[str, ...] = (),
+    *,
+    keeps_control_tokens: bool = False,
+) -> Tokenizer:
+    """A byte-level tokenizer without merges: token i is byte i; token 256 ends a sequence, and others may follow."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -238,8 +243,8 @@ def byte_tokenizer(*, keeps_control_tokens: bool = False) -> Tokenizer:
     backend = BackendTokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken("<|end|>", special=True)])
-    wrapper = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE, eos_token="<|end|>")
+    backend.add_special_tokens([AddedToken(token, special=True) for token in ("<|end|>", *special_tokens)])
+    wrapper = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, eos_token="<|end|>")
     return Tokenizer(wrapper, frozenset({EOS}), keeps_control_tokens=keeps_control_tokens)
 
 

@@ -12,6 +12,7 @@ from headrace.scheduler.messages import Tier
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.app import App
 from headrace.server.settings import Settings, load_settings
+from headrace.server.tokenizer import Tokenizer
 from headrace.server.tracing import Tracing
 
 
@@ -25,6 +26,7 @@ class LiveApp(App):
         scheduler: Scheduler,
         tracing: Tracing | None = None,
         one_shots: Sequence[FakeOneShot] = (),
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
@@ -33,7 +35,7 @@ class LiveApp(App):
             settings,
             "fake",
             lambda: (scheduler, runner),
-            lambda: byte_tokenizer(keeps_control_tokens=settings.control_tokens_in_messages == "control"),
+            lambda: tokenizer or byte_tokenizer(keeps_control_tokens=settings.control_tokens_in_messages == "control"),
             tracing=tracing,
             one_shots=[one_shot.source for one_shot in one_shots],
             load_one_shots=lambda: self.fakes,
@@ -53,6 +55,7 @@ async def live_app(
     scheduler: Scheduler | None = None,
     tracing: Tracing | None = None,
     one_shots: Sequence[FakeOneShot] = (),
+    tokenizer: Tokenizer | None = None,
     **settings: Any,
 ) -> AsyncIterator[LiveApp]:
     """Start an App, wait until it is ready, stop it; afterwards no block is held, and no generation and no item of a
@@ -63,7 +66,14 @@ async def live_app(
     """
     settings = {"ttft_targets_s": "1e6,1e6,1e6"} | settings
     flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in settings.items()]
-    app = LiveApp(load_settings(flags, {}), runner or FakeRunner(), scheduler or make_scheduler(), tracing, one_shots)
+    app = LiveApp(
+        load_settings(flags, {}),
+        runner or FakeRunner(),
+        scheduler or make_scheduler(),
+        tracing,
+        one_shots,
+        tokenizer,
+    )
     async with app.asgi.router.lifespan_context(app.asgi):
         await app.settled.wait()
         for fake in app.fakes.values():

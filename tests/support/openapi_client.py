@@ -24,7 +24,8 @@ BEYOND_SCHEMA = re.compile(
     "must be below|exceed|the context of|tokens are more than|the prompt is empty|are too many"
     "|as many as text_2|differs from|prompts times n|log probabilities are asked for|valid integer"
     "|base64|the image|Too many fields"
-    r'|"param":"(guided_[a-z]+|structured_outputs\.[a-z_]+|response_format\.json_schema\.schema|ignore_eos)"'
+    r'|"param":"(guided_[a-z]+|structured_outputs\.[a-z_]+|response_format(\.json_schema\.schema)?|ignore_eos)"'
+    r'|"param":"tools\[[0-9]+\]\.function\.parameters"|is there twice|is no tool\'s name'
     "|there is no echo|prompt: Field required|names no stream|in the future|not an event id of this stream"
     "|the last message|has more than 64 names"
 )

@@ -1,19 +1,39 @@
 // Vercel's AI SDK: generateText and streamText, through both providers that speak OpenAI's routes.
 import { createOpenAI } from '@ai-sdk/openai'
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible'
-import { generateText, streamText } from 'ai'
+import { generateText, jsonSchema, streamText, tool } from 'ai'
 import { serve } from './driver.mjs'
 
 const baseURL = process.argv[2]
 const compatible = createOpenAICompatible({ name: 'headrace', baseURL, apiKey: 'none', includeUsage: true })
 const openai = createOpenAI({ baseURL, apiKey: 'none' })
 
+// A message with calls, or the result of one, as the SDK has it.
+function translated(message, i, messages) {
+  if (message.tool_calls) {
+    const content = message.tool_calls.map(({ id, function: { name, arguments: input } }) =>
+      ({ type: 'tool-call', toolCallId: id, toolName: name, input: JSON.parse(input) }))
+    return { role: 'assistant', content }
+  }
+  if (message.role !== 'tool') return message
+  const { name } = messages[i - 1].tool_calls[0].function
+  const output = { type: 'text', value: message.content }
+  return { role: 'tool', content: [{ type: 'tool-result', toolCallId: message.tool_call_id, toolName: name, output }] }
+}
+
+function translatedTools(tools) {
+  const inputs = tools.map(({ function: { name, parameters, ...rest } }) =>
+    [name, tool({ ...rest, inputSchema: jsonSchema(parameters) })])
+  return Object.fromEntries(inputs)
+}
+
 // The SDK has names of its own for what a body holds.
 function asked(call, model) {
-  const { messages, prompt, temperature, max_tokens, stop } = call.body
+  const { messages, prompt, temperature, max_tokens, stop, tools, tool_choice } = call.body
   return {
     model,
-    ...(messages ? { messages } : { prompt }),
+    ...(messages ? { messages: messages.map(translated) } : { prompt }),
+    ...(tools && { tools: translatedTools(tools), toolChoice: tool_choice }),
     temperature,
     maxOutputTokens: max_tokens,
     stopSequences: stop,
@@ -24,7 +44,7 @@ function asked(call, model) {
 }
 
 function see(seen, text, finishReason, usage) {
-  seen.add(0, text, finishReason)
+  seen.add(0, text, finishReason.replace('-', '_'))
   seen.usage = {
     prompt_tokens: usage.inputTokens,
     completion_tokens: usage.outputTokens,
@@ -33,8 +53,9 @@ function see(seen, text, finishReason, usage) {
 }
 
 const generate = makeModel => async (call, seen) => {
-  const { text, finishReason, usage } = await generateText(asked(call, makeModel(call.body.model)))
+  const { text, toolCalls, finishReason, usage } = await generateText(asked(call, makeModel(call.body.model)))
   see(seen, text, finishReason, usage)
+  seen.calls = toolCalls.map(({ toolName, input }) => [toolName, JSON.stringify(input)])
 }
 
 const stream = makeModel => async (call, seen) => {
@@ -47,8 +68,9 @@ const stream = makeModel => async (call, seen) => {
   for await (const part of result.fullStream) {
     if (part.type === 'error') throw part.error
     if (part.type === 'finish') see(seen, '', part.finishReason, part.totalUsage)
-    if (part.type !== 'text-delta') continue
-    seen.add(0, part.text, null)
+    if (part.type === 'tool-call') seen.calls.push([part.toolName, JSON.stringify(part.input)])
+    if (part.type !== 'text-delta' && part.type !== 'tool-input-delta') continue
+    seen.add(0, part.type === 'text-delta' ? part.text : '', null)
     seen.num_chunks += 1
     if (seen.num_chunks === call.leave_after) abort.abort()
   }

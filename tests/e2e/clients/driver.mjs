@@ -8,6 +8,7 @@ export class Seen {
   logprobs = []
   usage = null
   num_chunks = 0
+  calls = []
   error = null
 
   // `logprobs` is either route's form, or null.
@@ -17,6 +18,15 @@ export class Seen {
     const pairs = logprobs?.content?.map(item => [item.token, item.logprob])
       ?? logprobs?.tokens?.map((token, i) => [token, logprobs.token_logprobs[i]]) ?? []
     this.logprobs[index] = [...this.logprobs[index] ?? [], ...pairs]
+  }
+
+  // Calls, or pieces of them, as OpenAI's SDK has them.
+  addCalls(calls) {
+    for (const [place, call] of (calls ?? []).entries()) {
+      const own = this.calls[call.index ?? place] ??= ['', '']
+      own[0] += call.function.name ?? ''
+      own[1] += call.function.arguments ?? ''
+    }
   }
 }
 

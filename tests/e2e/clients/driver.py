@@ -29,13 +29,15 @@ class Call:
 
 @dataclass
 class Seen:
-    """What the client handed to its user; a list has an item per choice. `num_chunks` counts a stream's."""
+    """What the client handed to its user; a list has an item per choice, but `calls` are the first choice's tool calls,
+    a name and arguments each. `num_chunks` counts a stream's."""
 
     texts: list[str] = field(default_factory=list)
     finish_reasons: list[str | None] = field(default_factory=list)
     logprobs: list[list[tuple[str, float]]] = field(default_factory=list)
     usage: dict[str, int] | None = None
     num_chunks: int = 0
+    calls: list[list[str]] = field(default_factory=list)
     error: dict[str, Any] | None = None
 
     def add(
@@ -49,6 +51,14 @@ class Seen:
         self.texts[index] += text or ""
         self.finish_reasons[index] = finish_reason or self.finish_reasons[index]
         self.logprobs[index] += logprobs
+
+    def add_calls(self, calls: Iterable[Any] | None) -> None:
+        """Add calls, or pieces of them, as OpenAI's SDK has them."""
+        for place, call in enumerate(calls or ()):
+            if (index := getattr(call, "index", place)) == len(self.calls):
+                self.calls.append(["", ""])
+            self.calls[index][0] += call.function.name or ""
+            self.calls[index][1] += call.function.arguments or ""
 
 
 def pairs(logprobs: Any) -> list[tuple[str, float]]:

@@ -1,6 +1,7 @@
 """LangChain: ChatOpenAI's invoke, stream and their asynchronous forms, and OpenAI for completions."""
 
 import gc
+import json
 import sys
 from typing import Any
 
@@ -23,10 +24,13 @@ def _fields(call: Call) -> dict[str, Any]:
     }
 
 
-def _chat_model(call: Call) -> ChatOpenAI:
+def _chat_model(call: Call) -> Any:
     settings = _fields(call)
     is_usage_asked = settings.pop("stream_options", None) is not None
-    return ChatOpenAI(**settings, stream_usage=is_usage_asked)
+    tools, choice = settings.pop("tools", None), settings.pop("tool_choice", None)
+    is_parallel = settings.pop("parallel_tool_calls", None)
+    model = ChatOpenAI(**settings, stream_usage=is_usage_asked)
+    return model.bind_tools(tools, tool_choice=choice, parallel_tool_calls=is_parallel) if tools else model
 
 
 def _see(seen: Seen, message: AIMessage) -> None:
@@ -34,6 +38,7 @@ def _see(seen: Seen, message: AIMessage) -> None:
     logprobs = (message.response_metadata.get("logprobs") or {}).get("content") or []
     tokens = [(item["token"], item["logprob"]) for item in logprobs]
     seen.add(0, message.text, message.response_metadata.get("finish_reason"), tokens)
+    seen.calls = [[call["name"], json.dumps(call["args"])] for call in message.tool_calls]
     if (usage := message.usage_metadata) is not None:
         prompt_tokens, completion_tokens = usage["input_tokens"], usage["output_tokens"]
         seen.usage = {

@@ -29,6 +29,7 @@ def _see(seen: Seen, answer: Any) -> None:
     for choice in answer.choices:
         if (part := getattr(choice, "delta", None) or getattr(choice, "message", None)) is not None:
             text = part.content
+            seen.add_calls(part.tool_calls)
         else:
             text = choice.text
         seen.add(choice.index, text, choice.finish_reason, pairs(getattr(choice, "logprobs", None)))

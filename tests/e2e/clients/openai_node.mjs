@@ -11,6 +11,7 @@ function see(seen, answer) {
   for (const choice of answer.choices) {
     const text = choice.message?.content ?? choice.delta?.content ?? choice.text
     seen.add(choice.index, text, choice.finish_reason, choice.logprobs)
+    seen.addCalls((choice.message ?? choice.delta)?.tool_calls)
   }
   seen.usage = answer.usage ?? seen.usage
 }

@@ -26,8 +26,10 @@ def _see(seen: Seen, answer: Any) -> None:
     for choice in answer.choices:
         if answer.object == "chat.completion":
             text = choice.message.content
+            seen.add_calls(choice.message.tool_calls)
         elif answer.object == "chat.completion.chunk":
             text = choice.delta.content
+            seen.add_calls(choice.delta.tool_calls)
         else:
             text = choice.text
         seen.add(choice.index, text, choice.finish_reason, pairs(choice.logprobs))
@@ -54,11 +56,13 @@ async def chat_stream(call: Call, seen: Seen) -> None:
 
 
 async def chat_helper(call: Call, seen: Seen) -> None:
-    deltas = ""
+    deltas = arguments = ""
     with CLIENT.with_options(**_options(call)).chat.completions.stream(**_asked(call)) as stream:
         for event in stream:
             if event.type == "content.delta":  # of any choice
                 deltas += event.delta
+            if event.type == "tool_calls.function.arguments.delta":
+                arguments += event.arguments_delta
             if event.type == "chunk":
                 seen.num_chunks += 1
                 if seen.num_chunks == call.leave_after:
@@ -68,6 +72,7 @@ async def chat_helper(call: Call, seen: Seen) -> None:
         except LengthFinishReasonError as error:  # the helper's way of saying `length`
             _see(seen, error.completion)
     assert len(seen.texts) > 1 or deltas == seen.texts[0]
+    assert arguments == "".join(call[1] for call in seen.calls)
 
 
 async def async_chat(call: Call, seen: Seen) -> None:

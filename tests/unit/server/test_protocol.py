@@ -19,6 +19,7 @@ from headrace.server.protocol import (
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, Any] = {"prompt": "hi"}
+CALL: dict[str, Any] = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 ROUTES: list[tuple[type[GenerationParams], dict[str, Any]]] = [
     (ChatCompletionRequest, CHAT),
     (CompletionRequest, COMPLETION),
@@ -145,6 +146,93 @@ def test_what_is_wrong_in_a_message_is_named_with_its_place(message: Any, field:
     assert refused(ChatCompletionRequest, {"messages": [good, message]}).param == f"messages[1]{field}"
 
 
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ({"role": "tool", "content": "x"}, ".tool_call_id"),
+        ({"role": "tool", "tool_call_id": "a"}, ".content"),
+        ({"role": "user", "content": "x", "tool_calls": [CALL]}, ".tool_calls"),
+        ({"role": "assistant", "tool_calls": [5]}, ".tool_calls[0]"),
+        ({"role": "assistant", "tool_calls": [CALL, {"id": "x"}]}, ".tool_calls[1].function"),
+        ({"role": "assistant", "tool_calls": [CALL | {"type": "custom"}]}, ".tool_calls[0].type"),
+        ({"role": "assistant", "tool_calls": [CALL] * 129}, ".tool_calls"),
+        ({"role": "assistant", "content": "x", "function_call": {"name": "f"}}, ".function_call"),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_what_is_wrong_in_a_call_or_its_result_is_named_with_its_place(message: Any, field: str) -> None:
+    good = {"role": "user", "content": "x"}
+    assert refused(ChatCompletionRequest, {"messages": [good, message]}).param == f"messages[1]{field}"
+
+
+def test_calls_and_results_are_read_where_they_belong_and_null_is_none() -> None:
+    messages = [
+        {"role": "user", "content": "x", "tool_calls": None, "tool_call_id": None},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "assistant", "tool_calls": [CALL, {"id": "b", "function": CALL["function"], "type": None}]},
+        {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "y"}], "name": "f"},
+    ]
+    params = parse_request(ChatCompletionRequest, {"messages": messages})
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    assert [message.as_template_input() for message in params.messages] == [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": "", "tool_calls": [call, call | {"id": "b"}]},
+        {"role": "tool", "content": [{"type": "text", "text": "y"}], "name": "f", "tool_call_id": "a"},
+    ]
+
+
+F, G = ({"type": "function", "function": {"name": name}} for name in "fg")
+ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [G]}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "offered", "callable", "must_call"),
+    [
+        (None, [0, 1], [0, 1], False),
+        ("auto", [0, 1], [0, 1], False),
+        ("none", [], [], False),
+        ("required", [0, 1], [0, 1], True),
+        (G, [0, 1], [1], True),
+        (ALLOWED, [0, 1], [1], False),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [F]}}, [0, 1], [0], True),
+    ],
+)
+def test_a_tool_choice_says_what_is_shown_what_may_be_called_and_whether_something_must(
+    choice: Any, offered: list[int], callable: list[int], must_call: bool
+) -> None:
+    params = parse_request(ChatCompletionRequest, CHAT | {"tools": [F, G], "tool_choice": choice})
+    assert params.tools is not None
+    assert params.offered_tools == [params.tools[i] for i in offered]
+    assert list(params.callable_tools) == callable
+    assert params.must_call == must_call
+
+
+def test_several_calls_may_be_made_unless_one_is_named_or_several_are_not_wanted() -> None:
+    def may(**fields: Any) -> bool:
+        return parse_request(ChatCompletionRequest, CHAT | {"tools": [F, G]} | fields).may_call_several
+
+    assert may()
+    assert may(parallel_tool_calls=True, tool_choice=ALLOWED)
+    assert not may(parallel_tool_calls=False)
+    assert not may(tool_choice=G)
+
+
+def test_tools_and_a_grammar_do_not_go_together() -> None:
+    body = CHAT | {"tools": [F], "response_format": {"type": "json_object"}}
+    for choice in (None, "auto", "required", F):
+        assert refused(ChatCompletionRequest, body | {"tool_choice": choice}).param == "response_format"
+    parse_request(ChatCompletionRequest, body | {"tool_choice": "none"})
+    parse_request(ChatCompletionRequest, body | {"response_format": {"type": "text"}, "tool_choice": "required"})
+    assert refused(ChatCompletionRequest, CHAT | {"tools": [F], "guided_regex": "a"}).param == "guided_regex"
+
+
+def test_tools_are_for_chats_alone() -> None:
+    assert refused(CompletionRequest, COMPLETION | {"tools": [F]}).param == "tools"
+    assert refused(CompletionRequest, COMPLETION | {"tool_choice": "required"}).param == "tool_choice"
+    parse_request(CompletionRequest, COMPLETION | {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True})
+
+
 def test_null_is_absent_everywhere_and_what_is_unknown_is_ignored() -> None:
     for cls, fields in ROUTES:
         nulls: dict[str, Any] = {name: None for name in (*cls.model_fields, *UNSUPPORTED) if name not in fields}
@@ -207,7 +295,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-KEYS = st.sampled_from(sorted({*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, "n", "tools"}))
+KEYS = st.sampled_from(sorted({*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields}))
 
 
 @settings(max_examples=300, derandomize=True, deadline=None)

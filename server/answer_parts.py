@@ -1,0 +1,51 @@
+"""What an assistant's answer consists of: text, reasoning, and tool calls with their arguments.
+
+The words in which a parser of a model's text speaks to the routes, which write each in their own shape. Knows neither
+the formats in which models write these nor the wire.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningPart:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallPart:
+    """A call of a tool begins, the answer's `index`-th; its arguments follow."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolArgumentsPart:
+    """A piece of the JSON text that the arguments of the `index`-th call are."""
+
+    index: int
+    text: str
+
+
+Part = TextPart | ReasoningPart | ToolCallPart | ToolArgumentsPart
+
+
+class AnswerParser(Protocol):
+    """Takes an answer apart as it is written. Pieces may be cut anywhere; the parts in sum do not depend on where.
+
+    Nothing that may be a part of a marker is given out before it is known not to be.
+    """
+
+    def push(self, text: str) -> list[Part]:
+        """The parts that are certain, now that the answer goes on with `text`."""
+
+    def finish(self) -> list[Part]:
+        """The answer is over: what was held back."""
