@@ -46,7 +46,9 @@ def test_what_is_recorded_is_what_a_later_process_reads(path: Path, fsync: Fsync
     sampling = SamplingParams(
         seed=2**64 - 1, stop_token_ids=frozenset({3, 1}), logit_bias=((5, 0.25),), num_prompt_logprobs=2
     )
-    recipe = replace(RECIPE, sampling=sampling, stop_strings=("a\ud800", "é"), echo="\ud83d pröm\0pt")
+    recipe = replace(
+        RECIPE, sampling=sampling, stop_strings=("a\ud800", "é"), echo="\ud83d pröm\0pt", tells_token_ids=True
+    )
     outputs = (
         SequenceOutput(4, scheduled_s=1.5, num_cached_tokens=16, prompt_logprobs=(TokenLogprobs(1), *LOGPROBS)),
         token(4, 7, logprobs=LOGPROBS),
