@@ -60,9 +60,9 @@ class Endpoint:
     """`respond` gets the request and its body (empty for GET and DELETE) and returns the response.
 
     `request.state` holds `id`, which goes out as x-request-id, `received_s`, `is_accepted`, which `respond` sets once
-    the request is logged elsewhere, `stage`, which a client's departure is logged with, and `cleanup`, an ExitStack that
-    is unwound after the response, or in its place. `on_disconnect` is told of a client that left while its body was
-    read, `on_rejected` of every refusal; `refuse` makes the response of one that `respond` raised.
+    the request is logged elsewhere, `stage`, which a client's departure is logged with, and `cleanup`, an ExitStack
+    that is unwound after the response, or in its place. `on_disconnect` is told of a client that left while its body
+    was read, `on_rejected` of every refusal; `refuse` makes the response of one that `respond` raised.
     """
 
     def __init__(
