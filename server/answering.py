@@ -17,7 +17,7 @@ from headrace.server.answer_parts import AnswerParser, Part
 from headrace.server.errors import ApiError, UnsupportedParameterError
 from headrace.server.generation import Generation, Stages
 from headrace.server.generator import Generator
-from headrace.server.logprobs import make_off_loop
+from headrace.server.logprobs import IDS_PER_LOGPROB, make_off_loop
 from headrace.server.protocol import FieldNames, GenerationParams, rename
 from headrace.server.settings import Settings
 from headrace.server.sse import padded
@@ -78,11 +78,16 @@ class Answering:
         self._report(generations, request.scope["path"], trace_context(request.headers))
 
 
-async def whole_response(make: Callable[[], Any], pieces: Sequence[LogSlice]) -> Response:
-    """The response of an answer that is whole, as `make` writes it out of these pieces: on a worker if that takes
-    long."""
-    num_slow = sum(len(piece.logprobs) + len(piece.text) // _CHARS_PER_LOGPROB for piece in pieces)
-    return await make_off_loop(lambda: JSONResponse(make()), num_slow)
+async def whole_response(make: Callable[[], Any], pieces: Sequence[LogSlice], num_prompt_ids: int = 0) -> Response:
+    """The response of an answer that is whole, as `make` writes it out of these pieces and so many token ids: on a
+    worker if that takes long."""
+    weight = sum(weight_of(piece) + len(piece.text) // _CHARS_PER_LOGPROB for piece in pieces)
+    return await make_off_loop(lambda: JSONResponse(make()), weight + num_prompt_ids // IDS_PER_LOGPROB)
+
+
+def weight_of(piece: LogSlice) -> int:
+    """What writing a piece costs, in log probabilities of a token."""
+    return len(piece.logprobs) + len(piece.token_ids) // IDS_PER_LOGPROB
 
 
 class AnswerWriter(ABC):

@@ -139,7 +139,19 @@ class Message(TypedDict):
     tool_calls: NotRequired[list[ToolCall]]
 
 
-class ChatChoice(TypedDict):
+class _TokenIds(TypedDict):
+    """Only with `return_token_ids`."""
+
+    token_ids: NotRequired[list[int]]
+
+
+class _PromptTokenIds(TypedDict):
+    """Only with `return_token_ids`, and in a stream once."""
+
+    prompt_token_ids: NotRequired[list[int]]
+
+
+class ChatChoice(_TokenIds):
     index: int
     message: Message
     logprobs: ChatLogprobs | None
@@ -167,21 +179,21 @@ class Delta(TypedDict):
     tool_calls: NotRequired[list[ToolCallDelta]]
 
 
-class ChatChunkChoice(TypedDict):
+class ChatChunkChoice(_TokenIds):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
     finish_reason: ChatEnded | None
 
 
-class CompletionChoice(TypedDict):
+class CompletionChoice(_TokenIds, _PromptTokenIds):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Ended
 
 
-class CompletionChunkChoice(TypedDict):
+class CompletionChunkChoice(_TokenIds, _PromptTokenIds):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
@@ -195,7 +207,7 @@ class _Head(TypedDict):
     system_fingerprint: str
 
 
-class ChatCompletion(_Head):
+class ChatCompletion(_Head, _PromptTokenIds):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
@@ -207,7 +219,7 @@ class _Padded(TypedDict):
     obfuscation: NotRequired[str]
 
 
-class ChatCompletionChunk(_Head, _Padded):
+class ChatCompletionChunk(_Head, _Padded, _PromptTokenIds):
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
@@ -451,7 +463,7 @@ class Ticket(TypedDict):
     expires_in_s: float
 
 
-class StreamCreated(TypedDict):
+class StreamCreated(_PromptTokenIds):
     id: str
     created: int
     model: str
@@ -480,7 +492,7 @@ class Queued(TypedDict):
     eta_s: float | None
 
 
-class Token(_Padded):
+class Token(_Padded, _TokenIds):
     """What is new: the text of one token or, for a reader that was behind, of several."""
 
     text: str

@@ -8,9 +8,10 @@ nothing to watch for: the disconnect arrives in its place.
 
 import contextlib
 import logging
+import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import anyio
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 # Makes the response of an error, for a path and a request's id.
 Refuse = Callable[[ApiError, str, str], Response]
+_REQUEST_ID = re.compile(r"[\w.:~+/=@-]{1,128}", re.ASCII)
 
 
 class ReceivedBytes:
@@ -60,10 +62,10 @@ class ReceivedBytes:
 class Endpoint:
     """`respond` gets the request and its body (empty for GET and DELETE) and returns the response.
 
-    `request.state` holds `id`, 128 random bits that go out as x-request-id, `received_s`, `is_accepted`, which
-    `respond` sets once the request is logged elsewhere, `stage`, which a client's departure is logged with, and
-    `cleanup`, an ExitStack that is unwound after the response, or in its place. `on_disconnect` is told of a client
-    that left while its body was read, `on_rejected` of every refusal; `refuse` makes the response of one.
+    `request.state` holds `id`, which goes out as x-request-id, `received_s`, `is_accepted`, which `respond` sets once
+    the request is logged elsewhere, `stage`, which a client's departure is logged with, and `cleanup`, an ExitStack
+    that is unwound after the response, or in its place. `on_disconnect` is told of a client that left while its body
+    was read, `on_rejected` of every refusal; `refuse` makes the response of one.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        request.state.id = secrets.token_hex(16)
+        request.state.id = request_id(request.headers)
         request.state.received_s = time.monotonic()
         request.state.is_accepted = False
         request.state.stage = "tokenizing"
@@ -174,6 +176,12 @@ class Endpoint:
         raise ReceiveTimeoutError(f"the body did not arrive within {self._receive_timeout_s:g} s")
 
 
+def request_id(headers: Mapping[str, str]) -> str:
+    """What a request is called: as its client calls it in X-Request-ID, where that is a word, else 128 random bits."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+
+
 async def _cancel_on_disconnect(receive: Receive, scope: anyio.CancelScope) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -212,7 +220,7 @@ def exception_handlers(on_rejected: OnRejected) -> dict[Any, Callable[[Request, 
 
     async def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        id, path = secrets.token_hex(16), request.scope["path"]
+        id, path = request_id(request.headers), request.scope["path"]
         on_rejected(id, path, time.monotonic(), error.status_code)
         message = f"{request.method} {path[:200]}: {error.detail}"
         return error_response(RoutingError(message, error.status_code, dict(error.headers or {})), path, id)

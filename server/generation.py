@@ -21,14 +21,15 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """All that an answer follows from, and the seconds it may take: who has it can begin the answer again, or go on
-    with one that was begun. A model's adapter can change as the model itself can, so its fingerprint is a part.
-    `kept_token_ids` are special tokens that are text all the same."""
+    with one that was begun. A model's adapter can change as the model itself can, so its fingerprint is a part. `echo`
+    is None where the answer does not begin with its prompt. `kept_token_ids` are special tokens that are text all the
+    same."""
 
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     stop_strings: tuple[str, ...]
     skips_special_tokens: bool
-    echo: str
+    echo: str | None
     cache_salt: bytes
     timeout_s: float
     queue_timeout_s: float
@@ -38,6 +39,7 @@ class Recipe:
     kept_token_ids: tuple[int, ...] = ()
     adapter: str | None = None
     adapter_fingerprint: str = ""
+    tells_token_ids: bool = False
 
 
 @dataclass(slots=True)
@@ -56,14 +58,14 @@ class Stages:
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """`id` is what the log calls it, `request_id` what the engine calls it; the prompt is not kept. `model` is the name
-    of the model, or of the adapter, that answers.
+    """`id` is what the log calls it, `request_id` what the engine calls it. `model` is the name of the model, or of the
+    adapter, that answers. The prompt is kept only where token ids are told, as `prompt_token_ids`.
 
     `choice` numbers the answers to one prompt. `echo` is text that comes before the answer, with `prompt_logprobs`, a
-    list that all choices of a prompt share and the first one fills. `begins_in_reasoning` tells that the prompt has
-    begun the model's reasoning. `grammar_field` is the request's, where its grammar is. `predicted_ttft_s` is the bare
-    prediction that it was admitted with, until it can be compared. `on_end` is called once the log has closed. What
-    `is_journaled` a later process can go on with. What `is_cancelled` is over, or will be soon.
+    list that all choices of a prompt share and the first one fills. `grammar_field` is the request's, where its grammar
+    is. `predicted_ttft_s` is the bare prediction that it was admitted with, until it can be compared.
+    `begins_in_reasoning` tells that its prompt has begun the model's reasoning. `on_end` is called once the log has
+    closed. What `is_journaled` a later process can go on with. What `is_cancelled` is over, or will be soon.
     """
 
     id: str
@@ -73,7 +75,7 @@ class Generation:
     detokenizer: Detokenizer
     on_end: list[Callable[["Generation"], None]] = field(default_factory=list)
     choice: int = 0
-    echo: str = ""
+    echo: str | None = None
     tier: Tier = Tier.STANDARD
     model: str = ""
     predicted_ttft_s: float | None = None
@@ -82,6 +84,7 @@ class Generation:
     is_cancelled: bool = False
     grammar_field: str | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_token_ids: tuple[int, ...] | None = None
     log: StreamLog = field(default_factory=StreamLog)
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
@@ -89,6 +92,7 @@ class Generation:
     _num_chars: int = 0
     # Of tokens since the last text: (the character that it begins at, its log probabilities).
     _silent_logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
+    _silent_token_ids: list[int] = field(default_factory=list)
 
     @property
     def is_over(self) -> bool:
@@ -122,9 +126,9 @@ class Generation:
             self.num_cached_tokens = output.num_cached_tokens
         if output.prompt_logprobs:
             self.prompt_logprobs += output.prompt_logprobs
-        if self.echo and self.num_output_tokens == 0:
+        if self.echo is not None and self.num_output_tokens == 0:
             is_prompt_done = output.token_ids or output.finish_reason is FinishReason.LENGTH
-            if is_prompt_done:
+            if is_prompt_done and (self.echo or self.prompt_logprobs):
                 self.log.append(self.echo, 0, tuple(self.prompt_logprobs))
         if output.token_ids:
             self.stages.last_token_s = now
@@ -133,6 +137,8 @@ class Generation:
         for i, token_id in enumerate(output.token_ids, start=1):
             self.num_output_tokens += 1
             self._num_silent_tokens += 1
+            if self.prompt_token_ids is not None:
+                self._silent_token_ids.append(token_id)
             if output.finish_reason is FinishReason.STOP and i == len(output.token_ids):
                 break  # the token that ends a sequence is no part of its text
             if output.logprobs:
@@ -162,7 +168,8 @@ class Generation:
                 self._append(text)
             if self.detokenizer.is_stopped:
                 reason, error = FinishReason.STOP, None
-            elif self._silent_logprobs:  # of tokens without text, at the very end
+                self._silent_logprobs.clear()  # of a stop string's tokens
+            if self._silent_logprobs or self._silent_token_ids:  # of tokens without text, at the very end
                 self._append("", is_last=True)
         self.stages.end_s = now
         self.log.close(Terminal(reason, error))
@@ -188,7 +195,11 @@ class Generation:
             num_due = sum(is_last or begin < self._num_chars for begin, _ in self._silent_logprobs)
             logprobs = tuple(item for _, item in self._silent_logprobs[:num_due])
             del self._silent_logprobs[:num_due]
-        self.log.append(text, self._num_silent_tokens, logprobs)
+        token_ids: tuple[int, ...] = ()
+        if self._silent_token_ids:
+            token_ids = tuple(self._silent_token_ids)
+            self._silent_token_ids.clear()
+        self.log.append(text, self._num_silent_tokens, logprobs, token_ids)
         self._num_silent_tokens = 0
 
 

@@ -97,7 +97,7 @@ class Generator:
                 leader: Generation | None = None
                 for choice in range(request.num_choices):
                     # The prompt's own log probabilities are computed once.
-                    is_scored = leader is None and bool(prompt.echo)
+                    is_scored = leader is None and prompt.echo is not None
                     num_prompt_logprobs = sampling.num_logprobs if is_scored else None
                     own = replace(sampling, choice=choice, num_prompt_logprobs=num_prompt_logprobs)
                     recipe = self._recipe(request, prompt, own, salt, source)
@@ -181,8 +181,9 @@ class Generator:
             choice=sampling.choice,
             echo=recipe.echo,
             tier=tier,
-            begins_in_reasoning=begins_in_reasoning(self.tokenizer, recipe.prompt_token_ids),
+            prompt_token_ids=recipe.prompt_token_ids if recipe.tells_token_ids else None,
             grammar_field=None if recipe.grammar is None else recipe.grammar.field,
+            begins_in_reasoning=begins_in_reasoning(self.tokenizer, recipe.prompt_token_ids),
             model=recipe.adapter or self.model_name,
         )
         if sampling.num_prompt_logprobs is not None:
@@ -265,6 +266,7 @@ class Generator:
             kept_token_ids=kept_token_ids(self.tokenizer, request),
             adapter=adapter,
             adapter_fingerprint="" if adapter is None else self.adapters[adapter],
+            tells_token_ids=bool(request.return_token_ids),
         )
 
     def _submit(
@@ -330,7 +332,7 @@ class Prompt:
     """A prompt's tokens, and its text where the answer shall begin with it."""
 
     token_ids: tuple[int, ...]
-    echo: str = ""
+    echo: str | None = None
 
 
 def _shorter(asked_s: float | None, most_s: float) -> float:
@@ -344,7 +346,7 @@ def tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> l
     """
     if isinstance(request, ChatCompletionRequest):
         messages, tools = template_input(tokenizer, request)
-        text = tokenizer.render_chat(
+        rendered = tokenizer.render_chat(
             messages,
             tools,
             variables=request.chat_template_kwargs or {},
@@ -353,17 +355,17 @@ def tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> l
         )
         # A chat template writes the special tokens itself.
         has_special_tokens = bool(request.add_special_tokens)
-        return [Prompt(_encode(tokenizer, text, request, context, add_special_tokens=has_special_tokens))]
+        return [Prompt(_encode(tokenizer, rendered, request, context, add_special_tokens=has_special_tokens))]
     assert isinstance(request, CompletionRequest)
     prompts = []
     has_special_tokens = request.add_special_tokens is not False
     for prompt in request.prompts:
         if isinstance(prompt, str):
             token_ids = _encode(tokenizer, prompt, request, context, add_special_tokens=has_special_tokens)
-            prompts.append(Prompt(token_ids, prompt if request.echo else ""))
+            prompts.append(Prompt(token_ids, prompt if request.echo else None))
         else:
             has_echo = request.echo and len(prompt) < context  # a longer one is refused
-            text = tokenizer.decode(prompt, skip_special_tokens=request.skips_special_tokens) if has_echo else ""
+            text = tokenizer.decode(prompt, skip_special_tokens=request.skips_special_tokens) if has_echo else None
             prompts.append(Prompt(tuple(prompt), text))
     return prompts
 

@@ -6,7 +6,6 @@ rebinding its Host does. With keys neither matters: no browser adds one by itsel
 """
 
 import re
-import secrets
 import time
 from urllib.parse import SplitResult, urlsplit
 
@@ -17,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.server.api_keys import ApiKeys
-from headrace.server.endpoint import error_response, refuse_event_source
+from headrace.server.endpoint import error_response, refuse_event_source, request_id
 from headrace.server.errors import ApiError, ForbiddenError, UnauthorizedError, UnavailableError
 from headrace.server.request_log import OnRejected
 from headrace.server.settings import ListenerSettings, is_loopback
@@ -47,7 +46,7 @@ class _Guard:
             try:
                 self._check(scope)
             except ApiError as error:
-                id = secrets.token_hex(16)
+                id = request_id(Headers(scope=scope))
                 self._on_rejected(id, scope["path"], time.monotonic(), error.status)
                 response = self._refuse(scope, error, id)
                 # A body that was not read may still be coming, so the connection cannot carry another request.

@@ -17,6 +17,8 @@ _T = TypeVar("_T")
 _LEAST = -9999.0
 # Encoded on the loop they take a millisecond or two, at most.
 _MAX_INLINE = 16
+# How many token ids are written in the time that one token's take.
+IDS_PER_LOGPROB = 64
 
 
 async def make_off_loop(make: Callable[[], _T], num_tokens: int) -> _T:

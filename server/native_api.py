@@ -29,7 +29,7 @@ from headrace.server.errors import (
 from headrace.server.generation import Generation, Recipe, Stages, usage
 from headrace.server.generator import Generator
 from headrace.server.journal import StreamRecord
-from headrace.server.logprobs import chat_logprobs, make_off_loop
+from headrace.server.logprobs import IDS_PER_LOGPROB, chat_logprobs, make_off_loop
 from headrace.server.protocol import (
     UNSUPPORTED,
     WITHOUT_TOOLS,
@@ -104,7 +104,11 @@ class NativeApi:
         stream = await self._start(request, params, len(body))
         urls = _urls(stream.id)
         content = {"id": stream.id, "created": stream.created_s, "model": stream.generation.model, **urls}
-        return JSONResponse(content, 201, {"location": urls["url"]})
+        prompt_ids = stream.generation.prompt_token_ids or ()
+        if prompt_ids:
+            content["prompt_token_ids"] = [*prompt_ids]
+        answer = partial(JSONResponse, content, 201, {"location": urls["url"]})
+        return await make_off_loop(answer, len(prompt_ids) // IDS_PER_LOGPROB)
 
     async def issue_ticket(self, request: Request) -> Response:
         """POST /v1/stream/tickets: what GET /v1/stream takes in place of a key. A body has no meaning here."""
@@ -257,7 +261,7 @@ class NativeApi:
                             yield HEARTBEAT
                         continue
                     write = b""
-                    if piece.text or piece.logprobs:
+                    if piece.text or piece.logprobs or piece.token_ids:
                         if generation.stages.first_byte_s is None:
                             generation.stages.first_byte_s = clock()
                         token: dict[str, Any] = {"text": piece.text, "num_tokens": piece.num_tokens}
@@ -266,11 +270,14 @@ class NativeApi:
                             make = partial(chat_logprobs, self._generator.tokenizer, piece.logprobs)
                             found = await make_off_loop(make, len(piece.logprobs))
                             token["logprobs"] = found["content"]
+                        if piece.token_ids:
+                            token["token_ids"] = [*piece.token_ids]
                         # The terminal entry is one of its own: a reader cut between the two gets it again.
                         end = piece.cursor - (piece.terminal is not None)
                         write = event_frame("token", token, id=stream.event_id(end))
                         if padding:
-                            write = padded(write, None if piece.logprobs else piece.text, padding)
+                            is_only_text = not (piece.logprobs or piece.token_ids)
+                            write = padded(write, piece.text if is_only_text else None, padding)
                     if piece.terminal is not None:
                         yield write + self._terminal_frame(stream, piece.cursor)
                         return

@@ -7,7 +7,7 @@ Source: OpenAI's API reference.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,10 @@ from starlette.responses import JSONResponse, Response
 from headrace.scheduler.messages import FinishReason
 from headrace.server.answer_parser import is_only_text, make_parser
 from headrace.server.answer_parts import Part, ReasoningPart, TextPart, ToolArgumentsPart, ToolCallPart
-from headrace.server.answering import Answering, whole_response
+from headrace.server.answering import Answering, weight_of, whole_response
 from headrace.server.errors import ModelNotFoundError
 from headrace.server.generation import Generation, final_usage, usage
-from headrace.server.logprobs import chat_logprobs, completion_logprobs, make_off_loop
+from headrace.server.logprobs import IDS_PER_LOGPROB, chat_logprobs, completion_logprobs, make_off_loop
 from headrace.server.one_shot_models import OneShots
 from headrace.server.protocol import (
     ChatCompletionRequest,
@@ -99,12 +99,14 @@ class OpenAIApi:
         id = f"{make_format.id_prefix}{request.state.id}"
         generations = await self._answering.start(request, params, id, num_bytes)
         assert self._generator.tokenizer is not None
-        format = make_format.make(id, generations[0].model, self._generator.tokenizer, params, generations[0])
+        format = make_format.make(id, generations[0].model, self._generator.tokenizer, params, generations)
         if params.stream:
             options = params.stream_options or StreamOptions()
             return EventStream(_frames(generations, format, options, self._generator.settings))
         pieces = await self._answering.whole(generations)
-        return await whole_response(lambda: format.whole(pieces, final_usage(generations)), pieces)
+        return await whole_response(
+            lambda: format.whole(pieces, final_usage(generations)), pieces, format.num_prompt_ids
+        )
 
 
 async def _frames(
@@ -115,7 +117,8 @@ async def _frames(
     has_usage = bool(options.include_usage or options.continuous_usage_stats)
     format.prepare_frames(has_usage=has_usage, padding=padding)
     is_continuous = bool(options.continuous_usage_stats)
-    opening = format.opening_frames(usage(generations, 0) if is_continuous else None)
+    counts = usage(generations, 0) if is_continuous else None
+    opening = await make_off_loop(partial(format.opening_frames, counts), format.num_prompt_ids // IDS_PER_LOGPROB)
     stages = generations[0].stages
     num_tokens = [0] * len(generations)
     num_open = len(generations)
@@ -128,10 +131,10 @@ async def _frames(
                 continue
             num_tokens[piece.log_index] += piece.num_tokens
             write = b""
-            if piece.text or piece.logprobs:
+            if piece.text or piece.logprobs or piece.token_ids:
                 counts = usage(generations, sum(num_tokens)) if is_continuous else None
-                if piece.logprobs:  # most have none, and should not cost a coroutine each
-                    frames = await make_off_loop(partial(format.text_frames, piece, counts), len(piece.logprobs))
+                if weight := weight_of(piece):  # most have none, and should not cost a coroutine each
+                    frames = await make_off_loop(partial(format.text_frames, piece, counts), weight)
                 else:
                     frames = format.text_frames(piece, counts)
                 if frames:
@@ -163,7 +166,14 @@ class _Format(ABC):
     object: str
     chunk_object: str
 
-    def __init__(self, id: str, model_name: str, tokenizer: Tokenizer, params: GenerationParams) -> None:
+    def __init__(
+        self,
+        id: str,
+        model_name: str,
+        tokenizer: Tokenizer,
+        params: GenerationParams,
+        generations: Sequence[Generation],
+    ) -> None:
         self._head = {
             "id": id,
             "created": int(time.time()),
@@ -173,13 +183,25 @@ class _Format(ABC):
         self._tokenizer = tokenizer
         self._num_choices = params.num_sequences
         self._has_logprobs = params.num_logprobs is not None
+        # Each choice's, where token ids are told.
+        self._prompts = [ids for generation in generations if (ids := generation.prompt_token_ids) is not None]
 
     @classmethod
     def make(
-        cls, id: str, model_name: str, tokenizer: Tokenizer, params: GenerationParams, generation: Generation
+        cls,
+        id: str,
+        model_name: str,
+        tokenizer: Tokenizer,
+        params: GenerationParams,
+        generations: Sequence[Generation],
     ) -> "_Format":
-        """The format of an answer, of which the generation is a choice."""
-        return cls(id, model_name, tokenizer, params)
+        """The format of an answer, whose choices the generations are."""
+        return cls(id, model_name, tokenizer, params, generations)
+
+    @property
+    def num_prompt_ids(self) -> int:
+        """How many of the prompts' tokens are told."""
+        return sum(map(len, self._prompts))
 
     @abstractmethod
     def choice(self, piece: LogSlice) -> dict[str, Any]:
@@ -200,8 +222,19 @@ class _Format(ABC):
         """The log probabilities of a piece, None where none were asked for."""
 
     def whole(self, pieces: list[LogSlice], usage: dict[str, Any]) -> dict[str, Any]:
-        choices = [self.choice(piece._replace(log_index=index)) for index, piece in enumerate(pieces)]
-        return {**self._head, "object": self.object, "choices": choices, "usage": usage}
+        choices = [
+            self.choice(piece._replace(log_index=index)) | self._ids(piece.token_ids) | self.prompt_ids(index)
+            for index, piece in enumerate(pieces)
+        ]
+        return {**self._head, "object": self.object, "choices": choices, "usage": usage, **self.prompt_ids(None)}
+
+    def _ids(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        """The field of a choice's tokens, where token ids are told."""
+        return {"token_ids": [*token_ids]} if self._prompts else {}
+
+    @abstractmethod
+    def prompt_ids(self, index: int | None) -> dict[str, Any]:
+        """The field of a prompt's tokens in a choice, or in the object around choices, where it is there."""
 
     def prepare_frames(self, *, has_usage: bool, padding: int) -> None:
         """Encode what all of a stream's frames share. With `has_usage` every chunk has the field, null or not; with
@@ -217,16 +250,21 @@ class _Format(ABC):
 
     def opening_frames(self, usage: dict[str, Any] | None) -> bytes:
         choices = [self.opening_choice(index) for index in range(self._num_choices)]
-        return b"".join(self._frame([choice], usage) for choice in choices if choice is not None)
+        opening = [choice for choice in choices if choice is not None]
+        return b"".join(
+            self._frame([choice], usage, {} if i else self.prompt_ids(None)) for i, choice in enumerate(opening)
+        )
 
     def text_frames(self, piece: LogSlice, usage: dict[str, Any] | None) -> bytes:
-        if usage is not None or self._has_logprobs:
-            frame = self._frame([self.chunk_choice(piece.log_index, piece.text, None, self.logprobs(piece))], usage)
+        if usage is not None or self._has_logprobs or self._prompts:
+            choice = self.chunk_choice(piece.log_index, piece.text, None, self.logprobs(piece))
+            frame = self._frame([choice | self._ids(piece.token_ids)], usage)
         else:
             before, after = self._around_text[piece.log_index]
             frame = before + to_json(piece.text).encode() + after
         if self._padding:
-            frame = padded(frame, None if piece.logprobs else piece.text, self._padding)
+            is_only_text = not (piece.logprobs or piece.token_ids)
+            frame = padded(frame, piece.text if is_only_text else None, self._padding)
         return frame
 
     def finish_frames(self, index: int, finish_reason: FinishReason, usage: dict[str, Any] | None) -> bytes:
@@ -235,8 +273,10 @@ class _Format(ABC):
     def usage_frame(self, usage: dict[str, Any]) -> bytes:
         return self._frame([], usage)
 
-    def _frame(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
-        chunk: dict[str, Any] = {**self._head, "object": self.chunk_object, "choices": choices}
+    def _frame(
+        self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, fields: dict[str, Any] | None = None
+    ) -> bytes:
+        chunk: dict[str, Any] = {**self._head, "object": self.chunk_object, "choices": choices, **(fields or {})}
         if self._has_usage:
             chunk["usage"] = usage
         return data_frame(chunk)
@@ -249,12 +289,19 @@ class _ChatFormat(_Format):
 
     @classmethod
     def make(
-        cls, id: str, model_name: str, tokenizer: Tokenizer, params: GenerationParams, generation: Generation
+        cls,
+        id: str,
+        model_name: str,
+        tokenizer: Tokenizer,
+        params: GenerationParams,
+        generations: Sequence[Generation],
     ) -> "_Format":
         assert isinstance(params, ChatCompletionRequest)
-        if is_only_text(tokenizer, params):
-            return cls(id, model_name, tokenizer, params)
-        return _PartsFormat(id, model_name, tokenizer, params, begins_in_reasoning=generation.begins_in_reasoning)
+        kind = cls if is_only_text(tokenizer, params) else _PartsFormat
+        return kind(id, model_name, tokenizer, params, generations)
+
+    def prompt_ids(self, index: int | None) -> dict[str, Any]:
+        return {"prompt_token_ids": [*self._prompts[0]]} if self._prompts and index is None else {}
 
     def choice(self, piece: LogSlice) -> dict[str, Any]:
         assert piece.terminal is not None
@@ -287,13 +334,14 @@ class _PartsFormat(_ChatFormat):
         id: str,
         model_name: str,
         tokenizer: Tokenizer,
-        params: ChatCompletionRequest,
-        *,
-        begins_in_reasoning: bool,
+        params: GenerationParams,
+        generations: Sequence[Generation],
     ) -> None:
-        super().__init__(id, model_name, tokenizer, params)
+        assert isinstance(params, ChatCompletionRequest)
+        super().__init__(id, model_name, tokenizer, params, generations)
         self._parsers = [
-            make_parser(tokenizer, params, begins_in_reasoning=begins_in_reasoning) for _ in range(self._num_choices)
+            make_parser(tokenizer, params, begins_in_reasoning=generation.begins_in_reasoning)
+            for generation in generations
         ]
         self._calling: set[int] = set()  # the choices that have made a call
 
@@ -314,29 +362,32 @@ class _PartsFormat(_ChatFormat):
         parts = self._parsers[piece.log_index].push(piece.text)
         if len(parts) == 1 and isinstance(parts[0], TextPart):
             return super().text_frames(piece._replace(text=parts[0].text), usage)
-        return self._part_frames(piece.log_index, parts, usage, self.logprobs(piece) if piece.logprobs else None)
+        fields = {"logprobs": self.logprobs(piece)} if piece.logprobs else {}
+        if piece.token_ids:
+            fields |= self._ids(piece.token_ids)
+        return self._part_frames(piece.log_index, parts, usage, fields)
 
     def finish_frames(self, index: int, finish_reason: FinishReason, usage: dict[str, Any] | None) -> bytes:
-        frames = self._part_frames(index, self._parsers[index].finish(), usage)
+        frames = self._part_frames(index, self._parsers[index].finish(), usage, {})
         reason = self._finish_reason(index, finish_reason)
         return frames + self._frame([self.chunk_choice(index, None, reason)], usage)
 
     def _part_frames(
-        self, index: int, parts: list[Part], usage: dict[str, Any] | None, logprobs: dict[str, Any] | None = None
+        self, index: int, parts: list[Part], usage: dict[str, Any] | None, fields: dict[str, Any]
     ) -> bytes:
-        """A frame for each part. Log probabilities are in the first, or in one of their own."""
+        """A frame for each part. Further fields of the choice are in the first, or in one of their own."""
         frames = b""
         deltas = [_delta(part) for part in parts]
-        for delta in deltas or ([] if logprobs is None else [{}]):
-            frame = self._frame([self._part_choice(index, delta, logprobs)], usage)
+        for delta in deltas or ([{}] if fields else []):
+            frame = self._frame([self._part_choice(index, delta) | fields], usage)
             frames += padded(frame, None, self._padding) if self._padding else frame
-            logprobs = None
+            fields = {}
         if any(isinstance(part, ToolCallPart) for part in parts):
             self._calling.add(index)
         return frames
 
-    def _part_choice(self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+    def _part_choice(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def _finish_reason(self, index: int, reason: FinishReason) -> str:
         return "tool_calls" if reason is FinishReason.STOP and index in self._calling else reason.value
@@ -382,8 +433,15 @@ class _CompletionFormat(_Format):
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self, id: str, model_name: str, tokenizer: Tokenizer, params: GenerationParams) -> None:
-        super().__init__(id, model_name, tokenizer, params)
+    def __init__(
+        self,
+        id: str,
+        model_name: str,
+        tokenizer: Tokenizer,
+        params: GenerationParams,
+        generations: Sequence[Generation],
+    ) -> None:
+        super().__init__(id, model_name, tokenizer, params, generations)
         self._skip_special_tokens = params.skips_special_tokens
         self._offsets = [0] * params.num_sequences
 
@@ -392,7 +450,10 @@ class _CompletionFormat(_Format):
         return self.chunk_choice(piece.log_index, piece.text, piece.terminal.finish_reason.value, self.logprobs(piece))
 
     def opening_choice(self, index: int) -> dict[str, Any] | None:
-        return None
+        return self.chunk_choice(index, None, None) | self.prompt_ids(index) if self._prompts else None
+
+    def prompt_ids(self, index: int | None) -> dict[str, Any]:
+        return {"prompt_token_ids": [*self._prompts[index]]} if self._prompts and index is not None else {}
 
     def chunk_choice(
         self, index: int, text: str | None, finish_reason: str | None, logprobs: dict[str, Any] | None = None

@@ -183,7 +183,10 @@ class OpenApi:
             "info": {
                 "title": "Headrace",
                 "version": VERSION,
-                "description": "Unknown fields of a request are ignored, and null is a field that is absent.",
+                "description": (
+                    "Unknown fields of a request are ignored, and null is a field that is absent. "
+                    "A request's X-Request-ID comes back in its answer, and is in the server's log."
+                ),
                 "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             },
             "paths": paths,

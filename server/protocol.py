@@ -52,7 +52,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "documents": ([],),
     "truncate_prompt_tokens": (),
     "include_stop_str_in_output": (False,),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "prompt_embeds": (),
     "audio": (),
@@ -83,6 +82,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "mirostat": (0,),
     "thinking": (),
     "reasoning": (),
+}
+
+# What does as much.
+_INSTEAD = {
+    "best_of": "ask for `n` answers with `logprobs`, and keep the likeliest",
+    "prompt_logprobs": "/v1/completions scores a prompt with `echo` and `logprobs`",
 }
 
 # What a template is given by the server, and what the library that renders it would take for itself.
@@ -286,6 +291,7 @@ class GenerationParams(BaseModel):
     ignore_eos: Flag | None = None
     add_special_tokens: Flag | None = None
     skip_special_tokens: Flag | None = None
+    return_token_ids: Flag | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: JsonSchema | None = None
@@ -787,7 +793,8 @@ def refuse_unsupported(fields: dict[str, Any], unsupported: dict[str, tuple[Any,
         if value is not None and not any(
             value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral
         ):
-            raise UnsupportedParameterError(f"`{path}{name}` is not supported", param=f"{path}{name}")
+            instead = f": {_INSTEAD[name]}" if name in _INSTEAD else ""
+            raise UnsupportedParameterError(f"`{path}{name}` is not supported{instead}", param=f"{path}{name}")
 
 
 def validate(cls: type[ModelT], fields: dict[str, Any]) -> ModelT:

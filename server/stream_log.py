@@ -25,8 +25,8 @@ from headrace.server.errors import ApiError
 
 # What an entry weighs beside its text: two list slots and an int.
 _ENTRY_OVERHEAD_BYTES = 48
-# What a token's log probabilities weigh, and each alternative among them.
-_LOGPROBS_BYTES, _ALTERNATIVE_BYTES = 160, 130
+# What a token's log probabilities weigh, and each alternative among them; what its id does.
+_LOGPROBS_BYTES, _ALTERNATIVE_BYTES, _TOKEN_ID_BYTES = 160, 130, 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class LogSlice(NamedTuple):
     terminal: Terminal | None
     logprobs: tuple[TokenLogprobs, ...] = ()
     log_index: int = 0
+    token_ids: tuple[int, ...] = ()
 
 
 class StreamLog:
@@ -56,7 +57,9 @@ class StreamLog:
 
     def __init__(self) -> None:
         self._texts: list[str] = []
-        self._logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}  # by entry; empty unless they were asked for
+        # By entry, and empty unless they were asked for.
+        self._logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+        self._token_ids: dict[int, tuple[int, ...]] = {}
         self._num_tokens: list[int] = [0]  # running totals, so that a slice's count is one subtraction
         self._subscribers: set[Subscriber] = set()
         self.terminal: Terminal | None = None
@@ -71,12 +74,21 @@ class StreamLog:
     def num_subscribers(self) -> int:
         return len(self._subscribers)
 
-    def append(self, text: str, num_tokens: int, logprobs: tuple[TokenLogprobs, ...] = ()) -> None:
+    def append(
+        self,
+        text: str,
+        num_tokens: int,
+        logprobs: tuple[TokenLogprobs, ...] = (),
+        token_ids: tuple[int, ...] = (),
+    ) -> None:
         """Add a piece of text, made of `num_tokens` tokens, and wake the readers."""
         assert self.terminal is None, "append after close"
         if logprobs:
             self._logprobs[len(self._texts)] = logprobs
             self.num_bytes += sum(_LOGPROBS_BYTES + _ALTERNATIVE_BYTES * len(item.top) for item in logprobs)
+        if token_ids:
+            self._token_ids[len(self._texts)] = token_ids
+            self.num_bytes += _TOKEN_ID_BYTES * len(token_ids)
         self._texts.append(text)
         self._num_tokens.append(self._num_tokens[-1] + num_tokens)
         self.num_bytes += sys.getsizeof(text) + _ENTRY_OVERHEAD_BYTES
@@ -95,8 +107,11 @@ class StreamLog:
         logprobs: tuple[TokenLogprobs, ...] = ()
         if self._logprobs:
             logprobs = tuple(item for entry in range(first, end) for item in self._logprobs.get(entry, ()))
-        num_tokens = self._num_tokens[-1] - self._num_tokens[first]
-        return LogSlice("".join(self._texts[first:]), num_tokens, self.end, self.terminal, logprobs, log_index)
+        token_ids: tuple[int, ...] = ()
+        if self._token_ids:
+            token_ids = tuple(item for entry in range(first, end) for item in self._token_ids.get(entry, ()))
+        num_tokens, text = self._num_tokens[-1] - self._num_tokens[first], "".join(self._texts[first:])
+        return LogSlice(text, num_tokens, self.end, self.terminal, logprobs, log_index, token_ids)
 
     def subscribe(self, cursor: int = 0, interval_s: float = 0.0) -> "Subscriber":
         """A reader from `cursor` on, as a context manager; leaving it unsubscribes."""

@@ -141,7 +141,7 @@ class Tokenizer:
         """A message's content in a form that the template takes, its own if possible. HF leaves that to the caller."""
         content, forms = message["content"], self._content_forms.get(message["role"], frozenset())
         if isinstance(content, list) and list not in forms:
-            return "".join(part["text"] for part in content)
+            return text_of(content)
         if isinstance(content, str) and forms == {list}:
             return [{"type": "text", "text": content}]
         return content
@@ -214,6 +214,11 @@ class Tokenizer:
         Raises: a bare Exception, from the library, where bytes that are no text follow text.
         """
         return stream.step(self._backend, token_id) or ""
+
+
+def text_of(content: str | list[dict[str, Any]]) -> str:
+    """A message's content as one text."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def load_tokenizer(source: ModelSource, *, keeps_control_tokens: bool = False) -> Tokenizer:

@@ -20,7 +20,7 @@ from headrace.scheduler.messages import GrammarKind
 from headrace.server.errors import BadRequestError
 from headrace.server.grammars import GrammarSource
 from headrace.server.protocol import MAX_GRAMMAR_CHARS, ChatCompletionRequest
-from headrace.server.tokenizer import Tokenizer
+from headrace.server.tokenizer import Tokenizer, text_of
 
 
 class CallStyle(Enum):
@@ -133,13 +133,13 @@ def _in_plain_messages(messages: list[dict[str, Any]], tools: list[dict[str, Any
 
     Results are the user's, in one message with what the user says next, for templates whose turns alternate.
     """
+    if not tools and not any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+        return messages
     plain: list[dict[str, Any]] = []
     is_after_result = False
     for message in messages:
-        content, is_result = message["content"], message["role"] == "tool"
-        if isinstance(content, list):
-            content = "".join(part["text"] for part in content)
-            message = message | {"content": content}
+        content, is_result = text_of(message["content"]), message["role"] == "tool"
+        message = message | {"content": content}
         if is_result:
             message = {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
         elif "tool_calls" in message:

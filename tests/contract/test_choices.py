@@ -236,6 +236,89 @@ async def test_a_prompt_can_be_echoed_and_scored_without_an_answer() -> None:
     assert plain["choices"][0]["text"] == "hello"
 
 
+async def test_a_prompt_of_special_tokens_alone_has_an_entry_for_each() -> None:
+    body = {"prompt": [EOS, EOS], "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1, "n": 2}
+    whole, read = await both("/v1/completions", body)
+    for index, choice in enumerate(whole["choices"]):
+        logprobs = choice["logprobs"]
+        assert [*map(len, logprobs.values())] == [3, 3, 3, 3]
+        assert logprobs["tokens"][:2] == ["<|end|>"] * 2
+        assert logprobs["token_logprobs"][:2] == [None, -1 - EOS / 1000]
+        assert logprobs["text_offset"] == [0, 0, 0]
+        parts = [c["logprobs"] for chunk in read for c in chunk["choices"] if c["index"] == index and c["logprobs"]]
+        assert {name: [item for part in parts for item in part[name]] for name in logprobs} == logprobs
+    scored, _ = await both("/v1/completions", body | {"max_tokens": 0, "n": 1})
+    assert scored["choices"][0]["logprobs"] == {name: items[:2] for name, items in logprobs.items()}
+    silent, read = await both("/v1/completions", body | {"logprobs": None, "n": 1})
+    assert len(silent["choices"][0]["text"]) == 1
+    assert all(chunk["choices"][0]["text"] or chunk["choices"][0]["finish_reason"] for chunk in read[:-1])
+
+
+def token_ids(read: list[dict[str, Any]], index: int) -> list[int]:
+    """Of all of a choice's chunks."""
+    choices = [choice for chunk in read for choice in chunk["choices"] if choice["index"] == index]
+    return [token_id for choice in choices for token_id in choice.get("token_ids", [])]
+
+
+async def test_the_token_ids_of_a_chat_are_told_where_that_is_asked_for() -> None:
+    whole, read = await both("/v1/chat/completions", CHAT | {"n": 2, "return_token_ids": True})
+    assert whole["prompt_token_ids"] == [*CHAT_PROMPT.encode()]
+    assert [chunk.get("prompt_token_ids") for chunk in read] == [whole["prompt_token_ids"]] + [None] * (len(read) - 1)
+    for index, choice in enumerate(whole["choices"]):
+        assert bytes(choice["token_ids"]).decode() == choice["message"]["content"]
+        assert token_ids(read, index) == choice["token_ids"]
+        assert "prompt_token_ids" not in choice
+    for chunk in read:
+        for choice in chunk["choices"]:
+            if "token_ids" in choice:
+                assert bytes(choice["token_ids"]).decode() == choice["delta"]["content"]
+
+
+async def test_the_token_ids_of_completions_are_told_with_those_of_each_ones_prompt() -> None:
+    body = COMPLETION | {"prompt": ["ab", "cde"], "echo": True, "return_token_ids": True}
+    whole, read = await both("/v1/completions", body)
+    opening = {chunk["choices"][0]["index"]: chunk["choices"][0] for chunk in reversed(read[:-1])}
+    for index, (choice, prompt) in enumerate(zip(whole["choices"], ("ab", "cde"), strict=True)):
+        assert choice["prompt_token_ids"] == opening[index]["prompt_token_ids"] == [*prompt.encode()]
+        assert prompt + bytes(choice["token_ids"]).decode() == choice["text"]
+        assert token_ids(read, index) == choice["token_ids"]
+        assert texts(read, 2)[index] == choice["text"]
+    assert "prompt_token_ids" not in whole
+
+
+async def test_token_ids_are_as_many_as_the_usage_says_whatever_becomes_of_their_text() -> None:
+    text = expected_text("stop here", 40)
+    stopped = {"prompt": "stop here", "max_tokens": 40, "temperature": 0, "return_token_ids": True, "stop": text[9:12]}
+    ended = stopped | {"stop": None, "stop_token_ids": [ord(text[20])]}
+    for body in (stopped, ended, stopped | {"logprobs": 0}, ended | {"logprobs": 0, "min_tokens": 2}):
+        whole, read = await both("/v1/completions", body)
+        [choice] = whole["choices"]
+        assert choice["finish_reason"] == "stop"
+        assert len(choice["token_ids"]) == whole["usage"]["completion_tokens"]
+        assert bytes(choice["token_ids"]).decode().startswith(choice["text"])
+        assert token_ids(read, 0) == choice["token_ids"]
+        if choice["logprobs"] is not None:
+            assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+
+
+async def test_without_being_asked_no_answer_has_token_ids() -> None:
+    for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)):
+        for asked in ({}, {"return_token_ids": False}, {"return_token_ids": None}):
+            whole, read = await both(path, body | asked)
+            assert "token_ids" not in json.dumps([whole, read])
+
+
+async def test_a_native_stream_tells_token_ids_too() -> None:
+    async with live_app() as app:
+        created = await call(app.asgi, "POST", "/v1/streams", COMPLETION | {"return_token_ids": True})
+        assert created.json()["prompt_token_ids"] == [*b"hello"]
+        events = (await call(app.asgi, "GET", created.json()["events_url"])).events()
+        tokens = [json.loads(event["data"]) for event in events if event.get("event") == "token"]
+        assert bytes(token_id for token in tokens for token_id in token["token_ids"]).decode() == expected_text(
+            "hello", 4
+        )
+
+
 async def test_a_native_stream_carries_log_probabilities_and_has_one_answer() -> None:
     async with live_app() as app:
         created = await call(app.asgi, "POST", "/v1/streams", COMPLETION | {"logprobs": 1, "echo": True})

@@ -1,6 +1,7 @@
 """What OpenAI-shaped clients read, byte for byte."""
 
 import json
+from typing import Any
 
 import anyio
 import pytest
@@ -48,6 +49,39 @@ async def test_the_role_travels_with_the_first_text_and_headers_go_out_at_once()
     first = next(m["body"] for m in request.messages if m.get("body"))
     assert b'"role":"assistant"' in first
     assert f'"content":"{expected_text(CHAT_PROMPT, 1)}'.encode() in first
+
+
+@pytest.mark.parametrize("has_usage", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", CHAT | {"n": 2}),
+        ("/v1/completions", {"prompt": ["ab", "cde"], "max_tokens": 6, "temperature": 0, "logprobs": 1}),
+    ],
+    ids=["chat", "completions"],
+)
+async def test_continuous_usage_is_in_every_chunk_the_last_included(
+    path: str, body: dict[str, Any], has_usage: bool
+) -> None:
+    options = {"include_usage": has_usage, "continuous_usage_stats": True}
+    async with live_app() as app:
+        answer = await call(app.asgi, "POST", path, body | {"stream": True, "stream_options": options})
+    read = chunks(answer.body)
+    num_prompt = 2 + 3 if "prompt" in body else len(CHAT_PROMPT)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in read]
+    assert counts == sorted(counts)
+    assert counts[-1] == 12
+    for chunk in read:
+        usage = chunk["usage"]
+        assert usage["prompt_tokens"] == num_prompt
+        assert usage["total_tokens"] == num_prompt + usage["completion_tokens"]
+    assert (read[-1]["choices"] == []) == has_usage
+    # What a chunk says is what has come by then.
+    num_come = 0
+    for chunk in read:
+        for choice in chunk["choices"]:
+            num_come += len(choice.get("text") or choice.get("delta", {}).get("content") or "")
+        assert chunk["usage"]["completion_tokens"] == num_come
 
 
 @pytest.mark.parametrize("has_usage", [False, True])

@@ -396,6 +396,50 @@ async def test_every_request_has_one_line_in_the_log(caplog: pytest.LogCaptureFi
     assert lines[0]["stages_ms"]["end"] >= lines[0]["stages_ms"]["first_byte"]
 
 
+@pytest.mark.parametrize(
+    ("given", "is_taken"),
+    [
+        ("f1e2d3c4-0000-4000-8000-00000000abcd", True),
+        ("Req_1.2:3~a+b/c=@d-", True),
+        ("x" * 128, True),
+        ("x" * 129, False),
+        ("", False),
+        ("two words", False),
+        ('a"b', False),
+        ("a\\n", False),
+        ("\u00e9", False),
+        ("1\u00b2", False),
+    ],
+)
+async def test_a_request_is_called_what_its_client_calls_it_if_that_is_a_word(
+    given: str, is_taken: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="headrace.requests")
+    headers = {"x-request-id": given}
+    async with live_app() as app:
+        answers = [
+            await call(app.asgi, "POST", "/v1/completions", OK, headers=headers),
+            await call(app.asgi, "POST", "/v1/completions", OK | {"stream": True}, headers=headers),
+            await call(app.asgi, "POST", "/v1/completions", OK | {"n": 0}, headers=headers),
+            await call(app.asgi, "POST", "/tokenize", {"prompt": "a"}, headers=headers),
+            await call(app.asgi, "POST", "/v1/streams", OK, headers=headers),
+            await call(app.asgi, "POST", "/v1/completions", b"{", headers=headers | {"content-type": "text/plain"}),
+            await call(app.asgi, "GET", "/v1/nothing", headers=headers),
+            await call(app.asgi, "GET", "/v1/models", headers=headers | {"host": "evil.example"}),
+        ]
+        await app.until(lambda: app.client.num_unfinished == 0)
+    assert [answer.status for answer in answers] == [200, 200, 400, 200, 201, 415, 404, 403]
+    ids = [answer.headers["x-request-id"] for answer in answers]
+    logged = [json.loads(record.getMessage())["id"] for record in caplog.records if record.name == "headrace.requests"]
+    assert sorted(id.removeprefix("cmpl-") for id in logged) == sorted(ids)
+    if is_taken:
+        assert set(ids) == {given}
+    else:
+        assert {len(id) for id in ids} == {32}
+        assert len(set(ids)) == len(ids)
+    assert given not in answers[4].json()["id"] or not given, "a stream's id suffices to read it"
+
+
 async def test_a_page_of_an_allowed_origin_may_send_its_own_headers() -> None:
     headers = {
         "origin": "https://chat.example",

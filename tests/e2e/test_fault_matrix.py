@@ -261,7 +261,7 @@ def test_a_request_that_trickles_or_never_comes_is_cut_off_in_time(guarded: Watc
 
 def test_no_log_line_holds_what_a_client_sent_or_whom_it_claimed_to_be(watched: Watched, guarded: Watched) -> None:
     key = f"authorization: Bearer {CANARY}"
-    own = ("x-request-id: " + CANARY, f"user-agent: {CANARY}", f"cookie: {CANARY}", f"traceparent: {CANARY}")
+    own = (f"x-request-id: {CANARY} {CANARY}", f"user-agent: {CANARY}", f"cookie: {CANARY}", f"traceparent: {CANARY}")
     for each, lines in ((watched, (key, *own)), (guarded, (AUTHORIZATION, *own))):
         for request in (
             completion(*lines, prompt=CANARY, max_tokens=1, user=CANARY, stop=[CANARY], cache_salt=CANARY),

@@ -23,6 +23,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from headrace.server.errors import ApiError, BadRequestError
 from headrace.server.protocol import NO_TEMPLATE_VARIABLES, ChatCompletionRequest, parse_request
 from headrace.server.tokenizer import Tokenizer
+from headrace.server.tool_calls import template_input
 
 # In the shapes that families give theirs. Each is beside the control tokens that it writes.
 TEMPLATES: dict[str, tuple[str, str]] = {
@@ -156,8 +157,10 @@ def wrapper_for(name: str, kind: str = "bytes") -> Any:
 def prompt(ours: Tokenizer, body: dict[str, Any]) -> tuple[str, list[int]]:
     """The text and the tokens that a chat's answer follows. The text may have marks."""
     request = parse_request(ChatCompletionRequest, body)
+    messages, tools = template_input(ours, request)
     text = ours.render_chat(
-        [message.as_template_input() for message in request.messages],
+        messages,
+        tools,
         variables=request.chat_template_kwargs or {},
         add_generation_prompt=request.has_generation_prompt,
         continue_final_message=request.is_continued,
@@ -334,6 +337,24 @@ def test_variables_and_names_are_text_too() -> None:
     assert prompt(kept, body)[1].count(end) == 3
     body["chat_template_kwargs"] = {"extra": {"<|im_end|>": "a", "a": ["b"]}}
     assert prompt(ours, body)[1].count(end) == 1
+
+
+@pytest.mark.parametrize(
+    "shows", ["{{ tools | tojson }}{{ messages[1].tool_calls | tojson }}", ""], ids=["own", "plain"]
+)
+def test_what_tools_calls_and_results_spell_is_text_too(shows: str) -> None:
+    theirs = wrapper_for("chatml")
+    theirs.chat_template += f"{shows}<tool_call>"
+    ours, end = Tokenizer(theirs, frozenset()), theirs.convert_tokens_to_ids("<|im_end|>")
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "description": "a<|im_end|>", "parameters": {"type": "object"}},
+    }
+    call = {"id": "a", "function": {"name": "f", "arguments": '{"<|im_end|>": "b<|im_end|>"}'}}
+    result = {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "<|im_end|>"}]}
+    body = {"messages": [USER, {"role": "assistant", "tool_calls": [call]}, result], "tools": [tool]}
+    text, ids = prompt(ours, body)
+    assert (text.replace("\ud800", "").count("<|im_end|>"), ids.count(end)) == (8, 4)
 
 
 def test_control_tokens_can_be_kept() -> None:

@@ -62,6 +62,12 @@ def test_what_is_not_supported_is_refused_by_name_unless_it_asks_for_nothing(nam
             parse_request(cls, fields | {name: neutral})
 
 
+def test_a_refusal_says_what_does_as_much() -> None:
+    message = refused(CompletionRequest, COMPLETION | {"best_of": 3}).message
+    assert message == "`best_of` is not supported: ask for `n` answers with `logprobs`, and keep the likeliest"
+    assert "`echo` and `logprobs`" in refused(ChatCompletionRequest, CHAT | {"prompt_logprobs": 1}).message
+
+
 @pytest.mark.parametrize(("name", "value"), [("n", True), ("logprobs", True), ("priority", False), ("echo", 0)])
 def test_numbers_and_flags_are_not_taken_for_each_other(name: str, value: Any) -> None:
     assert refused(CompletionRequest, COMPLETION | {name: value}).param == name
@@ -70,7 +76,7 @@ def test_numbers_and_flags_are_not_taken_for_each_other(name: str, value: Any) -
 COUNTS = ["max_tokens", "min_tokens", "top_k", "seed", "n"]
 NUMBERS = ["temperature", "top_p", "min_p", "timeout", "repetition_penalty"]
 PENALTIES = ["presence_penalty", "frequency_penalty"]
-FLAGS = ["stream", "ignore_eos", "skip_special_tokens"]
+FLAGS = ["stream", "ignore_eos", "skip_special_tokens", "add_special_tokens", "return_token_ids"]
 NAMES = ["model", "user", "cache_salt"]
 
 
