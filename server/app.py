@@ -101,6 +101,8 @@ class App:
             journal=self.journal,
         )
         self.metrics = self.client.metrics
+        # With keys and without an address for the operator alone every tenant may read the metrics.
+        self.metrics.names_tenants = self.keys is not None and settings.admin_port is not None
         if (journal := self.journal) is not None:
             self.metrics.watch("journal_active", "1 while streams are recorded", lambda: journal.is_active)
         self.metrics.watch("event_loop_tasks", "Tasks on the event loop", lambda: len(asyncio.all_tasks()))
@@ -137,7 +139,9 @@ class App:
             lifespan=self._lifespan,
         )
         self.asgi.router.redirect_slashes = False  # to a URL made of the Host header, which may be none
-        self.admin = admin_app(settings, [*self._probes(), Route("/metrics", self._metrics)], self.report_refusal)
+        self.admin = admin_app(
+            settings, [*self._probes(), *self._operators_routes(), _STATIC_ROUTE], self.report_refusal
+        )
 
     @property
     def is_ready(self) -> bool:
@@ -244,6 +248,9 @@ class App:
     def _probes(self) -> list[Route]:
         return [Route("/health", self._health), Route("/ready", self._ready)]
 
+    def _operators_routes(self) -> list[Route]:
+        return [Route("/metrics", self._metrics), Route("/dashboard", _page("dashboard.html"))]
+
     def _routes(self) -> list[Route | Mount]:
         openai = OpenAIApi(self.generator, self.one_shots, self._report)
         one_shot = OneShotApi(self.one_shots, self.limits, self.metrics, self.settings.request_timeout_s)
@@ -271,9 +278,9 @@ class App:
         return [
             Route("/", _page("index.html")),
             Route("/classify", _page("classify.html")),
-            Mount("/static", _PageFiles(directory=_STATIC)),
+            _STATIC_ROUTE,
             *self._probes(),
-            *([Route("/metrics", self._metrics)] if self.settings.admin_port is None else []),
+            *(self._operators_routes() if self.settings.admin_port is None else []),
             Route("/openapi.json", OpenApi(self.settings).get),
             Route("/v1/models", openai.models),
             Route("/v1/chat/completions", endpoint(openai.chat_completions), methods=["POST"]),
@@ -355,3 +362,6 @@ def _page(name: str) -> Callable[[Request], Awaitable[Response]]:
         return FileResponse(_STATIC / name, headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
     return page
+
+
+_STATIC_ROUTE = Mount("/static", _PageFiles(directory=_STATIC))

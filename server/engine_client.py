@@ -103,9 +103,9 @@ class EngineClient:
         self._batches: dict[int, asyncio.Future[OneShotOutput]] = {}
         self._engine = make_engine(load_engine, self._publish, clock, load_one_shots)
         self.metrics = Metrics(model_name, lambda: self.load, lambda: self.num_waiting)
-        for tier in Tier:
-            self.metrics.watch_waiting(tier, partial(self.admission.num_queued, tier))
         admission = self.admission
+        for tier in Tier:
+            self.metrics.watch_tier(tier, partial(admission.num_queued, tier), partial(self._ttft_target_s, tier))
         self.metrics.watch("queued_prompt_tokens", "Prompt tokens not begun", lambda: admission.num_queued_tokens)
         self.metrics.watch("ttft_kappa", "How far predictions are stretched", lambda: admission.kappa)
 
@@ -117,6 +117,9 @@ class EngineClient:
     @property
     def num_unfinished(self) -> int:
         return len(self._generations)
+
+    def _ttft_target_s(self, tier: Tier) -> float:
+        return self.admission.targets_s[tier]
 
     def start(self) -> None:
         """Start the engine thread; its publications arrive on the running loop."""
@@ -212,6 +215,7 @@ class EngineClient:
         self.check_accepting()
         if generation.num_output_tokens == 0:  # else an earlier process was asked first
             generation.stages.submitted_s = self.clock()
+        generation.tenant = request.tenant
         generation.on_end.insert(0, self._forget)
         self._generations[request.request_id] = generation
         num_tokens = generation.num_prompt_tokens if request.leader_id is None else 0
@@ -219,7 +223,7 @@ class EngineClient:
         self.admission.enter(request.request_id, demand)
         self._num_submitted += 1
         if generation.choice == 0:
-            self.metrics.prompt_tokens.inc(generation.num_prompt_tokens)
+            self.metrics.count_prompt(request.tenant, generation.num_prompt_tokens)
         self._engine.submit(request)
 
     async def compute(self, model: str, inputs: Sequence[Any]) -> OneShotOutput:
@@ -381,13 +385,13 @@ class EngineClient:
 
     def _receive_outputs(self, outputs: list[_Output]) -> None:
         now = self.clock()
-        num_tokens = 0
+        num_tokens: Counter[str] = Counter()  # by tenant
         last_tokens_s: list[tuple[Tier, float]] = []  # of each stream that has one more
         for generation, output in outputs:
             if generation.is_over:
                 continue  # since the journal was asked
             if output.token_ids:
-                num_tokens += len(output.token_ids)
+                num_tokens[generation.tenant] += len(output.token_ids)
                 if (last_token_s := generation.stages.last_token_s) is not None:
                     last_tokens_s.append((generation.tier, last_token_s))
                 else:
@@ -399,7 +403,7 @@ class EngineClient:
                     error = None if terminal.error is None else terminal.error.message
                     end = SequenceOutput(output.request_id, finish_reason=terminal.finish_reason, error=error)
                     self._record([(generation, end)])
-        self.metrics.generation_tokens.inc(num_tokens)
+        self.metrics.count_generated(num_tokens)
         for (tier, last_token_s), count in Counter(last_tokens_s).items():
             self.metrics.itl[tier].observe(now - last_token_s, count)
 

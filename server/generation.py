@@ -53,9 +53,10 @@ class Generation:
     """`id` is what the log calls it, `request_id` what the engine calls it; the prompt is not kept.
 
     `choice` numbers the answers to one prompt. `echo` is text that comes before the answer, with `prompt_logprobs`, a
-    list that all choices of a prompt share and the first one fills. `predicted_ttft_s` is the bare prediction that it
-    was admitted with, until it can be compared. `on_end` is called once the log has closed. What `is_journaled` a later
-    process can go on with. What `is_cancelled` is over, or will be soon.
+    list that all choices of a prompt share and the first one fills. `tenant` is known from when it is submitted on,
+    `predicted_ttft_s` is the bare prediction that it was admitted with, until it can be compared. `on_end` is
+    called once the log has closed. What `is_journaled` a later process can go on with. What `is_cancelled` is over, or
+    will be soon.
     """
 
     id: str
@@ -67,6 +68,7 @@ class Generation:
     choice: int = 0
     echo: str = ""
     tier: Tier = Tier.STANDARD
+    tenant: str = ""
     predicted_ttft_s: float | None = None
     is_journaled: bool = False
     is_cancelled: bool = False

@@ -25,9 +25,9 @@ from headrace.server.settings import ListenerSettings, is_loopback
 # In the extensions of a scope whose connection is one too many (see `ConnectionLimit`).
 NO_PLACE = "headrace.no_place"
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-# Probes, the chat page's files, and a stream's events, where the stream's id is what one must know. GET /v1/stream asks
+# Probes, the pages' files, and a stream's events, where the stream's id is what one must know. GET /v1/stream asks
 # for a ticket by itself.
-_OPEN_PATHS = re.compile(r"/|/classify|/health|/ready|/static/.*|/v1/stream|/v1/streams/[^/]+/events")
+_OPEN_PATHS = re.compile(r"/|/classify|/dashboard|/health|/ready|/static/.*|/v1/stream|/v1/streams/[^/]+/events")
 
 
 def is_open(path: str, *, has_open_metrics: bool) -> bool:

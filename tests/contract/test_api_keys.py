@@ -94,6 +94,7 @@ async def test_every_route_needs_a_key_but_those_listed_open(tmp_path: Path) -> 
         assert {name for name in open_ones if not name.startswith("HEAD ")} == {
             "GET /",
             "GET /classify",
+            "GET /dashboard",
             "GET /health",
             "GET /ready",
             "GET /v1/streams/x/events",

@@ -20,7 +20,7 @@ from live_app import live_app
 pytestmark = pytest.mark.anyio
 
 # Pages for people, which are no interface.
-PAGES = {"/", "/classify"}
+PAGES = {"/", "/classify", "/dashboard"}
 
 
 async def document_of(app: App, headers: dict[str, str] | None = None) -> dict[str, Any]:
