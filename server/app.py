@@ -25,6 +25,7 @@ from headrace.scheduler.messages import Tier
 from headrace.scheduler.one_shot_runner import OneShotModel
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.admin import admin_app
+from headrace.server.admin_api import AdminApi
 from headrace.server.api_keys import ApiKeys, reload_keys
 from headrace.server.endpoint import (
     Endpoint,
@@ -127,6 +128,8 @@ class App:
         self.limits = TenantLimits(self.keys, self.client.clock)
         self.generator = Generator(self.client, settings, model_name, limiter, self.keys, self.limits)
         self.one_shots = OneShots(one_shots, self.client, settings, self.keys)
+        self._admin_api = AdminApi(self.client, self.one_shots.models, self.watchdog)
+        self._receiving = ReceivedBytes(settings.max_queue_bytes)
         self._native = NativeApi(self.generator, self.registry, self.tickets, self._report)
         self.settled = anyio.Event()  # requests can be served, or never will be
         self._load_tokenizer = load_tokenizer
@@ -140,7 +143,9 @@ class App:
         )
         self.asgi.router.redirect_slashes = False  # to a URL made of the Host header, which may be none
         self.admin = admin_app(
-            settings, [*self._probes(), *self._operators_routes(), _STATIC_ROUTE], self.report_refusal
+            settings,
+            [*self._probes(), *self._operators_routes(), *self._admin_routes(), _STATIC_ROUTE],
+            self.report_refusal,
         )
 
     @property
@@ -251,36 +256,43 @@ class App:
     def _operators_routes(self) -> list[Route]:
         return [Route("/metrics", self._metrics), Route("/dashboard", _page("dashboard.html"))]
 
+    def _admin_routes(self) -> list[Route]:
+        return [
+            Route("/admin/profile", self._endpoint(self._admin_api.profile), methods=["POST"]),
+            Route("/admin/stacks", self._endpoint(self._admin_api.stacks), methods=["GET"]),
+            Route("/admin/requests", self._endpoint(self._admin_api.requests), methods=["GET"]),
+        ]
+
+    def _endpoint(
+        self,
+        respond: Callable[[Request, bytes], Awaitable[Response]],
+        refuse: Callable[[ApiError], Response] = error_response,
+        max_body_bytes: int | None = None,
+        media_types: tuple[str, ...] = ("application/json",),
+    ) -> Endpoint:
+        return Endpoint(
+            respond,
+            max_body_bytes=max_body_bytes or self.settings.max_body_bytes,
+            media_types=media_types,
+            receive_timeout_s=self.settings.receive_timeout_s,
+            receiving=self._receiving,
+            on_disconnect=lambda: self.metrics.count_cancelled("body"),
+            on_rejected=self.report_refusal,
+            refuse=refuse,
+        )
+
     def _routes(self) -> list[Route | Mount]:
         openai = OpenAIApi(self.generator, self.one_shots, self._report)
         one_shot = OneShotApi(self.one_shots, self.limits, self.metrics, self.settings.request_timeout_s)
-        native = self._native
-        metrics = self.metrics
-        receiving = ReceivedBytes(self.settings.max_queue_bytes)
-
-        def endpoint(
-            respond: Callable[..., object],
-            refuse: Callable[[ApiError], Response] = error_response,
-            max_body_bytes: int = self.settings.max_body_bytes,
-            media_types: tuple[str, ...] = ("application/json",),
-        ) -> Endpoint:
-            return Endpoint(
-                respond,  # type: ignore[arg-type]
-                max_body_bytes=max_body_bytes,
-                media_types=media_types,
-                receive_timeout_s=self.settings.receive_timeout_s,
-                receiving=receiving,
-                on_disconnect=lambda: metrics.count_cancelled("body"),
-                on_rejected=self.report_refusal,
-                refuse=refuse,
-            )
-
+        native, endpoint = self._native, self._endpoint
+        is_operators = self.settings.admin_port is None
         return [
             Route("/", _page("index.html")),
             Route("/classify", _page("classify.html")),
             _STATIC_ROUTE,
             *self._probes(),
-            *(self._operators_routes() if self.settings.admin_port is None else []),
+            *(self._operators_routes() if is_operators else []),
+            *(self._admin_routes() if is_operators and self.settings.is_private else []),
             Route("/openapi.json", OpenApi(self.settings).get),
             Route("/v1/models", openai.models),
             Route("/v1/chat/completions", endpoint(openai.chat_completions), methods=["POST"]),
