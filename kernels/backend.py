@@ -90,5 +90,8 @@ class Backend(Protocol):
     def use_idle_time(self) -> bool:
         """Do a few milliseconds of what later steps are quicker for; returns whether there was something to do."""
 
+    def profile(self) -> dict[str, float]:
+        """Seconds that the calling thread has spent in each kind of phase so far; empty where nobody counts them."""
+
     def recover(self) -> None:
         """Make ready for the next step after one that raised. Raises: RuntimeError where the device is lost."""

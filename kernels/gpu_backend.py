@@ -251,6 +251,9 @@ class GpuBackend:
         self._clock.restart()
         return False
 
+    def profile(self) -> dict[str, float]:
+        return {}
+
     def recover(self) -> None:
         if self._is_cuda:
             torch.cuda.synchronize(self._device)

@@ -39,6 +39,9 @@ class TorchBackend:
     def use_idle_time(self) -> bool:
         return False
 
+    def profile(self) -> dict[str, float]:
+        return {}
+
     def recover(self) -> None:
         pass
 

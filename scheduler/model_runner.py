@@ -19,6 +19,7 @@ from headrace.scheduler.messages import GenerationRequest, RowResult, SamplingPa
 from headrace.scheduler.scheduler import ScheduledRow, SchedulerOutput
 from headrace.scheduler.sequence import Sequence
 from headrace.scheduler.step_time import StepShape
+from headrace.scheduler.step_tracer import StepTracer
 
 # A row's sampling settings side by side, as they are kept with its sequence.
 _SAMPLING = np.dtype(
@@ -59,6 +60,7 @@ class ModelRunner:
         self.description = description
         self.gpu_uuid = gpu_uuid
         self._adapters: dict[str | None, int] = {None: 0} | {name: i for i, name in enumerate(adapters, start=1)}
+        self.tracer = StepTracer(backend.profile)
         self._drawn_rows: dict[int, int] = {}  # of each request in the last launched step, if tokens can be pending
 
     @property
@@ -69,12 +71,16 @@ class ModelRunner:
         """Begin to compute the rows of a step; with a backend that is not asynchronous, compute them."""
         rows = output.rows
         sampled = [row for row in rows if row.is_sampled]
-        batch = self._pack(rows)
-        sampling = _sampling_records(sampled)
+        with self.tracer.range("pack"):
+            batch = self._pack(rows)
+            sampling = _sampling_records(sampled)
         if _is_plainly_greedy(sampling) and len(batch.logit_rows) == len(sampled):
-            step = _LaunchedStep(rows, self.backend.read([self.backend.argmax(batch)]))
+            with self.tracer.range("forward"):
+                step = _LaunchedStep(rows, self.backend.read([self.backend.argmax(batch)]))
         else:
             step = self._sample(batch, rows, sampled, sampling)
+        if step.times is not None:
+            self.tracer.note_phases(step.times.began_s)
         if self.is_asynchronous:
             self._drawn_rows = {row.sequence.request.request_id: i for i, row in enumerate(sampled)}
         return step
@@ -134,12 +140,14 @@ class ModelRunner:
     def _sample(
         self, batch: StepBatch, rows: list[ScheduledRow], sampled: list[ScheduledRow], sampling: np.ndarray
     ) -> "_LaunchedStep":
-        logits = self.backend.forward(batch)
+        with self.tracer.range("forward"):
+            logits = self.backend.forward(batch)
         observed = np.flatnonzero(sampling["has_logprobs"])
         index = upload(observed, logits.device) if len(observed) else None
         unmodified = None if index is None else logits[index]  # a copy: sampling writes to its logits
         late = _late_rows(sampled, sampling)
-        drawn = self.backend.sample(logits[: len(sampled)], _sampling_batch(sampled, sampling, late))
+        with self.tracer.range("sample"):
+            drawn = self.backend.sample(logits[: len(sampled)], _sampling_batch(sampled, sampling, late))
         tensors = [drawn]
         if index is not None and unmodified is not None:
             tensors += log_probabilities(unmodified, drawn[index].clamp(min=0))

@@ -64,6 +64,53 @@ class Health(Status):
     step_age_s: float
 
 
+class SequenceState(TypedDict):
+    """As the scheduler has it: of `num_tokens`, prompt and answer, `num_computed_tokens` are in the KV cache."""
+
+    is_running: bool
+    is_following: bool
+    num_tokens: int
+    num_computed_tokens: int
+    num_blocks: int
+    num_shared_blocks: int
+    num_preemptions: int
+
+
+class RequestState(TypedDict):
+    """An answer that is not over. `engine` is null where the engine does not say, or knows it no more."""
+
+    id: str
+    choice: int
+    tenant: str
+    tier: Literal["premium", "standard", "batch"]
+    phase: Literal["queued", "prefill", "decode"]
+    age_s: float
+    since_last_token_s: float | None
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    engine: SequenceState | None
+
+
+class LaneState(TypedDict):
+    """How many items of a one-shot model wait, and are computed."""
+
+    model: str
+    waiting: int
+    computing: int
+
+
+class RequestStates(TypedDict):
+    """`load` is the engine's, after its last step."""
+
+    step_age_s: float
+    engine_answers: bool
+    load: dict[str, float]
+    num_tokenizing: int
+    requests: list[RequestState]
+    one_shot_models: list[LaneState]
+
+
 class PromptTokensDetails(TypedDict):
     cached_tokens: int
 

@@ -25,6 +25,7 @@ from headrace.scheduler.messages import Tier
 from headrace.scheduler.one_shot_runner import OneShotModel
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.admin import admin_app
+from headrace.server.admin_api import AdminApi
 from headrace.server.answering import Answering
 from headrace.server.api_keys import ApiKeys, reload_keys
 from headrace.server.endpoint import (
@@ -112,6 +113,8 @@ class App:
             journal=self.journal,
         )
         self.metrics = self.client.metrics
+        # With keys and without an address for the operator alone every tenant may read the metrics.
+        self.metrics.names_tenants = self.keys is not None and settings.admin_port is not None
         if (journal := self.journal) is not None:
             self.metrics.watch("journal_active", "1 while streams are recorded", lambda: journal.is_active)
         self.metrics.watch("event_loop_tasks", "Tasks on the event loop", lambda: len(asyncio.all_tasks()))
@@ -141,6 +144,8 @@ class App:
         self.one_shots = OneShots(one_shots, self.client, settings, self.keys)
         self._answering = Answering(self.generator, self._report)
         self._ollama = OllamaApi(self._answering)
+        self._admin_api = AdminApi(self.client, self.one_shots.models, self.watchdog)
+        self._receiving = ReceivedBytes(settings.max_queue_bytes)
         self._native = NativeApi(self.generator, self.registry, self.tickets, self._report)
         self.settled = anyio.Event()  # requests can be served, or never will be
         self._load_tokenizer = load_tokenizer
@@ -154,7 +159,11 @@ class App:
             lifespan=self._lifespan,
         )
         self.asgi.router.redirect_slashes = False  # to a URL made of the Host header, which may be none
-        self.admin = admin_app(settings, [*self._probes(), Route("/metrics", self._metrics)], self.report_refusal)
+        self.admin = admin_app(
+            settings,
+            [*self._probes(), *self._operators_routes(), *self._admin_routes(), _STATIC_ROUTE],
+            self.report_refusal,
+        )
 
     @property
     def is_ready(self) -> bool:
@@ -263,40 +272,50 @@ class App:
     def _probes(self) -> list[Route]:
         return [Route("/health", self._health), Route("/ready", self._ready)]
 
+    def _operators_routes(self) -> list[Route]:
+        return [Route("/metrics", self._metrics), Route("/dashboard", _page("dashboard.html"))]
+
+    def _admin_routes(self) -> list[Route]:
+        return [
+            Route("/admin/profile", self._endpoint(self._admin_api.profile), methods=["POST"]),
+            Route("/admin/stacks", self._endpoint(self._admin_api.stacks), methods=["GET"]),
+            Route("/admin/requests", self._endpoint(self._admin_api.requests), methods=["GET"]),
+        ]
+
+    def _endpoint(
+        self,
+        respond: Callable[[Request, bytes], Awaitable[Response]],
+        refuse: Refuse = error_response,
+        max_body_bytes: int | None = None,
+        media_types: tuple[str, ...] = ("application/json",),
+    ) -> Endpoint:
+        return Endpoint(
+            respond,
+            max_body_bytes=max_body_bytes or self.settings.max_body_bytes,
+            media_types=media_types,
+            receive_timeout_s=self.settings.receive_timeout_s,
+            receiving=self._receiving,
+            on_disconnect=lambda: self.metrics.count_cancelled("body"),
+            on_rejected=self.report_refusal,
+            refuse=refuse,
+        )
+
     def _routes(self) -> list[Route | Mount]:
         openai = OpenAIApi(self._answering, self.one_shots)
         one_shot = OneShotApi(self.one_shots, self.limits, self.metrics, self.settings.request_timeout_s)
         messages = MessagesApi(self._answering)
         ollama = self._ollama
         tokens = TokensApi(self.generator)
-        native = self._native
-        metrics = self.metrics
-        receiving = ReceivedBytes(self.settings.max_queue_bytes)
-
-        def endpoint(
-            respond: Callable[..., object],
-            refuse: Refuse = error_response,
-            max_body_bytes: int = self.settings.max_body_bytes,
-            media_types: tuple[str, ...] = ("application/json",),
-        ) -> Endpoint:
-            return Endpoint(
-                respond,  # type: ignore[arg-type]
-                max_body_bytes=max_body_bytes,
-                media_types=media_types,
-                receive_timeout_s=self.settings.receive_timeout_s,
-                receiving=receiving,
-                on_disconnect=lambda: metrics.count_cancelled("body"),
-                on_rejected=self.report_refusal,
-                refuse=refuse,
-            )
-
+        native, endpoint = self._native, self._endpoint
+        is_operators = self.settings.admin_port is None
         return [
             Route("/", _page("index.html")),
             Route("/classify", _page("classify.html")),
             Route("/docs", _page("docs.html")),
-            Mount("/static", _PageFiles(directory=_STATIC)),
+            _STATIC_ROUTE,
             *self._probes(),
-            *([Route("/metrics", self._metrics)] if self.settings.admin_port is None else []),
+            *(self._operators_routes() if is_operators else []),
+            *(self._admin_routes() if is_operators and self.settings.is_private else []),
             Route("/openapi.json", OpenApi(self.settings).get),
             Route("/version", self._version),
             Route("/v1/models", openai.models),
@@ -393,3 +412,6 @@ def _page(name: str) -> Callable[[Request], Awaitable[Response]]:
         return FileResponse(_STATIC / name, headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
     return page
+
+
+_STATIC_ROUTE = Mount("/static", _PageFiles(directory=_STATIC))

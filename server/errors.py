@@ -90,6 +90,16 @@ class ReceiveTimeoutError(ApiError):
     code = "receive_timeout"
 
 
+class ConflictError(ApiError):
+    """Something else is under way that this cannot be beside."""
+
+    status = 409
+
+    def __init__(self, message: str, code: str) -> None:
+        self.code = code
+        super().__init__(message)
+
+
 class GoneError(ApiError):
     status = 410
     code = "gone"

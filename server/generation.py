@@ -63,9 +63,10 @@ class Generation:
 
     `choice` numbers the answers to one prompt. `echo` is text that comes before the answer, with `prompt_logprobs`, a
     list that all choices of a prompt share and the first one fills. `grammar_field` is the request's, where its grammar
-    is. `predicted_ttft_s` is the bare prediction that it was admitted with, until it can be compared.
-    `begins_in_reasoning` tells that its prompt has begun the model's reasoning. `on_end` is called once the log has
-    closed. What `is_journaled` a later process can go on with. What `is_cancelled` is over, or will be soon.
+    is. `tenant` is known from when it is submitted on, `predicted_ttft_s` is the bare prediction that it was admitted
+    with, until it can be compared. `begins_in_reasoning` tells that its prompt has begun the model's reasoning.
+    `on_end` is called once the log has closed. What `is_journaled` a later process can go on with. What `is_cancelled`
+    is over, or will be soon.
     """
 
     id: str
@@ -78,6 +79,7 @@ class Generation:
     echo: str | None = None
     tier: Tier = Tier.STANDARD
     model: str = ""
+    tenant: str = ""
     predicted_ttft_s: float | None = None
     begins_in_reasoning: bool = False
     is_journaled: bool = False

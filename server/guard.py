@@ -26,7 +26,7 @@ NO_PLACE = "headrace.no_place"
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # Probes, the pages and their files, and a stream's events, where the stream's id is what one must know. GET /v1/stream
 # asks for a ticket by itself.
-_OPEN_PATHS = re.compile(r"/|/classify|/docs|/health|/ready|/static/.*|/v1/stream|/v1/streams/[^/]+/events")
+_OPEN_PATHS = re.compile(r"/|/classify|/dashboard|/docs|/health|/ready|/static/.*|/v1/stream|/v1/streams/[^/]+/events")
 
 
 def is_open(path: str, *, has_open_metrics: bool) -> bool:

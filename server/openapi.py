@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.server import answers
+from headrace.server.admin_api import ProfileRequest
 from headrace.server.error_forms import is_anthropic, is_ollama
 from headrace.server.guard import is_open
 from headrace.server.messages_protocol import CountTokensRequest, MessagesRequest
@@ -61,6 +62,7 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     ScoreRequest,
     ClassifyRequest,
     ClassifyForm,
+    ProfileRequest,
 )
 _ANSWERS: tuple[type[Any], ...] = (
     answers.ErrorEnvelope,
@@ -68,6 +70,7 @@ _ANSWERS: tuple[type[Any], ...] = (
     answers.OllamaError,
     answers.Status,
     answers.Health,
+    answers.RequestStates,
     answers.ChatCompletion,
     answers.ChatCompletionChunk,
     answers.Completion,
@@ -112,6 +115,7 @@ _REFUSALS = {
     404: "There is no such model or stream.",
     406: "`accept` does not include text/event-stream.",
     408: "The request took too long to arrive.",
+    409: "Steps are being traced already.",
     410: "The stream has ended and is no longer kept.",
     413: "The body is too large.",
     415: "The body's content type or encoding is not accepted.",
@@ -168,7 +172,7 @@ class OpenApi:
         schemas = _schemas()
         paths: dict[str, dict[str, Any]] = {}
         for operation in _operations(schemas):
-            if operation.path != "/metrics" or self._settings.admin_port is None:
+            if self._is_served(operation.path):
                 paths.setdefault(operation.path, {})[operation.method] = self._described(operation)
         refusals = {f"{name}{s}": _refusal(s, form) for form, name in _ERROR_FORMS.items() for s in _REFUSALS}
         components: dict[str, Any] = {"schemas": schemas, "responses": refusals}
@@ -192,6 +196,12 @@ class OpenApi:
             "paths": paths,
             "components": components,
         }
+
+    def _is_served(self, path: str) -> bool:
+        """Whether clients have it: what is the operator's they may not."""
+        if path.startswith("/admin/"):
+            return self._settings.admin_port is None and self._settings.is_private
+        return path != "/metrics" or self._settings.admin_port is None
 
     def _described(self, operation: _Operation) -> dict[str, Any]:
         refusals = sorted({*_ALWAYS, *operation.refusals, 401 if self._has_keys else 403} - operation.answers.keys())
@@ -377,6 +387,20 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
     yield _Operation("get", "/ready", "ready", "Whether the server is ready", _probe(answers.Status))
     metrics = _answer("The metrics.", {"text/plain": {"type": "string"}}, has_id=False)
     yield _Operation("get", "/metrics", "metrics", "Metrics in Prometheus' format", {200: metrics})
+    trace = _answer("The trace.", {"application/gzip": {"type": "string", "format": "binary"}})
+    yield _Operation(
+        "post",
+        "/admin/profile",
+        "profile",
+        "A trace of the engine's next steps, for Perfetto",
+        {200: trace},
+        (409, 413, 415, 504),
+        _body(ProfileRequest, {"steps": 20, "timeout": 0.1}),
+    )
+    stacks = _answer("The stacks.", {"text/plain": {"type": "string"}})
+    yield _Operation("get", "/admin/stacks", "stacks", "What all threads and tasks are at", {200: stacks})
+    states = {200: _json("The requests.", answers.RequestStates)}
+    yield _Operation("get", "/admin/requests", "requests", "How every request stands", states)
     document = _answer("The document.", {"application/json": {"type": "object"}}, has_id=False)
     yield _Operation("get", "/openapi.json", "openapi", "This document", {200: document})
     models = _json("The models.", answers.ModelList, has_id=False)

@@ -301,6 +301,7 @@ class _Server(DrainingServer):
         say(f"chat page: {url}/")
         if self.admin_url is not None:
             say(f"metrics: {self.admin_url}/metrics")
+        say(f"dashboard: {self.admin_url or url}/dashboard")
         body = '{"messages": [{"role": "user", "content": "Tell me a joke."}], "stream": true}'
         key = "" if self._app.keys is None else " -H 'authorization: Bearer YOUR_KEY'"
         say(f"try: curl -N {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'")

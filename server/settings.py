@@ -128,6 +128,11 @@ class ListenerSettings(BaseSettings):
     cors_origins: tuple[str, ...] = Field((), description="other origins whose pages may call this server, or *")
     allowed_hosts: tuple[str, ...] = Field((), description="further names for the Host header on loopback")
 
+    @property
+    def is_private(self) -> bool:
+        """Whether clients are this machine's own users, who need no key."""
+        return self.api_keys_file is None and is_loopback(self.host)
+
     @model_validator(mode="after")
     def _check_admin(self) -> Self:
         if self.admin_port and self.admin_port == self.port:

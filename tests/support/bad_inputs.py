@@ -753,6 +753,30 @@ def _tokens() -> Iterator[BadInput]:
     yield target("a model of 20,000 characters", "GET", "/v1/models/" + "m" * 20_000, 404, "model", "model_not_found")
 
 
+def _operators() -> Iterator[BadInput]:
+    path = "/admin/profile"
+    for name, fields in (
+        ("steps 0", {"steps": 0}),
+        ("steps 1e9", {"steps": 10**9}),
+        ("steps a float", {"steps": 1.5}),
+        ("steps a bool", {"steps": True}),
+        ("timeout 0", {"timeout": 0}),
+        ("timeout an hour", {"timeout": 3600}),
+        ("timeout a string", {"timeout": CANARY}),
+    ):
+        yield BadInput(f"profile: {name}", _post(path, fields), (400,), next(iter(fields)))
+    yield BadInput("profile: no JSON", _text(path, lambda: "{"), (400,))
+    yield BadInput("profile: an array", _text(path, lambda: "[1]"), (400,))
+    yield BadInput("profile: a form", lambda: raw_request("POST", path, b"steps=1", "content-type: text/plain"), (415,))
+    yield BadInput("profile: a client that leaves", _post(path, {"steps": 200, "timeout": 60}), ())
+    yield target("a profile that is read", "GET", path, 405)
+    yield target("stacks that are posted", "POST", "/admin/stacks", 405)
+    yield target("requests by HEAD", "HEAD", "/admin/requests", 405)
+    yield target("requests with a query", "GET", f"/admin/requests?id={CANARY}", 200)
+    yield target("no such page of the operator's", "GET", "/admin/", 404, code="not_found")
+    yield target("stacks for a foreign page", "GET", "/admin/stacks", 403, None, None, "origin: http://evil.example")
+
+
 def _without_keys() -> Iterator[BadInput]:
     auths = {
         "no key": (),
@@ -788,6 +812,9 @@ def _without_keys() -> Iterator[BadInput]:
         "/health/",
     ):
         yield _keyless("no key", "GET", path)
+    for path in ("/admin/stacks", "/admin/requests"):
+        yield _keyless("no key", "GET", path)
+    yield _keyless("no key", "POST", "/admin/profile")
     yield _keyless("no key", "DELETE", _STREAM)
     yield _keyless("a key in the URL", "GET", f"/v1/models?api_key={CANARY}&key={CANARY}")
     yield _keyless(
@@ -819,4 +846,5 @@ BAD_INPUTS: tuple[BadInput, ...] = (
     *_wires(),
     *_one_shots(),
     *_tokens(),
+    *_operators(),
 )

@@ -18,6 +18,7 @@ from headrace.scheduler.messages import RowResult, TokenLogprobs
 from headrace.scheduler.scheduler import ScheduledRow, Scheduler, SchedulerOutput
 from headrace.scheduler.sequence import Sequence
 from headrace.scheduler.step_time import StepShape
+from headrace.scheduler.step_tracer import StepTracer
 from headrace.server.tokenizer import Tokenizer
 
 EOS = 256
@@ -107,6 +108,7 @@ class FakeRunner:
 
     def __init__(self, max_context_tokens: int = 512) -> None:
         self.max_context_tokens = max_context_tokens
+        self.tracer = StepTracer()
         self.num_steps = 0
         self.widths: list[int] = []
         self.stop_token_ids: set[frozenset[int]] = set()

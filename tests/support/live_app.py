@@ -85,7 +85,7 @@ async def live_app(
         yield app
     app.scheduler.check_books()
     assert not app.scheduler.has_work
-    assert app.num_unfinished == len(app.client._batches) == 0
+    assert app.num_unfinished == len(app.client._batches) == len(app.client._questions) == 0
     assert app.client.num_unfinished == app.client.num_waiting == app.client.admission.num_queued_tokens == 0
     assert not any(app.client.admission.num_queued(tier) for tier in Tier)
     assert app.scheduler.load().num_free_blocks == app.scheduler.load().num_total_blocks

@@ -24,6 +24,7 @@ MAY_IMPORT_TORCH = {
     "model_loader.py",
     "model_runner.py",
     "one_shot_model.py",
+    "step_tracer.py",
 }
 # Plain values, for whoever must not wait for torch.
 TORCH_FREE = "headrace.kernels.step_times"

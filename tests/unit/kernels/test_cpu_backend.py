@@ -2,8 +2,11 @@
 
 import ctypes
 import functools
+import gzip
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -21,8 +24,9 @@ from cpu_models import (
     reference_backend,
 )
 from headrace.kernels.backend import StepBatch
-from headrace.kernels.cpu_backend import kv_bytes_per_token, why_not
+from headrace.kernels.cpu_backend import PHASES, kv_bytes_per_token, why_not
 from headrace.kernels.quantised import GROUP_BYTES, QuantisedWeight
+from headrace.scheduler.model_runner import ModelRunner
 
 pytestmark = pytest.mark.xdist_group("cpu kernel")  # which each worker would compile
 
@@ -297,3 +301,28 @@ def test_the_profile_grows_with_what_is_computed(any_library: ctypes.CDLL) -> No
     assert all(seconds > 0 for seconds in profile.values())
     backend.forward(StepBatch([1] * 20, [20], [20], [[0, 1]], []))
     assert backend.profile()["head"] == profile["head"]
+
+
+def test_a_trace_of_a_runners_steps_shows_each_steps_phases_beside_its_forward(
+    any_library: ctypes.CDLL, tmp_path: Path
+) -> None:
+    model = TinyModel()
+    runner = ModelRunner(
+        cpu_backend(any_library, model, 8),
+        vocab_size=model.vocab_size,
+        block_size=16,
+        max_context_tokens=128,
+        max_num_batched_tokens=64,
+        description="tiny",
+    )
+    runner.tracer.begin()
+    runner.warm_up()
+    runner.tracer.end().save(tmp_path / "trace.json.gz")
+    events = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]
+    spans = {
+        name: [e for e in events if e["ph"] == "X" and e["name"] == name] for name in (*PHASES, "forward", "sample")
+    }
+    assert {len(found) for found in spans.values()} == {8}
+    for i, forward in enumerate(spans["forward"]):
+        spent = sum(spans[phase][i]["dur"] for phase in PHASES)
+        assert 0 < spent <= forward["dur"]
