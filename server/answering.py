@@ -52,8 +52,12 @@ class Answering:
         stages, tenant = Stages(request.state.received_s), request.state.tenant
         generations = await self.generator.start(params, id, stages, tenant=tenant, num_bytes=num_bytes)
         request.state.is_accepted = True
-        request.state.cleanup.callback(self._finish, generations, request)
+        self.end_with(request, generations)
         return generations
+
+    def end_with(self, request: Request, generations: list[Generation]) -> None:
+        """Have generations end with the request's response, however that ends."""
+        request.state.cleanup.callback(self._finish, generations, request)
 
     async def whole(self, generations: list[Generation]) -> list[LogSlice]:
         """All that each has produced, once all are over. Raises: ApiError, of the first that fails."""

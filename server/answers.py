@@ -505,6 +505,227 @@ class OllamaVersion(TypedDict):
     headrace: str
 
 
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
+
+
+class ResponseInputText(TypedDict):
+    type: Literal["input_text"]
+    text: str
+
+
+class ResponseOutputText(TypedDict):
+    """`logprobs` is empty unless they were asked for."""
+
+    type: Literal["output_text"]
+    text: str
+    annotations: list[None]
+    logprobs: list[ChatTokenLogprob]
+
+
+class ResponseReasoningText(TypedDict):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class ResponseSummaryText(TypedDict):
+    type: Literal["summary_text"]
+    text: str
+
+
+class ResponseMessage(TypedDict):
+    id: str
+    type: Literal["message"]
+    role: Literal["user", "assistant", "system", "developer"]
+    content: list[ResponseInputText | ResponseOutputText]
+    status: ItemStatus
+
+
+class ResponseReasoning(TypedDict):
+    id: str
+    type: Literal["reasoning"]
+    summary: list[ResponseSummaryText]
+    content: list[ResponseReasoningText]
+    status: ItemStatus
+
+
+class ResponseFunctionCall(TypedDict):
+    """`arguments` are JSON as the model wrote it, which need not be sound."""
+
+    id: str
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    status: ItemStatus
+
+
+class ResponseFunctionCallOutput(TypedDict):
+    id: str
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[ResponseInputText]
+    status: ItemStatus
+
+
+class ResponseError(TypedDict):
+    code: Literal["server_error"]
+    message: str
+
+
+class ResponseIncompleteDetails(TypedDict):
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseInputDetails(TypedDict):
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class ResponseOutputDetails(TypedDict):
+    reasoning_tokens: int
+
+
+class ResponseUsage(TypedDict):
+    input_tokens: int
+    input_tokens_details: ResponseInputDetails
+    output_tokens: int
+    output_tokens_details: ResponseOutputDetails
+    total_tokens: int
+
+
+ResponseOutput = ResponseMessage | ResponseReasoning | ResponseFunctionCall
+
+
+class ModelResponse(TypedDict):
+    """How a response stands: its output so far, and what it was asked for."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+    completed_at: int | None
+    error: ResponseError | None
+    incomplete_details: ResponseIncompleteDetails | None
+    usage: ResponseUsage | None
+    output: list[ResponseOutput]
+    model: str
+    background: bool
+    instructions: str | None
+    max_output_tokens: int | None
+    max_tool_calls: int | None
+    metadata: dict[str, str]
+    parallel_tool_calls: bool
+    previous_response_id: str | None
+    prompt_cache_key: str | None
+    reasoning: dict[str, str | None]
+    safety_identifier: str | None
+    service_tier: Literal["default"]
+    store: bool
+    temperature: float
+    text: dict[str, Any]
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
+    top_logprobs: int
+    top_p: float
+    truncation: Literal["disabled"]
+    user: str | None
+
+
+class DeletedResponse(TypedDict):
+    id: str
+    object: Literal["response"]
+    deleted: bool
+
+
+class ResponseItems(TypedDict):
+    """A page of the items that a response answers, those of earlier responses included."""
+
+    object: Literal["list"]
+    data: list[ResponseOutput | ResponseFunctionCallOutput]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class ResponseStateEvent(TypedDict):
+    type: Literal[
+        "response.created",
+        "response.queued",
+        "response.in_progress",
+        "response.completed",
+        "response.incomplete",
+        "response.failed",
+    ]
+    response: ModelResponse
+    sequence_number: int
+
+
+class ResponseItemEvent(TypedDict):
+    type: Literal["response.output_item.added", "response.output_item.done"]
+    output_index: int
+    item: ResponseOutput
+    sequence_number: int
+
+
+class _ResponsePlace(TypedDict):
+    item_id: str
+    output_index: int
+    sequence_number: int
+
+
+class ResponsePartEvent(_ResponsePlace):
+    type: Literal["response.content_part.added", "response.content_part.done"]
+    content_index: int
+    part: ResponseOutputText | ResponseReasoningText
+
+
+class ResponseTextDelta(_ResponsePlace, _Padded):
+    type: Literal["response.output_text.delta"]
+    content_index: int
+    delta: str
+    logprobs: list[ChatTokenLogprob]
+
+
+class ResponseTextDone(_ResponsePlace):
+    type: Literal["response.output_text.done"]
+    content_index: int
+    text: str
+    logprobs: list[ChatTokenLogprob]
+
+
+class ResponseReasoningDelta(_ResponsePlace, _Padded):
+    type: Literal["response.reasoning_text.delta"]
+    content_index: int
+    delta: str
+
+
+class ResponseReasoningDone(_ResponsePlace):
+    type: Literal["response.reasoning_text.done"]
+    content_index: int
+    text: str
+
+
+class ResponseArgumentsDelta(_ResponsePlace, _Padded):
+    type: Literal["response.function_call_arguments.delta"]
+    delta: str
+
+
+class ResponseArgumentsDone(_ResponsePlace):
+    type: Literal["response.function_call_arguments.done"]
+    name: str
+    arguments: str
+
+
+class ResponseStreamError(TypedDict):
+    """The stream cannot go on. Its number is that of the event before it, behind which a reader comes back."""
+
+    type: Literal["error"]
+    code: str | None
+    message: str
+    param: str | None
+    sequence_number: int
+
+
 class Ticket(TypedDict):
     ticket: str
     expires_in_s: float

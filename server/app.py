@@ -45,6 +45,7 @@ from headrace.server.guard import guards
 from headrace.server.journal import Journal
 from headrace.server.messages_api import MessagesApi
 from headrace.server.model_details import ModelDetails
+from headrace.server.model_response import ID_PREFIX, ModelResponse
 from headrace.server.native_api import NativeApi
 from headrace.server.ollama_api import OllamaApi
 from headrace.server.one_shot_api import OneShotApi
@@ -52,9 +53,10 @@ from headrace.server.one_shot_models import OneShots, OneShotSource
 from headrace.server.openai_api import OpenAIApi
 from headrace.server.openapi import OpenApi
 from headrace.server.request_log import declared_route, log_request, log_unaccepted
-from headrace.server.restore import restore_streams
+from headrace.server.responses_api import ResponsesApi
+from headrace.server.restore import Shelf, restore_streams
 from headrace.server.settings import Settings
-from headrace.server.stream_registry import StreamRegistry
+from headrace.server.stream_registry import NativeStream, StreamRegistry
 from headrace.server.tenant_limits import TenantLimits
 from headrace.server.tickets import Tickets
 from headrace.server.tokenizer import Tokenizer
@@ -126,11 +128,19 @@ class App:
             hard_s=settings.watchdog_hard_s,
             metrics=self.metrics,
         )
-        self.registry = StreamRegistry(
+        self.registry: StreamRegistry[NativeStream] = StreamRegistry(
             cancel=self.client.cancel,
             grace_s=settings.stream_grace_s,
             ttl_s=settings.stream_ttl_s,
             max_finished_bytes=settings.stream_log_bytes,
+            on_forget=lambda id: None if self.journal is None else self.journal.erase(id),
+            is_whole=self.journal is None,
+        )
+        self.responses: StreamRegistry[ModelResponse] = StreamRegistry(
+            cancel=self.client.cancel,
+            grace_s=0,  # none of them is cancelled for want of a reader
+            ttl_s=settings.response_ttl_s,
+            max_finished_bytes=settings.response_store_bytes,
             on_forget=lambda id: None if self.journal is None else self.journal.erase(id),
             is_whole=self.journal is None,
         )
@@ -147,6 +157,7 @@ class App:
         self._admin_api = AdminApi(self.client, self.one_shots.models, self.watchdog)
         self._receiving = ReceivedBytes(settings.max_queue_bytes)
         self._native = NativeApi(self.generator, self.registry, self.tickets, self._report)
+        self._responses = ResponsesApi(self._answering, self.responses, self._report)
         self.settled = anyio.Event()  # requests can be served, or never will be
         self._load_tokenizer = load_tokenizer
         self._read_details = read_details
@@ -242,7 +253,11 @@ class App:
             if error is None:
                 error = await self._warm_up()
             if error is None and self.journal is not None:
-                await restore_streams(self.journal, self.generator, self.registry, self._native.finish)
+                shelves = [
+                    Shelf(ID_PREFIX, ModelResponse, self.responses, self._responses.finish),
+                    Shelf("", NativeStream, self.registry, self._native.finish),
+                ]
+                await restore_streams(self.journal, self.generator, shelves)
         if self.client.is_draining:
             return
         self.settled.set()
@@ -262,6 +277,7 @@ class App:
         while True:
             await anyio.sleep(_SWEEP_INTERVAL_S)
             self.registry.sweep(self.client.clock())
+            self.responses.sweep(self.client.clock())
 
     async def _measure_lag(self) -> None:
         while True:
@@ -306,7 +322,7 @@ class App:
         messages = MessagesApi(self._answering)
         ollama = self._ollama
         tokens = TokensApi(self.generator)
-        native, endpoint = self._native, self._endpoint
+        native, responses, endpoint = self._native, self._responses, self._endpoint
         is_operators = self.settings.admin_port is None
         return [
             Route("/", _page("index.html")),
@@ -322,6 +338,14 @@ class App:
             Route("/v1/models/{id:path}", endpoint(openai.model), methods=["GET"]),
             Route("/v1/chat/completions", endpoint(openai.chat_completions), methods=["POST"]),
             Route("/v1/completions", endpoint(openai.completions), methods=["POST"]),
+            Route("/v1/responses", endpoint(responses.create), methods=["POST"]),
+            Route("/v1/responses/{id}", endpoint(responses.retrieve_or_delete), methods=["GET", "DELETE"]),
+            Route(
+                "/v1/responses/{id}/cancel",
+                endpoint(responses.cancel, media_types=("application/json", "")),  # it may come without a body
+                methods=["POST"],
+            ),
+            Route("/v1/responses/{id}/input_items", endpoint(responses.input_items), methods=["GET"]),
             Route("/v1/messages", endpoint(messages.create), methods=["POST"]),
             Route("/v1/messages/count_tokens", endpoint(messages.count_tokens), methods=["POST"]),
             Route("/api/chat", endpoint(ollama.chat), methods=["POST"]),

@@ -334,6 +334,14 @@ class EngineClient:
             output = output._replace(finish_reason=FinishReason.ERROR, error=error.message)
         self._record([(generation, output)])
 
+    async def end(self, generation: Generation) -> None:
+        """Cancel a generation and wait until it is over, as one that is journaled is not at once."""
+        if not generation.is_over:
+            ended = anyio.Event()
+            generation.on_end.append(lambda _: ended.set())
+            self.cancel(generation)
+            await ended.wait()
+
     def cancel_all(self, error: ApiError) -> None:
         for generation in list(self._generations.values()):
             self.cancel(generation, error)

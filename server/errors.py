@@ -61,6 +61,10 @@ class NotFoundError(ApiError):
     code = "not_found"
 
 
+class PreviousResponseNotFoundError(NotFoundError):
+    code = "previous_response_not_found"
+
+
 class ModelNotFoundError(ApiError):
     status = 404
     code = "model_not_found"

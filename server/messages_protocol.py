@@ -9,10 +9,9 @@ Source: Anthropic's API reference (messages, count tokens).
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
-from pydantic_core import CoreSchema, core_schema
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from headrace.server.protocol import (
     MAX_MESSAGES,
@@ -24,6 +23,7 @@ from headrace.server.protocol import (
     Flag,
     Name,
     Number,
+    OneOf,
     StopString,
     ToolName,
     parse_request,
@@ -48,32 +48,6 @@ FIELD_NAMES: FieldNames = tuple(
         (r"messages\[.*|continue_final_message", "messages"),
     )
 )
-
-
-class OneOf:
-    """Annotates a union of models that a field tells apart: an error is that of the one that was meant."""
-
-    def __init__(self, field: str) -> None:
-        self._field = field
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        schemas = {
-            kind: handler.generate_schema(model)
-            for model in get_args(source)
-            for kind in get_args(model.model_fields[self._field].annotation)
-        }
-
-        def check(value: Any) -> Any:
-            kind = value.get(self._field) if isinstance(value, dict) else None
-            if not isinstance(kind, str) or kind not in schemas:
-                raise ValueError(f"{self._field}: must be {' or '.join(schemas)}, not {kind!r:.60}")
-            return value
-
-        union = core_schema.tagged_union_schema(
-            {f"kind[{kind}]": schema for kind, schema in schemas.items()},
-            lambda value: f"kind[{value[self._field]}]",
-        )
-        return core_schema.no_info_before_validator_function(check, union)
 
 
 class TextBlock(BaseModel):

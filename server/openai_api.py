@@ -31,14 +31,12 @@ from headrace.server.protocol import (
     parse_request,
 )
 from headrace.server.settings import Settings
-from headrace.server.sse import HEARTBEAT, EventStream, data_frame, padded, to_json
+from headrace.server.sse import HEARTBEAT, OBFUSCATED_BYTES, EventStream, data_frame, padded, to_json
 from headrace.server.stream_log import LogSlice, Subscriber
 from headrace.server.tokenizer import Tokenizer
 from headrace.server.version import SYSTEM_FINGERPRINT
 
 _DONE = b"data: [DONE]\n\n"
-# What a client that asks for obfuscation has its texts rounded up to.
-_OBFUSCATED_BYTES = 32
 
 
 class OpenAIApi:
@@ -113,7 +111,7 @@ async def _frames(
     generations: list[Generation], format: "_Format", options: StreamOptions, settings: Settings
 ) -> AsyncIterator[bytes]:
     """The frames of a streaming response; each item is one write, and may hold several frames."""
-    padding = settings.stream_padding_bytes or (_OBFUSCATED_BYTES if options.include_obfuscation else 0)
+    padding = settings.stream_padding_bytes or (OBFUSCATED_BYTES if options.include_obfuscation else 0)
     has_usage = bool(options.include_usage or options.continuous_usage_stats)
     format.prepare_frames(has_usage=has_usage, padding=padding)
     is_continuous = bool(options.continuous_usage_stats)

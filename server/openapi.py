@@ -38,11 +38,25 @@ from headrace.server.protocol import (
     CompletionRequest,
     GenerationParams,
 )
+from headrace.server.responses_api import ItemsQuery, RetrieveQuery
+from headrace.server.responses_protocol import ResponsesRequest
 from headrace.server.settings import Settings
 from headrace.server.sse import to_json
 from headrace.server.tokens_api import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
 from headrace.server.version import VERSION
 
+_RESPONSE_EVENTS: tuple[type[Any], ...] = (
+    answers.ResponseStateEvent,
+    answers.ResponseItemEvent,
+    answers.ResponsePartEvent,
+    answers.ResponseTextDelta,
+    answers.ResponseTextDone,
+    answers.ResponseReasoningDelta,
+    answers.ResponseReasoningDone,
+    answers.ResponseArgumentsDelta,
+    answers.ResponseArgumentsDone,
+    answers.ResponseStreamError,
+)
 _REQUESTS: tuple[type[BaseModel], ...] = (
     ChatCompletionRequest,
     CompletionRequest,
@@ -51,6 +65,7 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     TokenizeChatRequest,
     TokenizeCompletionRequest,
     DetokenizeRequest,
+    ResponsesRequest,
     MessagesRequest,
     CountTokensRequest,
     OllamaChatRequest,
@@ -63,6 +78,8 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     ClassifyRequest,
     ClassifyForm,
     ProfileRequest,
+    RetrieveQuery,
+    ItemsQuery,
 )
 _ANSWERS: tuple[type[Any], ...] = (
     answers.ErrorEnvelope,
@@ -75,6 +92,10 @@ _ANSWERS: tuple[type[Any], ...] = (
     answers.ChatCompletionChunk,
     answers.Completion,
     answers.CompletionChunk,
+    answers.ModelResponse,
+    answers.DeletedResponse,
+    answers.ResponseItems,
+    *_RESPONSE_EVENTS,
     answers.Version,
     answers.Model,
     answers.ModelList,
@@ -112,7 +133,7 @@ _REFUSALS = {
     400: "The request is not valid; `param` names the field at fault.",
     401: "No key was presented, or none that is known.",
     403: "Without keys: the request comes from a page of another origin, or names a foreign host.",
-    404: "There is no such model or stream.",
+    404: "There is no such model, stream or response.",
     406: "`accept` does not include text/event-stream.",
     408: "The request took too long to arrive.",
     409: "Steps are being traced already.",
@@ -249,6 +270,9 @@ def _schemas() -> dict[str, Any]:
             unsupported = {**UNSUPPORTED, **unsupported}
         for name, neutral in unsupported.items():
             schemas[model.__name__]["properties"][name] = {"enum": [*neutral, None]}
+    # What a response's body does not write otherwise is a chat completion's.
+    chat, own = (schemas[model.__name__]["properties"] for model in (ChatCompletionRequest, ResponsesRequest))
+    own |= {name: schema for name, schema in chat.items() if name not in own}
     for model in (StreamChatRequest, StreamCompletionRequest):
         properties = schemas[model.__name__]["properties"]
         properties["n"] = {"enum": [1, None]}
@@ -329,6 +353,10 @@ def _message_events() -> dict[str, Any]:
     return _event(event={"type": "string"}, data=_json_text({"anyOf": [_ref(type) for type in types]}))
 
 
+def _response_events() -> dict[str, Any]:
+    return _event(event={"type": "string"}, data=_json_text({"anyOf": [_ref(type) for type in _RESPONSE_EVENTS]}))
+
+
 def _lines(type: type[Any]) -> dict[str, Any]:
     """What Ollama's generation routes answer: a line of JSON for each part, or all at once."""
     line = {"anyOf": [_ref(type), _ref(answers.OllamaError)]}
@@ -380,6 +408,60 @@ def _query(properties: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         else:
             parameter["content"] = {"application/json": {"schema": schema}}
         yield parameter
+
+
+def _plain_query(model: type[BaseModel], schemas: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A model's fields as parameters that cannot be null."""
+    for name, schema in schemas[model.__name__]["properties"].items():
+        [kind] = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
+        yield {"name": name, "in": "query", "schema": kind}
+
+
+def _response_operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
+    path = "/v1/responses/{id}"
+    names = ("retrieve_response", "delete_response", "cancel_response", "response_input_items")
+    links = {name: {"operationId": name, "parameters": {"id": "$response.body#/id"}} for name in names}
+    media_types = {"application/json": _ref(answers.ModelResponse), "text/event-stream": _response_events()}
+    id = {"type": "string", "pattern": "^resp_[0-9a-f]{32}$"}
+    named: list[dict[str, Any]] = [{"name": "id", "in": "path", "required": True, "schema": id}]
+    yield _Operation(
+        "post",
+        "/v1/responses",
+        "create_response",
+        "Answer a conversation, which can be continued later and read again",
+        {200: {**_answer("The response, or its events.", media_types), "links": links}},
+        (404, 413, 415, 429, 504),
+        _body(ResponsesRequest, {"input": "Hello", "max_output_tokens": 8}),
+    )
+    yield _Operation(
+        "get",
+        path,
+        names[0],
+        "A response as it stands, or all its events behind one of them",
+        {200: _answer("The response, or its events.", media_types)},
+        (404,),
+        parameters=[*named, *_plain_query(RetrieveQuery, schemas)],
+    )
+    deleted = {200: _json("It is deleted.", answers.DeletedResponse)}
+    yield _Operation("delete", path, names[1], "End a response and forget it", deleted, (404,), parameters=named)
+    yield _Operation(
+        "post",
+        f"{path}/cancel",
+        names[2],
+        "End a response that runs in the background",
+        {200: _json("The response.", answers.ModelResponse)},
+        (404, 413, 415),
+        parameters=named,
+    )
+    yield _Operation(
+        "get",
+        f"{path}/input_items",
+        names[3],
+        "The conversation that a response answers",
+        {200: _json("A page of its items.", answers.ResponseItems)},
+        (404,),
+        parameters=[*named, *_plain_query(ItemsQuery, schemas)],
+    )
 
 
 def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
@@ -436,6 +518,7 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         refusals,
         _body(CompletionRequest, {"prompt": "Once upon a time", "max_tokens": 8}),
     )
+    yield from _response_operations(schemas)
     yield _Operation(
         "post",
         "/tokenize",

@@ -10,10 +10,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import from_json, to_json
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema, from_json, to_json
 
 from headrace.scheduler.messages import GrammarKind
 from headrace.server.errors import ApiError, BadRequestError, UnsupportedParameterError
@@ -143,6 +151,12 @@ _OTHER_PARTS = (
 )
 
 STREAM_OPTIONS_RULE = _only_with("stream_options", "stream")
+TOOL_CHOICE_RULE: dict[str, Any] = {
+    "anyOf": [
+        {"properties": {"tool_choice": {"enum": [None, "none", "auto"]}}},
+        {"properties": {"tools": {"type": "array", "minItems": 1}}, "required": ["tools"]},
+    ]
+}
 
 
 def _say_rules(schema: dict[str, Any], cls: type[Any]) -> None:
@@ -598,12 +612,7 @@ class ChatCompletionRequest(GenerationParams):
     rules: ClassVar[list[dict[str, Any]]] = [
         *GenerationParams.rules,
         _only_with("top_logprobs", "logprobs", 0),
-        {
-            "anyOf": [
-                {"properties": {"tool_choice": {"enum": [None, "none", "auto"]}}},
-                {"properties": {"tools": {"type": "array", "minItems": 1}}, "required": ["tools"]},
-            ]
-        },
+        TOOL_CHOICE_RULE,
         {
             "anyOf": [
                 {"properties": {"continue_final_message": {"enum": [None, False]}}},
@@ -766,6 +775,33 @@ BodyT = TypeVar("BodyT", bound=GenerationParams)
 ModelT = TypeVar("ModelT", bound=BaseModel)
 # What fields of one request are called in another that was made into it: (all of a path or its beginning, the name).
 FieldNames = tuple[tuple[re.Pattern[str], str], ...]
+
+
+class OneOf:
+    """Annotates a union of models that a field tells apart: an error is that of the one that was meant. Where the field
+    is not there it is the model whose literal has None."""
+
+    def __init__(self, field: str) -> None:
+        self._field = field
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schemas = {
+            kind: handler.generate_schema(model)
+            for model in get_args(source)
+            for kind in get_args(model.model_fields[self._field].annotation)
+        }
+
+        def check(value: Any) -> Any:
+            kind = value.get(self._field) if isinstance(value, dict) else value
+            if not isinstance(value, dict) or not isinstance(kind, str | None) or kind not in schemas:
+                raise ValueError(f"{self._field}: must be {' or '.join(filter(None, schemas))}, not {kind!r:.60}")
+            return value
+
+        union = core_schema.tagged_union_schema(
+            {f"kind[{kind}]": schema for kind, schema in schemas.items()},
+            lambda value: f"kind[{value.get(self._field)}]",
+        )
+        return core_schema.no_info_before_validator_function(check, union)
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:

@@ -257,10 +257,13 @@ class Settings(ListenerSettings):
         description="streamed texts are padded to a multiple of so many bytes; hides their lengths",
     )
     stream_retry_ms: int = Field(1000, ge=1, description="reconnection delay that EventSource is told")
+    response_ttl_s: float = Field(86_400, ge=0, description="how long a finished response is stored")
+    response_store_bytes: Bytes = Field(64 * 2**20, description="most memory for finished responses")
     journal_file: str | None = Field(
         None,
         min_length=1,
-        description="file that native streams are recorded in, prompts and answers; a restart resumes them",
+        description="file that native streams and background responses are recorded in, prompts and answers; a restart "
+        "resumes them",
     )
     journal_fsync: Literal["never", "checkpoint", "step"] = Field(
         "never", description="when the journal is forced to the disk, for a machine that loses power"

@@ -24,6 +24,9 @@ AppStatus.disable_automatic_graceful_drain()
 # The name of what `EventStream` looks for in a scope's extensions: `(chunk) -> is_written`, past `send`.
 WRITE_CHUNK = "headrace.write_chunk"
 
+# What a client that asks for obfuscation has its texts padded to a multiple of.
+OBFUSCATED_BYTES = 32
+
 # A comment, which every parser skips.
 HEARTBEAT = b":\n\n"
 

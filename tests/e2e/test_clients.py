@@ -37,7 +37,8 @@ MODEL = "SmolLM2-135M-Instruct"
 class Client:
     """A client, its ways to ask and the names of its exceptions.
 
-    A way whose name holds `completion` asks /v1/completions, any other the chat route.
+    A way whose name holds `completion` asks /v1/completions, one whose name holds `response` /v1/responses, in whose
+    words it puts a chat, any other the chat route.
     """
 
     name: str
@@ -72,7 +73,10 @@ _OPENAI_ERRORS = {
     "timeout": "APITimeoutError",
     "failure": "APIError",
 }
-_OPENAI_WAYS = "chat chat_stream chat_helper async_chat async_chat_stream completion completion_stream"
+_OPENAI_WAYS = (
+    "chat chat_stream chat_helper async_chat async_chat_stream completion completion_stream "
+    "response response_events response_resumed"
+)
 _AI_SDK_ERRORS = {
     "unknown model": "APICallError",
     "bad value": "APICallError",
@@ -288,7 +292,9 @@ def _matrix(*endings: str, error: str | None = None) -> pytest.MarkDecorator:
         for client in CLIENTS
         for way in client.ways.split()
         for asked, (feature, _, _) in ASKED.items()
-        if feature in client.features and not (asked == "tools" and "completion" in way)
+        if feature in client.features
+        and not (asked == "tools" and "completion" in way)
+        and not (asked == "choices" and "response" in way)
     ],
 )
 def test_a_client_gets_what_raw_http_gets(

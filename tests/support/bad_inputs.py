@@ -107,6 +107,14 @@ def native(name: str, fields: Fields, param: str | None = None, status: int = 40
     return BadInput(f"stream: {name}", _post("/v1/streams", fields), (status,), named, **more)
 
 
+def response(name: str, fields: Fields, param: str | None = None, status: int = 400, **more: Any) -> BadInput:
+    """A response with these fields."""
+    base = {"input": CANARY, "max_output_tokens": 2, "temperature": 0}
+    own = (lambda: base | fields()) if callable(fields) else base | fields
+    named = param or _param_of(fields) or None if status == 400 else param
+    return BadInput(f"response: {name}", _post("/v1/responses", own), (status,), named, **more)
+
+
 def query(name: str, text: str, param: str | None, status: int = 400, *headers: str, **more: Any) -> BadInput:
     """GET /v1/stream with this query."""
     head = ("accept: text/event-stream", *headers)
@@ -178,8 +186,10 @@ _GET = raw_request("GET", "/health")
 _CALL = {"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 _STREAM = "/v1/streams/" + "0" * 32
 _EVENTS = f"{_STREAM}/events"
+_RESPONSE = "/v1/responses/resp_" + "0" * 32
 _SSE = "accept: text/event-stream"
 _UNSUPPORTED = "unsupported_parameter"
+_PART_TYPE = "input[0].content[0].type"
 _TOO_LONG = "context_length_exceeded"
 _URL = "http://169.254.169.254/latest/meta-data"
 _BOMB = "(a+)+$" * 50
@@ -576,6 +586,56 @@ def _streams() -> Iterator[BadInput]:
     yield target("an unknown stream from an event id", "GET", _EVENTS, 404, None, None, "last-event-id: -1")
 
 
+def _responses() -> Iterator[BadInput]:
+    yield response("no input", {"input": None})
+    yield response("an empty list", {"input": []})
+    yield response("input a number", {"input": 5})
+    yield response("10,000 items", lambda: {"input": [{"role": "user", "content": "x"}] * 10_000}, "input", most_mib=64)
+    yield response("100,000 wrong items", lambda: {"input": [5] * 100_000}, "input[0].type", most_mib=64)
+    yield response("an item of no known type", {"input": [{"type": CANARY}]}, "input[0].type")
+    yield response("an item's type a list", {"input": [{"type": ["message"]}]}, "input[0].type")
+    yield response("a picture's address", {"input": [_user([{"type": "input_image", "image_url": _URL}])]}, _PART_TYPE)
+    yield response("a file's address", {"input": [_user([{"type": "input_file", "file_url": _URL}])]}, _PART_TYPE)
+    yield response(
+        "a text a number", {"input": [_user([{"type": "input_text", "text": 1}])]}, "input[0].content[0].text"
+    )
+    yield response("a million times a", lambda: {"input": "a" * 10**6}, "input", code=_TOO_LONG)
+    yield response("an item of no response", {"input": [_reference(f"msg_{'0' * 32}_o0")]}, "input[0].id", 404)
+    yield response("an item's name a path", {"input": [_reference("../../etc/passwd")]}, "input[0].id", 404)
+    yield response("2,000 items that are none", lambda: {"input": [_reference("x")] * 2000}, "input[0].id", 404)
+    yield response("no such response before", {"previous_response_id": CANARY}, "previous_response_id", 404)
+    yield response("a response before of 10 KB", {"previous_response_id": "r" * 10_000})
+    yield response("max_output_tokens 0", {"max_output_tokens": 0})
+    yield response("max_output_tokens over the context", {"max_output_tokens": 2**31 - 1}, code=_TOO_LONG)
+    yield response("max_tokens", {"max_tokens": 5}, code=_UNSUPPORTED)
+    yield response("n", {"n": 2}, code=_UNSUPPORTED)
+    yield response("a conversation", {"conversation": "conv_1"}, code=_UNSUPPORTED)
+    yield response("a prompt template", {"prompt": {"id": "pmpt_1"}}, code=_UNSUPPORTED)
+    yield response("truncation", {"truncation": "auto"}, code=_UNSUPPORTED)
+    yield response("a tier that is claimed", {"service_tier": "priority"}, code=_UNSUPPORTED)
+    yield response("background and no store", {"background": True, "store": False})
+    yield response("a tool of a server", {"tools": [{"type": "mcp", "server_url": _URL}]}, "tools[0].type")
+    yield response("200 tools", lambda: {"tools": [{"type": "function", "name": f"f{i}"} for i in range(200)]}, "tools")
+    yield response("metadata of 17 pairs", {"metadata": {str(i): "" for i in range(17)}})
+    yield response("metadata nested", {"metadata": {"a": {}}}, "metadata.a")
+    unheld = {"type": "json_schema", "name": "answer", "schema": {"type": "array", "uniqueItems": True}}
+    yield response("a schema that is not held to", {"text": {"format": unheld}}, "text.format.schema")
+    for id in (CANARY, "%00", "..%2f..%2fetc%2fpasswd", "a%0d%0ax:%20y", "a" * 20_000):
+        yield target(f"the response {id[:20]}", "GET", f"/v1/responses/{id}", 404)
+    yield target("an unknown response", "GET", _RESPONSE, 404, "id", "not_found")
+    yield target("an unknown response's end", "DELETE", _RESPONSE, 404, "id", "not_found")
+    yield target("an unknown response's cancellation", "POST", f"{_RESPONSE}/cancel", 404, "id", "not_found")
+    yield target("an unknown response's items", "GET", f"{_RESPONSE}/input_items", 404, "id", "not_found")
+
+
+def _user(content: list[Any]) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def _reference(id: str) -> dict[str, Any]:
+    return {"type": "item_reference", "id": id}
+
+
 def _targets() -> Iterator[BadInput]:
     yield target("no such route", "GET", f"/v1/{CANARY}", 404, code="not_found")
     yield target("a route with a slash", "POST", "/v1/completions/", 404, code="not_found")
@@ -790,6 +850,7 @@ def _without_keys() -> Iterator[BadInput]:
         yield _keyless(said, "GET", "/metrics", *lines)
     for path in (
         "/v1/chat/completions",
+        "/v1/responses",
         "/v1/messages",
         "/api/chat",
         "/v1/streams",
@@ -812,10 +873,12 @@ def _without_keys() -> Iterator[BadInput]:
         "/health/",
     ):
         yield _keyless("no key", "GET", path)
-    for path in ("/admin/stacks", "/admin/requests"):
+    for path in ("/admin/stacks", "/admin/requests", _RESPONSE, f"{_RESPONSE}/input_items"):
         yield _keyless("no key", "GET", path)
-    yield _keyless("no key", "POST", "/admin/profile")
-    yield _keyless("no key", "DELETE", _STREAM)
+    for path in (_STREAM, _RESPONSE):
+        yield _keyless("no key", "DELETE", path)
+    for path in ("/admin/profile", f"{_RESPONSE}/cancel"):
+        yield _keyless("no key", "POST", path)
     yield _keyless("a key in the URL", "GET", f"/v1/models?api_key={CANARY}&key={CANARY}")
     yield _keyless(
         "an open path beside it", "GET", "/v1/models", "x-forwarded-path: /health", "x-original-url: /health"
@@ -841,6 +904,7 @@ BAD_INPUTS: tuple[BadInput, ...] = (
     *_anthropics(),
     *_ollamas(),
     *_streams(),
+    *_responses(),
     *_targets(),
     *_headers(),
     *_wires(),

@@ -69,6 +69,8 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "stream_interval_ms": (0.0, 1.5, 2.5, 3.5),
     "stream_padding_bytes": (0, 1, 2, 3),
     "stream_retry_ms": (1000, 1, 2, 3),
+    "response_ttl_s": (86400.0, 1.5, 2.5, 3.5),
+    "response_store_bytes": (64 * 2**20, 1, 2, 3),
     "journal_file": (None, "file", "env", "flag"),
     "journal_fsync": ("never", "checkpoint", "step", "checkpoint"),
     "api_keys_file": (None, "file", "env", "flag"),
