@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from headrace.server.generation import Generation
 from headrace.server.generator import Generator
 from headrace.server.grammars import Grammars
 from headrace.server.guard import guards
+from headrace.server.idempotency import Idempotency
 from headrace.server.journal import Journal
 from headrace.server.native_api import NativeApi
 from headrace.server.one_shot_api import OneShotApi
@@ -124,6 +126,9 @@ class App:
             is_whole=self.journal is None,
         )
         self.tickets = Tickets(self.client.clock)
+        self.idempotency = Idempotency(
+            self.client.clock, ttl_s=settings.idempotency_ttl_s, max_bytes=settings.idempotency_bytes
+        )
         limiter = anyio.CapacityLimiter(settings.tokenizer_threads)
         self.limits = TenantLimits(self.keys, self.client.clock)
         self.grammars = Grammars(settings.grammar_cache_bytes)
@@ -239,6 +244,7 @@ class App:
         while True:
             await anyio.sleep(_SWEEP_INTERVAL_S)
             self.registry.sweep(self.client.clock())
+            self.idempotency.sweep()
 
     async def _measure_lag(self) -> None:
         while True:
@@ -262,6 +268,7 @@ class App:
             refuse: Callable[[ApiError], Response] = error_response,
             max_body_bytes: int = self.settings.max_body_bytes,
             media_types: tuple[str, ...] = ("application/json",),
+            idempotency: Idempotency | None = None,
         ) -> Endpoint:
             return Endpoint(
                 respond,  # type: ignore[arg-type]
@@ -272,8 +279,10 @@ class App:
                 on_disconnect=lambda: metrics.count_cancelled("body"),
                 on_rejected=self.report_refusal,
                 refuse=refuse,
+                idempotency=idempotency,
             )
 
+        generation_endpoint = partial(endpoint, idempotency=self.idempotency)
         return [
             Route("/", _page("index.html")),
             Route("/classify", _page("classify.html")),
@@ -285,8 +294,8 @@ class App:
             Route("/version", self._version),
             Route("/v1/models", openai.models),
             Route("/v1/models/{id:path}", endpoint(openai.model), methods=["GET"]),
-            Route("/v1/chat/completions", endpoint(openai.chat_completions), methods=["POST"]),
-            Route("/v1/completions", endpoint(openai.completions), methods=["POST"]),
+            Route("/v1/chat/completions", generation_endpoint(openai.chat_completions), methods=["POST"]),
+            Route("/v1/completions", generation_endpoint(openai.completions), methods=["POST"]),
             Route("/tokenize", endpoint(tokens.tokenize), methods=["POST"]),
             Route("/detokenize", endpoint(tokens.detokenize), methods=["POST"]),
             Route("/v1/embeddings", endpoint(one_shot.embeddings), methods=["POST"]),
@@ -306,7 +315,7 @@ class App:
             ),
             Route("/v1/stream", endpoint(native.open, refuse_event_source), methods=["GET"]),
             Route("/v1/stream/tickets", native.issue_ticket, methods=["POST"]),
-            Route("/v1/streams", endpoint(native.create), methods=["POST"]),
+            Route("/v1/streams", generation_endpoint(native.create), methods=["POST"]),
             Route("/v1/streams/{id}", endpoint(native.snapshot_or_cancel), methods=["GET", "DELETE"]),
             Route("/v1/streams/{id}/events", endpoint(native.events, refuse_event_source), methods=["GET"]),
         ]

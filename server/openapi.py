@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from headrace.server import answers
 from headrace.server.guard import is_open
+from headrace.server.idempotency import HEADER
 from headrace.server.native_api import QUERY_TEXTS, StreamChatRequest, StreamCompletionRequest
 from headrace.server.one_shot_protocol import (
     ClassifyForm,
@@ -89,6 +90,7 @@ _REFUSALS = {
     410: "The stream has ended and is no longer kept.",
     413: "The body is too large.",
     415: "The body's content type or encoding is not accepted.",
+    422: "The Idempotency-Key belongs to another request.",
     429: "Too much waits already, or a limit of the key's is used up.",
     431: "There are too many headers, or they are too large.",
     500: "The server failed.",
@@ -333,14 +335,16 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
     yield _Operation("get", "/version", "version", "The version of this server", {200: version})
 
     refusals = (404, 413, 415, 429, 504)
+    repeatable = [{"name": HEADER, "in": "header", "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"}}]
     yield _Operation(
         "post",
         "/v1/chat/completions",
         "chat_completions",
         "Answer a conversation",
         {200: _completion(answers.ChatCompletion, answers.ChatCompletionChunk)},
-        refusals,
+        (*refusals, 422),
         _body(ChatCompletionRequest, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}),
+        repeatable,
     )
     yield _Operation(
         "post",
@@ -348,8 +352,9 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "completions",
         "Complete texts",
         {200: _completion(answers.Completion, answers.CompletionChunk)},
-        refusals,
+        (*refusals, 422),
         _body(CompletionRequest, {"prompt": "Once upon a time", "max_tokens": 8}),
+        repeatable,
     )
     yield _Operation(
         "post",
@@ -444,8 +449,9 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "create_stream",
         "Start a native stream that answers a conversation or completes a text",
         {201: {**_json("Where it is read.", answers.StreamCreated), "links": links}},
-        (404, 413, 415, 429),
+        (404, 413, 415, 422, 429),
         _body_of_either(StreamChatRequest, StreamCompletionRequest, {"prompt": "Once upon a time", "max_tokens": 8}),
+        repeatable,
     )
     snapshot = {200: _json("The stream.", answers.StreamSnapshot)}
     path = "/v1/streams/{id}"
