@@ -76,6 +76,7 @@ class Answering:
         ends = [generation.log.terminal for generation in generations]
         # Where one choice failed the others end for its reason, and nobody left.
         error = next((end.error for end in ends if end is not None and end.error is not None), None)
+        request.state.has_failed = error is not None
         for generation in generations:
             self.generator.client.cancel(generation, error)
         generations[0].stages.end_s = self.generator.client.clock()  # of the response, which outlasts the last token

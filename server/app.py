@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from headrace.server.generation import Generation
 from headrace.server.generator import Generator
 from headrace.server.grammars import Grammars
 from headrace.server.guard import guards
+from headrace.server.idempotency import Idempotency
 from headrace.server.journal import Journal
 from headrace.server.messages_api import MessagesApi
 from headrace.server.model_details import ModelDetails
@@ -145,6 +147,9 @@ class App:
             is_whole=self.journal is None,
         )
         self.tickets = Tickets(self.client.clock)
+        self.idempotency = Idempotency(
+            self.client.clock, ttl_s=settings.idempotency_ttl_s, max_bytes=settings.idempotency_bytes
+        )
         limiter = anyio.CapacityLimiter(settings.tokenizer_threads)
         self.limits = TenantLimits(self.keys, self.client.clock)
         self.grammars = Grammars(settings.grammar_cache_bytes)
@@ -278,6 +283,7 @@ class App:
             await anyio.sleep(_SWEEP_INTERVAL_S)
             self.registry.sweep(self.client.clock())
             self.responses.sweep(self.client.clock())
+            self.idempotency.sweep()
 
     async def _measure_lag(self) -> None:
         while True:
@@ -304,6 +310,7 @@ class App:
         refuse: Refuse = error_response,
         max_body_bytes: int | None = None,
         media_types: tuple[str, ...] = ("application/json",),
+        idempotency: Idempotency | None = None,
     ) -> Endpoint:
         return Endpoint(
             respond,
@@ -314,6 +321,7 @@ class App:
             on_disconnect=lambda: self.metrics.count_cancelled("body"),
             on_rejected=self.report_refusal,
             refuse=refuse,
+            idempotency=idempotency,
         )
 
     def _routes(self) -> list[Route | Mount]:
@@ -324,6 +332,7 @@ class App:
         tokens = TokensApi(self.generator)
         native, responses, endpoint = self._native, self._responses, self._endpoint
         is_operators = self.settings.admin_port is None
+        generation_endpoint = partial(endpoint, idempotency=self.idempotency)
         return [
             Route("/", _page("index.html")),
             Route("/classify", _page("classify.html")),
@@ -336,9 +345,9 @@ class App:
             Route("/version", self._version),
             Route("/v1/models", openai.models),
             Route("/v1/models/{id:path}", endpoint(openai.model), methods=["GET"]),
-            Route("/v1/chat/completions", endpoint(openai.chat_completions), methods=["POST"]),
-            Route("/v1/completions", endpoint(openai.completions), methods=["POST"]),
-            Route("/v1/responses", endpoint(responses.create), methods=["POST"]),
+            Route("/v1/chat/completions", generation_endpoint(openai.chat_completions), methods=["POST"]),
+            Route("/v1/completions", generation_endpoint(openai.completions), methods=["POST"]),
+            Route("/v1/responses", generation_endpoint(responses.create), methods=["POST"]),
             Route("/v1/responses/{id}", endpoint(responses.retrieve_or_delete), methods=["GET", "DELETE"]),
             Route(
                 "/v1/responses/{id}/cancel",
@@ -346,10 +355,10 @@ class App:
                 methods=["POST"],
             ),
             Route("/v1/responses/{id}/input_items", endpoint(responses.input_items), methods=["GET"]),
-            Route("/v1/messages", endpoint(messages.create), methods=["POST"]),
+            Route("/v1/messages", generation_endpoint(messages.create), methods=["POST"]),
             Route("/v1/messages/count_tokens", endpoint(messages.count_tokens), methods=["POST"]),
-            Route("/api/chat", endpoint(ollama.chat), methods=["POST"]),
-            Route("/api/generate", endpoint(ollama.generate), methods=["POST"]),
+            Route("/api/chat", generation_endpoint(ollama.chat), methods=["POST"]),
+            Route("/api/generate", generation_endpoint(ollama.generate), methods=["POST"]),
             Route("/api/show", endpoint(ollama.show), methods=["POST"]),
             Route("/api/tags", ollama.tags),
             Route("/api/ps", ollama.running),
@@ -373,7 +382,7 @@ class App:
             ),
             Route("/v1/stream", endpoint(native.open, refuse_event_source), methods=["GET"]),
             Route("/v1/stream/tickets", native.issue_ticket, methods=["POST"]),
-            Route("/v1/streams", endpoint(native.create), methods=["POST"]),
+            Route("/v1/streams", generation_endpoint(native.create), methods=["POST"]),
             Route("/v1/streams/{id}", endpoint(native.snapshot_or_cancel), methods=["GET", "DELETE"]),
             Route("/v1/streams/{id}/events", endpoint(native.events, refuse_event_source), methods=["GET"]),
         ]

@@ -12,6 +12,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 import anyio
@@ -32,6 +33,7 @@ from headrace.server.errors import (
     UnavailableError,
     UnsupportedMediaTypeError,
 )
+from headrace.server.idempotency import HEADER, REPLAYED_HEADER, Idempotency, Recording
 from headrace.server.request_log import OnRejected, declared_route, log_unaccepted
 from headrace.server.sse import EventStream, retry_frame
 
@@ -63,7 +65,8 @@ class Endpoint:
     """`respond` gets the request and its body (empty for GET and DELETE) and returns the response.
 
     `request.state` holds `id`, which goes out as x-request-id, `received_s`, `is_accepted`, which `respond` sets once
-    the request is logged elsewhere, `stage`, which a client's departure is logged with, and `cleanup`, an ExitStack
+    the request is logged elsewhere, `has_failed`, which it sets where the answer ended in another way than it should,
+    `stage`, which a client's departure is logged with, and `cleanup`, an ExitStack
     that is unwound after the response, or in its place. `on_disconnect` is told of a client that left while its body
     was read, `on_rejected` of every refusal; `refuse` makes the response of one.
     """
@@ -79,6 +82,7 @@ class Endpoint:
         on_rejected: OnRejected,
         refuse: Refuse,
         media_types: tuple[str, ...] = ("application/json",),
+        idempotency: Idempotency | None = None,
     ) -> None:
         self._respond = respond
         self._max_body_bytes = max_body_bytes
@@ -88,17 +92,21 @@ class Endpoint:
         self._on_rejected = on_rejected
         self._refuse = refuse
         self._media_types = media_types
+        self._idempotency = idempotency
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         request.state.id = request_id(request.headers)
         request.state.received_s = time.monotonic()
-        request.state.is_accepted = False
+        request.state.is_accepted = request.state.has_failed = False
         request.state.stage = "tokenizing"
+        claim: tuple[Recording, bool] | None = None
         try:
             if request.method == "HEAD":  # which Starlette adds to every GET route, and which must not start anything
                 raise MethodNotAllowedError("HEAD is not allowed here", headers={"allow": "GET"})
             body = await self._read_body(request) if request.method == "POST" else b""
+            if self._idempotency is not None and (key := request.headers.get(HEADER)) is not None:
+                claim = await self._idempotency.claim(scope["path"], request.state.tenant, key, body)
         except ClientDisconnect:
             self._on_disconnect()
             self._log_departure(request, "body")
@@ -109,15 +117,42 @@ class Endpoint:
             response.headers["connection"] = "close"
             await response(scope, receive, send)
             return
+        if claim is not None:
+            await self._share(*claim, request, body, receive, send)
+            return
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_cancel_on_disconnect, receive, tasks.cancel_scope)
+            await self._respond_to(request, body, scope, receive, send)
+            tasks.cancel_scope.cancel()
+
+    async def _respond_to(self, request: Request, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         # What `respond` starts it registers here, so that it ends with the response however that ends.
         with contextlib.ExitStack() as cleanup:
             request.state.cleanup = cleanup
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(_cancel_on_disconnect, receive, tasks.cancel_scope)
-                response = await self._answer(request, body)
-                response.headers.update(id_headers(scope["path"], request.state.id))
-                await response(scope, receive, send)
-                tasks.cancel_scope.cancel()
+            response = await self._answer(request, body)
+            response.headers.update(id_headers(scope["path"], request.state.id))
+            await response(scope, receive, send)
+
+    async def _share(
+        self, recording: Recording, is_first: bool, request: Request, body: bytes, receive: Receive, send: Send
+    ) -> None:
+        """Read a recording, which the first to ask makes too, until nobody is left to read it."""
+        assert self._idempotency is not None
+        headers = id_headers(request.scope["path"], request.state.id) | ({} if is_first else {REPLAYED_HEADER: "true"})
+        scope = {**request.scope, "extensions": {}}  # without a way past `send`
+        try:
+            async with anyio.create_task_group() as making:
+                if is_first:
+                    making.start_soon(recording.make, partial(self._respond_to, request, body, scope, receive))
+                async with anyio.create_task_group() as reading:
+                    reading.start_soon(_cancel_on_disconnect, receive, reading.cancel_scope)
+                    await recording.read(send, headers)
+                    reading.cancel_scope.cancel()
+        finally:
+            if is_first:
+                self._idempotency.settle(recording, has_failed=request.state.has_failed)
+            else:
+                log_unaccepted(request.state.id, self._route(request), request.state.received_s, "replayed")
 
     async def _answer(self, request: Request, body: bytes) -> Response:
         try:

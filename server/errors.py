@@ -125,6 +125,11 @@ class UnsupportedMediaTypeError(ApiError):
     status = 415
 
 
+class IdempotencyKeyReusedError(ApiError):
+    status = 422
+    code = "idempotency_key_reused"
+
+
 class OverloadedError(ApiError):
     """Too much waits already. `retry_after_s` becomes Retry-After, in both spellings clients read; `details` are
     further fields of the envelope: the tier, and the seconds that were predicted and allowed."""

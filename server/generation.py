@@ -141,10 +141,12 @@ class Generation:
             self._num_silent_tokens += 1
             if self.prompt_token_ids is not None:
                 self._silent_token_ids.append(token_id)
-            if output.finish_reason is FinishReason.STOP and i == len(output.token_ids):
-                break  # the token that ends a sequence is no part of its text
-            if output.logprobs:
+            is_end = output.finish_reason is FinishReason.STOP and i == len(output.token_ids)
+            # Who has a prompt scored drops the entries of all tokens behind it, which must be as many as those are.
+            if output.logprobs and (not is_end or self.echo is not None):
                 self._silent_logprobs.append((self.detokenizer.num_chars, output.logprobs[i - 1]))
+            if is_end:
+                break  # the token that ends a sequence is no part of its text
             if text := self.detokenizer.push(token_id):
                 self._append(text)
             if self.detokenizer.is_stopped:

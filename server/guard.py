@@ -165,7 +165,14 @@ def guards(settings: ListenerSettings, keys: ApiKeys | None, on_rejected: OnReje
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],  # client libraries send headers of their own
-            expose_headers=["x-request-id", "request-id", "retry-after", "retry-after-ms", "location"],
+            expose_headers=[
+                "x-request-id",
+                "request-id",
+                "idempotent-replayed",
+                "retry-after",
+                "retry-after-ms",
+                "location",
+            ],
         )
         middleware.append(cors)
     # Inside CORS: a preflight carries no key, and a page of another origin may read why it was refused.

@@ -21,6 +21,7 @@ from headrace.server import answers
 from headrace.server.admin_api import ProfileRequest
 from headrace.server.error_forms import is_anthropic, is_ollama
 from headrace.server.guard import is_open
+from headrace.server.idempotency import HEADER
 from headrace.server.messages_protocol import CountTokensRequest, MessagesRequest
 from headrace.server.native_api import QUERY_TEXTS, StreamChatRequest, StreamCompletionRequest
 from headrace.server.ollama_protocol import OllamaChatRequest, OllamaGenerateRequest, Options, ShowRequest
@@ -140,6 +141,7 @@ _REFUSALS = {
     410: "The stream has ended and is no longer kept.",
     413: "The body is too large.",
     415: "The body's content type or encoding is not accepted.",
+    422: "The Idempotency-Key belongs to another request.",
     429: "Too much waits already, or a limit of the key's is used up.",
     431: "There are too many headers, or they are too large.",
     500: "The server failed.",
@@ -155,6 +157,7 @@ _ERROR_FORMS: dict[type[Any], str] = {
 # On any route: what is refused before the route is known, and what may always go wrong.
 _ALWAYS = (400, 408, 431, 500, 503)
 
+_REPEATABLE = [{"name": HEADER, "in": "header", "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"}}]
 _STREAM_ID = "[0-9a-f]{32}"
 # What follows it in an event's id: the place, and the restarts of the server behind it.
 _PLACE = "[0-9]{1,11}(-[0-9]{1,9})?"
@@ -430,8 +433,9 @@ def _response_operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "create_response",
         "Answer a conversation, which can be continued later and read again",
         {200: {**_answer("The response, or its events.", media_types), "links": links}},
-        (404, 413, 415, 429, 504),
+        (404, 413, 415, 422, 429, 504),
         _body(ResponsesRequest, {"input": "Hello", "max_output_tokens": 8}),
+        _REPEATABLE,
     )
     yield _Operation(
         "get",
@@ -506,8 +510,9 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "chat_completions",
         "Answer a conversation",
         {200: _completion(answers.ChatCompletion, answers.ChatCompletionChunk)},
-        refusals,
+        (*refusals, 422),
         _body(ChatCompletionRequest, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}),
+        _REPEATABLE,
     )
     yield _Operation(
         "post",
@@ -515,8 +520,9 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "completions",
         "Complete texts",
         {200: _completion(answers.Completion, answers.CompletionChunk)},
-        refusals,
+        (*refusals, 422),
         _body(CompletionRequest, {"prompt": "Once upon a time", "max_tokens": 8}),
+        _REPEATABLE,
     )
     yield from _response_operations(schemas)
     yield _Operation(
@@ -548,8 +554,9 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
                 {"application/json": _ref(answers.AnthropicMessage), "text/event-stream": _message_events()},
             )
         },
-        refusals,
+        (*refusals, 422),
         _body(MessagesRequest, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}),
+        _REPEATABLE,
     )
     yield _Operation(
         "post",
@@ -567,8 +574,9 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "ollama_chat",
         "Answer a conversation, in Ollama's form",
         {200: _lines(answers.OllamaChatAnswer)},
-        refusals,
+        (*refusals, 422),
         _body(OllamaChatRequest, {**ollama_example, "messages": [{"role": "user", "content": "Hello"}]}),
+        _REPEATABLE,
     )
     yield _Operation(
         "post",
@@ -576,8 +584,9 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "ollama_generate",
         "Answer a prompt, in Ollama's form",
         {200: _lines(answers.OllamaGenerateAnswer)},
-        refusals,
+        (*refusals, 422),
         _body(OllamaGenerateRequest, {**ollama_example, "prompt": "Hello"}),
+        _REPEATABLE,
     )
     yield _Operation(
         "post",
@@ -670,8 +679,9 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "create_stream",
         "Start a native stream that answers a conversation or completes a text",
         {201: {**_json("Where it is read.", answers.StreamCreated), "links": links}},
-        (404, 413, 415, 429),
+        (404, 413, 415, 422, 429),
         _body_of_either(StreamChatRequest, StreamCompletionRequest, {"prompt": "Once upon a time", "max_tokens": 8}),
+        _REPEATABLE,
     )
     snapshot = {200: _json("The stream.", answers.StreamSnapshot)}
     path = "/v1/streams/{id}"

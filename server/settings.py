@@ -244,6 +244,11 @@ class Settings(ListenerSettings):
     )
     heartbeat_s: float = Field(15, ge=1, description="silence on a stream before a comment is sent")
 
+    idempotency_ttl_s: float = Field(
+        600, ge=0, description="how long a request with an Idempotency-Key can be repeated"
+    )
+    idempotency_bytes: Bytes = Field(16 * 2**20, description="most memory for finished answers that can be repeated")
+
     stream_grace_s: float = Field(15, ge=0, description="how long a native stream runs without readers")
     stream_ttl_s: float = Field(600, ge=0, description="how long a finished native stream can be read again")
     stream_log_bytes: Bytes = Field(64 * 2**20, description="most memory for finished native streams")

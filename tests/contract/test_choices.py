@@ -254,6 +254,21 @@ async def test_a_prompt_of_special_tokens_alone_has_an_entry_for_each() -> None:
     assert all(chunk["choices"][0]["text"] or chunk["choices"][0]["finish_reason"] for chunk in read[:-1])
 
 
+@pytest.mark.parametrize("max_tokens", [1, 4])
+async def test_behind_an_echo_the_token_that_ends_the_answer_has_an_entry_too(max_tokens: int) -> None:
+    end = ord(expected_text("hello", 4)[max_tokens - 1])
+    body = COMPLETION | {"max_tokens": max_tokens, "stop_token_ids": [end], "logprobs": 1}
+    echoed, read = await both("/v1/completions", body | {"echo": True})
+    [choice] = echoed["choices"]
+    assert (choice["finish_reason"], choice["text"]) == ("stop", "hello" + expected_text("hello", max_tokens - 1))
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"] + chr(end)
+    assert len(choice["logprobs"]["tokens"]) == 5 + echoed["usage"]["completion_tokens"]
+    parts = [choice["logprobs"]["tokens"] for chunk in read for choice in chunk["choices"] if choice["logprobs"]]
+    assert [token for part in parts for token in part] == choice["logprobs"]["tokens"]
+    plain, _ = await both("/v1/completions", body)
+    assert "".join(plain["choices"][0]["logprobs"]["tokens"]) == plain["choices"][0]["text"]
+
+
 def token_ids(read: list[dict[str, Any]], index: int) -> list[int]:
     """Of all of a choice's chunks."""
     choices = [choice for chunk in read for choice in chunk["choices"] if choice["index"] == index]

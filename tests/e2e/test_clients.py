@@ -26,7 +26,7 @@ from client_driver import ClientDriver, Seen
 from raw_client import RawRequest
 from requirements import need, need_program
 from server_process import ServerProcess, serving
-from tcp_relay import TcpRelay
+from tcp_relay import Passage, TcpRelay
 from waiting import until
 
 HERE = Path(__file__).parent
@@ -485,6 +485,32 @@ def test_a_named_tool_is_called_and_one_that_may_be_called_need_not_be(client: O
     jsonschema.validate(json.loads(made.function.arguments), WEATHER["function"]["parameters"])  # type: ignore[index]
     free = client.chat.completions.create(**question).choices[0].message  # type: ignore[call-overload]
     assert free.content or free.tool_calls
+
+
+class _CutAnswers(TcpRelay):
+    """Cuts the first answers, whatever they are."""
+
+    def passages(self, request: bytes) -> tuple[Passage, Passage]:
+        return Passage(), Passage(end_after_bytes=self._cuts.pop(0)) if self._cuts else Passage()
+
+
+def test_openai_gets_one_answer_to_a_request_that_it_repeats_with_its_key(
+    server: ServerProcess, client: OpenAI
+) -> None:
+    def ask(client: OpenAI, **fields: Any) -> Any:
+        asked = {"model": MODEL, "max_tokens": 8, "temperature": 1.5, **JOKE, **fields}
+        return client.chat.completions.create(extra_headers={"Idempotency-Key": "one-joke"}, **asked)
+
+    before = _num_finished(server, "length")
+    with _CutAnswers(server.url(), cut_after_bytes=[40, 400]) as relay:
+        with OpenAI(base_url=f"{relay.url}/v1", api_key="none", max_retries=2, _strict_response_validation=True) as cut:
+            answer = ask(cut)
+        assert relay._cuts == [], "it came back twice"
+    assert ask(client) == answer
+    assert _num_finished(server, "length") == before + 1
+    with pytest.raises(openai.UnprocessableEntityError) as refused:
+        ask(client, max_tokens=9)
+    assert (refused.value.param, refused.value.code) == ("Idempotency-Key", "idempotency_key_reused")
 
 
 def test_a_seed_repeats_and_another_differs(client: OpenAI) -> None:

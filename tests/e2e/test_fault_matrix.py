@@ -286,7 +286,7 @@ def test_no_log_line_holds_what_a_client_sent_or_whom_it_claimed_to_be(watched: 
 
 # Every label and what it may say, whatever clients ask for.
 LABELS: dict[str, frozenset[str]] = {
-    "status": frozenset(map(str, [400, 401, 403, 404, 405, 406, 408, 413, 415, 429, 431, 501, 503, 505])),
+    "status": frozenset(map(str, [400, 401, 403, 404, 405, 406, 408, 413, 415, 422, 429, 431, 501, 503, 505])),
     "phase": frozenset({"body", "tokenizing", "queued", "prefill", "decode"}),
     "tier": frozenset({"premium", "standard", "batch"}),
     "reason": frozenset({"queue_full", "predicted_too_late", "rate_limit"}),

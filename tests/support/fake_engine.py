@@ -243,6 +243,14 @@ def byte_tokenizer(
     keeps_control_tokens: bool = False,
 ) -> Tokenizer:
     """A byte-level tokenizer without merges: token i is byte i; token 256 ends a sequence, and others may follow."""
+    wrapper = byte_wrapper(chat_template, special_tokens)
+    return Tokenizer(wrapper, frozenset({EOS}), keeps_control_tokens=keeps_control_tokens)
+
+
+def byte_wrapper(
+    chat_template: str | dict[str, str] = CHAT_TEMPLATE, special_tokens: tuple[str, ...] = ()
+) -> PreTrainedTokenizerFast:
+    """The same in transformers' form."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -252,8 +260,7 @@ def byte_tokenizer(
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True) for token in ("<|end|>", *special_tokens)])
-    wrapper = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, eos_token="<|end|>")
-    return Tokenizer(wrapper, frozenset({EOS}), keeps_control_tokens=keeps_control_tokens)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, eos_token="<|end|>")
 
 
 def expected_text(prompt: str, num_tokens: int, choice: int = 0, adapter: str | None = None) -> str:

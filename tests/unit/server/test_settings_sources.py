@@ -63,6 +63,8 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "heartbeat_s": (15.0, 1.5, 2.5, 3.5),
     "keep_alive_s": (75, 1, 2, 3),
     "drain_grace_s": (30.0, 1.5, 2.5, 3.5),
+    "idempotency_ttl_s": (600.0, 1.5, 2.5, 3.5),
+    "idempotency_bytes": (16 * 2**20, 1, 2, 3),
     "stream_grace_s": (15.0, 1.5, 2.5, 3.5),
     "stream_ttl_s": (600.0, 1.5, 2.5, 3.5),
     "stream_log_bytes": (64 * 2**20, 1, 2, 3),
