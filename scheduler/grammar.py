@@ -177,13 +177,14 @@ class GrammarCompiler:
         if matcher.is_error():
             raise GrammarError(_reason(matcher))
         first = self.following(matcher)
-        if time.thread_time() - began_s > _MAX_COMPILE_S:
+        took_s = time.thread_time() - began_s
+        if took_s > _MAX_COMPILE_S:
             raise GrammarError("it takes too long to compile")
         if not first.mask.any():
             raise GrammarError("no text is in it")
         if kind is GrammarKind.JSON_SCHEMA:
             check_schema(text)
-        return Grammar(self, matcher, first, _num_bytes(text))
+        return Grammar(self, matcher, first, _num_bytes(text, took_s))
 
     def submit(self, state: GrammarState, token_ids: tuple[int, ...]) -> "Future[Following]":
         return self._threads.submit(state.compute, token_ids)
@@ -286,6 +287,7 @@ def _reason(matcher: "LLMatcher") -> str:
     return reason.replace("\n", " ")[:_MAX_REASON_CHARS]
 
 
-def _num_bytes(text: str) -> int:
-    """As measured: what one takes whatever its text, walked by a few answers, and what 3,000 properties take."""
-    return 2**20 + 128 * len(text)
+def _num_bytes(text: str, took_s: float) -> int:
+    """As measured: what one takes whatever its text, walked by a few answers, what 3,000 properties take, and what a
+    schema of few characters takes whose alternatives multiply, by the time that it took to compile."""
+    return 2**20 + 128 * len(text) + int(took_s * 2**25)

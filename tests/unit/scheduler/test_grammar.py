@@ -244,6 +244,17 @@ def test_what_llguidance_holds_to_is_taken(compiler: GrammarCompiler, schema: di
     assert compiler.compile(JSON, json.dumps(schema)).first.mask.any()
 
 
+def test_a_schema_whose_alternatives_multiply_counts_for_more_than_its_text(compiler: GrammarCompiler) -> None:
+    def one_of(name: str) -> dict[str, Any]:
+        each = {"type": "object", "required": [name]}
+        return {"anyOf": [each | {"properties": {name: {"const": i}}} for i in range(7)]}
+
+    schemas = [one_of(name) for name in "abcd"]
+    side_by_side = compiler.compile(JSON, json.dumps({"prefixItems": schemas}))
+    multiplied = compiler.compile(JSON, json.dumps({"allOf": schemas}))
+    assert multiplied.num_bytes > side_by_side.num_bytes + 2**21
+
+
 def test_a_mask_that_takes_too_long_is_the_answers_last(
     compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
