@@ -374,15 +374,17 @@ class _Parser:
 
     def _take_all(self, run: re.Pattern[str]) -> _Reading[str]:
         """Take what comes next as far as it is of this kind."""
+        end = 0
         while True:
-            found = run.match(self._unread)
+            found = run.match(self._unread, end)
             assert found is not None, "it may be empty"
-            if self._is_over or found.end() < len(self._unread):
+            end = found.end()
+            if self._is_over or end < len(self._unread):
                 break
             yield
-        self._taken += found[0]
-        self._unread = self._unread[found.end() :]
-        return found[0]
+        taken, self._unread = self._unread[:end], self._unread[end:]
+        self._taken += taken
+        return taken
 
 
 def _call_of(text: str) -> tuple[str, str]:

@@ -75,6 +75,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "grammar": (),
     "json_schema": (),
     "structural_tag": (),
+    "guided_whitespace_pattern": (),
     "logits_processors": ([],),
     "no_repeat_ngram_size": (0,),
     "spaces_between_special_tokens": (True,),
@@ -199,6 +200,7 @@ class ResponseFormat(BaseModel):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
+    json_object_schema: None = Field(None, alias="schema")  # other servers' place of it
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -16,6 +16,7 @@ from enum import Enum, auto
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from headrace.scheduler.grammar import GrammarError, check_schema, json_escapes
 from headrace.scheduler.messages import GrammarKind
 from headrace.server.errors import BadRequestError
 from headrace.server.grammars import GrammarSource
@@ -166,14 +167,13 @@ def _to_json(value: Any) -> str:
 def parameter_schemas(request: ChatCompletionRequest) -> list[GrammarSource]:
     """The JSON schemas of the arguments of each tool that may be called."""
     no_parameters = {"properties": {}, "additionalProperties": False}
-    return [
-        GrammarSource(
-            GrammarKind.JSON_SCHEMA,
-            json.dumps({"type": "object", **(tool.function.parameters or no_parameters), "x-guidance": _JSON_STYLE}),
-            f"tools[{i}].function.parameters",
-        )
-        for i, tool in request.callable_tools.items()
-    ]
+    sources = []
+    for i, tool in request.callable_tools.items():
+        schema = {"type": "object", **(tool.function.parameters or no_parameters)}
+        style = {**_JSON_STYLE, "json_allowed_escapes": json_escapes(json.dumps(schema))}
+        text = json.dumps({**schema, "x-guidance": style})
+        sources.append(GrammarSource(GrammarKind.JSON_SCHEMA, text, f"tools[{i}].function.parameters"))
+    return sources
 
 
 def call_grammar(tokenizer: Tokenizer, request: ChatCompletionRequest, *, begins_in_reasoning: bool) -> GrammarSource:
@@ -181,8 +181,13 @@ def call_grammar(tokenizer: Tokenizer, request: ChatCompletionRequest, *, begins
 
     A model that reasons may do so before, and must come to an end of it where the prompt has begun it.
 
-    Raises: BadRequestError where it would be too large.
+    Raises: BadRequestError where it would be too large, or a schema cannot be held to.
     """
+    for schema in parameter_schemas(request):
+        try:
+            check_schema(schema.text)
+        except GrammarError as error:
+            raise BadRequestError(f"{schema.field}: {error}", param=schema.field) from None
     text = "\n".join(_rules(tokenizer, request, begins_in_reasoning))
     if len(text) > MAX_GRAMMAR_CHARS:
         raise BadRequestError(f"tools: their schemas must have at most {MAX_GRAMMAR_CHARS} characters", param="tools")
