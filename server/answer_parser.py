@@ -90,9 +90,9 @@ def begins_in_reasoning(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -
 def _formats(tokenizer: Tokenizer, request: ChatCompletionRequest) -> tuple[ReasoningMarkers | None, CallStyle | None]:
     """What there may be in an answer beside text, None for what there is not.
 
-    One that keeps to a grammar is what that says and nothing else.
+    One that keeps to a grammar of the client's is what that says and nothing else.
     """
-    if request.grammar_source is not None:
+    if request.grammar_source is not None and not request.has_call_grammar:
         return None, None
     has_tools = bool(request.callable_tools)
     template = tokenizer.chat_template(has_tools=has_tools)

@@ -642,8 +642,9 @@ class ChatCompletionRequest(GenerationParams):
             names.add(tool.function.name)
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
             raise ValueError("tool_choice: needs tools")
-        if self.offered_tools and self.grammar_source is not None:
-            raise ValueError(f"{self.grammar_source.field}: an answer that keeps to it can call no tools")
+        source = self.grammar_source if self.has_call_grammar else None
+        if source is not None and source.kind is not GrammarKind.JSON_SCHEMA:
+            raise ValueError(f"{source.field}: beside tools an answer can keep to a JSON schema and nothing else")
         if self.must_call and self.ignore_eos:
             raise ValueError("ignore_eos: an answer that must be a call ends with it")
         if isinstance(self.tool_choice, ToolChoice):
@@ -714,6 +715,11 @@ class ChatCompletionRequest(GenerationParams):
         if isinstance(self.tool_choice, ToolChoice) and self.tool_choice.allowed_tools is not None:
             return self.tool_choice.allowed_tools.mode == "required"
         return self.tool_choice not in (None, "none", "auto")
+
+    @property
+    def has_call_grammar(self) -> bool:
+        """Whether what may be in the answer is a matter of its tools' schemas."""
+        return bool(self.offered_tools) and (self.must_call or self.grammar_source is not None)
 
     @property
     def may_call_several(self) -> bool:

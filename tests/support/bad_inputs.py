@@ -512,7 +512,7 @@ def _tools() -> Iterator[BadInput]:
         yield chat(f"a tool choice {name}", {"tool_choice": choice, "tools": [_tool(name="f")]}, f"tool_choice{place}")
     yield chat("parallel calls by word", {"parallel_tool_calls": "no"})
     tools, required = {"tools": [_tool(name="f")]}, {"tool_choice": "required"}
-    yield chat("tools and a format", {"response_format": {"type": "json_object"}, **tools})
+    yield chat("tools and a regex", {"guided_regex": "a", **tools})
     yield chat("tools and a regex", {"guided_regex": "a", **tools})
     yield chat("a call and no end", {"ignore_eos": True, **tools, **required})
     for name, schema in (
