@@ -394,9 +394,10 @@ def _call_of(text: str) -> tuple[str, str]:
         arguments = fields.get("arguments", fields.get("parameters"))
         if isinstance(arguments, str):  # JSON in JSON
             arguments = from_json(arguments or "{}", allow_inf_nan=False)
+        written = json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)  # 1e999 is read as infinity
     except ValueError:
         return "", ""
     name = fields.get("name", fields.get("function"))
     if not isinstance(name, str) or not isinstance(arguments, dict | None):
         return "", ""
-    return name, json.dumps(arguments or {}, ensure_ascii=False)
+    return name, written

@@ -6,6 +6,7 @@ Source: OpenAI's API reference (chat completions, completions), and the extensio
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ MAX_TEMPLATE_CHARS = 2**14  # of all the variables, as JSON
 MAX_GRAMMAR_CHARS = 2**17
 MAX_GRAMMAR_CHOICES = 4096
 _MAX_PATH_CHARS = 200  # of what an error names: a key may be as long as a body
+# What a number has to have that is read as infinity. Its text may be in a string too.
+_HUGE_NUMBER = re.compile(rb"[eE]\+?[0-9]{3}|[0-9]{200}")
 
 # Where an answer is one text and nothing is made of it.
 WITHOUT_TOOLS: dict[str, tuple[Any, ...]] = {"tools": ([],), "tool_choice": ("none", "auto")}
@@ -820,7 +823,21 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
         raise BadRequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise BadRequestError("the body must be a JSON object")
+    if _HUGE_NUMBER.search(body) and (place := _place_of_infinity(parsed)) is not None:
+        place = place.lstrip(".")[:_MAX_PATH_CHARS]
+        raise BadRequestError(f"{place}: is a number out of range", param=place)
     return parsed
+
+
+def _place_of_infinity(value: Any) -> str | None:
+    """Where in a value of JSON's types an infinity is."""
+    if isinstance(value, float):
+        return "" if math.isinf(value) else None
+    fields = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, field in fields:
+        if (place := _place_of_infinity(field)) is not None:
+            return (f"[{key}]" if isinstance(key, int) else f".{key}") + place
+    return None
 
 
 def parse_request(cls: type[BodyT], fields: dict[str, Any]) -> BodyT:

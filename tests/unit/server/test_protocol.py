@@ -292,6 +292,13 @@ def test_a_number_beyond_a_double_is_refused_where_it_is_read(name: str, number:
     assert caught.value.param in (name, None)
 
 
+@pytest.mark.parametrize("number", ["1e400", "-1E+400", "9" * 400 + ".0", "9" * 250 + "e99"])
+def test_a_number_beyond_a_double_is_refused_where_anything_may_be(number: str) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        parse_json_object(f'{{"tools": [0, {{"a": {{"b": ["1e400", 1e300, {number}]}}}}]}}'.encode())
+    assert caught.value.param == "tools[1].a.b[2]"
+
+
 def test_a_great_many_unknown_keys_are_ignored() -> None:
     body = json.dumps({f"key{i}": i for i in range(200_000)} | COMPLETION).encode()
     assert parse_request(CompletionRequest, parse_json_object(body)) == parse_request(CompletionRequest, COMPLETION)
