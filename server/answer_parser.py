@@ -24,8 +24,8 @@ from headrace.server.answer_parts import (
 )
 from headrace.server.detokenizer import overlap
 from headrace.server.protocol import MAX_TOOL_NAME_CHARS, ChatCompletionRequest, GenerationParams
-from headrace.server.tokenizer import Tokenizer
-from headrace.server.tool_calls import CallStyle, ReasoningMarkers, find_format, find_reasoning, make_call_id
+from headrace.server.tokenizer import ReasoningMarkers, Tokenizer
+from headrace.server.tool_calls import CallStyle, find_format, find_reasoning, make_call_id
 
 _T = TypeVar("_T")
 # A part of a parser: with each `yield` it waits for more text.

@@ -21,7 +21,7 @@ from headrace.scheduler.messages import GrammarKind
 from headrace.server.errors import BadRequestError
 from headrace.server.grammars import GrammarSource
 from headrace.server.protocol import MAX_GRAMMAR_CHARS, ChatCompletionRequest
-from headrace.server.tokenizer import Tokenizer, text_of
+from headrace.server.tokenizer import REASONING_MARKERS, ReasoningMarkers, Tokenizer, text_of
 
 
 class CallStyle(Enum):
@@ -52,12 +52,6 @@ class ToolFormat(NamedTuple):
     is_native: bool
 
 
-class ReasoningMarkers(NamedTuple):
-    opening: str
-    closing: str
-
-
-_REASONING = (ReasoningMarkers("<think>", "</think>"), ReasoningMarkers("[THINK]", "[/THINK]"))
 # Qwen3-Coder and GLM have Hermes' tags around calls that are no JSON.
 _NO_JSON = re.compile("<function=|<arg_key>")
 # The ids that Mistral's templates take.
@@ -99,7 +93,7 @@ def find_format(template: str) -> ToolFormat:
 @lru_cache(maxsize=8)
 def find_reasoning(template: str) -> ReasoningMarkers | None:
     """What a model with this chat template has around its reasoning, None for one that does not reason."""
-    return next((markers for markers in _REASONING if markers.closing in template), None)
+    return next((markers for markers in REASONING_MARKERS if markers.closing in template), None)
 
 
 def make_call_id(style: CallStyle) -> str:
