@@ -2,8 +2,8 @@
 
     seconds = a + b P + g D + h K + e P C
 
-with P prompt tokens, D decoding sequences, K the tokens of context these read together, and C the mean context of the
-prompt tokens. Least squares with forgetting: the normal equations fade by 0.995 a step, and a sweep of Gauss-Seidel
+with P prompt tokens, D decoding sequences and the tokens drafted for them, K the tokens of context the sequences read
+together, and C the mean context of the prompt tokens. Least squares with forgetting: the normal equations fade by 0.995 a step, and a sweep of Gauss-Seidel
 that keeps each coefficient from being negative follows every observation (the equations hardly move between two, so
 that successive sweeps converge).
 Source: the budget is that of Sarathi-Serve (OSDI 2024), chosen online in place of by hand.
@@ -37,12 +37,14 @@ _DEAREST_TOKEN = 100.0
 
 class StepShape(NamedTuple):
     """What decides how long a step takes. `decode_context` adds up all decoding sequences' tokens, `prompt_context` is
-    the mean over prompt tokens."""
+    the mean over prompt tokens. A token that is drafted beyond a sequence's next one costs what a sequence does, but for
+    the context, which is read once."""
 
     num_prompt_tokens: float
     num_decoding: int
     decode_context: int
     prompt_context: float = 0.0
+    num_drafted: int = 0
 
 
 class StepTimeModel:
@@ -84,6 +86,10 @@ class StepTimeModel:
         """Seconds for a step of this shape; 0 as long as nothing is known."""
         return sum(map(float.__mul__, _features(shape), self._coefficients))
 
+    def drafted_token_s(self) -> float:
+        """Seconds that a token adds that is drafted for a decoding sequence."""
+        return self._coefficients[2] * _SCALES[2]
+
     def prompt_token_s(self, context: float = 0.0) -> float:
         """Seconds that one more prompt token adds."""
         return self._coefficients[1] * _SCALES[1] + self._coefficients[4] * _SCALES[4] * context
@@ -112,11 +118,11 @@ class StepTimeModel:
 
 
 def _features(shape: StepShape) -> tuple[float, ...]:
-    num_prompt, num_decoding, context, prompt_context = shape
+    num_prompt, num_decoding, context, prompt_context, num_drafted = shape
     return (
         1.0,
         num_prompt * _SCALES[1],
-        num_decoding * _SCALES[2],
+        (num_decoding + num_drafted) * _SCALES[2],
         context * _SCALES[3],
         num_prompt * prompt_context * _SCALES[4],
     )
