@@ -2,10 +2,9 @@
 
 Owned by the engine thread. It reads sequences and never changes them: the scheduler records what was computed.
 A draft is verified without rejection sampling: what is drawn at a place follows from its logits and its row's seed and
-position alone (see kernels/sampling.py), so a token is drawn at each of the draft's places as if those before it were
-so, and it counts if they came out so. Answers are, token for token, those without drafts; and as the draft is certain of
-its tokens, each is accepted with the model's own probability of it, which is the most that is possible (Leviathan et al.,
-ICML 2023).
+position alone (see kernels/sampling.py). So a token is drawn at each of the draft's places as if those before it were
+true, and counts if they were. Answers are, token for token, those without drafts; and each token of a draft comes true
+with the model's own probability of it, which is the most that is possible (Leviathan et al., ICML 2023).
 """
 
 import itertools

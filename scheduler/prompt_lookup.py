@@ -1,10 +1,10 @@
 """Drafts of what a sequence will say next, looked up in what it has said or been told before.
 
 The last tokens of a sequence are looked for at an earlier place in it, and what followed there is the draft, which the
-next step verifies (see model_runner). Each sequence has its own: where its runs of tokens are, and how often drafts have
-come true. Pure, and on the engine thread.
-Papers: prompt lookup decoding (Saxena, 2023), LLMA (Yang et al., 2023); how many draft tokens pay follows from speculative
-decoding (Leviathan et al., ICML 2023), with a token's chance and its cost learned in place of presumed. Deviation: a draft
+next step verifies (see model_runner). Each sequence has its own: where its runs of tokens are, and how often drafts
+have come true. Pure, and on the engine thread.
+Papers: prompt lookup decoding (Saxena, 2023), LLMA (Yang et al., 2023); how many draft tokens pay is speculative
+decoding's question (Leviathan et al., ICML 2023), here with a chance and a cost that are learned. Deviation: a draft
 that comes to the sequence's end goes on in itself, as LZ77's copies do, so that what repeats is drafted at any length.
 """
 
@@ -18,8 +18,9 @@ import numpy as np
 # told; and how fast the estimate follows.
 _PRESUMED = {3: 0.7, 2: 0.3}
 _FOLLOWING = 0.15
-# What is not tried for its small chance is presumed a little likelier each time.
-_RECOVERY = 0.02
+# Of every so many drafts that would not pay, a token is tried all the same: text changes, and what a token costs is
+# known only where some are tried.
+_PASSED_OVER = 16
 # Runs of tokens are numbers: ids are below this.
 _ID_BITS = 21
 # Fewer are added one by one.
@@ -68,11 +69,12 @@ class Match(NamedTuple):
 class PromptLookup:
     """A sequence's earlier places, and how far they can be trusted."""
 
-    __slots__ = ("_sizes", "_tried")
+    __slots__ = ("_num_passed_over", "_sizes", "_tried")
 
     def __init__(self) -> None:
         self._sizes = [_Runs(size) for size in _PRESUMED]  # the longest first
         self._tried = self._sizes[0]
+        self._num_passed_over = 0
 
     def find(self, token_ids: "array[int]") -> Match | None:
         """The last earlier place of the last tokens, of as many of them as are found. Only ever more tokens come."""
@@ -85,11 +87,11 @@ class PromptLookup:
         return found
 
     def draft(self, match: Match, token_ids: "array[int]", num_tokens: int) -> tuple[int, ...]:
-        """What followed at a place; with `num_tokens` 0 it is passed over as too unlikely."""
+        """What followed at a place, so many tokens of it; where none would pay, mostly none."""
         self._tried = match.runs
         if num_tokens == 0:
-            match.runs.chance += _RECOVERY * (_PRESUMED[match.runs.size] - match.runs.chance)
-            return ()
+            self._num_passed_over = (self._num_passed_over + 1) % _PASSED_OVER
+            num_tokens = int(self._num_passed_over == 0)
         drafted = token_ids[match.start : match.start + num_tokens].tolist()
         period = len(token_ids) - match.start
         for i in range(len(drafted), num_tokens):
@@ -104,8 +106,8 @@ class PromptLookup:
 
 
 def num_worthwhile(most: int, chance: float, num_expected: float, step_s: float, token_s: float) -> int:
-    """How many draft tokens, each of that chance where those before it came true, pay in a step that takes `step_s` and
-    makes `num_expected` tokens without them: as long as one more makes more tokens per second than the step."""
+    """How many draft tokens pay, each of that chance where those before it came true, in a step that takes `step_s` and
+    makes `num_expected` tokens without them: as long as one more makes more tokens per second than the step does."""
     num, come_true = 0, chance
     while num < most and come_true * step_s >= token_s * num_expected:
         num += 1
@@ -116,8 +118,8 @@ def num_worthwhile(most: int, chance: float, num_expected: float, step_s: float,
 
 
 def verified(draft: Seq[int], drawn: Seq[int | None]) -> tuple[int, ...]:
-    """Of the tokens drawn at a draft's places, the first at the place before it, those that stand behind what came true:
-    all that would have been drawn one by one. `drawn` [len(draft) + 1] has None where there were no numbers."""
+    """Of the tokens drawn at a draft's places, the first at the place before it, those that stand behind what came
+    true: as would have been drawn one by one. `drawn` [len(draft) + 1] has None where there were no numbers."""
     token_ids: list[int] = []
     for i, token_id in enumerate(drawn):
         if token_id is None:

@@ -37,9 +37,9 @@ class Sequence:
     known. `account` is its tenant's in the fair queue, and tokens up to `num_charged_tokens` cost it nothing more.
     `num_shared_blocks` of its blocks it found in the cache. `block_ids` is one list for as long as it keeps its blocks,
     and only ever appended to: backends keep copies. `grammar` is where its answer is in the request's. With
-    `needs_last_token` the runner has to know all its tokens to sample the next one; where that and log probabilities are
-    not asked for, `is_draftable`, and `lookup` is there once something was. `is_long` where its prompt took more than two
-    steps when it came.
+    `needs_last_token` the runner has to know all its tokens to sample the next one. One that `is_draftable` can do
+    without, and asks for no log probabilities; its `lookup` is made when it is first looked at. `is_long` where its
+    prompt took more than two steps when it came.
     """
 
     __slots__ = (

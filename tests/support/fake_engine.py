@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.block_pool import BlockPool
+from headrace.scheduler.config import SchedulingPolicy
 from headrace.scheduler.engine_core import ComputedStep, LaunchedStep
 from headrace.scheduler.errors import DeviceLostError
 from headrace.scheduler.messages import RowResult, TokenLogprobs
@@ -235,6 +236,7 @@ def make_scheduler(
     max_num_batched_tokens: int = 64,
     max_num_seqs: int = 32,
     has_prefix_cache: bool = True,
+    policy: SchedulingPolicy | None = None,
 ) -> Scheduler:
     return Scheduler(
         BlockPool(num_blocks),
@@ -242,6 +244,7 @@ def make_scheduler(
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
         has_prefix_cache=has_prefix_cache,
+        policy=policy,
     )
 
 

@@ -22,7 +22,9 @@ def searched(token_ids: Seq[int]) -> int | None:
     return None
 
 
-@given(tokens=st.lists(st.integers(0, 3), max_size=300), first=st.integers(0, 300), strides=st.lists(st.integers(1, 80)))
+@given(
+    tokens=st.lists(st.integers(0, 3), max_size=300), first=st.integers(0, 300), strides=st.lists(st.integers(1, 80))
+)
 @example(tokens=[2**21 - 1] * 300, first=2, strides=[])
 def test_a_place_is_that_which_a_search_finds_however_many_tokens_come_between_two_looks(
     tokens: list[int], first: int, strides: list[int]
@@ -76,7 +78,7 @@ def test_a_sequence_whose_drafts_fail_is_drafted_for_less_and_one_whose_drafts_c
     assert match.chance > 0.9
 
 
-def test_what_is_passed_over_as_unlikely_is_tried_again_some_time() -> None:
+def test_of_what_would_not_pay_a_token_is_tried_now_and_then() -> None:
     token_ids = array("q", [1, 2, 3, 4, 1, 2, 3])
     lookup = PromptLookup()
     match = lookup.find(token_ids)
@@ -85,9 +87,11 @@ def test_what_is_passed_over_as_unlikely_is_tried_again_some_time() -> None:
         lookup.draft(match, token_ids, 1)
         lookup.learn(1, 0)
     assert num_worthwhile(8, match.chance, 1, 4.0, 1.0) == 0
-    for _ in range(200):
-        lookup.draft(match, token_ids, 0)
-    assert num_worthwhile(8, match.chance, 1, 4.0, 1.0) > 0
+    drafts = [lookup.draft(match, token_ids, 0) for _ in range(48)]
+    assert drafts.count((4,)) == 3
+    assert drafts.count(()) == 45
+    lookup.learn(1, 1)
+    assert num_worthwhile(8, match.chance, 1, 8.0, 1.0) > 0
 
 
 @given(
