@@ -42,6 +42,7 @@ FREE = {
     "scheduler_bench.py",
     "simulate.py",
     "simulated_server.py",
+    "speculation.py",
     "unbatched_server.py",
 }
 
