@@ -202,7 +202,7 @@ async def test_after_a_kill_at_any_step_events_and_cursors_are_those_of_an_unint
 async def test_after_a_kill_between_drafts_events_and_cursors_are_those_without_them(
     path: Path, tmp_path: Path
 ) -> None:
-    fields = {"prompt": "river", "max_tokens": 60}
+    fields: dict[str, Any] = {"prompt": "river", "max_tokens": 60}
     async with live_app(runner=CharacterRunner()) as app:
         expected = contents_of((await read(app, await create(app, **fields))).events())
     for num_steps in (13, 14, 16):
