@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 CLIENTS := tests/e2e/clients
 CLIENT_VENVS := $(CLIENTS)/.venvs
 ARGS ?=
-FUZZ_TARGETS ?= request_parser sse_encoder gguf_reader stop_strings
+FUZZ_TARGETS ?= request_parser sse_encoder gguf_reader stop_strings answer_parser
 FUZZ_S ?= 60
 # pip, with a line per package instead of its dozens.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
@@ -20,7 +20,7 @@ PIP_PROGRESS := sed -un 's/^Collecting \([^ ]*\).*/  \1/p; s/^ *Downloading \(.*
 help:
 	@echo "make serve     install and serve the demo model on 127.0.0.1:8000 (ARGS='--port 9000' for more)"
 	@echo "make test      install with the test extras and run the tests (no GPU needed)"
-	@echo "make test-all  the same and the long ones: clients in environments of their own (1.6 GB), a soak of ten minutes"
+	@echo "make test-all  the same and the long ones: clients in environments of their own (2 GB), a soak of ten minutes"
 	@echo "make fuzz      fuzz what reads others' bytes, FUZZ_S seconds each (60), where Python has a wheel of atheris"
 	@echo "make check     format, lint, types, tests"
 
@@ -28,7 +28,7 @@ setup: $(VENV)/.installed
 
 setup-test: $(VENV)/.installed-test tests/e2e/node_modules/.installed
 
-setup-clients: $(patsubst %,$(CLIENT_VENVS)/%/.installed,openai2 langchain litellm vllm-bench mlserver locust lm-eval) \
+setup-clients: $(patsubst %,$(CLIENT_VENVS)/%/.installed,openai2 langchain litellm vllm-bench mlserver locust gradio lm-eval) \
 	$(CLIENT_VENVS)/vllm-bench/endpoint_request_func.py $(CLIENTS)/node_modules/.installed
 
 $(BIN)/python:
@@ -93,7 +93,7 @@ lint: setup-test .typecheck
 	@$(BIN)/ruff check .
 	@$(BIN)/clang-format --dry-run --Werror kernels/cpu/*.h kernels/cpu/*.cpp benchmarks/*.cpp
 	@$(BIN)/mypy -p headrace
-	@$(BIN)/mypy tests
+	@$(BIN)/mypy tests examples
 
 # mypy cannot follow an editable install whose folders are renamed; links show it the import names.
 .typecheck:

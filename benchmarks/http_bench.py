@@ -30,6 +30,7 @@ from headrace.scheduler.messages import RowResult
 from headrace.scheduler.model_source import resolve_model
 from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
 from headrace.scheduler.step_time import StepShape
+from headrace.scheduler.step_tracer import StepTracer
 from headrace.server.serve import serve
 from headrace.server.settings import load_settings
 from headrace.server.tokenizer import load_tokenizer
@@ -54,6 +55,7 @@ class PacedRunner:
     def __init__(self, token_ids: Sequence[int], vocab_size: int, max_context_tokens: int, step_s: float) -> None:
         self.vocab_size = vocab_size
         self.max_context_tokens = max_context_tokens
+        self.tracer = StepTracer()
         self._results = itertools.cycle([RowResult(token_id) for token_id in token_ids])
         self._step_s = step_s
         self._due_s = 0.0

@@ -22,11 +22,11 @@ from headrace.scheduler.messages import (
     EngineStopped,
     FinishReason,
     GenerationRequest,
-    OneShotBatch,
     RowResult,
     SamplingParams,
     SequenceOutput,
     StepOutput,
+    Submission,
     Tier,
 )
 from headrace.scheduler.scheduler import ScheduledRow, Scheduler, SchedulerOutput
@@ -159,9 +159,9 @@ class SimulatedEngine:
             EngineReady(num_tokens, self.scheduler.max_num_seqs, 10_000, "simulated", None, self.scheduler.load())
         )
 
-    def submit(self, request: GenerationRequest | OneShotBatch) -> None:
-        assert isinstance(request, GenerationRequest), "one-shot models are not simulated"
-        self._requests.append(request)
+    def submit(self, submission: Submission) -> None:
+        assert isinstance(submission, GenerationRequest), "nothing else is simulated"
+        self._requests.append(submission)
         self._wake_up()
 
     def cancel(self, request_id: int) -> None:
@@ -244,7 +244,7 @@ class _LetterDetokenizer(Detokenizer):
 
     def __init__(self) -> None:
         self.num_chars = 0
-        self.is_stopped = False
+        self.stop_string = None
 
     def push(self, token_id: int) -> str:
         self.num_chars += 1

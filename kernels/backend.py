@@ -7,7 +7,7 @@ Dimension letters as in `ops`; R rows whose logits are wanted, V tokens in the v
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -28,6 +28,7 @@ class StepBatch:
     - block_tables: B lists of block numbers, each at least ceil(context_lens[b] / S) long: a sequence's is the same
       object for as long as it keeps its blocks, and only ever appended to, and one that lost them has a new one
     - logit_rows: R indices into token_ids, whose next token's logits are wanted
+    - adapters: B ints, 0 for a sequence without an adapter, else 1 + the index of its own; or none, if no one has one
     """
 
     token_ids: list[int]
@@ -35,6 +36,7 @@ class StepBatch:
     context_lens: list[int]
     block_tables: list[list[int]]
     logit_rows: list[int]
+    adapters: list[int] = field(default_factory=list)
 
 
 class PendingRead(Protocol):
@@ -87,6 +89,9 @@ class Backend(Protocol):
 
     def use_idle_time(self) -> bool:
         """Do a few milliseconds of what later steps are quicker for; returns whether there was something to do."""
+
+    def profile(self) -> dict[str, float]:
+        """Seconds that the calling thread has spent in each kind of phase so far; empty where nobody counts them."""
 
     def recover(self) -> None:
         """Make ready for the next step after one that raised. Raises: RuntimeError where the device is lost."""

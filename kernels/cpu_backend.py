@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from headrace.kernels.backend import HostRead, StepBatch
 from headrace.kernels.decoder import DecoderConfig
+from headrace.kernels.lora import Adapter, LowRank
 from headrace.kernels.quantised import GROUP_BYTES, GROUP_SIZE, QuantisedWeight
 from headrace.kernels.sampling import SamplingBatch
 from headrace.kernels.step_times import StepTimes
@@ -34,6 +36,7 @@ _PANELS_AT_ONCE = 8
 _MAX_KEPT_ROWS = 256
 _PANEL = 32
 _TILE_TOKENS = 16
+_RANK_UNIT = 16
 _FORMATS = {"bfloat16": 0, "Q4_0": 1, "Q4_1": 2, "Q8_0": 3}
 _MAX_HEAD_DIM = 256
 PHASES = ("embed", "norm", "qkv", "attention", "out", "gate_up", "down", "head")
@@ -50,6 +53,21 @@ class _Linear(ctypes.Structure):
 
 
 _LINEARS = ("query", "key", "value", "out", "gate", "up", "down")
+# Their modules' names, in this order.
+_MODULES = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
+
+
+class _LowRank(ctypes.Structure):
+    _fields_ = (
+        ("down", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("num_inputs", ctypes.c_int64),
+    )
+
+
+class _LayerAdapter(ctypes.Structure):
+    _fields_ = (("targets", _LowRank * len(_LINEARS)),)
 
 
 class _Layer(ctypes.Structure):
@@ -88,6 +106,8 @@ class _ModelConfig(ctypes.Structure):
         ("embedding", _Linear),
         ("head", _Linear),
         ("layers", ctypes.c_void_p),
+        ("num_adapters", ctypes.c_int64),
+        ("adapters", ctypes.c_void_p),
     )
 
 
@@ -105,6 +125,7 @@ class _Batch(ctypes.Structure):
                 "logit_rows",
                 "logits",
                 "argmax",
+                "adapters",
             )
         ),
     )
@@ -182,6 +203,7 @@ class CpuBackend:
         activation_bits: int = 8,
         has_wide_copy: bool = False,
         touched_ahead_bytes: int = 0,
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         self._library = library
         self._vocab_size = config.vocab_size
@@ -197,6 +219,10 @@ class CpuBackend:
             layers[i].window = window or 0
             caches.append(_allocate(cache_bytes))
             layers[i].cache = packer.keep(caches[-1])
+        self._num_adapters = len(adapters)
+        layer_adapters = (_LayerAdapter * (len(adapters) * len(layers)))()
+        for i, (adapter, layer) in enumerate(itertools.product(adapters, range(len(layers)))):
+            _pack_adapter(packer, layer_adapters[i], adapter, f"model.layers.{layer}", config)
         model = _ModelConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -218,6 +244,8 @@ class CpuBackend:
             embedding=embedding,
             head=embedding if head is None else packer.linear(head),
             layers=ctypes.addressof(layers),
+            num_adapters=len(adapters),
+            adapters=ctypes.addressof(layer_adapters),
         )
         self.weight_bytes = packer.weight_bytes
         self.weight_types = sorted(packer.weight_types)
@@ -323,6 +351,10 @@ class CpuBackend:
         assert ((logit_rows >= 0) & (logit_rows < len(token_ids))).all(), "logits of a row that does not exist"
         assert ((query_lens >= 1) & (query_lens <= context_lens)).all(), "a row without tokens"
         assert (context_lens <= table_lens * self._block_size).all(), "a block table is too short"
+        adapters = array(batch.adapters) if any(batch.adapters) else None
+        if adapters is not None:
+            assert len(adapters) == len(query_lens), "adapters of more or fewer sequences"
+            assert ((adapters >= 0) & (adapters <= self._num_adapters)).all(), "an adapter that does not exist"
         last_block = int(blocks.max())
         assert 0 <= blocks.min() <= last_block < self._num_blocks, "a block that does not exist"
         self._cache_use.num_blocks = max(self._cache_use.num_blocks, last_block + 1)
@@ -339,6 +371,7 @@ class CpuBackend:
             logit_rows.ctypes.data,
             None if logits is None else logits.ctypes.data,
             argmax.ctypes.data,
+            None if adapters is None else adapters.ctypes.data,
         )
         self._lock_wait_s = 0.0
         status = self._library.headrace_step(self._handle, ctypes.byref(step), self._times.ctypes.data)
@@ -452,6 +485,15 @@ class _Packer:
         self.weight_bytes += data.nbytes
         return _Linear(self.keep(data), packed_bias, _FORMATS[type_name], num_inputs, padded // _PANEL)
 
+    def low_rank(self, part: LowRank, head_dim: int | None = None) -> _LowRank:
+        """What is added to a weight, whose rows are padded as `linear` does."""
+        num_missing = -part.rank % _RANK_UNIT
+        down = F.pad(part.down, (0, 0, 0, num_missing)).to(torch.bfloat16)
+        kept_down = self.allocate(down.nbytes)
+        kept_down.view(np.int16).reshape(down.shape)[:] = down.view(torch.int16).numpy()
+        up = _pack_bfloat16(F.pad(part.up, (0, num_missing)), head_dim or len(part.up), self.allocate)
+        return _LowRank(self.keep(kept_down), self.keep(up), *down.shape)
+
 
 def _pack_layer(packer: _Packer, layer: _Layer, weights: dict[str, Weight], prefix: str, config: DecoderConfig) -> None:
     def linear(name: str, head_dim: int | None = None) -> _Linear:
@@ -468,6 +510,13 @@ def _pack_layer(packer: _Packer, layer: _Layer, weights: dict[str, Weight], pref
     layer.post_norm = packer.vector(weights.pop(f"{prefix}.post_attention_layernorm.weight"))
     layer.query_norm = packer.vector(weights.pop(f"{prefix}.self_attn.q_norm.weight", None))
     layer.key_norm = packer.vector(weights.pop(f"{prefix}.self_attn.k_norm.weight", None))
+
+
+def _pack_adapter(packer: _Packer, layer: _LayerAdapter, adapter: Adapter, prefix: str, config: DecoderConfig) -> None:
+    for i, name in enumerate(_MODULES):
+        if (part := adapter.get(f"{prefix}.{name}")) is not None:
+            has_heads = name.endswith(("q_proj", "k_proj", "v_proj"))
+            layer.targets[i] = packer.low_rank(part, config.head_dim if has_heads else None)
 
 
 def _pad_rows(rows: npt.NDArray[np.generic], unit: int) -> npt.NDArray[np.generic]:

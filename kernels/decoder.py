@@ -1,7 +1,8 @@
 """The compact packed decoder: a Llama-like transformer over one packed batch and one paged KV cache.
 
 Tensors in, tensors out: it knows no sequence, only token ids, positions, slots and an attention plan. The query, key
-and value projections are one product, as are gate and up.
+and value projections are one product, as are gate and up. Where some rows have an adapter, what is added to products
+comes between ops that are else fused.
 Papers: Llama (Touvron et al., 2023), Mistral (Jiang et al., 2023), Qwen2 (2024) and Qwen3 (2025) as Hugging Face's
 classes compute them; norms, rotation and attention accumulate in float32.
 """
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from headrace.kernels.linear import pack_linear
+from headrace.kernels.lora import Adapter, AdapterRows, LowRank, add_low_rank, merge
 from headrace.kernels.ops import HeadNorms, Hidden, LayerCache, Linear, Ops
 from headrace.kernels.quantised import QuantisedWeight
 
@@ -71,7 +73,7 @@ class PackedBatch:
     """One step's input.
 
     token_ids, positions, slot_mapping int64 [T]; logit_rows int64 [R], the rows whose logits are wanted;
-    attention_plan from the ops' `plan_attention`.
+    attention_plan from the ops' `plan_attention`; adapter_rows the rows that have adapters, where some do.
     """
 
     token_ids: torch.Tensor
@@ -79,6 +81,7 @@ class PackedBatch:
     slot_mapping: torch.Tensor
     logit_rows: torch.Tensor
     attention_plan: Any
+    adapter_rows: tuple[AdapterRows, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +128,33 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(size)
 
 
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A product of a layer, and what each adapter adds to it."""
+
+    linear: Linear
+    low_ranks: list[LowRank | None]
+
+
 class _Layer:
     """One layer's weights, laid out. Biases (Qwen2) and the norms of query and key heads (Qwen3) are optional."""
 
-    def __init__(self, weights: Mapping[str, Weight], prefix: str, eps: float, make_linear: MakeLinear) -> None:
-        def linear(*names: str, norm: torch.Tensor | None = None) -> Linear:
+    def __init__(
+        self,
+        weights: Mapping[str, Weight],
+        prefix: str,
+        eps: float,
+        make_linear: MakeLinear,
+        adapters: Sequence[Adapter],
+    ) -> None:
+        def product(*names: str, norm: torch.Tensor | None = None) -> _Product:
             biases = [vector(f"{prefix}.{name}.bias") for name in names if f"{prefix}.{name}.bias" in weights]
             parts = [weights[f"{prefix}.{name}.weight"] for name in names]
-            return make_linear(parts, torch.cat(biases) if biases else None, norm)
+            linear = make_linear(parts, torch.cat(biases) if biases else None, norm)
+            sizes = [part.shape[0] for part in parts]
+            return _Product(
+                linear, [merge([each.get(f"{prefix}.{name}") for name in names], sizes) for each in adapters]
+            )
 
         def vector(name: str) -> torch.Tensor:
             weight = weights[name]
@@ -143,10 +165,10 @@ class _Layer:
         self.post_norm = vector(f"{prefix}.post_attention_layernorm.weight")
         q_norm, k_norm = (f"{prefix}.self_attn.{name}_norm.weight" for name in "qk")
         self.head_norms = HeadNorms(vector(q_norm), vector(k_norm), eps) if q_norm in weights else None
-        self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", norm=self.input_norm)
-        self.out = linear("self_attn.o_proj")
-        self.gate_up = linear("mlp.gate_proj", "mlp.up_proj", norm=self.post_norm)
-        self.down = linear("mlp.down_proj")
+        self.qkv = product("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", norm=self.input_norm)
+        self.out = product("self_attn.o_proj")
+        self.gate_up = product("mlp.gate_proj", "mlp.up_proj", norm=self.post_norm)
+        self.down = product("mlp.down_proj")
 
 
 class Decoder:
@@ -154,7 +176,7 @@ class Decoder:
 
     `weights` maps Hugging Face's parameter names to tensors of one dtype on one device, or to quantised matrices where
     `make_linear` takes those; it is not kept: each is let go once laid out. A missing `lm_head.weight` means that it is
-    tied to the embedding.
+    tied to the embedding. `adapters` are of any dtype.
     """
 
     def __init__(
@@ -164,6 +186,7 @@ class Decoder:
         ops: Ops,
         make_linear: MakeLinear = pack_linear,
         make_head: MakeLinear = pack_linear,
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         self.shape = config.shape
         self._config = config
@@ -174,10 +197,14 @@ class Decoder:
         self._embedding, self._norm = embedding, norm
         self.dtype, self.device = embedding.dtype, embedding.device
         self._head = make_head([weights.pop("lm_head.weight", embedding)], None, norm)
+        adapters = [
+            {name: LowRank(*(part.to(self.device, self.dtype) for part in parts)) for name, parts in adapter.items()}
+            for adapter in adapters
+        ]
         self._layers = []
         for i in range(len(config.windows)):
             prefix = f"model.layers.{i}"
-            self._layers.append(_Layer(weights, prefix, config.rms_norm_eps, make_linear))
+            self._layers.append(_Layer(weights, prefix, config.rms_norm_eps, make_linear, adapters))
             for name in [name for name in weights if name.startswith(f"{prefix}.")]:
                 del weights[name]
         self._inv_freq = config.inv_freq.float().to(self.device)
@@ -188,17 +215,41 @@ class Decoder:
         config, ops = self._config, self._ops
         num_q, num_kv, eps = config.num_heads, config.num_kv_heads, config.rms_norm_eps
         scale = config.head_dim**-0.5
+        adapter_rows = batch.adapter_rows
         angles = batch.positions[:, None].float() * self._inv_freq
         cos, sin = angles.cos() * config.rope_scale, angles.sin() * config.rope_scale
         hidden = Hidden(F.embedding(batch.token_ids, self._embedding))
         for layer, window, layer_cache in zip(self._layers, config.windows, cache.layers, strict=True):
-            qkv = ops.norm_linear(hidden, layer.input_norm, eps, layer.qkv).view(
+            qkv = self._of_norm(hidden, layer.input_norm, layer.qkv, adapter_rows).view(
                 -1, num_q + 2 * num_kv, config.head_dim
             )
             q = ops.rope_and_write_kv(qkv, layer.head_norms, cos, sin, layer_cache, batch.slot_mapping)
             attended = ops.paged_attention(q, layer_cache, batch.attention_plan, scale, window)
-            hidden = ops.linear_add(attended.flatten(1), layer.out, hidden)
-            activated = ops.norm_gate_up(hidden, layer.post_norm, eps, layer.gate_up)
-            hidden = ops.linear_add(activated, layer.down, hidden)
+            hidden = self._added_to(hidden, attended.flatten(1), layer.out, adapter_rows)
+            if adapter_rows:
+                activated = ops.silu_mul(self._of_norm(hidden, layer.post_norm, layer.gate_up, adapter_rows))
+            else:
+                activated = ops.norm_gate_up(hidden, layer.post_norm, eps, layer.gate_up.linear)
+            hidden = self._added_to(hidden, activated, layer.down, adapter_rows)
         # Only the rows that are sampled pass the head, the largest product of all.
         return ops.norm_linear(Hidden(hidden.values[batch.logit_rows]), self._norm, eps, self._head).float()
+
+    def _of_norm(
+        self, hidden: Hidden, norm_weight: torch.Tensor, product: _Product, adapter_rows: Sequence[AdapterRows]
+    ) -> torch.Tensor:
+        """The product of a norm [T, out], with what adapters add to it."""
+        eps = self._config.rms_norm_eps
+        y = self._ops.norm_linear(hidden, norm_weight, eps, product.linear)
+        if adapter_rows:
+            add_low_rank(y, self._ops.rms_norm(hidden.values, norm_weight, eps), product.low_ranks, adapter_rows)
+        return y
+
+    def _added_to(
+        self, hidden: Hidden, x: torch.Tensor, product: _Product, adapter_rows: Sequence[AdapterRows]
+    ) -> Hidden:
+        """hidden + the product of x [T, in], with what adapters add to it."""
+        hidden = self._ops.linear_add(x, product.linear, hidden)
+        if not adapter_rows:
+            return hidden
+        add_low_rank(hidden.values, x, product.low_ranks, adapter_rows)
+        return Hidden(hidden.values)  # whose squares are others now

@@ -3,7 +3,7 @@
 The host sends an array per step, tokens and lengths, and another of what is new in the block tables, which stay on the
 device. Tokens that the step before drew are taken from where it left them, so a step can be launched before they are
 known. Sizes are padded to a few; each has a graph, captured when the engine warms up. A padding sequence has no tokens,
-a padding token no slot.
+a padding token no slot. A step with a row that has an adapter is launched op by op, as it is.
 """
 
 from collections import OrderedDict
@@ -20,6 +20,7 @@ from headrace.kernels import triton_sampling
 from headrace.kernels.backend import StepBatch
 from headrace.kernels.decoder import Decoder, KVCache, PackedBatch
 from headrace.kernels.hf_decoder import HuggingFaceDecoder
+from headrace.kernels.lora import AdapterRows, rows_by_adapter
 from headrace.kernels.sampling import SamplingBatch, modify_logits, uniforms, upload
 from headrace.kernels.step_times import StepTimes
 from headrace.kernels.triton_attention import AttentionPlan
@@ -183,7 +184,7 @@ class GpuBackend:
             graph.capture_end()
         self._graphs[size] = _Graph(graph.replay, logits)
 
-    def _compute(self, size: _Size) -> torch.Tensor:
+    def _compute(self, size: _Size, adapter_rows: tuple[AdapterRows, ...] = ()) -> torch.Tensor:
         plan = AttentionPlan(
             self._query_starts[: size.num_sequences + 1],
             self._context_lens[: size.num_sequences],
@@ -198,6 +199,7 @@ class GpuBackend:
             self._slots[: size.num_tokens],
             self._logit_rows[: size.num_rows],
             plan,
+            adapter_rows,
         )
         logits = self._decoder.forward(batch, self._cache)
         self._drawn[: size.num_rows].copy_(triton_sampling.argmax(logits))
@@ -205,11 +207,12 @@ class GpuBackend:
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> torch.Tensor:
-        size = self._padded_size(batch)
+        adapter_rows = rows_by_adapter(batch.adapters, batch.query_lens, self._device)
+        size = self._padded_size(batch, has_adapters=bool(adapter_rows))
         self._prepare(batch, size)
-        graph = self._graphs.get(size)
+        graph = None if adapter_rows else self._graphs.get(size)
         if graph is None:
-            logits = self._compute(size)
+            logits = self._compute(size, adapter_rows)
         else:
             graph.replay()
             logits = graph.logits
@@ -248,6 +251,9 @@ class GpuBackend:
         self._clock.restart()
         return False
 
+    def profile(self) -> dict[str, float]:
+        return {}
+
     def recover(self) -> None:
         if self._is_cuda:
             torch.cuda.synchronize(self._device)
@@ -255,9 +261,10 @@ class GpuBackend:
         # A launch that raised half-way may not have sent what these say was written.
         self._tables.clear()
 
-    def _padded_size(self, batch: StepBatch) -> _Size:
+    def _padded_size(self, batch: StepBatch, *, has_adapters: bool) -> _Size:
         num_tokens, num_sequences, num_rows = len(batch.token_ids), len(batch.query_lens), len(batch.logit_rows)
-        if num_rows > num_sequences or not self._graphs:  # prompts are scored, or nothing is gained from padding
+        is_scored = num_rows > num_sequences
+        if is_scored or has_adapters or not self._graphs:  # nothing is gained from padding
             return _Size(num_tokens, num_sequences, num_rows, has_prefill=True)
         if num_tokens == num_sequences == num_rows:
             padded = _next_size(num_sequences, self._decode_sizes)

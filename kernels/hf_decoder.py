@@ -3,20 +3,25 @@
 transformers calls the attention registered here in place of its own; the rest of the model is its code. What a family
 keeps outside that call (masks, RoPE tables that depend on the batch's lengths) would be lost in silence: hence the
 list of families, each tested equal to `generate()`, and the refusals. A mixture's experts are computed in tiles of
-one height, so that no row's bits depend on where its neighbours are routed.
+one height, so that no row's bits depend on where its neighbours are routed. What adapters add is added by hooks of the
+linear layers that they change.
 """
 
+import functools
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.moe import ExpertsInterface
 from transformers.utils import logging as transformers_logging
 
 from headrace.kernels.decoder import KVCache, ModelShape, PackedBatch
+from headrace.kernels.lora import Adapter, LowRank, add_low_rank
 from headrace.kernels.ops import Ops
 
 FAMILIES = frozenset(
@@ -117,8 +122,23 @@ class HuggingFaceDecoder:
             for i in layers
         ]
 
-    def load(self, weights: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device, ops: Ops) -> None:
-        """Take the weights, by Hugging Face's names of any age. Raises: WeightsError."""
+    @property
+    def linears(self) -> dict[str, torch.Size]:
+        """The weights [out, in] that an adapter can add to: of every linear layer but the head, which does not see all
+        rows."""
+        head = self._model.get_output_embeddings()
+        modules = self._model.named_modules()
+        return {name: each.weight.shape for name, each in modules if isinstance(each, nn.Linear) and each is not head}
+
+    def load(
+        self,
+        weights: dict[str, torch.Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        ops: Ops,
+        adapters: Sequence[Adapter] = (),
+    ) -> None:
+        """Take the weights, by Hugging Face's names of any age, and adapters of any dtype. Raises: WeightsError."""
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()  # what it would report is raised below
         try:
@@ -141,6 +161,12 @@ class HuggingFaceDecoder:
                     raise WeightsError(f"the model {verb} the weight {name}")
         self._model.to(device)
         self.dtype, self.device, self._ops = dtype, device, ops
+        for name in set().union(*adapters):
+            parts = [adapter.get(name) for adapter in adapters]
+            low_ranks = [
+                None if each is None else LowRank(*(part.to(device, dtype) for part in each)) for each in parts
+            ]
+            self._model.get_submodule(name).register_forward_hook(functools.partial(_adapt, low_ranks))
 
     def forward(self, batch: PackedBatch, cache: KVCache) -> torch.Tensor:
         """Compute the batch, write its keys and values to the cache, return float32 logits [R, vocabulary]."""
@@ -200,6 +226,17 @@ def _attend(
         softcap,
     )
     return attended[None], None
+
+
+def _adapt(
+    low_ranks: list[LowRank | None], module: nn.Linear, inputs: tuple[torch.Tensor], output: torch.Tensor
+) -> None:
+    """Add to a linear layer's output what adapters do."""
+    context = _current.get()
+    if isinstance(context, _Step) and context.batch.adapter_rows:
+        x, y = inputs[0].reshape(-1, module.in_features), output.view(-1, module.out_features)
+        assert len(x) == len(context.batch.token_ids), "a layer that does not see every row"
+        add_low_rank(y, x, low_ranks, context.batch.adapter_rows)
 
 
 def _mix_experts(

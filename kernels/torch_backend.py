@@ -8,6 +8,7 @@ import torch
 from headrace.kernels.backend import HostRead, PendingRead, StepBatch
 from headrace.kernels.decoder import Decoder, KVCache, PackedBatch
 from headrace.kernels.hf_decoder import HuggingFaceDecoder
+from headrace.kernels.lora import rows_by_adapter
 from headrace.kernels.ops import AttentionMetadata, Ops
 from headrace.kernels.sampling import SamplingBatch, argmax, sample
 
@@ -38,6 +39,9 @@ class TorchBackend:
     def use_idle_time(self) -> bool:
         return False
 
+    def profile(self) -> dict[str, float]:
+        return {}
+
     def recover(self) -> None:
         pass
 
@@ -66,4 +70,5 @@ class TorchBackend:
             slot_mapping=tensor(slots),
             logit_rows=tensor(batch.logit_rows),
             attention_plan=self._ops.plan_attention(metadata, size, device),
+            adapter_rows=rows_by_adapter(batch.adapters, batch.query_lens, device),
         )

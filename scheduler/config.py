@@ -27,7 +27,8 @@ class SchedulingPolicy:
 class EngineConfig:
     """`kv_cache_bytes` None sizes the cache from free memory; `max_model_len` None takes the model's own limit.
 
-    `tier_weights` and `itl_targets_s` are in the order of tiers; None takes the targets of the device.
+    `tier_weights` and `itl_targets_s` are in the order of tiers; None takes the targets of the device. `lora_adapters`
+    are PEFT's directories by the names that requests have.
     """
 
     model_path: Path
@@ -48,6 +49,7 @@ class EngineConfig:
     tier_weights: tuple[float, ...] = (8.0, 3.0, 1.0)
     itl_targets_s: tuple[float, ...] | None = None
     one_shot_share: float = 0.25
+    lora_adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
 class OneShotTask(StrEnum):

@@ -19,24 +19,29 @@ from typing import NamedTuple, Protocol
 from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.messages import (
+    DescribeSequences,
     EngineReady,
     EngineStopped,
-    GenerationRequest,
     OneShotBatch,
     OneShotOutput,
     RowResult,
     SequenceOutput,
+    SequencesDescribed,
     StepOutput,
     StepPauses,
+    StepsTraced,
+    Submission,
+    TraceSteps,
 )
 from headrace.scheduler.one_shot_runner import AbandonedError, OneShotModel, OneShotRunner
 from headrace.scheduler.scheduler import ScheduledRow, Scheduler, SchedulerOutput
 from headrace.scheduler.sequence import SequenceStatus
 from headrace.scheduler.step_time import StepShape
+from headrace.scheduler.step_tracer import StepTrace, StepTracer
 
 logger = logging.getLogger(__name__)
 
-Publication = EngineReady | StepOutput | OneShotOutput | EngineStopped
+Publication = EngineReady | StepOutput | OneShotOutput | StepsTraced | SequencesDescribed | EngineStopped
 
 _FAILED = "the model failed while computing this request"
 _UNKNOWN_SHAPE = StepShape(0, 0, 0)  # of rows taken out of their step
@@ -83,6 +88,7 @@ class Runner(Protocol):
     gpu_uuid: str | None
     max_context_tokens: int
     vocab_size: int
+    tracer: StepTracer
 
     @property
     def is_asynchronous(self) -> bool: ...
@@ -132,7 +138,7 @@ class Engine(Protocol):
 
     def start(self) -> None: ...
 
-    def submit(self, request: GenerationRequest | OneShotBatch) -> None: ...
+    def submit(self, submission: Submission) -> None: ...
 
     def cancel(self, request_id: int) -> None: ...
 
@@ -146,7 +152,8 @@ class EngineCore:
 
     `load` is called on that thread to build both, and before it `load_one_shots` for the models by their names: what
     memory they leave is the KV cache's. `publish` is called on that thread too and must return at once; it gets one
-    EngineReady, then a StepOutput per step and a OneShotOutput per batch, and one EngineStopped as the last thing.
+    EngineReady, then a StepOutput per step, a OneShotOutput per batch and an answer per question, and one EngineStopped
+    as the last thing.
     """
 
     def __init__(
@@ -160,7 +167,7 @@ class EngineCore:
         self._load_one_shots = load_one_shots
         self._publish = publish
         self._clock = clock
-        self._inbox: deque[GenerationRequest | OneShotBatch | None] = deque()  # to submit, to stop
+        self._inbox: deque[Submission | None] = deque()  # to submit, to stop
         self._cancels: deque[int] = deque()
         self._wake = threading.Event()
         self._is_stopping = False
@@ -169,18 +176,23 @@ class EngineCore:
         self._before: _Step | None = None  # in flight
         self._computed_s: float | None = None  # when the last step was, unless there has been nothing to do since
         self._pauses: StepPauses | None = None  # around the step recorded last
+        self._tracing: TraceSteps | None = None
+        self._num_traced = 0  # of its steps
         self._thread = threading.Thread(target=self._main, name="headrace-engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, request: GenerationRequest | OneShotBatch) -> None:
-        """Hand over a request or a batch; from any thread. A request's outputs come with later StepOutputs."""
-        self._inbox.append(request)
+    def submit(self, submission: Submission) -> None:
+        """Hand over a request, a batch or a question; from any thread. A request's outputs come with later StepOutputs.
+
+        Of traces the next is asked for when the one before has been answered.
+        """
+        self._inbox.append(submission)
         self._wake.set()
 
     def cancel(self, request_id: int) -> None:
-        """Ask for a request's or a batch's end; from any thread. One that is already over is left alone."""
+        """Ask for a request's, a batch's or a trace's end; from any thread. One that is already over is left alone."""
         self._cancels.append(request_id)
         self._wake.set()
 
@@ -227,7 +239,7 @@ class EngineCore:
             """Make the steps that are due before a one-shot model's next layer. Raises: AbandonedError at the end."""
             while True:
                 if self._wake.is_set():
-                    self._drain_inbox(scheduler, one_shots)
+                    self._drain_inbox(scheduler, runner, one_shots)
                 if self._is_stopping:
                     raise AbandonedError
                 has_streams = scheduler.has_work or self._before is not None
@@ -241,7 +253,7 @@ class EngineCore:
                 one_shots.earn(self._clock() - began_s)
 
         while True:
-            self._drain_inbox(scheduler, one_shots)
+            self._drain_inbox(scheduler, runner, one_shots)
             if self._is_stopping:
                 break
             if one_shots.has_work:
@@ -255,6 +267,8 @@ class EngineCore:
                 self.busy_since_s = None
                 self._wake.wait()
         outputs = self._record(scheduler, runner, self._before) if self._before is not None else []
+        if self._tracing is not None:
+            self._end_trace(runner)
         outputs += scheduler.fail_all("the server is shutting down")
         self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s)))
 
@@ -263,12 +277,16 @@ class EngineCore:
         before, self._before = self._before, None
         scheduler.other_share = other_share
         self.busy_since_s = started_s = self._clock()
+        if self._tracing is not None and not runner.tracer.is_on:
+            self._begin_trace(runner)
+        span = runner.tracer.range
         outputs: list[SequenceOutput] = []
         self._pauses = None
         if before is not None and scheduler.may_preempt:
             outputs += self._record(scheduler, runner, before)
             before = None
-        output = scheduler.schedule(started_s)
+        with span("schedule"):
+            output = scheduler.schedule(started_s)
         outputs += output.dropped
         step = self._launch(runner, output) if output.rows else None
         if before is not None:
@@ -277,7 +295,31 @@ class EngineCore:
             outputs += self._record(scheduler, runner, step)
             step = None
         self._before = step
-        self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s), self._pauses))
+        with span("publish"):
+            self._publish(StepOutput(tuple(outputs), scheduler.load(self._busy_s), self._pauses))
+        if runner.tracer.is_on:
+            self._num_traced += bool(output.rows)
+            if self._tracing is not None and self._num_traced == self._tracing.num_steps:
+                self._end_trace(runner)
+
+    def _begin_trace(self, runner: Runner) -> None:
+        try:
+            runner.tracer.begin()
+        except Exception:
+            logger.exception("a trace could not be begun")
+            self._end_trace(runner, "the profiler failed")
+
+    def _end_trace(self, runner: Runner, error: str | None = None) -> None:
+        """Answer with what has been recorded, if anything has."""
+        assert self._tracing is not None
+        trace: StepTrace | None = None
+        try:
+            trace = runner.tracer.end() if runner.tracer.is_on else None
+        except Exception:
+            logger.exception("a trace could not be ended")
+            error = "the profiler failed"
+        tracing, self._tracing = self._tracing, None
+        self._publish(StepsTraced(tracing.question_id, self._num_traced, trace, error))
 
     def _use_idle_time(self, runner: Runner) -> None:
         try:
@@ -288,33 +330,41 @@ class EngineCore:
         except Exception:  # of work that nobody has asked for
             logger.exception("what the engine does in idle time failed")
 
-    def _drain_inbox(self, scheduler: Scheduler, one_shots: OneShotRunner) -> None:
+    def _drain_inbox(self, scheduler: Scheduler, runner: Runner, one_shots: OneShotRunner) -> None:
         # Cleared before draining: what arrives after the last pop sets it again, so no wake-up is lost.
         self._wake.clear()
         # Taken first and acted on last: whatever they name has been submitted before them.
         cancels = [self._cancels.popleft() for _ in range(len(self._cancels))]
         while self._inbox:
-            request = self._inbox.popleft()
-            if request is None:
-                self._is_stopping = True
-            elif isinstance(request, OneShotBatch):
-                one_shots.add(request)
-            else:
-                scheduler.add(request)
+            match submission := self._inbox.popleft():
+                case None:
+                    self._is_stopping = True
+                case OneShotBatch():
+                    one_shots.add(submission)
+                case TraceSteps():
+                    self._tracing, self._num_traced = submission, 0
+                case DescribeSequences():
+                    self._publish(SequencesDescribed(submission.question_id, scheduler.describe()))
+                case _:
+                    scheduler.add(submission)
         scheduler.cancel(*cancels)
         one_shots.cancel(cancels)
+        if self._tracing is not None and self._tracing.question_id in cancels:
+            self._end_trace(runner)
 
     def _launch(self, runner: Runner, output: SchedulerOutput) -> _Step:
         began_s = self._clock()
         try:
-            return _Step(output, runner.launch(output), began_s)
+            with runner.tracer.range("launch"):
+                return _Step(output, runner.launch(output), began_s)
         except Exception as error:
             return _Step(output, _RaisedStep(error), began_s)
 
     def _record(self, scheduler: Scheduler, runner: Runner, step: _Step) -> list[SequenceOutput]:
         """Wait for a step and record it. One that raises ends those of its own sequences that it raises for; the engine
         goes on. Raises: DeviceLostError."""
-        results = _wait(step, is_logged=True)
+        with runner.tracer.range("wait"):
+            results = _wait(step, is_logged=True)
         if results is None:
             self._pauses = self._computed_s = None
             runner.recover()
@@ -329,7 +379,9 @@ class EngineCore:
         self._pauses = StepPauses(gap_s, times.lock_wait_s)
         self._busy_s += times.ended_s - times.began_s
         self._computed_s = times.ended_s
-        return scheduler.update(step.output, results, times)
+        with runner.tracer.range("update"):
+            # Of steps that are recorded, and slower for it, nothing is to be learned.
+            return scheduler.update(step.output, results, times, is_observed=not runner.tracer.is_on)
 
     def _compute_again(self, scheduler: Scheduler, runner: Runner, rows: list[ScheduledRow]) -> list[SequenceOutput]:
         """Record rows of a step that raised, computed in halves, and these in halves where they raise again, down to

@@ -148,6 +148,9 @@ class GGUFFile:
         """A tensor's first dimension, which the file writes last."""
         return int(self._tensors[name].shape[-1])
 
+    def num_values(self, name: str) -> int:
+        return int(self._tensors[name].n_elements)
+
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """Dequantise a tensor, and undo what llama.cpp's conversion did to its values.
 

@@ -1,17 +1,21 @@
 """The messages that cross between the event loop and the engine thread.
 
 All of them are frozen: the thread that made one hands it over and never touches it again. The loop sends
-GenerationRequest and request ids to cancel; the engine answers with one StepOutput per step.
+GenerationRequest and request ids to cancel; the engine answers with one StepOutput per step. What an operator asks is
+answered once.
 Times are seconds on the process's monotonic clock. What there is one of per row and step is a named tuple, which takes
 a third of the time to make.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from headrace.scheduler.grammar import Grammar
+
+from headrace.scheduler.step_tracer import StepTrace
 
 _NEVER = float("inf")
 
@@ -79,7 +83,8 @@ class GenerationRequest:
     begun before, `output_token_ids` is what there is of it. The answer is kept within the `grammar`.
 
     `leader_id` names an earlier request with the same prompt: this one waits until that prompt is computed, and then
-    finds it in the prefix cache. Only requests with equal `cache_salt` share cached blocks. A tenant's `weight` is its
+    finds it in the prefix cache. `adapter` is the name of one, None for the model as it is. Only requests with equal
+    `cache_salt` and the same adapter share cached blocks. A tenant's `weight` is its
     share among those of its tier. The first token should come by `target_s`; the request ends where the engine has not
     begun it by `queue_deadline_s`, has no token by `first_token_deadline_s`, none in `stall_timeout_s` after the last,
     or has not finished by `deadline_s`.
@@ -101,6 +106,7 @@ class GenerationRequest:
     cache_salt: bytes = b""
     output_token_ids: tuple[int, ...] = ()
     grammar: "Grammar | None" = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +168,56 @@ class OneShotOutput:
     outputs: tuple[Any, ...]
     busy_s: float
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TraceSteps:
+    """Asks for a trace of the next steps. Its id is cancelled like a request's, and is none of theirs: the trace then
+    ends with the steps that it has."""
+
+    question_id: int
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepsTraced:
+    """The answer. `trace` is None where there was no step until the end, or an `error`."""
+
+    question_id: int
+    num_steps: int
+    trace: StepTrace | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DescribeSequences:
+    """Asks how all sequences stand, once the step under way is over."""
+
+    question_id: int
+
+
+class SequenceState(NamedTuple):
+    """A sequence as the scheduler has it. Its computed tokens, of prompt and output, are in the KV cache. One that
+    `is_following` waits for another's prompt, which is its own too."""
+
+    is_running: bool
+    is_following: bool
+    num_tokens: int
+    num_computed_tokens: int
+    num_blocks: int
+    num_shared_blocks: int
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequencesDescribed:
+    """The answer, by request id."""
+
+    question_id: int
+    states: Mapping[int, SequenceState]
+
+
+Submission = GenerationRequest | OneShotBatch | TraceSteps | DescribeSequences
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from headrace.kernels.hf_decoder import (
     empty_model,
 )
 from headrace.kernels.linear import is_reordered
+from headrace.kernels.lora import Adapter
 from headrace.kernels.ops import Ops
 from headrace.kernels.quantised import GROUP_BYTES, QuantisedWeight
 from headrace.kernels.torch_backend import TorchBackend
@@ -48,6 +49,7 @@ from headrace.scheduler.config import EngineConfig, SchedulingPolicy
 from headrace.scheduler.errors import CapacityError, ModelSourceError, UnsupportedModelError
 from headrace.scheduler.gguf_config import gguf_config
 from headrace.scheduler.gguf_file import GGUFFile, open_gguf
+from headrace.scheduler.lora_adapter import read_adapter
 from headrace.scheduler.memory import available_bytes
 from headrace.scheduler.messages import Tier
 from headrace.scheduler.model_runner import ModelRunner
@@ -73,17 +75,24 @@ _ROPE_FACTORS = "rope_freqs.weight"
 # Free memory where the system does not tell.
 _ASSUMED_BYTES = 4 * 2**30
 
-_Build = Callable[[dict[str, Weight], torch.dtype, torch.device, str], Decoder | HuggingFaceDecoder]
+# The layers of the compact decoder that an adapter can change.
+_LINEARS = tuple(f".self_attn.{name}_proj.weight" for name in "qkvo") + tuple(
+    f".mlp.{name}_proj.weight" for name in ("gate", "up", "down")
+)
+
+_Build = Callable[[dict[str, Weight], torch.dtype, torch.device, str, Sequence[Adapter]], Decoder | HuggingFaceDecoder]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
     """What is to be known before the weights are read, and what checks them and turns them into a decoder.
 
-    `decoder_config` is that of the compact decoder and `expected` its weights' shapes by name, None for other families.
+    `linears` are the shapes of what adapters can change, by the modules' names. `decoder_config` is that of the compact
+    decoder and `expected` its weights' shapes by name, None for other families.
     """
 
     shape: ModelShape
+    linears: Mapping[str, torch.Size]
     check: Callable[[dict[str, Weight]], None]
     build: _Build
     decoder_config: DecoderConfig | None = None
@@ -126,19 +135,20 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
     if config.kv_cache_bytes is not None:  # wrong sizes are told before the weights are read
         _num_blocks(config, token_bytes, max_model_len, config.kv_cache_bytes)
 
+    adapters = [read_adapter(folder, plan.linears) for folder in config.lora_adapters.values()]
     if config.load_format == "dummy":
         weights = _random_weights(plan, hf_config.tie_word_embeddings, dtype, device)
     else:
         keeps_quants = kernel is not None or (device.type == "cuda" and plan.decoder_config is not None)
         weights = _read_directory(path) if file is None else read_gguf(file, dtype, keeps_quants=keeps_quants)
     plan.check(weights)
-    decoder = plan.build(weights, dtype, device, config.quantization) if kernel is None else None
+    decoder = plan.build(weights, dtype, device, config.quantization, adapters) if kernel is None else None
     cache_bytes = _free_bytes(device) if config.kv_cache_bytes is None else config.kv_cache_bytes
     num_blocks = _num_blocks(config, token_bytes, max_model_len, cache_bytes)
     what = f"{hf_config.model_type}, {len(plan.shape.kv_shapes)} layers in"
     backend: Backend
     if kernel is not None:
-        backend, how = _with_kernel(config, kernel, weights, num_blocks, cache_bytes, what)
+        backend, how = _with_kernel(config, kernel, weights, adapters, num_blocks, cache_bytes, what)
     else:
         assert decoder is not None
         cache = KVCache.allocate(plan.shape, num_blocks, config.block_size, kv_dtype, device)
@@ -148,8 +158,9 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
     cache_gib = num_blocks * config.block_size * token_bytes / 2**30
     kv_name = "" if config.kv_cache_dtype == "auto" else f" in {config.kv_cache_dtype}"
     noise = "random weights; " if config.load_format == "dummy" else ""
+    added = f"; LoRA adapters: {', '.join(config.lora_adapters)}" if adapters else ""
     description = (
-        f"{noise}{how}; KV cache {cache_gib:.2f} GiB{kv_name}, {num_blocks} blocks of "
+        f"{noise}{how}{added}; KV cache {cache_gib:.2f} GiB{kv_name}, {num_blocks} blocks of "
         f"{config.block_size} tokens; context {max_context_tokens} tokens"
     )
     runner = ModelRunner(
@@ -159,6 +170,7 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
         max_context_tokens=max_context_tokens,
         max_num_batched_tokens=config.max_num_batched_tokens,
         description=description,
+        adapters=tuple(config.lora_adapters),
         gpu_uuid=f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None,
     )
     scheduler = Scheduler(
@@ -177,7 +189,13 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
 
 
 def _with_kernel(
-    config: EngineConfig, kernel: _Kernel, weights: dict[str, Weight], num_blocks: int, cache_bytes: int, what: str
+    config: EngineConfig,
+    kernel: _Kernel,
+    weights: dict[str, Weight],
+    adapters: Sequence[Adapter],
+    num_blocks: int,
+    cache_bytes: int,
+    what: str,
 ) -> tuple[Backend, str]:
     """The C++ kernel's backend, and what is said of it. Raises: CapacityError where memory does not suffice."""
     activation_bits = int(config.cpu_activations.removeprefix("int"))
@@ -197,6 +215,7 @@ def _with_kernel(
             activation_bits=activation_bits,
             has_wide_copy=has_wide_copy,
             touched_ahead_bytes=_TOUCHED_AHEAD_BYTES if config.kv_cache_bytes is None else cache_bytes,
+            adapters=adapters,
         )
     except (OSError, MemoryError) as error:
         raise CapacityError(
@@ -481,9 +500,15 @@ def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) ->
     def check(weights: dict[str, Weight]) -> None:
         _check_weights(path, expected, weights, _is_tied(config, weights))
 
-    def build(weights: dict[str, Weight], dtype: torch.dtype, device: torch.device, quantization: str) -> Decoder:
+    def build(
+        weights: dict[str, Weight],
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: str,
+        adapters: Sequence[Adapter],
+    ) -> Decoder:
         if device.type != "cuda":
-            return Decoder(decoder_config, {**_take_tensors(weights, dtype, device)}, _ops(device))
+            return Decoder(decoder_config, {**_take_tensors(weights, dtype, device)}, _ops(device), adapters=adapters)
         from headrace.kernels.gpu_linear import dense, gpu_linear
 
         quantised = {name: weights.pop(name) for name in [*weights] if isinstance(weights[name], QuantisedWeight)}
@@ -493,9 +518,10 @@ def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) ->
             taken[_EMBEDDING] = dense(embedding, dtype, device)
         make_head = functools.partial(gpu_linear, dtype=dtype, device=device)
         make_linear = functools.partial(make_head, is_fp8=quantization == "fp8")
-        return Decoder(decoder_config, taken, _ops(device), make_linear, make_head)
+        return Decoder(decoder_config, taken, _ops(device), make_linear, make_head, adapters)
 
-    return ModelPlan(decoder_config.shape, check, build, decoder_config, expected)
+    linears = {name.removesuffix(".weight"): shape for name, shape in expected.items() if name.endswith(_LINEARS)}
+    return ModelPlan(decoder_config.shape, linears, check, build, decoder_config, expected)
 
 
 def _ops(device: torch.device) -> Ops:
@@ -510,17 +536,21 @@ def _plan_breadth(path: Path, config: Any) -> ModelPlan:
     decoder = HuggingFaceDecoder(config)
 
     def build(
-        weights: dict[str, Weight], dtype: torch.dtype, device: torch.device, quantization: str
+        weights: dict[str, Weight],
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: str,
+        adapters: Sequence[Adapter],
     ) -> HuggingFaceDecoder:
         if quantization != "none":
             raise UnsupportedModelError(f"quantization is for {', '.join(sorted(_COMPACT_FAMILIES))}")
         try:
-            decoder.load(_take_tensors(weights), dtype, device, _ops(device))
+            decoder.load(_take_tensors(weights), dtype, device, _ops(device), adapters)
         except WeightsError as error:
             raise ModelSourceError(f"{path}: {error}") from error
         return decoder
 
-    return ModelPlan(decoder.shape, lambda weights: None, build)
+    return ModelPlan(decoder.shape, decoder.linears, lambda weights: None, build)
 
 
 def _take_tensors(

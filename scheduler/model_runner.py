@@ -19,6 +19,7 @@ from headrace.scheduler.messages import GenerationRequest, RowResult, SamplingPa
 from headrace.scheduler.scheduler import ScheduledRow, SchedulerOutput
 from headrace.scheduler.sequence import Sequence
 from headrace.scheduler.step_time import StepShape
+from headrace.scheduler.step_tracer import StepTracer
 
 # A row's sampling settings side by side, as they are kept with its sequence.
 _SAMPLING = np.dtype(
@@ -32,6 +33,7 @@ _SAMPLING = np.dtype(
 _NO_NUMBERS = RowResult(is_nan=True)
 _LATE = RowResult(is_late=True)
 _MASK_PATIENCE_S = 0.001
+_ADAPTER_TRIAL_TOKENS = 16
 
 
 class ModelRunner:
@@ -46,8 +48,10 @@ class ModelRunner:
         max_context_tokens: int,
         max_num_batched_tokens: int,
         description: str,
+        adapters: tuple[str, ...] = (),
         gpu_uuid: str | None = None,
     ) -> None:
+        """`adapters` are the names of the backend's, in their order."""
         self.backend = backend
         self._block_size = block_size
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -55,6 +59,8 @@ class ModelRunner:
         self.vocab_size = vocab_size
         self.description = description
         self.gpu_uuid = gpu_uuid
+        self._adapters: dict[str | None, int] = {None: 0} | {name: i for i, name in enumerate(adapters, start=1)}
+        self.tracer = StepTracer(backend.profile)
         self._drawn_rows: dict[int, int] = {}  # of each request in the last launched step, if tokens can be pending
 
     @property
@@ -65,12 +71,16 @@ class ModelRunner:
         """Begin to compute the rows of a step; with a backend that is not asynchronous, compute them."""
         rows = output.rows
         sampled = [row for row in rows if row.is_sampled]
-        batch = self._pack(rows)
-        sampling = _sampling_records(sampled)
+        with self.tracer.range("pack"):
+            batch = self._pack(rows)
+            sampling = _sampling_records(sampled)
         if _is_plainly_greedy(sampling) and len(batch.logit_rows) == len(sampled):
-            step = _LaunchedStep(rows, self.backend.read([self.backend.argmax(batch)]))
+            with self.tracer.range("forward"):
+                step = _LaunchedStep(rows, self.backend.read([self.backend.argmax(batch)]))
         else:
             step = self._sample(batch, rows, sampled, sampling)
+        if step.times is not None:
+            self.tracer.note_phases(step.times.began_s)
         if self.is_asynchronous:
             self._drawn_rows = {row.sequence.request.request_id: i for i, row in enumerate(sampled)}
         return step
@@ -91,14 +101,17 @@ class ModelRunner:
 
     def warm_up(self) -> list[tuple[StepShape, float]]:
         """Run a full prompt chunk, then a decode step, so that the first request pays for no first use; then some more,
-        whose shapes and seconds are returned.
+        whose shapes and seconds are returned. Each adapter gets a small chunk.
 
         Raises: ModelSourceError where what comes out is not a number.
         """
         most = min(self._max_num_batched_tokens, self.max_context_tokens - 1)
-        [result] = self.run(self._trial([most]))
-        if result.is_nan:
-            raise ModelSourceError("the model computes no numbers: its weights are damaged, or exceed this dtype")
+        for adapter in self._adapters:
+            num_tokens = most if adapter is None else min(_ADAPTER_TRIAL_TOKENS, most)
+            [result] = self.run(self._trial([num_tokens], adapter=adapter))
+            if result.is_nan:
+                what = "model" if adapter is None else f"adapter {adapter}"
+                raise ModelSourceError(f"the {what} computes no numbers: its weights are damaged, or exceed this dtype")
         self.run(self._trial([1], start=most))
         measured = []
         chunk, rows, far = [max(1, most // 4)], [1] * min(8, most), self.max_context_tokens // 8
@@ -109,13 +122,14 @@ class ModelRunner:
             measured.append((trial.shape, time.monotonic() - began_s))
         return measured
 
-    def _trial(self, query_lens: list[int], start: int = 0) -> SchedulerOutput:
+    def _trial(self, query_lens: list[int], start: int = 0, adapter: str | None = None) -> SchedulerOutput:
         """A step of tokens that nobody asked for, from `start` on. Its blocks are nobody's yet, they may be shared, and
         what is written there is overwritten before it can be seen."""
         rows = []
         for i, num_tokens in enumerate(query_lens):
             sampling = SamplingParams(temperature=1.0, top_p=0.9, num_logprobs=0)
-            sequence = Sequence(GenerationRequest(-1 - i, (0,) * (start + num_tokens), sampling, 0.0))
+            request = GenerationRequest(-1 - i, (0,) * (start + num_tokens), sampling, 0.0, adapter=adapter)
+            sequence = Sequence(request)
             sequence.block_ids = list(range(-(-(start + num_tokens) // self._block_size)))
             sequence.num_scheduled_tokens = start
             rows.append(ScheduledRow.next_of(sequence, num_tokens))
@@ -126,12 +140,14 @@ class ModelRunner:
     def _sample(
         self, batch: StepBatch, rows: list[ScheduledRow], sampled: list[ScheduledRow], sampling: np.ndarray
     ) -> "_LaunchedStep":
-        logits = self.backend.forward(batch)
+        with self.tracer.range("forward"):
+            logits = self.backend.forward(batch)
         observed = np.flatnonzero(sampling["has_logprobs"])
         index = upload(observed, logits.device) if len(observed) else None
         unmodified = None if index is None else logits[index]  # a copy: sampling writes to its logits
         late = _late_rows(sampled, sampling)
-        drawn = self.backend.sample(logits[: len(sampled)], _sampling_batch(sampled, sampling, late))
+        with self.tracer.range("sample"):
+            drawn = self.backend.sample(logits[: len(sampled)], _sampling_batch(sampled, sampling, late))
         tensors = [drawn]
         if index is not None and unmodified is not None:
             tensors += log_probabilities(unmodified, drawn[index].clamp(min=0))
@@ -161,7 +177,8 @@ class ModelRunner:
             if is_sampled:
                 sampled_rows.append(len(token_ids) - 1)
         block_tables = [row.sequence.block_ids for row in rows]
-        return StepBatch(token_ids, query_lens, context_lens, block_tables, sampled_rows + scored_rows)
+        adapters = [self._adapters[row.sequence.request.adapter] for row in rows] if len(self._adapters) > 1 else []
+        return StepBatch(token_ids, query_lens, context_lens, block_tables, sampled_rows + scored_rows, adapters)
 
 
 @dataclass(frozen=True, slots=True)

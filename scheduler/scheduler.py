@@ -31,7 +31,15 @@ from headrace.scheduler.config import SchedulingPolicy
 from headrace.scheduler.deadlines import DeadlineHeap
 from headrace.scheduler.fair_queue import FairQueue, TenantAccount
 from headrace.scheduler.kv_forecast import OutputLengths, projected_peak
-from headrace.scheduler.messages import FinishReason, GenerationRequest, LoadSnapshot, RowResult, SequenceOutput, Tier
+from headrace.scheduler.messages import (
+    FinishReason,
+    GenerationRequest,
+    LoadSnapshot,
+    RowResult,
+    SequenceOutput,
+    SequenceState,
+    Tier,
+)
 from headrace.scheduler.sequence import Sequence, SequenceStatus
 from headrace.scheduler.step_time import USED_SHARE, StepShape, StepTimeModel
 
@@ -315,6 +323,22 @@ class Scheduler:
             completions_per_s=self._completions_per_s() if num_running else 0.0,
             step_s=step_s,
         )
+
+    def describe(self) -> dict[int, SequenceState]:
+        """How every sequence stands, by its request's id."""
+        following = {s.request_id for group in self._followers.values() for s in group}
+        return {
+            id: SequenceState(
+                id in self._running,
+                id in following,
+                len(s.token_ids),
+                s.num_computed_tokens,
+                len(s.block_ids),
+                s.num_shared_blocks if s.block_ids else 0,
+                s.num_preemptions,
+            )
+            for id, s in self._sequences.items()
+        }
 
     def check_books(self) -> None:
         """Assert that the pool's books are those of the running sequences and that nothing waiting holds a block."""

@@ -161,12 +161,18 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     def block_hash(self, index: int, block_size: int) -> bytes:
-        """The SHA-256 of a full block's tokens chained to all before them, and to the request's cache salt."""
+        """The SHA-256 of a full block's tokens chained to all before them, and to the request's cache salt and
+        adapter."""
         hashes = self._block_hashes
         while len(hashes) <= index:
             start = len(hashes) * block_size
             tokens = self.token_ids[start : start + block_size]
             assert len(tokens) == block_size, "the hash of a block that is not full"
-            parent = hashes[-1] if hashes else hashlib.sha256(self.request.cache_salt).digest()
+            parent = hashes[-1] if hashes else self._root_hash()
             hashes.append(hashlib.sha256(parent + tokens.tobytes()).digest())
         return hashes[index]
+
+    def _root_hash(self) -> bytes:
+        """What all that it can share with others hangs from."""
+        root, adapter = hashlib.sha256(self.request.cache_salt).digest(), self.request.adapter
+        return root if adapter is None else hashlib.sha256(root + adapter.encode()).digest()

@@ -1,4 +1,4 @@
-"""The operator's own address (`admin_port`): metrics and probes apart from where clients come in.
+"""The operator's own address (`admin_port`): metrics, dashboard and probes apart from where clients come in.
 
 Lives on the event loop. One server listens on both addresses; the port that a connection came in on decides which
 application answers, and nothing that a request says does (its Host, its path).
@@ -7,7 +7,7 @@ application answers, and nothing that a request says does (its Host, its path).
 from collections.abc import Sequence
 
 from starlette.applications import Starlette
-from starlette.routing import Route
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.server.endpoint import exception_handlers
@@ -16,7 +16,7 @@ from headrace.server.request_log import OnRejected
 from headrace.server.settings import ListenerSettings
 
 
-def admin_app(settings: ListenerSettings, routes: Sequence[Route], on_rejected: OnRejected) -> Starlette:
+def admin_app(settings: ListenerSettings, routes: Sequence[BaseRoute], on_rejected: OnRejected) -> Starlette:
     """The application of the operator's address. It asks for no key: who reaches the address may read."""
     app = Starlette(
         routes=routes,

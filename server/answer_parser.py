@@ -13,7 +13,15 @@ from typing import TypeVar
 
 from pydantic_core import from_json
 
-from headrace.server.answer_parts import AnswerParser, Part, ReasoningPart, TextPart, ToolArgumentsPart, ToolCallPart
+from headrace.server.answer_parts import (
+    AnswerParser,
+    Part,
+    PlainText,
+    ReasoningPart,
+    TextPart,
+    ToolArgumentsPart,
+    ToolCallPart,
+)
 from headrace.server.detokenizer import overlap
 from headrace.server.protocol import MAX_TOOL_NAME_CHARS, ChatCompletionRequest, GenerationParams
 from headrace.server.tokenizer import Tokenizer
@@ -46,7 +54,7 @@ def make_parser(
     """What reads one answer to the request; `begins_in_reasoning` is its generation's."""
     reasoning, style = _formats(tokenizer, request)
     if reasoning is None and style is None:
-        return _PlainText()
+        return PlainText()
     return _Parser(
         reasoning,
         style,
@@ -93,16 +101,6 @@ def _formats(tokenizer: Tokenizer, request: ChatCompletionRequest) -> tuple[Reas
 
 def _markers(reasoning: ReasoningMarkers | None, style: CallStyle | None) -> Sequence[str]:
     return (*(reasoning or ()), *(style.markers if style else ()))
-
-
-class _PlainText:
-    """The parser of answers that are nothing but text."""
-
-    def push(self, text: str) -> list[Part]:
-        return [TextPart(text)] if text else []
-
-    def finish(self) -> list[Part]:
-        return []
 
 
 class _ObjectScanner:

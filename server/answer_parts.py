@@ -5,7 +5,9 @@ the formats in which models write these nor the wire.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+from pydantic_core import from_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +51,22 @@ class AnswerParser(Protocol):
 
     def finish(self) -> list[Part]:
         """The answer is over: what was held back."""
+
+
+class PlainText:
+    """The parser of answers that are nothing but text."""
+
+    def push(self, text: str) -> list[Part]:
+        return [TextPart(text)] if text else []
+
+    def finish(self) -> list[Part]:
+        return []
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+    """A call's arguments as an object; of a call that was cut what is whole, and nothing where there is no object."""
+    try:
+        arguments = from_json(text or "{}", allow_partial=True)
+    except ValueError:
+        return {}
+    return arguments if isinstance(arguments, dict) else {}

@@ -26,10 +26,13 @@ from headrace.scheduler.messages import Tier
 from headrace.scheduler.one_shot_runner import OneShotModel
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.admin import admin_app
+from headrace.server.admin_api import AdminApi
+from headrace.server.answering import Answering
 from headrace.server.api_keys import ApiKeys, reload_keys
 from headrace.server.endpoint import (
     Endpoint,
     ReceivedBytes,
+    Refuse,
     error_response,
     exception_handlers,
     refuse_event_source,
@@ -42,15 +45,20 @@ from headrace.server.grammars import Grammars
 from headrace.server.guard import guards
 from headrace.server.idempotency import Idempotency
 from headrace.server.journal import Journal
+from headrace.server.messages_api import MessagesApi
+from headrace.server.model_details import ModelDetails
+from headrace.server.model_response import ID_PREFIX, ModelResponse
 from headrace.server.native_api import NativeApi
+from headrace.server.ollama_api import OllamaApi
 from headrace.server.one_shot_api import OneShotApi
 from headrace.server.one_shot_models import OneShots, OneShotSource
 from headrace.server.openai_api import OpenAIApi
 from headrace.server.openapi import OpenApi
 from headrace.server.request_log import declared_route, log_request, log_unaccepted
-from headrace.server.restore import restore_streams
+from headrace.server.responses_api import ResponsesApi
+from headrace.server.restore import Shelf, restore_streams
 from headrace.server.settings import Settings
-from headrace.server.stream_registry import StreamRegistry
+from headrace.server.stream_registry import NativeStream, StreamRegistry
 from headrace.server.tenant_limits import TenantLimits
 from headrace.server.tickets import Tickets
 from headrace.server.tokenizer import Tokenizer
@@ -71,8 +79,9 @@ _STATIC = Path(__file__).parent / "static"
 class App:
     """One server's parts. `asgi` is the application; the lifespan starts and stops the rest.
 
-    `load_engine` and `load_one_shots` run on the engine thread, `load_tokenizer` on a worker. `on_engine_change` is
-    called on the loop: with None once requests can be served, with the error if that cannot be or is over.
+    `load_engine` and `load_one_shots` run on the engine thread, `load_tokenizer` and `read_details` on a worker.
+    `on_engine_change` is called on the loop: with None once requests can be served, with the error if that cannot be or
+    is over.
     """
 
     def __init__(
@@ -86,8 +95,10 @@ class App:
         one_shots: Sequence[OneShotSource] = (),
         load_one_shots: Callable[[], Mapping[str, OneShotModel]] = dict,
         model_fingerprint: str = "",
+        read_details: Callable[[], ModelDetails] = ModelDetails,
+        adapters: Mapping[str, str] | None = None,
     ) -> None:
-        """Raises: ApiKeysError, JournalError."""
+        """`adapters` are those of the model, with their fingerprints. Raises: ApiKeysError, JournalError."""
         self.settings = settings
         self.keys = None if settings.api_keys_file is None else ApiKeys(Path(settings.api_keys_file))
         self.journal: Journal | None = None
@@ -106,6 +117,8 @@ class App:
             journal=self.journal,
         )
         self.metrics = self.client.metrics
+        # With keys and without an address for the operator alone every tenant may read the metrics.
+        self.metrics.names_tenants = self.keys is not None and settings.admin_port is not None
         if (journal := self.journal) is not None:
             self.metrics.watch("journal_active", "1 while streams are recorded", lambda: journal.is_active)
         self.metrics.watch("event_loop_tasks", "Tasks on the event loop", lambda: len(asyncio.all_tasks()))
@@ -117,11 +130,19 @@ class App:
             hard_s=settings.watchdog_hard_s,
             metrics=self.metrics,
         )
-        self.registry = StreamRegistry(
+        self.registry: StreamRegistry[NativeStream] = StreamRegistry(
             cancel=self.client.cancel,
             grace_s=settings.stream_grace_s,
             ttl_s=settings.stream_ttl_s,
             max_finished_bytes=settings.stream_log_bytes,
+            on_forget=lambda id: None if self.journal is None else self.journal.erase(id),
+            is_whole=self.journal is None,
+        )
+        self.responses: StreamRegistry[ModelResponse] = StreamRegistry(
+            cancel=self.client.cancel,
+            grace_s=0,  # none of them is cancelled for want of a reader
+            ttl_s=settings.response_ttl_s,
+            max_finished_bytes=settings.response_store_bytes,
             on_forget=lambda id: None if self.journal is None else self.journal.erase(id),
             is_whole=self.journal is None,
         )
@@ -132,11 +153,19 @@ class App:
         limiter = anyio.CapacityLimiter(settings.tokenizer_threads)
         self.limits = TenantLimits(self.keys, self.client.clock)
         self.grammars = Grammars(settings.grammar_cache_bytes)
-        self.generator = Generator(self.client, settings, model_name, limiter, self.keys, self.limits, self.grammars)
+        self.generator = Generator(
+            self.client, settings, model_name, limiter, self.keys, self.limits, self.grammars, adapters or {}
+        )
         self.one_shots = OneShots(one_shots, self.client, settings, self.keys)
+        self._answering = Answering(self.generator, self._report)
+        self._ollama = OllamaApi(self._answering)
+        self._admin_api = AdminApi(self.client, self.one_shots.models, self.watchdog)
+        self._receiving = ReceivedBytes(settings.max_queue_bytes)
         self._native = NativeApi(self.generator, self.registry, self.tickets, self._report)
+        self._responses = ResponsesApi(self._answering, self.responses, self._report)
         self.settled = anyio.Event()  # requests can be served, or never will be
         self._load_tokenizer = load_tokenizer
+        self._read_details = read_details
         self._on_engine_change = on_engine_change
         self._tracing = tracing
         self.asgi = Starlette(
@@ -146,7 +175,11 @@ class App:
             lifespan=self._lifespan,
         )
         self.asgi.router.redirect_slashes = False  # to a URL made of the Host header, which may be none
-        self.admin = admin_app(settings, [*self._probes(), Route("/metrics", self._metrics)], self.report_refusal)
+        self.admin = admin_app(
+            settings,
+            [*self._probes(), *self._operators_routes(), *self._admin_routes(), _STATIC_ROUTE],
+            self.report_refusal,
+        )
 
     @property
     def is_ready(self) -> bool:
@@ -216,6 +249,7 @@ class App:
         try:
             self.generator.tokenizer = await anyio.to_thread.run_sync(self._load_tokenizer, abandon_on_cancel=True)
             await anyio.to_thread.run_sync(self.one_shots.load_readers, abandon_on_cancel=True)
+            self._ollama.details = await anyio.to_thread.run_sync(self._read_details, abandon_on_cancel=True)
         except HeadraceError as exception:
             error = exception
         else:
@@ -224,7 +258,11 @@ class App:
             if error is None:
                 error = await self._warm_up()
             if error is None and self.journal is not None:
-                await restore_streams(self.journal, self.generator, self.registry, self._native.finish)
+                shelves = [
+                    Shelf(ID_PREFIX, ModelResponse, self.responses, self._responses.finish),
+                    Shelf("", NativeStream, self.registry, self._native.finish),
+                ]
+                await restore_streams(self.journal, self.generator, shelves)
         if self.client.is_draining:
             return
         self.settled.set()
@@ -244,6 +282,7 @@ class App:
         while True:
             await anyio.sleep(_SWEEP_INTERVAL_S)
             self.registry.sweep(self.client.clock())
+            self.responses.sweep(self.client.clock())
             self.idempotency.sweep()
 
     async def _measure_lag(self) -> None:
@@ -255,47 +294,75 @@ class App:
     def _probes(self) -> list[Route]:
         return [Route("/health", self._health), Route("/ready", self._ready)]
 
+    def _operators_routes(self) -> list[Route]:
+        return [Route("/metrics", self._metrics), Route("/dashboard", _page("dashboard.html"))]
+
+    def _admin_routes(self) -> list[Route]:
+        return [
+            Route("/admin/profile", self._endpoint(self._admin_api.profile), methods=["POST"]),
+            Route("/admin/stacks", self._endpoint(self._admin_api.stacks), methods=["GET"]),
+            Route("/admin/requests", self._endpoint(self._admin_api.requests), methods=["GET"]),
+        ]
+
+    def _endpoint(
+        self,
+        respond: Callable[[Request, bytes], Awaitable[Response]],
+        refuse: Refuse = error_response,
+        max_body_bytes: int | None = None,
+        media_types: tuple[str, ...] = ("application/json",),
+        idempotency: Idempotency | None = None,
+    ) -> Endpoint:
+        return Endpoint(
+            respond,
+            max_body_bytes=max_body_bytes or self.settings.max_body_bytes,
+            media_types=media_types,
+            receive_timeout_s=self.settings.receive_timeout_s,
+            receiving=self._receiving,
+            on_disconnect=lambda: self.metrics.count_cancelled("body"),
+            on_rejected=self.report_refusal,
+            refuse=refuse,
+            idempotency=idempotency,
+        )
+
     def _routes(self) -> list[Route | Mount]:
-        openai = OpenAIApi(self.generator, self.one_shots, self._report)
+        openai = OpenAIApi(self._answering, self.one_shots)
         one_shot = OneShotApi(self.one_shots, self.limits, self.metrics, self.settings.request_timeout_s)
+        messages = MessagesApi(self._answering)
+        ollama = self._ollama
         tokens = TokensApi(self.generator)
-        native = self._native
-        metrics = self.metrics
-        receiving = ReceivedBytes(self.settings.max_queue_bytes)
-
-        def endpoint(
-            respond: Callable[..., object],
-            refuse: Callable[[ApiError], Response] = error_response,
-            max_body_bytes: int = self.settings.max_body_bytes,
-            media_types: tuple[str, ...] = ("application/json",),
-            idempotency: Idempotency | None = None,
-        ) -> Endpoint:
-            return Endpoint(
-                respond,  # type: ignore[arg-type]
-                max_body_bytes=max_body_bytes,
-                media_types=media_types,
-                receive_timeout_s=self.settings.receive_timeout_s,
-                receiving=receiving,
-                on_disconnect=lambda: metrics.count_cancelled("body"),
-                on_rejected=self.report_refusal,
-                refuse=refuse,
-                idempotency=idempotency,
-            )
-
+        native, responses, endpoint = self._native, self._responses, self._endpoint
         generation_endpoint = partial(endpoint, idempotency=self.idempotency)
+        is_operators = self.settings.admin_port is None
         return [
             Route("/", _page("index.html")),
             Route("/classify", _page("classify.html")),
             Route("/docs", _page("docs.html")),
-            Mount("/static", _PageFiles(directory=_STATIC)),
+            _STATIC_ROUTE,
             *self._probes(),
-            *([Route("/metrics", self._metrics)] if self.settings.admin_port is None else []),
+            *(self._operators_routes() if is_operators else []),
+            *(self._admin_routes() if is_operators and self.settings.is_private else []),
             Route("/openapi.json", OpenApi(self.settings).get),
             Route("/version", self._version),
             Route("/v1/models", openai.models),
             Route("/v1/models/{id:path}", endpoint(openai.model), methods=["GET"]),
             Route("/v1/chat/completions", generation_endpoint(openai.chat_completions), methods=["POST"]),
             Route("/v1/completions", generation_endpoint(openai.completions), methods=["POST"]),
+            Route("/v1/responses", generation_endpoint(responses.create), methods=["POST"]),
+            Route("/v1/responses/{id}", endpoint(responses.retrieve_or_delete), methods=["GET", "DELETE"]),
+            Route(
+                "/v1/responses/{id}/cancel",
+                endpoint(responses.cancel, media_types=("application/json", "")),  # it may come without a body
+                methods=["POST"],
+            ),
+            Route("/v1/responses/{id}/input_items", endpoint(responses.input_items), methods=["GET"]),
+            Route("/v1/messages", generation_endpoint(messages.create), methods=["POST"]),
+            Route("/v1/messages/count_tokens", endpoint(messages.count_tokens), methods=["POST"]),
+            Route("/api/chat", generation_endpoint(ollama.chat), methods=["POST"]),
+            Route("/api/generate", generation_endpoint(ollama.generate), methods=["POST"]),
+            Route("/api/show", endpoint(ollama.show), methods=["POST"]),
+            Route("/api/tags", ollama.tags),
+            Route("/api/ps", ollama.running),
+            Route("/api/version", ollama.version),
             Route("/tokenize", endpoint(tokens.tokenize), methods=["POST"]),
             Route("/detokenize", endpoint(tokens.detokenize), methods=["POST"]),
             Route("/v1/embeddings", endpoint(one_shot.embeddings), methods=["POST"]),
@@ -378,3 +445,6 @@ def _page(name: str) -> Callable[[Request], Awaitable[Response]]:
         return FileResponse(_STATIC / name, headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
     return page
+
+
+_STATIC_ROUTE = Mount("/static", _PageFiles(directory=_STATIC))

@@ -128,9 +128,18 @@ class BatchLane:
         self._metrics.waiting.inc(len(self._batcher))
 
     @property
+    def num_waiting(self) -> int:
+        """Items in no batch yet."""
+        return len(self._batcher)
+
+    @property
+    def num_computing(self) -> int:
+        return len(self._running)
+
+    @property
     def num_unfinished(self) -> int:
         """Items that wait or are computed."""
-        return len(self._batcher) + len(self._running)
+        return self.num_waiting + self.num_computing
 
     async def run(self) -> None:
         """Form batches and have them computed, until cancelled; what then waits or is computed is told."""

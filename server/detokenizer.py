@@ -35,7 +35,11 @@ class Detokenizer:
         self._num_tokens = 0
         self.num_chars = 0  # of all that came out of the tokens, held back or not
         self._held = ""
-        self.is_stopped = False
+        self.stop_string: str | None = None  # the one that is complete
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.stop_string is not None
 
     def push(self, token_id: int) -> str:
         """The text that may go out now. `is_stopped` is set once a stop string is complete: nothing follows it."""
@@ -72,11 +76,11 @@ class Detokenizer:
         num_old, text = len(self._held), self._held + text
         if self._num_tokens >= self._min_tokens:
             # One that was complete before `min_tokens` is text for good: what ends in the held part is no stop string.
-            starts = (text.find(stop, max(num_old - len(stop) + 1, 0)) for stop in self._stop)
-            found = [at for at in starts if at >= 0]
+            starts = ((text.find(stop, max(num_old - len(stop) + 1, 0)), stop) for stop in self._stop)
+            found = [start for start in starts if start[0] >= 0]
             if found:
-                self.is_stopped = True
-                return text[: min(found)]
+                at, self.stop_string = min(found, key=lambda start: start[0])
+                return text[:at]
         num_held = max(overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]

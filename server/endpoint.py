@@ -21,16 +21,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from headrace.server.error_forms import error_form, is_anthropic
 from headrace.server.errors import (
     ApiError,
     BadRequestError,
     BodyTooLargeError,
+    InternalError,
     MethodNotAllowedError,
     ReceiveTimeoutError,
+    RoutingError,
     UnavailableError,
     UnsupportedMediaTypeError,
-    envelope,
-    internal_error,
 )
 from headrace.server.idempotency import HEADER, REPLAYED_HEADER, Idempotency, Recording
 from headrace.server.request_log import OnRejected, declared_route, log_unaccepted
@@ -38,6 +39,8 @@ from headrace.server.sse import EventStream, retry_frame
 
 logger = logging.getLogger(__name__)
 
+# Makes the response of an error, for a path and a request's id.
+Refuse = Callable[[ApiError, str, str], Response]
 _REQUEST_ID = re.compile(r"[\w.:~+/=@-]{1,128}", re.ASCII)
 
 
@@ -62,10 +65,10 @@ class Endpoint:
     """`respond` gets the request and its body (empty for GET and DELETE) and returns the response.
 
     `request.state` holds `id`, which goes out as x-request-id, `received_s`, `is_accepted`, which `respond` sets once
-    the request is logged elsewhere, `has_failed`, which it sets where the answer ended in another way than it should,
-    `stage`, which a client's departure is logged with, and `cleanup`, an ExitStack
-    that is unwound after the response, or in its place. `on_disconnect` is told of a client that left while its body
-    was read, `on_rejected` of every refusal; `refuse` makes the response of one that `respond` raised.
+    the request is logged elsewhere, `has_failed`, which it sets where the answer ended otherwise than it should,
+    `stage`, which a client's departure is logged with, and `cleanup`, an ExitStack that is unwound after the response,
+    or in its place. `on_disconnect` is told of a client that left while its body was read, `on_rejected` of every
+    refusal; `refuse` makes the response of one.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class Endpoint:
         receiving: ReceivedBytes,
         on_disconnect: Callable[[], None],
         on_rejected: OnRejected,
-        refuse: Callable[[ApiError], Response],
+        refuse: Refuse,
         media_types: tuple[str, ...] = ("application/json",),
         idempotency: Idempotency | None = None,
     ) -> None:
@@ -90,6 +93,11 @@ class Endpoint:
         self._refuse = refuse
         self._media_types = media_types
         self._idempotency = idempotency
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether an answer is made once for all who ask with the same key."""
+        return self._idempotency is not None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -110,9 +118,8 @@ class Endpoint:
             return
         except ApiError as error:
             # The rest of the body is not read, so the connection cannot carry another request.
-            self._note_refusal(request, error)
-            response = error_response(error)
-            response.headers.update({"connection": "close", "x-request-id": request.state.id})
+            response = self._refusal(request, error)
+            response.headers["connection"] = "close"
             await response(scope, receive, send)
             return
         if claim is not None:
@@ -128,7 +135,7 @@ class Endpoint:
         with contextlib.ExitStack() as cleanup:
             request.state.cleanup = cleanup
             response = await self._answer(request, body)
-            response.headers["x-request-id"] = request.state.id
+            response.headers.update(id_headers(scope["path"], request.state.id))
             await response(scope, receive, send)
 
     async def _share(
@@ -136,7 +143,7 @@ class Endpoint:
     ) -> None:
         """Read a recording, which the first to ask makes too, until nobody is left to read it."""
         assert self._idempotency is not None
-        headers = {"x-request-id": request.state.id} | ({} if is_first else {REPLAYED_HEADER: "true"})
+        headers = id_headers(request.scope["path"], request.state.id) | ({} if is_first else {REPLAYED_HEADER: "true"})
         scope = {**request.scope, "extensions": {}}  # without a way past `send`
         try:
             async with anyio.create_task_group() as making:
@@ -156,20 +163,21 @@ class Endpoint:
         try:
             return await self._respond(request, body)
         except ApiError as error:
-            self._note_refusal(request, error)
-            return self._refuse(error)
+            return self._refusal(request, error)
         except anyio.get_cancelled_exc_class():
             if not request.state.is_accepted:
                 self._log_departure(request, request.state.stage)
             raise
         except Exception:
             logger.exception("%s %s failed", request.method, self._route(request))
-            return internal_error_response()
+            return error_response(InternalError(), request.scope["path"], request.state.id)
 
-    def _note_refusal(self, request: Request, error: ApiError) -> None:
-        if not request.state.is_accepted:  # else its generation has an end and a line of its own
-            state = request.state
-            self._on_rejected(state.id, request.scope["path"], state.received_s, error.status)
+    def _refusal(self, request: Request, error: ApiError) -> Response:
+        """What tells a client of `error`, which is noted."""
+        state, path = request.state, request.scope["path"]
+        if not state.is_accepted:  # else its generation has an end and a line of its own
+            self._on_rejected(state.id, path, state.received_s, error.status)
+        return self._refuse(error, path, state.id)
 
     def _log_departure(self, request: Request, stage: str) -> None:
         log_unaccepted(request.state.id, self._route(request), request.state.received_s, f"cancelled: {stage}")
@@ -220,40 +228,44 @@ async def _cancel_on_disconnect(receive: Receive, scope: anyio.CancelScope) -> N
     scope.cancel()
 
 
-def error_response(error: ApiError) -> Response:
-    return JSONResponse(error.envelope(), error.status, error.headers)
+def error_response(error: ApiError, path: str, id: str) -> Response:
+    """A refusal in the form of the API that `path` belongs to."""
+    headers = {**error.headers, **id_headers(path, id)}
+    return JSONResponse(error_form(error, path, id), error.status, headers)
 
 
-def refuse_event_source(error: ApiError) -> Response:
+def id_headers(path: str, id: str) -> dict[str, str]:
+    """What tells a client the id of its request."""
+    return {"x-request-id": id} | ({"request-id": id} if is_anthropic(path) else {})
+
+
+def refuse_event_source(error: ApiError, path: str, id: str) -> Response:
     """A refusal of what an EventSource asks for. Any status but 200 would end it for good: where coming back later
     helps, an empty stream makes it do so."""
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is None:
-        return error_response(error)
+        return error_response(error, path, id)
 
     async def frames() -> AsyncIterator[bytes]:
         yield retry_frame(round(retry_after_s * 1000))
 
-    return EventStream(frames())
-
-
-def internal_error_response() -> Response:
-    return JSONResponse(internal_error(), 500)
+    response = EventStream(frames())
+    response.headers.update(id_headers(path, id))
+    return response
 
 
 def exception_handlers(on_rejected: OnRejected) -> dict[Any, Callable[[Request, Exception], Awaitable[Response]]]:
-    """What answers in the envelope where no endpoint does: the router's refusals (no such route, wrong method), and
-    what goes wrong outside of one."""
+    """What answers where no endpoint does: the router's refusals (no such route, wrong method), and what goes wrong
+    outside of one."""
 
     async def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         id, path = request_id(request.headers), request.scope["path"]
         on_rejected(id, path, time.monotonic(), error.status_code)
-        code = "not_found" if error.status_code == 404 else None
-        content = envelope(f"{request.method} {path[:200]}: {error.detail}", type="invalid_request_error", code=code)
-        return JSONResponse(content, error.status_code, {**(error.headers or {}), "x-request-id": id})
+        message = f"{request.method} {path[:200]}: {error.detail}"
+        return error_response(RoutingError(message, error.status_code, dict(error.headers or {})), path, id)
 
     async def fail(request: Request, error: Exception) -> Response:
-        return internal_error_response()
+        return error_response(InternalError(), request.scope["path"], secrets.token_hex(16))
 
     return {HTTPException: refuse, Exception: fail}

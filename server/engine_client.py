@@ -21,6 +21,7 @@ import anyio.to_thread
 from headrace.scheduler.config import SchedulingPolicy
 from headrace.scheduler.engine_core import Engine, EngineCore, Publication, Runner
 from headrace.scheduler.messages import (
+    DescribeSequences,
     EngineReady,
     EngineStopped,
     FinishReason,
@@ -29,8 +30,12 @@ from headrace.scheduler.messages import (
     OneShotBatch,
     OneShotOutput,
     SequenceOutput,
+    SequencesDescribed,
+    SequenceState,
     StepOutput,
+    StepsTraced,
     Tier,
+    TraceSteps,
 )
 from headrace.scheduler.one_shot_runner import OneShotModel
 from headrace.scheduler.scheduler import Scheduler
@@ -38,6 +43,7 @@ from headrace.server.admission import Admission, Demand, Prediction, retry_after
 from headrace.server.errors import (
     ApiError,
     BadRequestError,
+    ConflictError,
     EngineFailedError,
     OverloadedError,
     ShutdownError,
@@ -51,6 +57,8 @@ from headrace.server.metrics import Metrics
 _Output = tuple[Generation, SequenceOutput]
 
 _ENGINE_ENDED = "the engine has ended"
+# For a step, and for what a profiler does when it ends.
+_TRACE_END_S = 10.0
 # Until the device is known: what a tier's first token may take beyond the prompt's own time, on a CPU and on a GPU.
 _CPU_TTFT_TARGETS_S = {Tier.PREMIUM: 2.0, Tier.STANDARD: 8.0, Tier.BATCH: 60.0}
 _GPU_TTFT_TARGETS_S = {Tier.PREMIUM: 0.5, Tier.STANDARD: 2.0, Tier.BATCH: 30.0}
@@ -101,22 +109,36 @@ class EngineClient:
         self._generations: dict[int, Generation] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._batches: dict[int, asyncio.Future[OneShotOutput]] = {}
+        self._questions: dict[int, asyncio.Future[Any]] = {}
+        self._is_tracing = False
         self._engine = make_engine(load_engine, self._publish, clock, load_one_shots)
         self.metrics = Metrics(model_name, lambda: self.load, lambda: self.num_waiting)
-        for tier in Tier:
-            self.metrics.watch_waiting(tier, partial(self.admission.num_queued, tier))
         admission = self.admission
+        for tier in Tier:
+            self.metrics.watch_tier(tier, partial(admission.num_queued, tier), partial(self._ttft_target_s, tier))
         self.metrics.watch("queued_prompt_tokens", "Prompt tokens not begun", lambda: admission.num_queued_tokens)
         self.metrics.watch("ttft_kappa", "How far predictions are stretched", lambda: admission.kappa)
 
     @property
     def num_waiting(self) -> int:
         """Requests accepted and not yet running: the snapshot's, the inbox's, and those still being tokenized."""
-        return self.load.num_waiting + self._num_submitted - self.load.num_received + self._num_reserved.total()
+        return self.load.num_waiting + self._num_submitted - self.load.num_received + self.num_tokenizing
+
+    @property
+    def num_tokenizing(self) -> int:
+        """Sequences whose places are held while their prompts are tokenized."""
+        return self._num_reserved.total()
 
     @property
     def num_unfinished(self) -> int:
         return len(self._generations)
+
+    @property
+    def unfinished(self) -> list[Generation]:
+        return list(self._generations.values())
+
+    def _ttft_target_s(self, tier: Tier) -> float:
+        return self.admission.targets_s[tier]
 
     def start(self) -> None:
         """Start the engine thread; its publications arrive on the running loop."""
@@ -212,6 +234,7 @@ class EngineClient:
         self.check_accepting()
         if generation.num_output_tokens == 0:  # else an earlier process was asked first
             generation.stages.submitted_s = self.clock()
+        generation.tenant = request.tenant
         generation.on_end.insert(0, self._forget)
         self._generations[request.request_id] = generation
         num_tokens = generation.num_prompt_tokens if request.leader_id is None else 0
@@ -219,7 +242,7 @@ class EngineClient:
         self.admission.enter(request.request_id, demand)
         self._num_submitted += 1
         if generation.choice == 0:
-            self.metrics.prompt_tokens.inc(generation.num_prompt_tokens)
+            self.metrics.count_prompt(request.tenant, generation.num_prompt_tokens)
         self._engine.submit(request)
 
     async def compute(self, model: str, inputs: Sequence[Any]) -> OneShotOutput:
@@ -244,6 +267,53 @@ class EngineClient:
             raise EngineFailedError(output.error)
         return output
 
+    async def trace(self, num_steps: int, timeout_s: float) -> StepsTraced:
+        """Have the engine trace its next steps, those at most that it makes in `timeout_s`; where the caller is
+        cancelled, the trace is.
+
+        Raises: ConflictError beside another trace; UnavailableError where the engine has ended; EngineFailedError where
+        the trace fails, or the engine does not answer.
+        """
+        if self._is_tracing:
+            raise ConflictError("steps are being traced already", "tracing")
+        question_id = self.next_request_id()
+        answer = self._ask(TraceSteps(question_id, num_steps))
+        # Until the engine has answered, whether somebody still waits for that or not.
+        self._is_tracing = True
+        answer.add_done_callback(self._forget_trace)
+        try:
+            await asyncio.wait([answer], timeout=timeout_s)
+        finally:
+            if not answer.done():
+                self._engine.cancel(question_id)
+        await asyncio.wait([answer], timeout=_TRACE_END_S)
+        traced: StepsTraced | None = answer.result() if answer.done() else None
+        if traced is None or traced.error is not None:
+            raise EngineFailedError("the engine does not answer" if traced is None else str(traced.error))
+        return traced
+
+    def _forget_trace(self, answer: object) -> None:
+        self._is_tracing = False
+
+    async def describe(self, timeout_s: float) -> Mapping[int, SequenceState] | None:
+        """How the engine's sequences stand, by request id; None where it does not say so in time.
+
+        Raises: UnavailableError where it has ended.
+        """
+        answer = self._ask(DescribeSequences(self.next_request_id()))
+        await asyncio.wait([answer], timeout=timeout_s)
+        described: SequencesDescribed | None = answer.result() if answer.done() else None
+        return None if described is None else described.states
+
+    def _ask(self, question: TraceSteps | DescribeSequences) -> asyncio.Future[Any]:
+        """The answer, None where the engine ends without one. Raises: UnavailableError where it has ended."""
+        if self.stopped.is_set():
+            raise _engine_dead()
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._questions[question.question_id] = answer
+        self._engine.submit(question)
+        return answer
+
     def cancel(self, generation: Generation, error: ApiError | None = None) -> None:
         """End a generation now; the engine frees its blocks within a step. Without effect on one that is over or has
         been cancelled before.
@@ -263,6 +333,14 @@ class EngineClient:
         if error is not None:
             output = output._replace(finish_reason=FinishReason.ERROR, error=error.message)
         self._record([(generation, output)])
+
+    async def end(self, generation: Generation) -> None:
+        """Cancel a generation and wait until it is over, as one that is journaled is not at once."""
+        if not generation.is_over:
+            ended = anyio.Event()
+            generation.on_end.append(lambda _: ended.set())
+            self.cancel(generation)
+            await ended.wait()
 
     def cancel_all(self, error: ApiError) -> None:
         for generation in list(self._generations.values()):
@@ -316,6 +394,8 @@ class EngineClient:
                 future = self._batches.get(publication.batch_id)
                 if future is not None and not future.done():
                     future.set_result(publication)
+            case StepsTraced() | SequencesDescribed():
+                self._questions.pop(publication.question_id).set_result(publication)
             case EngineReady():
                 self.ready = publication
                 for one_shot in publication.one_shots:
@@ -339,6 +419,8 @@ class EngineClient:
                 for future in self._batches.values():
                     if not future.done():
                         future.set_exception(EngineFailedError(_ENGINE_ENDED))
+                while self._questions:
+                    self._questions.popitem()[1].set_result(None)
 
     def _receive_step(self, step: StepOutput) -> None:
         self.load = step.load
@@ -381,13 +463,13 @@ class EngineClient:
 
     def _receive_outputs(self, outputs: list[_Output]) -> None:
         now = self.clock()
-        num_tokens = 0
+        num_tokens: Counter[str] = Counter()  # by tenant
         last_tokens_s: list[tuple[Tier, float]] = []  # of each stream that has one more
         for generation, output in outputs:
             if generation.is_over:
                 continue  # since the journal was asked
             if output.token_ids:
-                num_tokens += len(output.token_ids)
+                num_tokens[generation.tenant] += len(output.token_ids)
                 if (last_token_s := generation.stages.last_token_s) is not None:
                     last_tokens_s.append((generation.tier, last_token_s))
                 else:
@@ -399,7 +481,7 @@ class EngineClient:
                     error = None if terminal.error is None else terminal.error.message
                     end = SequenceOutput(output.request_id, finish_reason=terminal.finish_reason, error=error)
                     self._record([(generation, end)])
-        self.metrics.generation_tokens.inc(num_tokens)
+        self.metrics.count_generated(num_tokens)
         for (tier, last_token_s), count in Counter(last_tokens_s).items():
             self.metrics.itl[tier].observe(now - last_token_s, count)
 

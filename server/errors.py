@@ -1,7 +1,7 @@
 """What goes wrong before the first byte, each with its HTTP status and OpenAI's error envelope.
 
 `raise` one of these anywhere under an endpoint; `endpoint.py` turns it into the response. After the first byte the same
-envelope travels as an event of the stream.
+envelope travels as an event of the stream. How other APIs say it is in `error_forms.py`.
 """
 
 from typing import Any
@@ -61,6 +61,10 @@ class NotFoundError(ApiError):
     code = "not_found"
 
 
+class PreviousResponseNotFoundError(NotFoundError):
+    code = "previous_response_not_found"
+
+
 class ModelNotFoundError(ApiError):
     status = 404
     code = "model_not_found"
@@ -68,6 +72,15 @@ class ModelNotFoundError(ApiError):
 
 class MethodNotAllowedError(ApiError):
     status = 405
+
+
+class RoutingError(ApiError):
+    """What the router refuses, with its own `status`: no such route, or not by this method."""
+
+    def __init__(self, message: str, status: int, headers: dict[str, str]) -> None:
+        self.status = status
+        self.code = "not_found" if status == 404 else None
+        super().__init__(message, headers=headers)
 
 
 class NotAcceptableError(ApiError):
@@ -79,6 +92,16 @@ class ReceiveTimeoutError(ApiError):
 
     status = 408
     code = "receive_timeout"
+
+
+class ConflictError(ApiError):
+    """Something else is under way that this cannot be beside."""
+
+    status = 409
+
+    def __init__(self, message: str, code: str) -> None:
+        self.code = code
+        super().__init__(message)
 
 
 class GoneError(ApiError):
@@ -172,6 +195,17 @@ class EngineFailedError(ApiError):
     code = "engine_error"
 
 
+class InternalError(ApiError):
+    """A fault of this server's own. No detail: its text may hold a prompt or a path."""
+
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+
+    def __init__(self) -> None:
+        super().__init__("internal server error")
+
+
 class GrammarTooComplexError(ApiError):
     """What an answer's grammar allows at some point could not be found out within the limits."""
 
@@ -192,11 +226,6 @@ class DeadlineError(ApiError):
 def envelope(message: str, *, type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """OpenAI's error object; clients want all four fields present."""
     return {"error": {"message": message, "type": type, "param": param, "code": code}}
-
-
-def internal_error() -> dict[str, Any]:
-    """The envelope of a fault of this server's own. No detail: its text may hold a prompt or a path."""
-    return envelope("internal server error", type="server_error", code="internal_error")
 
 
 def retry_headers(retry_after_s: float) -> dict[str, str]:

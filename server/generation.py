@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """All that an answer follows from, and the seconds it may take: who has it can begin the answer again, or go on
-    with one that was begun. `echo` is None where the answer does not begin with its prompt. `kept_token_ids` are
-    special tokens that are text all the same."""
+    with one that was begun. A model's adapter can change as the model itself can, so its fingerprint is a part. `echo`
+    is None where the answer does not begin with its prompt. `kept_token_ids` are special tokens that are text all the
+    same."""
 
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
@@ -36,6 +37,8 @@ class Recipe:
     stall_timeout_s: float
     grammar: GrammarSource | None = None
     kept_token_ids: tuple[int, ...] = ()
+    adapter: str | None = None
+    adapter_fingerprint: str = ""
     tells_token_ids: bool = False
 
 
@@ -55,14 +58,15 @@ class Stages:
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """`id` is what the log calls it, `request_id` what the engine calls it. The prompt is kept only where token ids are
-    told, as `prompt_token_ids`.
+    """`id` is what the log calls it, `request_id` what the engine calls it. `model` is the name of the model, or of the
+    adapter, that answers. The prompt is kept only where token ids are told, as `prompt_token_ids`.
 
     `choice` numbers the answers to one prompt. `echo` is text that comes before the answer, with `prompt_logprobs`, a
     list that all choices of a prompt share and the first one fills. `grammar_field` is the request's, where its grammar
-    is. `predicted_ttft_s` is the bare prediction that it was admitted with, until it can be compared.
-    `begins_in_reasoning` tells that its prompt has begun the model's reasoning. `on_end` is called once the log has
-    closed. What `is_journaled` a later process can go on with. What `is_cancelled` is over, or will be soon.
+    is. `tenant` is known from when it is submitted on, `predicted_ttft_s` is the bare prediction that it was admitted
+    with, until it can be compared. `begins_in_reasoning` tells that its prompt has begun the model's reasoning.
+    `on_end` is called once the log has closed. What `is_journaled` a later process can go on with. What `is_cancelled`
+    is over, or will be soon.
     """
 
     id: str
@@ -74,6 +78,8 @@ class Generation:
     choice: int = 0
     echo: str | None = None
     tier: Tier = Tier.STANDARD
+    model: str = ""
+    tenant: str = ""
     predicted_ttft_s: float | None = None
     begins_in_reasoning: bool = False
     is_journaled: bool = False

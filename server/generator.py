@@ -5,9 +5,9 @@ number; everything that could hurt the engine is checked here, before it.
 """
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import TypeVar
@@ -47,7 +47,8 @@ _T = TypeVar("_T")
 
 @dataclass(slots=True)
 class Generator:
-    """Starts generations of one model. `tokenizer` is set before the server is ready."""
+    """Starts generations of one model and its adapters, of which it has the fingerprints by name. `tokenizer` is set
+    before the server is ready."""
 
     client: EngineClient
     settings: Settings
@@ -56,6 +57,7 @@ class Generator:
     keys: ApiKeys | None
     limits: TenantLimits
     grammars: Grammars
+    adapters: Mapping[str, str] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
 
     async def start(
@@ -139,7 +141,7 @@ class Generator:
     ) -> Iterator[tuple[Demand, Tokenizer, EngineReady]]:
         """Hold a request's places while it is read. Raises: ApiError. A cancellation inside is counted as a client that
         left."""
-        if model is not None and model != self.model_name:
+        if model is not None and model != self.model_name and model not in self.adapters:
             raise ModelNotFoundError(f"the model `{model}` does not exist", param="model")
         tier, weight = standing_of(self.keys, tenant)
         demand = Demand(tier, tenant, weight, 0, num_sequences)
@@ -182,6 +184,7 @@ class Generator:
             prompt_token_ids=recipe.prompt_token_ids if recipe.tells_token_ids else None,
             grammar_field=None if recipe.grammar is None else recipe.grammar.field,
             begins_in_reasoning=begins_in_reasoning(self.tokenizer, recipe.prompt_token_ids),
+            model=recipe.adapter or self.model_name,
         )
         if sampling.num_prompt_logprobs is not None:
             generation.prompt_logprobs.append(TokenLogprobs(recipe.prompt_token_ids[0]))
@@ -203,7 +206,7 @@ class Generator:
         self.client.check_accepting()
         assert self.client.ready is not None
         assert self.tokenizer is not None
-        _check_fits(recipe, output_token_ids, self.client.ready)
+        _check_fits(recipe, output_token_ids, self.client.ready, self.adapters)
         grammar = None
         if recipe.grammar is not None:
             grammar = await self._compile(recipe.grammar, self.tokenizer, self.client.ready)
@@ -247,6 +250,7 @@ class Generator:
         grammar: GrammarSource | None,
     ) -> Recipe:
         assert self.tokenizer is not None
+        adapter = request.model if request.model in self.adapters else None
         return Recipe(
             prompt.token_ids,
             sampling,
@@ -260,6 +264,8 @@ class Generator:
             stall_timeout_s=_shorter(request.stall_timeout, self.settings.stall_timeout_s),
             grammar=grammar,
             kept_token_ids=kept_token_ids(self.tokenizer, request),
+            adapter=adapter,
+            adapter_fingerprint="" if adapter is None else self.adapters[adapter],
             tells_token_ids=bool(request.return_token_ids),
         )
 
@@ -295,6 +301,7 @@ class Generator:
                 cache_salt=recipe.cache_salt,
                 output_token_ids=output_token_ids,
                 grammar=grammar,
+                adapter=recipe.adapter,
             ),
             generation,
         )
@@ -302,8 +309,12 @@ class Generator:
         generation.on_end.append(partial(self._release, demand.tenant))
 
 
-def _check_fits(recipe: Recipe, output_token_ids: tuple[int, ...], ready: EngineReady) -> None:
+def _check_fits(
+    recipe: Recipe, output_token_ids: tuple[int, ...], ready: EngineReady, adapters: Mapping[str, str]
+) -> None:
     """Check a recipe against an engine that it was not made for. Raises: BadRequestError, ContextLengthError."""
+    if recipe.adapter is not None and adapters.get(recipe.adapter) != recipe.adapter_fingerprint:
+        raise BadRequestError(f"the server has no adapter {recipe.adapter} since its restart, or another one")
     num_prompt, sampling = len(recipe.prompt_token_ids), recipe.sampling
     if num_prompt + sampling.max_tokens > ready.max_context_tokens:
         raise ContextLengthError(

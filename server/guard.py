@@ -26,7 +26,7 @@ NO_PLACE = "headrace.no_place"
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # Probes, the pages and their files, and a stream's events, where the stream's id is what one must know. GET /v1/stream
 # asks for a ticket by itself.
-_OPEN_PATHS = re.compile(r"/|/classify|/docs|/health|/ready|/static/.*|/v1/stream|/v1/streams/[^/]+/events")
+_OPEN_PATHS = re.compile(r"/|/classify|/dashboard|/docs|/health|/ready|/static/.*|/v1/stream|/v1/streams/[^/]+/events")
 
 
 def is_open(path: str, *, has_open_metrics: bool) -> bool:
@@ -48,9 +48,9 @@ class _Guard:
             except ApiError as error:
                 id = request_id(Headers(scope=scope))
                 self._on_rejected(id, scope["path"], time.monotonic(), error.status)
-                response = self._refuse(scope, error)
+                response = self._refuse(scope, error, id)
                 # A body that was not read may still be coming, so the connection cannot carry another request.
-                response.headers.update({"connection": "close", "x-request-id": id})
+                response.headers["connection"] = "close"
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -59,8 +59,8 @@ class _Guard:
         """Raises: ApiError."""
         raise NotImplementedError
 
-    def _refuse(self, scope: Scope, error: ApiError) -> Response:
-        return error_response(error)
+    def _refuse(self, scope: Scope, error: ApiError, id: str) -> Response:
+        return error_response(error, scope["path"], id)
 
 
 class KeyGuard(_Guard):
@@ -137,10 +137,10 @@ class ProbeGuard(_Guard):
         has_place = NO_PLACE not in scope.get("extensions", {})
         await (self._app if has_place else super().__call__)(scope, receive, send)
 
-    def _refuse(self, scope: Scope, error: ApiError) -> Response:
+    def _refuse(self, scope: Scope, error: ApiError, id: str) -> Response:
         accepted = Headers(scope=scope).get("accept", "")
         is_event_source = scope["method"] == "GET" and "text/event-stream" in accepted
-        return refuse_event_source(error) if is_event_source else super()._refuse(scope, error)
+        return (refuse_event_source if is_event_source else error_response)(error, scope["path"], id)
 
     def _check(self, scope: Scope) -> None:
         if scope["method"] != "GET" or scope["path"] not in ("/health", "/ready", "/metrics"):
@@ -165,7 +165,10 @@ def guards(settings: ListenerSettings, keys: ApiKeys | None, on_rejected: OnReje
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],  # client libraries send headers of their own
-            expose_headers=["x-request-id", "idempotent-replayed", "retry-after", "retry-after-ms", "location"],
+            expose_headers=[
+                *("x-request-id", "request-id", "idempotent-replayed"),
+                *("retry-after", "retry-after-ms", "location"),
+            ],
         )
         middleware.append(cors)
     # Inside CORS: a preflight carries no key, and a page of another origin may read why it was refused.

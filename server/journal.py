@@ -1,4 +1,4 @@
-"""The journal: what native streams need to outlive this process, in a SQLite file.
+"""The journal: what streams need to outlive this process, in a SQLite file.
 
 Each stream is a table of rows (position, body, CRC): how it was accepted, its prompt, then what came of it. A table has
 pages of its own, and with it goes every byte in them. One thread owns the connection. What comes of a stream passes
@@ -56,8 +56,8 @@ class JournalError(HeadraceError):
 
 @dataclass(frozen=True, slots=True)
 class StreamRecord:
-    """A native stream as it was accepted. `log_id` is what the request log calls it; times are on this process's
-    monotonic clock."""
+    """A stream as it was accepted. `log_id` is what the request log calls it; times are on this process's monotonic
+    clock. `response` is what a response consists of beside its answer, in JSON's types; a native stream has none."""
 
     id: str
     tenant: str
@@ -68,6 +68,7 @@ class StreamRecord:
     received_s: float
     submitted_s: float
     recipe: Recipe
+    response: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

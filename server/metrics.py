@@ -1,7 +1,7 @@
 """Prometheus metrics: counters and histograms of the event loop, gauges read off the engine's last snapshot.
 
 Lives on the event loop. Every metric is also exposed under the `vllm:` name that dashboards and routers read, with
-vLLM's `model_name` label. Labels come from closed sets.
+vLLM's `model_name` label. Labels come from closed sets; of tenants, which have names, so many at most have their own.
 """
 
 from bisect import bisect_left
@@ -31,6 +31,9 @@ _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600
 SHED_REASONS = ("queue_full", "predicted_too_late", "rate_limit")
 OUTCOMES = ("ok", "error", "cancelled", "deadline", "refused")
 PHASES = ("body", "tokenizing", "queued", "prefill", "decode")
+
+MAX_TENANTS = 100
+OTHER_TENANTS = "(others)"  # no key can be called so
 
 _VLLM_NAMES = {
     "headrace_num_requests_running": "vllm:num_requests_running",
@@ -133,12 +136,19 @@ class RequestMetrics:
 
 
 class Metrics(RequestMetrics):
-    """All metrics of a server with an engine. `load` and `num_waiting` are asked at scrape time."""
+    """All metrics of a server with an engine. `load` and `num_waiting` are asked at scrape time.
+
+    `names_tenants` where they may be seen by name: whoever scrapes is no tenant.
+    """
+
+    names_tenants = False
 
     def __init__(self, model_name: str, load: Callable[[], LoadSnapshot], num_waiting: Callable[[], int]) -> None:
         super().__init__()
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests")
+        self._generation_tokens = self._counter("generation_tokens", "Tokens generated")
+        self._tenant_tokens = self._counter("tenant_tokens", "The same by tenant, at admin_port", "tenant", "kind")
+        self._named_tenants: set[str] = set()
         self._finished = self._counter("requests_finished", "Answers that ended, by reason", "finished_reason")
         self.ttft = self._tier_histograms("time_to_first_token_seconds", "Arrival to first token", _LONG)
         self.itl = self._tier_histograms("inter_token_latency_seconds", "Between a request's tokens", _SHORT)
@@ -153,6 +163,7 @@ class Metrics(RequestMetrics):
         for reason in FinishReason:
             self._finished.labels(reason.value)
         self._tier_waiting = self._gauge("tier_requests_waiting", "Requests accepted and not begun, by tier", "tier")
+        self._ttft_target = self._gauge("ttft_target_seconds", "The longest predicted that is let in, by tier", "tier")
         self._model_bytes = self._gauge("model_bytes", "Memory of a one-shot model's weights", "model")
         gauges = _LoadCollector(load, num_waiting)
         self.registry.register(gauges)
@@ -164,9 +175,30 @@ class Metrics(RequestMetrics):
             if metric.name in _VLLM_NAMES:
                 yield generate_latest(_Collected(_as_vllms(metric, self._model_name)))
 
-    def watch_waiting(self, tier: Tier, value: Callable[[], float]) -> None:
-        """Set where a tier's number of waiting requests is asked when scraped."""
-        self._tier_waiting.labels(tier.value).set_function(value)
+    def watch_tier(self, tier: Tier, num_waiting: Callable[[], float], ttft_target_s: Callable[[], float]) -> None:
+        """Set where a tier's number of waiting requests and its target are asked when scraped."""
+        self._tier_waiting.labels(tier.value).set_function(num_waiting)
+        self._ttft_target.labels(tier.value).set_function(ttft_target_s)
+
+    def count_prompt(self, tenant: str, num_tokens: int) -> None:
+        self._prompt_tokens.inc(num_tokens)
+        self._count_tenant(tenant, "prompt", num_tokens)
+
+    def count_generated(self, num_tokens: Mapping[str, int]) -> None:
+        """Count the tokens of a step, by tenant."""
+        self._generation_tokens.inc(sum(num_tokens.values()))
+        for tenant, num in num_tokens.items():
+            self._count_tenant(tenant, "generated", num)
+
+    def _count_tenant(self, tenant: str, kind: str, num_tokens: int) -> None:
+        if not self.names_tenants:
+            return
+        if tenant not in self._named_tenants:
+            if len(self._named_tenants) == MAX_TENANTS:
+                tenant = OTHER_TENANTS
+            else:
+                self._named_tenants.add(tenant)
+        self._tenant_tokens.labels(tenant, kind).inc(num_tokens)
 
     def set_model_bytes(self, model: str, num_bytes: int) -> None:
         self._model_bytes.labels(model).set(num_bytes)

@@ -13,22 +13,20 @@ from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import anyio
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from headrace.server.errors import (
     BadRequestError,
+    InternalError,
     LostEventsError,
     NotAcceptableError,
     ShutdownError,
     UnauthorizedError,
-    internal_error,
 )
-from headrace.server.generation import Generation, Recipe, Stages, usage
+from headrace.server.generation import Generation, usage
 from headrace.server.generator import Generator
-from headrace.server.journal import StreamRecord
 from headrace.server.logprobs import IDS_PER_LOGPROB, chat_logprobs, make_off_loop
 from headrace.server.protocol import (
     UNSUPPORTED,
@@ -41,6 +39,7 @@ from headrace.server.protocol import (
 )
 from headrace.server.sse import HEARTBEAT, EventStream, event_frame, padded, retry_frame, to_json
 from headrace.server.stream_registry import NativeStream, StreamRegistry
+from headrace.server.stream_start import start_stream
 from headrace.server.tickets import TICKET_TTL_S, Ticket, Tickets
 from headrace.server.tracing import Report, trace_context
 
@@ -79,7 +78,9 @@ _StreamParams = StreamChatRequest | StreamCompletionRequest
 class NativeApi:
     """The routes under /v1/stream and /v1/streams. `report` hears of every generation that is over."""
 
-    def __init__(self, generator: Generator, registry: StreamRegistry, tickets: Tickets, report: Report) -> None:
+    def __init__(
+        self, generator: Generator, registry: StreamRegistry[NativeStream], tickets: Tickets, report: Report
+    ) -> None:
         self._generator = generator
         self._client = generator.client
         self._settings = generator.settings
@@ -103,7 +104,7 @@ class NativeApi:
             params = parse_request(StreamCompletionRequest, fields)
         stream = await self._start(request, params, len(body))
         urls = _urls(stream.id)
-        content = {"id": stream.id, "created": stream.created_s, "model": self._generator.model_name, **urls}
+        content = {"id": stream.id, "created": stream.created_s, "model": stream.generation.model, **urls}
         prompt_ids = stream.generation.prompt_token_ids or ()
         if prompt_ids:
             content["prompt_token_ids"] = [*prompt_ids]
@@ -148,11 +149,7 @@ class NativeApi:
         stream = self._registry.get_owned(request.path_params["id"], request.state.tenant)
         generation = stream.generation
         if request.method == "DELETE":
-            if not generation.is_over:
-                ended = anyio.Event()
-                generation.on_end.append(lambda _: ended.set())
-                self._client.cancel(generation)
-                await ended.wait()
+            await self._client.end(generation)
             if generation.is_interrupted:
                 raise ShutdownError(is_resumable=True)
         return self._snapshot(stream)
@@ -171,47 +168,29 @@ class NativeApi:
         id = secrets.token_hex(16)
         if params.num_sequences > 1:
             raise BadRequestError("n: a native stream has one answer to one prompt", param="n")
-        tenant, created_s, stages = request.state.tenant, int(time.time()), Stages(request.state.received_s)
-        continues_alone, grace_s = params.on_disconnect == "continue", params.disconnect_grace_s
-        journal, is_recorded = self._client.journal, anyio.Event()
+        created_s = int(time.time())
 
-        def record(generation: Generation, recipe: Recipe) -> None:
-            if journal is None:
-                return
-            generation.is_journaled = True
-            times = generation.stages.received_s, self._client.clock()
-            entry = StreamRecord(id, tenant, generation.id, created_s, continues_alone, grace_s, *times, recipe)
-            journal.accept(generation.request_id, entry, partial(self._client.call_soon, is_recorded.set))
+        def make(generation: Generation) -> NativeStream:
+            return NativeStream(
+                id,
+                request.state.tenant,
+                generation,
+                created_s,
+                params.on_disconnect == "continue",
+                unread_since_s=self._client.clock(),
+                grace_s=params.disconnect_grace_s,
+            )
 
-        [generation] = await self._generator.start(
+        return await start_stream(
+            self._generator,
+            self._registry,
+            request,
             params,
-            request.state.id,
-            stages,
+            make,
             partial(self.finish, id, route=request.scope["path"], context=trace_context(request.headers)),
-            record,
-            tenant=tenant,
+            is_journaled=True,
             num_bytes=num_bytes,
         )
-        request.state.is_accepted = True
-        stream = NativeStream(
-            id, tenant, generation, created_s, continues_alone, unread_since_s=self._client.clock(), grace_s=grace_s
-        )
-        self._registry.add(stream)
-        if journal is not None:
-            try:
-                await is_recorded.wait()
-            except anyio.get_cancelled_exc_class():
-                self._discard(stream)
-                raise
-        return stream
-
-    def _discard(self, stream: NativeStream) -> None:
-        """End and forget a stream that its client has not heard of."""
-        if stream.generation.is_over:
-            self._registry.forget(stream)
-        else:
-            stream.generation.on_end.append(lambda _: self._registry.forget(stream))
-            self._client.cancel(stream.generation)
 
     def finish(
         self,
@@ -234,7 +213,7 @@ class NativeApi:
             raise BadRequestError("last_event_id: lies in the future of this stream", param="last_event_id")
         if log.terminal is not None and cursor == log.end:
             return Response(status_code=204)  # tells EventSource to stop
-        return EventStream(self._frames(stream, cursor), event_frame("error", internal_error(), id=None))
+        return EventStream(self._frames(stream, cursor), event_frame("error", InternalError().envelope(), id=None))
 
     async def _frames(self, stream: NativeStream, cursor: int) -> AsyncIterator[bytes]:
         """What one reader is sent; each item is one write."""
@@ -311,7 +290,7 @@ class NativeApi:
             "id": stream.id,
             "object": "stream",
             "created": stream.created_s,
-            "model": self._generator.model_name,
+            "model": generation.model,
             "status": status,
             "text": generation.log.read().text,
             "cursor": cursor,

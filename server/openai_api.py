@@ -1,8 +1,7 @@
 """OpenAI's generation routes: /v1/chat/completions, /v1/completions and /v1/models, streaming and not.
 
-Lives on the event loop. A response follows its generations' logs, one per choice; whatever ends the response (its last
-event, an error in one choice, a disconnect) ends them all. Frames are spliced from parts prepared once per response, so
-that a token costs little more than the encoding of its text.
+Lives on the event loop. A response follows its generations' logs, one per choice. Frames are spliced from parts
+prepared once per response, so that a token costs little more than the encoding of its text.
 Source: OpenAI's API reference.
 """
 
@@ -18,9 +17,9 @@ from starlette.responses import JSONResponse, Response
 from headrace.scheduler.messages import FinishReason
 from headrace.server.answer_parser import is_only_text, make_parser
 from headrace.server.answer_parts import Part, ReasoningPart, TextPart, ToolArgumentsPart, ToolCallPart
+from headrace.server.answering import Answering, weight_of, whole_response
 from headrace.server.errors import ModelNotFoundError
-from headrace.server.generation import Generation, Stages, final_usage, usage
-from headrace.server.generator import Generator
+from headrace.server.generation import Generation, final_usage, usage
 from headrace.server.logprobs import IDS_PER_LOGPROB, chat_logprobs, completion_logprobs, make_off_loop
 from headrace.server.one_shot_models import OneShots
 from headrace.server.protocol import (
@@ -32,24 +31,21 @@ from headrace.server.protocol import (
     parse_request,
 )
 from headrace.server.settings import Settings
-from headrace.server.sse import HEARTBEAT, EventStream, data_frame, padded, to_json
+from headrace.server.sse import HEARTBEAT, OBFUSCATED_BYTES, EventStream, data_frame, padded, to_json
 from headrace.server.stream_log import LogSlice, Subscriber
 from headrace.server.tokenizer import Tokenizer
-from headrace.server.tracing import Report, trace_context
 from headrace.server.version import SYSTEM_FINGERPRINT
 
 _DONE = b"data: [DONE]\n\n"
-# What a client that asks for obfuscation has its texts rounded up to.
-_OBFUSCATED_BYTES = 32
 
 
 class OpenAIApi:
-    """The routes of one model. `report` hears of every generation once its response is over too."""
+    """The routes of one model."""
 
-    def __init__(self, generator: Generator, one_shots: OneShots, report: Report) -> None:
-        self._generator = generator
+    def __init__(self, answering: Answering, one_shots: OneShots) -> None:
+        self._answering = answering
+        self._generator = answering.generator
         self._one_shots = one_shots
-        self._report = report
         self._created_s = int(time.time())
 
     async def chat_completions(self, request: Request, body: bytes) -> Response:
@@ -74,9 +70,13 @@ class OpenAIApi:
     def _models(self) -> list[dict[str, Any]]:
         ready = self._generator.client.ready
         context = ready.max_context_tokens if ready else None
-        models = [(self._generator.model_name, "generate", context)]
+        base = self._generator.model_name
+        models = [
+            (base, "generate", context, None),
+            *((name, "generate", context, base) for name in self._generator.adapters),
+        ]
         for model in self._one_shots.models:
-            models.append((model.name, model.task.value, getattr(model.reader, "max_tokens", None)))
+            models.append((model.name, model.task.value, getattr(model.reader, "max_tokens", None), None))
         return [
             {
                 "id": name,
@@ -85,52 +85,33 @@ class OpenAIApi:
                 "owned_by": "headrace",
                 "task": task,
                 "max_model_len": max_tokens,
+                "root": parent or name,
+                "parent": parent,
             }
-            for name, task, max_tokens in models
+            for name, task, max_tokens, parent in models
         ]
 
     async def _complete(
         self, request: Request, params: GenerationParams, make_format: "type[_Format]", num_bytes: int
     ) -> Response:
         id = f"{make_format.id_prefix}{request.state.id}"
-        stages = Stages(request.state.received_s)
-        generations = await self._generator.start(params, id, stages, tenant=request.state.tenant, num_bytes=num_bytes)
-        request.state.is_accepted = True
-        request.state.cleanup.callback(self._finish, generations, request)
+        generations = await self._answering.start(request, params, id, num_bytes)
         assert self._generator.tokenizer is not None
-        format = make_format.make(id, self._generator.model_name, self._generator.tokenizer, params, generations)
+        format = make_format.make(id, generations[0].model, self._generator.tokenizer, params, generations)
         if params.stream:
             options = params.stream_options or StreamOptions()
             return EventStream(_frames(generations, format, options, self._generator.settings))
-        with Subscriber([generation.log for generation in generations]) as subscriber:
-            num_open = len(generations)
-            while num_open:
-                piece = await subscriber.next()
-                if piece is not None and piece.terminal is not None:
-                    num_open -= 1
-                    if piece.terminal.error is not None:
-                        raise piece.terminal.error
-        generations[0].stages.first_byte_s = self._generator.client.clock()
-        pieces = [generation.log.read() for generation in generations]
-        weight = sum(map(_weight, pieces)) + format.num_prompt_ids // IDS_PER_LOGPROB
-        return await make_off_loop(lambda: JSONResponse(format.whole(pieces, final_usage(generations))), weight)
-
-    def _finish(self, generations: list[Generation], request: Request) -> None:
-        ends = [generation.log.terminal for generation in generations]
-        # Where one choice failed the others end for its reason, and nobody left.
-        error = next((end.error for end in ends if end is not None and end.error is not None), None)
-        request.state.has_failed = error is not None
-        for generation in generations:
-            self._generator.client.cancel(generation, error)
-        generations[0].stages.end_s = self._generator.client.clock()  # of the response, which outlasts the last token
-        self._report(generations, request.scope["path"], trace_context(request.headers))
+        pieces = await self._answering.whole(generations)
+        return await whole_response(
+            lambda: format.whole(pieces, final_usage(generations)), pieces, format.num_prompt_ids
+        )
 
 
 async def _frames(
     generations: list[Generation], format: "_Format", options: StreamOptions, settings: Settings
 ) -> AsyncIterator[bytes]:
     """The frames of a streaming response; each item is one write, and may hold several frames."""
-    padding = settings.stream_padding_bytes or (_OBFUSCATED_BYTES if options.include_obfuscation else 0)
+    padding = settings.stream_padding_bytes or (OBFUSCATED_BYTES if options.include_obfuscation else 0)
     has_usage = bool(options.include_usage or options.continuous_usage_stats)
     format.prepare_frames(has_usage=has_usage, padding=padding)
     is_continuous = bool(options.continuous_usage_stats)
@@ -150,7 +131,7 @@ async def _frames(
             write = b""
             if piece.text or piece.logprobs or piece.token_ids:
                 counts = usage(generations, sum(num_tokens)) if is_continuous else None
-                if weight := _weight(piece):  # most have none, and should not cost a coroutine each
+                if weight := weight_of(piece):  # most have none, and should not cost a coroutine each
                     frames = await make_off_loop(partial(format.text_frames, piece, counts), weight)
                 else:
                     frames = format.text_frames(piece, counts)
@@ -174,11 +155,6 @@ async def _frames(
                 write += _DONE
             if write:  # else all there is may be a part of a marker
                 yield write
-
-
-def _weight(piece: LogSlice) -> int:
-    """What writing a piece costs, in log probabilities of a token."""
-    return len(piece.logprobs) + len(piece.token_ids) // IDS_PER_LOGPROB
 
 
 class _Format(ABC):

@@ -18,9 +18,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.server import answers
+from headrace.server.admin_api import ProfileRequest
+from headrace.server.error_forms import is_anthropic, is_ollama
 from headrace.server.guard import is_open
 from headrace.server.idempotency import HEADER
+from headrace.server.messages_protocol import CountTokensRequest, MessagesRequest
 from headrace.server.native_api import QUERY_TEXTS, StreamChatRequest, StreamCompletionRequest
+from headrace.server.ollama_protocol import OllamaChatRequest, OllamaGenerateRequest, Options, ShowRequest
 from headrace.server.one_shot_protocol import (
     ClassifyForm,
     ClassifyRequest,
@@ -35,11 +39,25 @@ from headrace.server.protocol import (
     CompletionRequest,
     GenerationParams,
 )
+from headrace.server.responses_api import ItemsQuery, RetrieveQuery
+from headrace.server.responses_protocol import ResponsesRequest
 from headrace.server.settings import Settings
 from headrace.server.sse import to_json
 from headrace.server.tokens_api import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
 from headrace.server.version import VERSION
 
+_RESPONSE_EVENTS: tuple[type[Any], ...] = (
+    answers.ResponseStateEvent,
+    answers.ResponseItemEvent,
+    answers.ResponsePartEvent,
+    answers.ResponseTextDelta,
+    answers.ResponseTextDone,
+    answers.ResponseReasoningDelta,
+    answers.ResponseReasoningDone,
+    answers.ResponseArgumentsDelta,
+    answers.ResponseArgumentsDone,
+    answers.ResponseStreamError,
+)
 _REQUESTS: tuple[type[BaseModel], ...] = (
     ChatCompletionRequest,
     CompletionRequest,
@@ -48,25 +66,57 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     TokenizeChatRequest,
     TokenizeCompletionRequest,
     DetokenizeRequest,
+    ResponsesRequest,
+    MessagesRequest,
+    CountTokensRequest,
+    OllamaChatRequest,
+    OllamaGenerateRequest,
+    Options,
+    ShowRequest,
     EmbeddingRequest,
     RerankRequest,
     ScoreRequest,
     ClassifyRequest,
     ClassifyForm,
+    ProfileRequest,
+    RetrieveQuery,
+    ItemsQuery,
 )
 _ANSWERS: tuple[type[Any], ...] = (
     answers.ErrorEnvelope,
+    answers.AnthropicErrorEnvelope,
+    answers.OllamaError,
     answers.Status,
     answers.Health,
+    answers.RequestStates,
     answers.ChatCompletion,
     answers.ChatCompletionChunk,
     answers.Completion,
     answers.CompletionChunk,
+    answers.ModelResponse,
+    answers.DeletedResponse,
+    answers.ResponseItems,
+    *_RESPONSE_EVENTS,
     answers.Version,
     answers.Model,
     answers.ModelList,
     answers.Tokens,
     answers.Text,
+    answers.AnthropicMessage,
+    answers.MessageStart,
+    answers.ContentBlockStart,
+    answers.ContentBlockDelta,
+    answers.ContentBlockStop,
+    answers.MessageDelta,
+    answers.MessageStop,
+    answers.Ping,
+    answers.TokenCount,
+    answers.OllamaChatAnswer,
+    answers.OllamaGenerateAnswer,
+    answers.OllamaModels,
+    answers.OllamaRunningModels,
+    answers.OllamaShownModel,
+    answers.OllamaVersion,
     answers.Ticket,
     answers.StreamCreated,
     answers.StreamSnapshot,
@@ -84,9 +134,10 @@ _REFUSALS = {
     400: "The request is not valid; `param` names the field at fault.",
     401: "No key was presented, or none that is known.",
     403: "Without keys: the request comes from a page of another origin, or names a foreign host.",
-    404: "There is no such model or stream.",
+    404: "There is no such model, stream or response.",
     406: "`accept` does not include text/event-stream.",
     408: "The request took too long to arrive.",
+    409: "Steps are being traced already.",
     410: "The stream has ended and is no longer kept.",
     413: "The body is too large.",
     415: "The body's content type or encoding is not accepted.",
@@ -97,12 +148,26 @@ _REFUSALS = {
     503: "The server is loading or draining, has too many connections, or its engine has ended.",
     504: "The request's time was over before its answer.",
 }
+# The forms of errors, each with what the names of its refusals begin with.
+_ERROR_FORMS: dict[type[Any], str] = {
+    answers.ErrorEnvelope: "",
+    answers.AnthropicErrorEnvelope: "anthropic_",
+    answers.OllamaError: "ollama_",
+}
 # On any route: what is refused before the route is known, and what may always go wrong.
 _ALWAYS = (400, 408, 431, 500, 503)
 
 _STREAM_ID = "[0-9a-f]{32}"
 # What follows it in an event's id: the place, and the restarts of the server behind it.
 _PLACE = "[0-9]{1,11}(-[0-9]{1,9})?"
+# Routes that answer with a generation, which is made once for all who ask with one key.
+_REPEATABLE = frozenset(
+    {
+        *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
+        *("/api/chat", "/api/generate", "/v1/streams"),
+    }
+)
+_IDEMPOTENCY_KEY = {"name": HEADER, "in": "header", "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"}}
 # A picture of one pixel.
 _PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mNgYPgPAAEDAQA2dBFAAAAAAElFTkSuQmCC"
 
@@ -138,9 +203,10 @@ class OpenApi:
         schemas = _schemas()
         paths: dict[str, dict[str, Any]] = {}
         for operation in _operations(schemas):
-            if operation.path != "/metrics" or self._settings.admin_port is None:
+            if self._is_served(operation.path):
                 paths.setdefault(operation.path, {})[operation.method] = self._described(operation)
-        components: dict[str, Any] = {"schemas": schemas, "responses": {str(s): _refusal(s) for s in _REFUSALS}}
+        refusals = {f"{name}{s}": _refusal(s, form) for form, name in _ERROR_FORMS.items() for s in _REFUSALS}
+        components: dict[str, Any] = {"schemas": schemas, "responses": refusals}
         if self._has_keys:
             components["securitySchemes"] = {
                 "bearer": {"type": "http", "scheme": "bearer"},
@@ -162,15 +228,24 @@ class OpenApi:
             "components": components,
         }
 
+    def _is_served(self, path: str) -> bool:
+        """Whether clients have it: what is the operator's they may not."""
+        if path.startswith("/admin/"):
+            return self._settings.admin_port is None and self._settings.is_private
+        return path != "/metrics" or self._settings.admin_port is None
+
     def _described(self, operation: _Operation) -> dict[str, Any]:
-        refusals = sorted({*_ALWAYS, *operation.refusals, 401 if self._has_keys else 403} - operation.answers.keys())
+        is_repeatable = operation.method == "post" and operation.path in _REPEATABLE
+        possible = {*_ALWAYS, *operation.refusals, 401 if self._has_keys else 403, *((422,) if is_repeatable else ())}
+        refusals = sorted(possible - operation.answers.keys())
+        form = _ERROR_FORMS[_error_form(operation.path)]
         described: dict[str, Any] = {
             "operationId": operation.id,
             "summary": operation.summary,
-            "parameters": operation.parameters,
+            "parameters": operation.parameters + [_IDEMPOTENCY_KEY] * is_repeatable,
             "responses": {
                 **{str(status): answer for status, answer in operation.answers.items()},
-                **{str(status): {"$ref": f"#/components/responses/{status}"} for status in refusals},
+                **{str(status): {"$ref": f"#/components/responses/{form}{status}"} for status in refusals},
             },
         }
         if operation.body:
@@ -207,6 +282,9 @@ def _schemas() -> dict[str, Any]:
             unsupported = {**UNSUPPORTED, **unsupported}
         for name, neutral in unsupported.items():
             schemas[model.__name__]["properties"][name] = {"enum": [*neutral, None]}
+    # What a response's body does not write otherwise is a chat completion's.
+    chat, own = (schemas[model.__name__]["properties"] for model in (ChatCompletionRequest, ResponsesRequest))
+    own |= {name: schema for name, schema in chat.items() if name not in own}
     for model in (StreamChatRequest, StreamCompletionRequest):
         properties = schemas[model.__name__]["properties"]
         properties["n"] = {"enum": [1, None]}
@@ -241,8 +319,15 @@ def _header(type: str, *, is_required: bool) -> dict[str, Any]:
     return {"required": is_required, "schema": {"type": type}}
 
 
-def _refusal(status: int) -> dict[str, Any]:
-    refusal = _json(_REFUSALS[status], answers.ErrorEnvelope, has_id=status != 500)
+def _error_form(path: str) -> type[Any]:
+    if is_anthropic(path):
+        return answers.AnthropicErrorEnvelope
+    return answers.OllamaError if is_ollama(path) else answers.ErrorEnvelope
+
+
+def _refusal(status: int, form: type[Any]) -> dict[str, Any]:
+    # Whose head is too large has not been asked where it wants to go.
+    refusal = _json(_REFUSALS[status], answers.ErrorEnvelope if status == 431 else form, has_id=status != 500)
     if status in (429, 503):  # an engine that has ended does not come back
         refusal["headers"]["retry-after"] = _header("integer", is_required=status == 429)
     return refusal
@@ -264,6 +349,30 @@ def _completion(whole: type[Any], chunk: type[Any]) -> dict[str, Any]:
     """What a generation route answers: all at once, or where `stream` is true chunks and `[DONE]`."""
     data = {"anyOf": [{"const": "[DONE]"}, _json_text({"anyOf": [_ref(chunk), _ref(answers.ErrorEnvelope)]})]}
     return _answer("The answer.", {"application/json": _ref(whole), "text/event-stream": _event(data=data)})
+
+
+def _message_events() -> dict[str, Any]:
+    types = (
+        answers.MessageStart,
+        answers.ContentBlockStart,
+        answers.ContentBlockDelta,
+        answers.ContentBlockStop,
+        answers.MessageDelta,
+        answers.MessageStop,
+        answers.Ping,
+        answers.AnthropicErrorEnvelope,
+    )
+    return _event(event={"type": "string"}, data=_json_text({"anyOf": [_ref(type) for type in types]}))
+
+
+def _response_events() -> dict[str, Any]:
+    return _event(event={"type": "string"}, data=_json_text({"anyOf": [_ref(type) for type in _RESPONSE_EVENTS]}))
+
+
+def _lines(type: type[Any]) -> dict[str, Any]:
+    """What Ollama's generation routes answer: a line of JSON for each part, or all at once."""
+    line = {"anyOf": [_ref(type), _ref(answers.OllamaError)]}
+    return _answer("The answer.", {"application/json": _ref(type), "application/x-ndjson": line})
 
 
 def _native_events() -> dict[str, Any]:
@@ -313,11 +422,79 @@ def _query(properties: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield parameter
 
 
+def _plain_query(model: type[BaseModel], schemas: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A model's fields as parameters that cannot be null."""
+    for name, schema in schemas[model.__name__]["properties"].items():
+        [kind] = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
+        yield {"name": name, "in": "query", "schema": kind}
+
+
+def _response_operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
+    path = "/v1/responses/{id}"
+    names = ("retrieve_response", "delete_response", "cancel_response", "response_input_items")
+    links = {name: {"operationId": name, "parameters": {"id": "$response.body#/id"}} for name in names}
+    media_types = {"application/json": _ref(answers.ModelResponse), "text/event-stream": _response_events()}
+    id = {"type": "string", "pattern": "^resp_[0-9a-f]{32}$"}
+    named: list[dict[str, Any]] = [{"name": "id", "in": "path", "required": True, "schema": id}]
+    yield _Operation(
+        "post",
+        "/v1/responses",
+        "create_response",
+        "Answer a conversation, which can be continued later and read again",
+        {200: {**_answer("The response, or its events.", media_types), "links": links}},
+        (404, 413, 415, 429, 504),
+        _body(ResponsesRequest, {"input": "Hello", "max_output_tokens": 8}),
+    )
+    yield _Operation(
+        "get",
+        path,
+        names[0],
+        "A response as it stands, or all its events behind one of them",
+        {200: _answer("The response, or its events.", media_types)},
+        (404,),
+        parameters=[*named, *_plain_query(RetrieveQuery, schemas)],
+    )
+    deleted = {200: _json("It is deleted.", answers.DeletedResponse)}
+    yield _Operation("delete", path, names[1], "End a response and forget it", deleted, (404,), parameters=named)
+    yield _Operation(
+        "post",
+        f"{path}/cancel",
+        names[2],
+        "End a response that runs in the background",
+        {200: _json("The response.", answers.ModelResponse)},
+        (404, 413, 415),
+        parameters=named,
+    )
+    yield _Operation(
+        "get",
+        f"{path}/input_items",
+        names[3],
+        "The conversation that a response answers",
+        {200: _json("A page of its items.", answers.ResponseItems)},
+        (404,),
+        parameters=[*named, *_plain_query(ItemsQuery, schemas)],
+    )
+
+
 def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
     yield _Operation("get", "/health", "health", "Whether the server is alive", _probe(answers.Health))
     yield _Operation("get", "/ready", "ready", "Whether the server is ready", _probe(answers.Status))
     metrics = _answer("The metrics.", {"text/plain": {"type": "string"}}, has_id=False)
     yield _Operation("get", "/metrics", "metrics", "Metrics in Prometheus' format", {200: metrics})
+    trace = _answer("The trace.", {"application/gzip": {"type": "string", "format": "binary"}})
+    yield _Operation(
+        "post",
+        "/admin/profile",
+        "profile",
+        "A trace of the engine's next steps, for Perfetto",
+        {200: trace},
+        (409, 413, 415, 504),
+        _body(ProfileRequest, {"steps": 20, "timeout": 0.1}),
+    )
+    stacks = _answer("The stacks.", {"text/plain": {"type": "string"}})
+    yield _Operation("get", "/admin/stacks", "stacks", "What all threads and tasks are at", {200: stacks})
+    states = {200: _json("The requests.", answers.RequestStates)}
+    yield _Operation("get", "/admin/requests", "requests", "How every request stands", states)
     document = _answer("The document.", {"application/json": {"type": "object"}}, has_id=False)
     yield _Operation("get", "/openapi.json", "openapi", "This document", {200: document})
     models = _json("The models.", answers.ModelList, has_id=False)
@@ -335,16 +512,14 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
     yield _Operation("get", "/version", "version", "The version of this server", {200: version})
 
     refusals = (404, 413, 415, 429, 504)
-    repeatable = [{"name": HEADER, "in": "header", "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"}}]
     yield _Operation(
         "post",
         "/v1/chat/completions",
         "chat_completions",
         "Answer a conversation",
         {200: _completion(answers.ChatCompletion, answers.ChatCompletionChunk)},
-        (*refusals, 422),
+        refusals,
         _body(ChatCompletionRequest, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}),
-        repeatable,
     )
     yield _Operation(
         "post",
@@ -352,10 +527,10 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "completions",
         "Complete texts",
         {200: _completion(answers.Completion, answers.CompletionChunk)},
-        (*refusals, 422),
+        refusals,
         _body(CompletionRequest, {"prompt": "Once upon a time", "max_tokens": 8}),
-        repeatable,
     )
+    yield from _response_operations(schemas)
     yield _Operation(
         "post",
         "/tokenize",
@@ -374,6 +549,64 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         (404, 413, 415, 429),
         _body(DetokenizeRequest, {"tokens": [1, 2, 3]}),
     )
+    yield _Operation(
+        "post",
+        "/v1/messages",
+        "messages",
+        "Answer a conversation, in Anthropic's form",
+        {
+            200: _answer(
+                "The answer.",
+                {"application/json": _ref(answers.AnthropicMessage), "text/event-stream": _message_events()},
+            )
+        },
+        refusals,
+        _body(MessagesRequest, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}),
+    )
+    yield _Operation(
+        "post",
+        "/v1/messages/count_tokens",
+        "count_message_tokens",
+        "How many tokens a conversation has, in Anthropic's form",
+        {200: _json("The number.", answers.TokenCount)},
+        (404, 413, 415, 429),
+        _body(CountTokensRequest, {"messages": [{"role": "user", "content": "Hello"}]}),
+    )
+    ollama_example = {"options": {"num_predict": 8}}
+    yield _Operation(
+        "post",
+        "/api/chat",
+        "ollama_chat",
+        "Answer a conversation, in Ollama's form",
+        {200: _lines(answers.OllamaChatAnswer)},
+        refusals,
+        _body(OllamaChatRequest, {**ollama_example, "messages": [{"role": "user", "content": "Hello"}]}),
+    )
+    yield _Operation(
+        "post",
+        "/api/generate",
+        "ollama_generate",
+        "Answer a prompt, in Ollama's form",
+        {200: _lines(answers.OllamaGenerateAnswer)},
+        refusals,
+        _body(OllamaGenerateRequest, {**ollama_example, "prompt": "Hello"}),
+    )
+    yield _Operation(
+        "post",
+        "/api/show",
+        "ollama_show",
+        "What a model is and can, in Ollama's form",
+        {200: _json("The model.", answers.OllamaShownModel)},
+        (404, 413, 415),
+        _body(ShowRequest, {}),
+    )
+    for path, type, summary in (
+        ("/api/tags", answers.OllamaModels, "What is served here, in Ollama's form"),
+        ("/api/ps", answers.OllamaRunningModels, "What is loaded, in Ollama's form"),
+        ("/api/version", answers.OllamaVersion, "The version of Ollama's API that is spoken here"),
+    ):
+        answer = _json(f"{summary}.", type, has_id=False)
+        yield _Operation("get", path, path[1:].replace("/", "_"), summary, {200: answer})
     yield _Operation(
         "post",
         "/v1/embeddings",
@@ -449,9 +682,8 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "create_stream",
         "Start a native stream that answers a conversation or completes a text",
         {201: {**_json("Where it is read.", answers.StreamCreated), "links": links}},
-        (404, 413, 415, 422, 429),
+        (404, 413, 415, 429),
         _body_of_either(StreamChatRequest, StreamCompletionRequest, {"prompt": "Once upon a time", "max_tokens": 8}),
-        repeatable,
     )
     snapshot = {200: _json("The stream.", answers.StreamSnapshot)}
     path = "/v1/streams/{id}"

@@ -6,11 +6,22 @@ Source: OpenAI's API reference (chat completions, completions), and the extensio
 """
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import from_json, to_json
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema, from_json, to_json
 
 from headrace.scheduler.messages import GrammarKind
 from headrace.server.errors import ApiError, BadRequestError, UnsupportedParameterError
@@ -140,6 +151,12 @@ _OTHER_PARTS = (
 )
 
 STREAM_OPTIONS_RULE = _only_with("stream_options", "stream")
+TOOL_CHOICE_RULE: dict[str, Any] = {
+    "anyOf": [
+        {"properties": {"tool_choice": {"enum": [None, "none", "auto"]}}},
+        {"properties": {"tools": {"type": "array", "minItems": 1}}, "required": ["tools"]},
+    ]
+}
 
 
 def _say_rules(schema: dict[str, Any], cls: type[Any]) -> None:
@@ -595,16 +612,11 @@ class ChatCompletionRequest(GenerationParams):
     rules: ClassVar[list[dict[str, Any]]] = [
         *GenerationParams.rules,
         _only_with("top_logprobs", "logprobs", 0),
+        TOOL_CHOICE_RULE,
         {
             "anyOf": [
                 {"properties": {"continue_final_message": {"enum": [None, False]}}},
                 {"properties": {"add_generation_prompt": {"enum": [None, False]}}},
-            ]
-        },
-        {
-            "anyOf": [
-                {"properties": {"tool_choice": {"enum": [None, "none", "auto"]}}},
-                {"properties": {"tools": {"type": "array", "minItems": 1}}, "required": ["tools"]},
             ]
         },
     ]
@@ -617,6 +629,25 @@ class ChatCompletionRequest(GenerationParams):
     def _check_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs to be true")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        names: set[str] = set()
+        for i, tool in enumerate(self.tools or ()):
+            if tool.function.name in names:
+                raise ValueError(f"tools[{i}].function.name: is there twice")
+            names.add(tool.function.name)
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice: needs tools")
+        if self.offered_tools and self.grammar_source is not None:
+            raise ValueError(f"{self.grammar_source.field}: an answer that keeps to it can call no tools")
+        if self.must_call and self.ignore_eos:
+            raise ValueError("ignore_eos: an answer that must be a call ends with it")
+        if isinstance(self.tool_choice, ToolChoice):
+            for place, name in self.tool_choice.names.items():
+                if name not in names:
+                    raise ValueError(f"tool_choice.{place}: is no tool's name")
         return self
 
     @model_validator(mode="after")
@@ -640,25 +671,6 @@ class ChatCompletionRequest(GenerationParams):
             )
         for name in NO_TEMPLATE_VARIABLES.intersection(variables):
             raise ValueError(f"chat_template_kwargs.{name}: is not a request's to set")
-        return self
-
-    @model_validator(mode="after")
-    def _check_tools(self) -> Self:
-        names: set[str] = set()
-        for i, tool in enumerate(self.tools or ()):
-            if tool.function.name in names:
-                raise ValueError(f"tools[{i}].function.name: is there twice")
-            names.add(tool.function.name)
-        if not self.tools and self.tool_choice not in (None, "none", "auto"):
-            raise ValueError("tool_choice: needs tools")
-        if self.offered_tools and self.grammar_source is not None:
-            raise ValueError(f"{self.grammar_source.field}: an answer that keeps to it can call no tools")
-        if self.must_call and self.ignore_eos:
-            raise ValueError("ignore_eos: an answer that must be a call ends with it")
-        if isinstance(self.tool_choice, ToolChoice):
-            for place, name in self.tool_choice.names.items():
-                if name not in names:
-                    raise ValueError(f"tool_choice.{place}: is no tool's name")
         return self
 
     @property
@@ -754,8 +766,42 @@ class CompletionRequest(GenerationParams):
         return self.logprobs
 
 
+def thinking_variables(is_thinking: bool) -> dict[str, bool]:
+    """Whether the model shall think before it answers, as chat templates know it, in either name."""
+    return {"enable_thinking": is_thinking, "thinking": is_thinking}
+
+
 BodyT = TypeVar("BodyT", bound=GenerationParams)
 ModelT = TypeVar("ModelT", bound=BaseModel)
+# What fields of one request are called in another that was made into it: (all of a path or its beginning, the name).
+FieldNames = tuple[tuple[re.Pattern[str], str], ...]
+
+
+class OneOf:
+    """Annotates a union of models that a field tells apart: an error is that of the one that was meant. Where the field
+    is not there it is the model whose literal has None."""
+
+    def __init__(self, field: str) -> None:
+        self._field = field
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schemas = {
+            kind: handler.generate_schema(model)
+            for model in get_args(source)
+            for kind in get_args(model.model_fields[self._field].annotation)
+        }
+
+        def check(value: Any) -> Any:
+            kind = value.get(self._field) if isinstance(value, dict) else value
+            if not isinstance(value, dict) or not isinstance(kind, str | None) or kind not in schemas:
+                raise ValueError(f"{self._field}: must be {' or '.join(filter(None, schemas))}, not {kind!r:.60}")
+            return value
+
+        union = core_schema.tagged_union_schema(
+            {f"kind[{kind}]": schema for kind, schema in schemas.items()},
+            lambda value: f"kind[{value.get(self._field)}]",
+        )
+        return core_schema.no_info_before_validator_function(check, union)
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:
@@ -775,8 +821,8 @@ def parse_request(cls: type[BodyT], fields: dict[str, Any]) -> BodyT:
     return validate(cls, fields)
 
 
-def refuse_unsupported(fields: dict[str, Any], unsupported: dict[str, tuple[Any, ...]]) -> None:
-    """Raises: UnsupportedParameterError for a field that asks for what is not done."""
+def refuse_unsupported(fields: dict[str, Any], unsupported: dict[str, tuple[Any, ...]], path: str = "") -> None:
+    """Raises: UnsupportedParameterError for a field that asks for what is not done; `path` goes before its name."""
     for name, neutral in unsupported.items():
         value = fields.get(name)
         # 0 and False are equal in Python and differ on the wire: `logprobs: 0` asks for something.
@@ -784,7 +830,7 @@ def refuse_unsupported(fields: dict[str, Any], unsupported: dict[str, tuple[Any,
             value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral
         ):
             instead = f": {_INSTEAD[name]}" if name in _INSTEAD else ""
-            raise UnsupportedParameterError(f"`{name}` is not supported{instead}", param=name)
+            raise UnsupportedParameterError(f"`{path}{name}` is not supported{instead}", param=f"{path}{name}")
 
 
 def validate(cls: type[ModelT], fields: dict[str, Any]) -> ModelT:
@@ -795,9 +841,33 @@ def validate(cls: type[ModelT], fields: dict[str, Any]) -> ModelT:
         raise _bad_request(error) from None
 
 
+@contextmanager
+def renaming(names: FieldNames) -> Iterator[None]:
+    """Have errors inside the block name the fields that a client knows."""
+    try:
+        yield
+    except ApiError as error:
+        rename(error, names)
+        raise
+
+
+def rename(error: ApiError, names: FieldNames) -> None:
+    """Have an error name the field that a client knows."""
+    if error.param is None:
+        return
+    param = error.param
+    for pattern, name in names:
+        if (found := pattern.match(param)) is not None:
+            param = found.expand(name) + param[found.end() :]
+            break
+    if error.message.lstrip("`").startswith(error.param):
+        error.message = error.message.replace(error.param, param, 1)
+    error.param = param
+
+
 def _place_and_message(detail: Any) -> tuple[list[str | int], str]:
     """Where an error is, without the types that were tried, which mean nothing to a client, and what it is."""
-    tried = ("str", "constrained-str", "list", "dict", "literal", "function-after")
+    tried = ("str", "constrained-str", "list", "dict", "literal", "function-after", "kind")
     place = [part for part in detail["loc"] if str(part).partition("[")[0] not in tried]
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":

@@ -8,6 +8,7 @@ again as part of the prompt.
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import anyio
 import anyio.lowlevel
@@ -18,7 +19,7 @@ from headrace.server.errors import BadRequestError, ContextLengthError, EngineFa
 from headrace.server.generation import Generation, Stages
 from headrace.server.generator import Generator
 from headrace.server.journal import Journal, RecordedStream, Recording
-from headrace.server.stream_registry import NativeStream, StreamRegistry
+from headrace.server.stream_registry import KeptStream, StreamRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +28,20 @@ logger = logging.getLogger(__name__)
 _NUM_SUSPICIOUS_RESTARTS = 2
 _MAX_VAIN_RESTARTS = 5
 
-# Called with the id of a native stream, and its generation, once that is over.
-OnEnd = Callable[[str, Generation], None]
-
-_Unfinished = tuple[NativeStream, RecordedStream]
+_Unfinished = tuple[KeptStream, RecordedStream]
 
 
-async def restore_streams(journal: Journal, generator: Generator, registry: StreamRegistry, on_end: OnEnd) -> None:
+class Shelf(NamedTuple):
+    """Where the streams of a kind go: those whose ids have its prefix, unless a shelf before it has them. `on_end` is
+    called with a stream's id, and its generation once that is over."""
+
+    id_prefix: str
+    kind: type[KeptStream]
+    registry: StreamRegistry[Any]
+    on_end: Callable[[str, Generation], None]
+
+
+async def restore_streams(journal: Journal, generator: Generator, shelves: Sequence[Shelf]) -> None:
     """Take in what the journal holds: what is finished can be read again, all else goes on at its next token.
 
     Streams of tenants that are none any more are erased. Those that were taken up often and came no further end with an
@@ -51,8 +59,14 @@ async def restore_streams(journal: Journal, generator: Generator, registry: Stre
         if record.tenant not in tenants:
             gone[record.id] = record.tenant
             continue
-        stream = _replay(generator, recorded)
+        try:
+            stream = _replay(generator, recorded, _shelf_of(record.id, shelves).kind)
+        except BadRequestError as error:
+            logger.warning("a stream in the journal asks for what this version has not, and is gone: %s", error.param)
+            gone[record.id] = record.tenant
+            continue
         if stream.generation.is_over:
+            registry = _shelf_of(stream.id, shelves).registry
             registry.add(stream)
             registry.finish(stream.id)
         elif recorded.num_vain_restarts < _NUM_SUSPICIOUS_RESTARTS:
@@ -60,22 +74,27 @@ async def restore_streams(journal: Journal, generator: Generator, registry: Stre
         else:
             suspects.append((stream, recorded))
     for id, tenant in gone.items():
-        registry.remember_gone(id, tenant)
+        _shelf_of(id, shelves).registry.remember_gone(id, tenant)
     try:
         for suspect in suspects:
-            await _take_up([suspect], journal, generator, registry, on_end)
+            await _take_up([suspect], journal, generator, shelves)
             log = suspect[0].generation.log
             with log.subscribe(log.end) as subscriber:
                 await subscriber.next()
-        await _take_up(others, journal, generator, registry, on_end)
+        await _take_up(others, journal, generator, shelves)
     except UnavailableError:  # the server drains already: the next one's
         return
-    for stream, _ in (*suspects, *others):
-        registry.unsubscribed(stream, client.clock())  # from here on it is missed where it has no reader
-    registry.is_whole = True
+    for stream, _ in (*suspects, *others):  # from here on each is missed where it has no reader
+        _shelf_of(stream.id, shelves).registry.unsubscribed(stream, client.clock())
+    for shelf in shelves:
+        shelf.registry.is_whole = True
     if recording.streams or gone:
         num_unfinished = len(suspects) + len(others)
         logger.info("the journal held %d unfinished streams, and %d that cannot go on", num_unfinished, len(gone))
+
+
+def _shelf_of(id: str, shelves: Sequence[Shelf]) -> Shelf:
+    return next(shelf for shelf in shelves if id.startswith(shelf.id_prefix))
 
 
 async def _read(journal: Journal, client: EngineClient) -> Recording:
@@ -92,7 +111,7 @@ async def _read(journal: Journal, client: EngineClient) -> Recording:
 
 
 async def _take_up(
-    unfinished: Sequence[_Unfinished], journal: Journal, generator: Generator, registry: StreamRegistry, on_end: OnEnd
+    unfinished: Sequence[_Unfinished], journal: Journal, generator: Generator, shelves: Sequence[Shelf]
 ) -> None:
     """Have the engine go on with streams, or end them for good. Raises: UnavailableError, as `Generator.resume`."""
     client = generator.client
@@ -112,11 +131,12 @@ async def _take_up(
             await generator.resume(recorded.record.recipe, stream.generation, token_ids, stream.tenant)
         except (EngineFailedError, BadRequestError, ContextLengthError) as error:
             client.cancel(stream.generation, error)
-        stream.generation.on_end.append(partial(on_end, stream.id))
-        registry.add(stream)
+        shelf = _shelf_of(stream.id, shelves)
+        stream.generation.on_end.append(partial(shelf.on_end, stream.id))
+        shelf.registry.add(stream)
 
 
-def _replay(generator: Generator, recorded: RecordedStream) -> NativeStream:
+def _replay(generator: Generator, recorded: RecordedStream, kind: type[KeptStream]) -> KeptStream:
     """A stream with the log that it had, as far as it is recorded; one that is not over counts as resumed there."""
     record, now = recorded.record, generator.client.clock()
     tier, _ = standing_of(generator.keys, record.tenant)
@@ -127,16 +147,7 @@ def _replay(generator: Generator, recorded: RecordedStream) -> NativeStream:
         generation.is_journaled = True
         return generation
 
-    stream = NativeStream(
-        record.id,
-        record.tenant,
-        make(),
-        record.created_s,
-        record.continues_alone,
-        unread_since_s=None,
-        grace_s=record.grace_s,
-        restored_s=now,
-    )
+    stream = kind.from_record(record, make(), now)
     for at_s, output in (*recorded.outputs, (now, None)):
         if stream.generation.is_over:
             break

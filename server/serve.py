@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import anyio
@@ -35,6 +36,7 @@ from headrace.server.drain import Drainable, drain
 from headrace.server.http_protocol import HttpProtocol, watch_peers
 from headrace.server.log_format import LogFormatter, log_loop_error
 from headrace.server.metrics import RequestMetrics
+from headrace.server.model_details import read_model_details
 from headrace.server.one_shot_models import OneShotSource
 from headrace.server.settings import ListenerSettings, OneShotModelSettings, Settings, is_loopback
 from headrace.server.tls import load_tls
@@ -78,9 +80,11 @@ def serve(settings: Settings, load_engine: LoadEngine | None = None) -> int:
         one_shots = [_resolve_one_shot(one_shot) for one_shot in settings.one_shot_models]
         if one_shots:
             os.environ.setdefault("GOMP_SPINCOUNT", _OPENMP_SPINS)  # read when torch is imported
-        _check_names([settings.served_model_name or source.name, *(one_shot.name for one_shot in one_shots)])
-        load_engine = load_engine or partial(_load_engine, settings, source)
-        server = _Server(settings, source, one_shots, load_engine, listeners, tls, started_s)
+        adapters = [_find_adapter(name, folder) for name, folder in settings.lora_adapters.items()]
+        beside = [*(one_shot.name for one_shot in one_shots), *(adapter.name for adapter in adapters)]
+        _check_names([settings.served_model_name or source.name, *beside])
+        load_engine = load_engine or partial(_load_engine, settings, source, adapters)
+        server = _Server(settings, source, one_shots, adapters, load_engine, listeners, tls, started_s)
     except HeadraceError as error:
         print(f"headrace: {error}", file=sys.stderr)
         return 1
@@ -233,6 +237,7 @@ class _Server(DrainingServer):
         settings: Settings,
         source: ModelSource,
         one_shots: Sequence[OneShotSource],
+        adapters: Sequence[ModelSource],
         load_engine: LoadEngine,
         listeners: Sequence[socket.socket],
         tls: ssl.SSLContext | None,
@@ -243,7 +248,7 @@ class _Server(DrainingServer):
         self._error: Exception | None = None
         name = settings.served_model_name or source.name
         endpoint = settings.otlp_traces_endpoint
-        self._tracing = None if endpoint is None else open_tracing(endpoint, name)
+        self._tracing = None if endpoint is None else open_tracing(endpoint)
         self._app = App(
             settings,
             name,
@@ -254,6 +259,8 @@ class _Server(DrainingServer):
             one_shots=one_shots,
             load_one_shots=partial(_load_one_shots, settings, one_shots),
             model_fingerprint="" if settings.journal_file is None else source.fingerprint(),
+            read_details=partial(read_model_details, source),
+            adapters={each.name: "" if settings.journal_file is None else each.fingerprint() for each in adapters},
         )
         super().__init__(self._app, settings, listeners, tls)
 
@@ -294,6 +301,7 @@ class _Server(DrainingServer):
         say(f"chat page: {url}/")
         if self.admin_url is not None:
             say(f"metrics: {self.admin_url}/metrics")
+        say(f"dashboard: {self.admin_url or url}/dashboard")
         body = '{"messages": [{"role": "user", "content": "Tell me a joke."}], "stream": true}'
         key = "" if self._app.keys is None else " -H 'authorization: Bearer YOUR_KEY'"
         say(f"try: curl -N {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'")
@@ -311,7 +319,7 @@ def _settle_garbage_collector() -> None:
     gc.set_threshold(10_000, 10, 10)
 
 
-def _load_engine(settings: Settings, source: ModelSource) -> tuple[Scheduler, Runner]:
+def _load_engine(settings: Settings, source: ModelSource, adapters: Sequence[ModelSource]) -> tuple[Scheduler, Runner]:
     targets_ms = settings.itl_targets_ms
     config = EngineConfig(
         model_path=source.path,
@@ -332,6 +340,7 @@ def _load_engine(settings: Settings, source: ModelSource) -> tuple[Scheduler, Ru
         tier_weights=settings.tier_weights,
         one_shot_share=settings.one_shot_share,
         itl_targets_s=None if targets_ms == "auto" else tuple(target_ms / 1000 for target_ms in targets_ms),
+        lora_adapters={each.name: each.path for each in adapters},
     )
     with _LOADING:
         # Imported on the engine thread: torch takes a second or two, and the server listens meanwhile.
@@ -346,6 +355,14 @@ def _resolve_one_shot(settings: OneShotModelSettings) -> OneShotSource:
     if source.is_gguf:
         raise ModelSourceError(f"{settings.model}: a one-shot model is a Hugging Face directory, not a .gguf file")
     return OneShotSource(settings.name or source.name, source.path, settings)
+
+
+def _find_adapter(name: str, folder: str) -> ModelSource:
+    """Raises: ModelSourceError."""
+    path = Path(os.path.expanduser(folder))
+    if not (path / "adapter_config.json").is_file():
+        raise ModelSourceError(f"lora_adapters: {name}: {folder} is no directory with an adapter_config.json")
+    return ModelSource(path, name)
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -60,6 +60,8 @@ _PerTierOrAuto = Annotated[
 ]
 
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)]
+_AdapterName = Annotated[str, Field(min_length=1, max_length=512)]  # as `model` in a request may be
+_AdapterFolder = Annotated[str, Field(min_length=1)]
 
 
 def is_loopback(host: str) -> bool:
@@ -126,6 +128,11 @@ class ListenerSettings(BaseSettings):
     cors_origins: tuple[str, ...] = Field((), description="other origins whose pages may call this server, or *")
     allowed_hosts: tuple[str, ...] = Field((), description="further names for the Host header on loopback")
 
+    @property
+    def is_private(self) -> bool:
+        """Whether clients are this machine's own users, who need no key."""
+        return self.api_keys_file is None and is_loopback(self.host)
+
     @model_validator(mode="after")
     def _check_admin(self) -> Self:
         if self.admin_port and self.admin_port == self.port:
@@ -150,6 +157,10 @@ class Settings(ListenerSettings):
         None,
         pattern=r"^https?://",
         description="URL of an OpenTelemetry collector, such as http://127.0.0.1:4318/v1/traces; needs headrace[otel]",
+    )
+
+    lora_adapters: dict[_AdapterName, _AdapterFolder] = Field(
+        {}, description="LoRA adapters of the model: PEFT's directories, by the names that clients use"
     )
 
     device: str = Field(
@@ -251,10 +262,13 @@ class Settings(ListenerSettings):
         description="streamed texts are padded to a multiple of so many bytes; hides their lengths",
     )
     stream_retry_ms: int = Field(1000, ge=1, description="reconnection delay that EventSource is told")
+    response_ttl_s: float = Field(86_400, ge=0, description="how long a finished response is stored")
+    response_store_bytes: Bytes = Field(64 * 2**20, description="most memory for finished responses")
     journal_file: str | None = Field(
         None,
         min_length=1,
-        description="file that native streams are recorded in, prompts and answers; a restart resumes them",
+        description="file that native streams and background responses are recorded in, prompts and answers; a restart "
+        "resumes them",
     )
     journal_fsync: Literal["never", "checkpoint", "step"] = Field(
         "never", description="when the journal is forced to the disk, for a machine that loses power"

@@ -1,7 +1,7 @@
-"""Server-sent events: encoding frames, and the response that streams them.
+"""Server-sent events: encoding frames, and the response that streams them; and frames that are lines of JSON alone.
 
 Lives on the event loop. Frames end with a bare line feed and data is one line of JSON, which every client's parser
-reads. Format: WHATWG HTML, "Server-sent events".
+reads. Formats: WHATWG HTML, "Server-sent events"; NDJSON.
 """
 
 import json
@@ -14,7 +14,7 @@ import anyio
 from sse_starlette.sse import AppStatus, EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
-from headrace.server.errors import internal_error
+from headrace.server.errors import InternalError
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,9 @@ AppStatus.disable_automatic_graceful_drain()
 
 # The name of what `EventStream` looks for in a scope's extensions: `(chunk) -> is_written`, past `send`.
 WRITE_CHUNK = "headrace.write_chunk"
+
+# What a client that asks for obfuscation has its texts padded to a multiple of.
+OBFUSCATED_BYTES = 32
 
 # A comment, which every parser skips.
 HEARTBEAT = b":\n\n"
@@ -48,6 +51,11 @@ def event_frame(event: str, value: Any, *, id: str | None) -> bytes:
     return f"{head}event: {event}\ndata: {to_json(value)}\n\n".encode("ascii")
 
 
+def line_frame(value: Any) -> bytes:
+    """A frame of a stream of JSON lines."""
+    return f"{to_json(value)}\n".encode("ascii")
+
+
 def padded(frame: bytes, text: str | None, multiple: int) -> bytes:
     """The frame with random characters in a field `obfuscation`, which bring the length of the `text` in it up to a
     multiple, or of the whole where more of it tells something: who sees encrypted streams pass knows tokens by their
@@ -56,7 +64,9 @@ def padded(frame: bytes, text: str | None, multiple: int) -> bytes:
     Source: Weiss et al., "What Was Your Prompt?" (USENIX Security 2024); the field's name is OpenAI's.
     """
     num_missing = -len(frame if text is None else to_json(text)) % multiple
-    return b'%b,"obfuscation":"%b"}\n\n' % (frame[:-3], secrets.token_hex(num_missing)[:num_missing].encode("ascii"))
+    before, brace, after = frame.rpartition(b"}")
+    filler = secrets.token_hex(num_missing)[:num_missing].encode("ascii")
+    return b'%b,"obfuscation":"%b"%b%b' % (before, filler, brace, after)
 
 
 def retry_frame(retry_ms: int) -> bytes:
@@ -64,21 +74,26 @@ def retry_frame(retry_ms: int) -> bytes:
 
 
 class EventStream(EventSourceResponse):
-    """Streams ready-made frames; `failure` ends a stream whose next frame cannot be made.
+    """Streams ready-made frames, by default of events; `failure` ends a stream whose next frame cannot be made.
 
     The endpoint watches for the disconnect and the server drains by itself, so the library's tasks for these and for
     its ping are not started.
     """
 
-    def __init__(self, frames: AsyncIterator[bytes], failure: bytes | None = None) -> None:
+    def __init__(
+        self,
+        frames: AsyncIterator[bytes],
+        failure: bytes | None = None,
+        media_type: str = "text/event-stream; charset=utf-8",
+    ) -> None:
         super().__init__(
             frames,
             headers={"cache-control": "no-cache, no-transform"},
-            media_type="text/event-stream; charset=utf-8",
+            media_type=media_type,
             ping=0,
             sep="\n",
         )
-        self._failure = data_frame(internal_error()) if failure is None else failure
+        self._failure = data_frame(InternalError().envelope()) if failure is None else failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -52,6 +52,14 @@ class LogSlice(NamedTuple):
     token_ids: tuple[int, ...] = ()
 
 
+class LogEntry(NamedTuple):
+    """What was appended at once."""
+
+    text: str
+    num_tokens: int
+    logprobs: tuple[TokenLogprobs, ...]
+
+
 class StreamLog:
     """The log. `append` and `close` are for its one writer; readers use `subscribe`."""
 
@@ -112,6 +120,14 @@ class StreamLog:
             token_ids = tuple(item for entry in range(first, end) for item in self._token_ids.get(entry, ()))
         num_tokens, text = self._num_tokens[-1] - self._num_tokens[first], "".join(self._texts[first:])
         return LogSlice(text, num_tokens, self.end, self.terminal, logprobs, log_index, token_ids)
+
+    def entries(self, begin: int, end: int) -> list[LogEntry]:
+        """What was appended from one cursor to another; a terminal entry is none of them."""
+        totals = self._num_tokens
+        return [
+            LogEntry(text, totals[i + 1] - totals[i], self._logprobs.get(i, ()))
+            for i, text in enumerate(self._texts[begin:end], start=begin)
+        ]
 
     def subscribe(self, cursor: int = 0, interval_s: float = 0.0) -> "Subscriber":
         """A reader from `cursor` on, as a context manager; leaving it unsubscribes."""

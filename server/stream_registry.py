@@ -1,5 +1,5 @@
-"""The native streams this server knows: running, finished and still readable, and lately forgotten. Those of an earlier
-process are among them once the journal has been read.
+"""The streams of one kind this server knows: running, finished and still readable, and lately forgotten. Those of an
+earlier process are among them once the journal has been read. There are two kinds, native streams and responses.
 
 Lives on the event loop; one task calls `sweep` now and then. A stream without readers is cancelled after a grace time;
 a finished log is kept for a while under a byte limit, least recently read first out; of the forgotten, a bounded list
@@ -10,9 +10,11 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Generic, Self, TypeVar
 
 from headrace.server.errors import GoneError, NotFoundError, UnavailableError
-from headrace.server.generation import Generation
+from headrace.server.generation import Generation, Recipe
+from headrace.server.journal import StreamRecord
 from headrace.server.stream_log import Subscriber
 
 _MAX_TOMBSTONES = 10_000
@@ -23,11 +25,12 @@ _TOKEN_BYTES = 8
 
 
 @dataclass(slots=True, eq=False)
-class NativeStream:
+class KeptStream:
     """A stream: its owner, its generation, and since when it has no reader (None while it has one).
 
     `grace_s` is how long it may run without one, where its client asked for more or less than the server's own. At each
-    of the cursors `resumed_at` a restart has taken it up, the last at `restored_s`.
+    of the cursors `resumed_at` a restart has taken it up, the last at `restored_s`. `num_own_bytes` is what it holds
+    beside its log.
     """
 
     id: str
@@ -39,6 +42,46 @@ class NativeStream:
     grace_s: float | None = None
     resumed_at: list[int] = field(default_factory=list)
     restored_s: float = -math.inf
+    num_own_bytes: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """What it costs to keep, in memory and in the journal."""
+        num_prompt_bytes = _TOKEN_BYTES * self.generation.num_prompt_tokens if self.generation.is_journaled else 0
+        return self.generation.log.num_bytes + num_prompt_bytes + self.num_own_bytes + _STREAM_OVERHEAD_BYTES
+
+    def record(self, recipe: Recipe, submitted_s: float) -> StreamRecord:
+        """What the journal has to know of it."""
+        return StreamRecord(
+            self.id,
+            self.tenant,
+            self.generation.id,
+            self.created_s,
+            self.continues_alone,
+            self.grace_s,
+            self.generation.stages.received_s,
+            submitted_s,
+            recipe,
+        )
+
+    @classmethod
+    def from_record(cls, record: StreamRecord, generation: Generation, restored_s: float) -> Self:
+        """A recorded stream, with a generation that is made for it."""
+        return cls(
+            record.id,
+            record.tenant,
+            generation,
+            record.created_s,
+            record.continues_alone,
+            unread_since_s=None,
+            grace_s=record.grace_s,
+            restored_s=restored_s,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class NativeStream(KeptStream):
+    """A stream whose events are named by their cursors."""
 
     def event_id(self, cursor: int) -> str:
         """What an event of this stream is called, in a way that tells which restarts its reader knows of: a crash can
@@ -51,8 +94,11 @@ class NativeStream:
         return cursor <= min(self.resumed_at[num_restarts:] if is_known else [0], default=cursor)
 
 
-class StreamRegistry:
-    """Owns the native streams. `cancel` ends a generation, `on_forget` hears of every stream that is forgotten.
+StreamT = TypeVar("StreamT", bound=KeptStream)
+
+
+class StreamRegistry(Generic[StreamT]):
+    """Owns the streams of a kind. `cancel` ends a generation, `on_forget` hears of every stream that is forgotten.
 
     While it is not `is_whole`, no stream is said not to exist.
     """
@@ -73,16 +119,16 @@ class StreamRegistry:
         self._grace_s = grace_s
         self._ttl_s = ttl_s
         self._max_finished_bytes = max_finished_bytes
-        self._running: dict[str, NativeStream] = {}
-        self._finished: OrderedDict[str, NativeStream] = OrderedDict()  # least recently read first
+        self._running: dict[str, StreamT] = {}
+        self._finished: OrderedDict[str, StreamT] = OrderedDict()  # least recently read first
         self._num_finished_bytes = 0
         self._tombstones: OrderedDict[str, str] = OrderedDict()  # whose each was
 
-    def add(self, stream: NativeStream) -> None:
+    def add(self, stream: StreamT) -> None:
         """Take in a stream, which counts as running until `finish`."""
         self._running[stream.id] = stream
 
-    def get(self, id: str) -> NativeStream:
+    def get(self, id: str) -> StreamT:
         """A stream to read. Raises: NotFoundError, GoneError where the id is remembered as forgotten, or
         UnavailableError where it may yet come."""
         stream = self._running.get(id) or self._finished.get(id)
@@ -94,27 +140,31 @@ class StreamRegistry:
             raise UnavailableError("streams from before the restart are still being read", "loading")
         raise NotFoundError("no such stream")
 
-    def get_owned(self, id: str, tenant: str) -> NativeStream:
-        """The same for its owner; to others there is no such stream. Raises: as `get`."""
+    def get_owned(self, id: str, tenant: str) -> StreamT:
+        """The same for its owner, as one who reads it; to others there is no such stream. Raises: as `get`."""
         if self._tombstones.get(id, tenant) != tenant or (stream := self.get(id)).tenant != tenant:
             raise NotFoundError("no such stream")
+        self._note_read(stream)
         return stream
 
-    def subscribe(self, stream: NativeStream, cursor: int, interval_s: float = 0.0) -> Subscriber:
+    def subscribe(self, stream: StreamT, cursor: int, interval_s: float = 0.0) -> Subscriber:
         """A reader's subscription; report its end with `unsubscribed`."""
         stream.unread_since_s = None
-        if stream.id in self._finished:
-            self._finished.move_to_end(stream.id)
+        self._note_read(stream)
         return stream.generation.log.subscribe(cursor, interval_s)
 
-    def unsubscribed(self, stream: NativeStream, now: float) -> None:
+    def unsubscribed(self, stream: StreamT, now: float) -> None:
         if stream.generation.log.num_subscribers == 0:
             stream.unread_since_s = now
+
+    def _note_read(self, stream: StreamT) -> None:
+        if stream.id in self._finished:
+            self._finished.move_to_end(stream.id)
 
     def finish(self, id: str) -> None:
         """Move a stream whose generation is over to the finished ones."""
         stream = self._finished[id] = self._running.pop(id)
-        self._num_finished_bytes += _num_bytes(stream)
+        self._num_finished_bytes += stream.num_bytes
 
     def sweep(self, now: float) -> None:
         """Cancel streams without readers whose grace time is over, and forget finished ones."""
@@ -129,10 +179,10 @@ class StreamRegistry:
             if is_old or self._num_finished_bytes > self._max_finished_bytes:
                 self.forget(stream)
 
-    def forget(self, stream: NativeStream) -> None:
+    def forget(self, stream: StreamT) -> None:
         """Let go of a finished stream, and remember that there was one."""
         del self._finished[stream.id]
-        self._num_finished_bytes -= _num_bytes(stream)
+        self._num_finished_bytes -= stream.num_bytes
         self.remember_gone(stream.id, stream.tenant)
 
     def remember_gone(self, id: str, tenant: str) -> None:
@@ -141,9 +191,3 @@ class StreamRegistry:
         self._tombstones[id] = tenant
         while len(self._tombstones) > _MAX_TOMBSTONES:
             self._tombstones.popitem(last=False)
-
-
-def _num_bytes(stream: NativeStream) -> int:
-    generation = stream.generation
-    num_prompt_bytes = _TOKEN_BYTES * generation.num_prompt_tokens if generation.is_journaled else 0
-    return generation.log.num_bytes + num_prompt_bytes + _STREAM_OVERHEAD_BYTES

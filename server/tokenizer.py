@@ -108,25 +108,26 @@ class Tokenizer:
         prompt, as it is; a final message that is continued is left open. It tells of `tools` if there are any;
         `variables` are the template's own.
 
-        Control tokens that any of these spell are marked, unless they are kept. A message's content, a text or a list
-        of parts, becomes what the template takes.
+        Control tokens that messages, tools and variables spell are marked, unless they are kept. A message's content, a
+        text or a list of parts, becomes what the template takes.
 
         Raises: BadRequestError where the template refuses the messages or the model has none.
         """
         if not self.has_chat_template:
             raise BadRequestError("this model has no chat template; use /v1/completions", param="messages")
-        # SmolLM3's template has a name of its own for them.
-        told = {"tools": tools, "xml_tools": tools} if tools else {}
         try:
-            given: dict[str, Any] = {**variables, **told}
             messages = [message | {"content": self._content(message)} for message in messages]
             if not self._keeps_control_tokens:
-                messages, given = self._control_tokens.mark(messages), self._control_tokens.mark(given)
+                mark = self._control_tokens.mark
+                messages, variables, tools = mark(messages), mark(dict(variables)), mark(tools)
+            # SmolLM3's template has a name of its own for them.
+            told = {"tools": tools, "xml_tools": tools} if tools else {}
             return self._render(
                 messages,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **given,
+                **variables,
+                **told,
             )
         except Exception as error:  # a template is a program, and fails as it likes
             reason = str(error).replace(MARK, "")[:_MAX_REFUSAL_CHARS]

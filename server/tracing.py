@@ -23,7 +23,12 @@ _CLOSE_TIMEOUT_S = 5.0
 # Called with the generations of a request that is over, its route and its caller's trace context.
 Report = Callable[[Sequence[Generation], str, Mapping[str, str]], None]
 
-_OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
+_OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/messages": "chat",
+    "/api/chat": "chat",
+}
 
 
 class TracingError(HeadraceError):
@@ -35,13 +40,13 @@ def trace_context(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
 
 
-def open_tracing(endpoint: str, model_name: str) -> "Tracing":
+def open_tracing(endpoint: str) -> "Tracing":
     """Trace to an OTLP endpoint; further settings are the standard OTEL_* variables. Raises: TracingError."""
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        return Tracing(model_name, BatchSpanProcessor(OTLPSpanExporter(endpoint)))
+        return Tracing(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
     except ImportError as error:
         message = f"OpenTelemetry is not installed ({error}); pip install 'headrace[otel]'"
         raise TracingError(f"otlp_traces_endpoint: {message}") from None
@@ -52,7 +57,7 @@ def open_tracing(endpoint: str, model_name: str) -> "Tracing":
 class Tracing:
     """Makes the spans. `processor` takes them away."""
 
-    def __init__(self, model_name: str, processor: "SpanProcessor") -> None:
+    def __init__(self, processor: "SpanProcessor") -> None:
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
 
@@ -62,7 +67,6 @@ class Tracing:
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("headrace", VERSION)
-        self._model_name = model_name
 
     def record(self, generations: Sequence[Generation], route: str, context: Mapping[str, str]) -> None:
         """Make the span of a request that is over, under the caller's where `context` names one.
@@ -80,12 +84,12 @@ class Tracing:
             for name, at_s in asdict(generations[0].stages).items()
             if at_s is not None
         }
-        operation = _OPERATIONS.get(route, "generate_content")
+        operation, model = _OPERATIONS.get(route, "generate_content"), generations[0].model
         attributes: dict[str, Any] = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "headrace",
-            "gen_ai.request.model": self._model_name,
-            "gen_ai.response.model": self._model_name,
+            "gen_ai.request.model": model,
+            "gen_ai.response.model": model,
             "gen_ai.response.id": generations[0].id,
             "gen_ai.response.finish_reasons": [terminal.finish_reason.value for terminal in terminals],
             "gen_ai.usage.input_tokens": counts["prompt_tokens"],
@@ -93,7 +97,7 @@ class Tracing:
             "http.route": route,
         }
         span = self._tracer.start_span(
-            f"{operation} {self._model_name}",
+            f"{operation} {model}",
             context=TraceContextTextMapPropagator().extract(context),
             kind=SpanKind.SERVER,
             attributes=attributes,

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "lora.h"
 #include "matmul.h"
 #include "sampler.h"
 #include "team.h"
@@ -44,6 +45,8 @@ struct ModelConfig {
   const float* final_norm;  // [E]
   Linear embedding, head;
   const Layer* layers;
+  int64_t num_adapters;
+  const LayerAdapter* adapters;  // [adapters][layers]
 };
 
 // All weights in one form: as they were loaded, or as the wide copy of them. Neither copied nor moved: there are
@@ -77,6 +80,7 @@ struct Batch {
   const int64_t* logit_rows;  // [R]
   float* logits;              // [R, vocabulary], or null where nobody wants them
   int64_t* argmax;            // [R], the largest logit's token, the lowest of equal ones, NO_TOKEN without numbers
+  const int64_t* adapters;    // [B], from 1 on, 0 for none; or null where no sequence has one
 };
 
 // Up to so many rows every member makes the inputs of a product for itself, which costs less than waiting.
@@ -89,6 +93,7 @@ struct alignas(64) Workspace {
   AttentionSpace attention;
   Operand rows;
   std::vector<float> row;           // one row, of E or H * D
+  std::vector<bf16> narrow_row;     // the same in bfloat16, for an adapter
   std::vector<float> best;          // [R]: the largest logit seen, and its token; infinity and NO_TOKEN for NaN
   std::vector<int64_t> best_token;  // [R]
   SamplerSpace sampler;
@@ -109,8 +114,10 @@ class Model {
 
   const ModelConfig config;
   const WeightSet weights;
-  std::unique_ptr<const WeightSet> wide;  // null where there is no copy, or not yet
-  const int padded_head;                  // Dp
+  std::unique_ptr<const WeightSet> wide;     // null where there is no copy, or not yet
+  const std::vector<LayerAdapter> adapters;  // [adapters][layers]
+  const int64_t max_rank;                    // of any of them, 0 where there are none
+  const int padded_head;                     // Dp
   const KVCache cache;
   std::vector<Workspace> spaces;  // one per member
 
@@ -123,6 +130,8 @@ class Model {
   std::vector<float> maxima;   // [T * H, parts]
   std::vector<float> sums;     // [T * H, parts]
   Operand normed, attended, post_normed, activated, last_normed;
+  std::vector<bf16> reduced;      // [T, NUM_TARGETS, max_rank]: what adapters have made of rows so far
+  std::vector<bf16> activations;  // [T, F]: `activated` of rows with adapters
 
   std::vector<double> phase_seconds;  // time of member 0 in each kind of phase, since the model was made
 

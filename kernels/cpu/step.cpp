@@ -14,6 +14,13 @@ KVCache make_cache(const ModelConfig& config) {
           config.is_kv_int8 != 0};
 }
 
+int64_t largest_rank(const std::vector<LayerAdapter>& adapters) {
+  int64_t largest = 0;
+  for (const LayerAdapter& adapter : adapters)
+    for (const LowRank& low_rank : adapter.targets) largest = std::max(largest, low_rank.rank);
+  return largest;
+}
+
 // As much of the cache as may wait in the third-level cache, all members together.
 constexpr int64_t SOON_BYTES = 12 << 20;
 
@@ -32,6 +39,8 @@ Vec silu(Vec x) { return x / (1.0f + exp2(x * -LOG2_E)); }
 Model::Model(const ModelConfig& model_config)
     : config(model_config),
       weights(config.layers, config.num_layers, config.head),
+      adapters(config.adapters, config.adapters + config.num_adapters * config.num_layers),
+      max_rank(largest_rank(adapters)),
       padded_head(padded(config.head_size)),
       cache(make_cache(config)),
       spaces(size_t(config.num_threads), Workspace(padded_head)),
@@ -49,9 +58,14 @@ Model::Model(const ModelConfig& model_config)
   post_normed.reserve(max_tokens, hidden_size, config.activation_bits);
   activated.reserve(max_tokens, int(config.intermediate_size), config.activation_bits);
   last_normed.reserve(max_tokens, hidden_size, config.activation_bits);
+  if (max_rank > 0) {
+    reduced.resize(size_t(max_tokens) * NUM_TARGETS * max_rank);
+    activations.resize(size_t(max_tokens) * config.intermediate_size);
+  }
   for (Workspace& space : spaces) {
     space.rows.reserve(PRIVATE_ROWS, largest, config.activation_bits);
     space.row.resize(largest);
+    space.narrow_row.resize(largest);
   }
 }
 
@@ -66,8 +80,8 @@ void Step::begin(Operand& operand, int num_rows, const List& weights) const {
   operand.begin(num_rows, int((*weights.begin())->num_inputs), has_tiles, has_quants);
 }
 
-// A member's way through the phases. Each phase's inputs are made first: by each member for itself where rows are few,
-// once it has a unit to do; else by all together, in a phase of their own.
+// A member's way through the phases. Each phase's inputs are made first: by each member for itself where rows are few
+// and none has an adapter, once it has a unit to do; else by all together, in a phase of their own.
 struct Step::Walk {
   Step& step;
   const int member;
@@ -92,11 +106,13 @@ struct Step::Walk {
   template <class Make, class Unit>
   void share(Phase kind, int num_units, int num_rows, Operand& shared, Weights weights, Weights upcoming, Make make,
              Unit unit) {
-    if (num_rows > PRIVATE_ROWS) {
-      // A block of rows is one member's: its rows lie close together. How many there are is the step's to say, not the
-      // operand's, which may be the next step's already when a member comes late.
-      share(NORM, (num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS, weights, [&](int block) {
-        for (int row = 0; row < shared.rows_in_block(block); ++row) make(shared, block * BLOCK_ROWS + row);
+    if (num_rows > PRIVATE_ROWS || step.has_adapters_) {
+      // A block of rows is one member's: its rows lie close together. With adapters there is more to do for each. How
+      // many there are is the step's to say, not the operand's, which may be the next step's already when a member
+      // comes late.
+      const int size = step.has_adapters_ ? 1 : BLOCK_ROWS;
+      share(NORM, (num_rows + size - 1) / size, weights, [&](int i) {
+        for (int row = i * size; row < std::min((i + 1) * size, num_rows); ++row) make(shared, row);
       });
       share(kind, num_units, upcoming, [&](int i) { unit(i, shared); });
       return;
@@ -122,7 +138,8 @@ Step::Step(Model& model, const Batch& batch)
       weights_(model.weights_for(num_tokens_)),
       head_(model.weights_for(num_logit_rows_).head),
       group_(int(config_.num_heads / config_.num_kv_heads)),
-      phases_(int(8 * config_.num_layers + 3), model.team.size()) {
+      has_adapters_(batch.adapters != nullptr),
+      phases_(int((has_adapters_ ? 9 : 8) * config_.num_layers + 3), model.team.size()) {
   int most_segments = 1;
   for (int b = 0; b < batch.num_sequences; ++b) {
     const int query_len = int(batch.query_lens[b]), context_len = int(batch.context_lens[b]);
@@ -168,20 +185,34 @@ void Step::run(int member) noexcept {
     const Layer* next = &layer == &weights_.layers.back() ? nullptr : &layer + 1;
     walk.share(
         QKV, num_kv_heads + num_heads, num_tokens_, model_.normed, {&layer.query, &layer.key, &layer.value}, {},
-        [&](Operand& to, int row) { normalise(layer.input_norm, row, to, row, space); },
+        [&](Operand& to, int row) {
+          normalise(layer.input_norm, row, to, row, space);
+          reduce(layer, {TO_QUERY, TO_KEY, TO_VALUE}, row, space);
+        },
         [&](int unit, const Operand& x) { project_head(layer, unit, x, space); });
     walk.share(ATTENTION, num_attention_units(), {&layer.out}, [&](int unit) { attend(layer, unit, space); });
     fetch_soon(next, member);
     walk.share(
         OUT, int(layer.out.num_panels), num_tokens_, model_.attended, {&layer.out}, {&layer.gate, &layer.up},
-        [&](Operand& to, int row) { merge_heads(to, row, space); },
-        [&](int panel, const Operand& x) { add_panel(layer.out, panel, x, space); });
+        [&](Operand& to, int row) {
+          merge_heads(to, row, space);
+          reduce(layer, {TO_OUT}, row, space);
+        },
+        [&](int panel, const Operand& x) { add_panel(layer, TO_OUT, panel, x, space); });
     walk.share(
         GATE_UP, int(layer.gate.num_panels), num_tokens_, model_.post_normed, {&layer.gate, &layer.up}, {&layer.down},
-        [&](Operand& to, int row) { normalise(layer.post_norm, row, to, row, space); },
+        [&](Operand& to, int row) {
+          normalise(layer.post_norm, row, to, row, space);
+          reduce(layer, {TO_GATE, TO_UP}, row, space);
+        },
         [&](int panel, const Operand& x) { activate(layer, panel, x, space); });
+    if (has_adapters_)
+      walk.share(DOWN, num_tokens_, {}, [&](int row) {
+        if (const LowRank* found = low_rank(layer, TO_DOWN, row))
+          headrace::reduce(*found, model_.activations.data() + row * config_.intermediate_size, reduced(TO_DOWN, row));
+      });
     walk.share(DOWN, int(layer.down.num_panels), {next == nullptr ? &head_ : &next->query},
-               [&](int panel) { add_panel(layer.down, panel, model_.activated, space); });
+               [&](int panel) { add_panel(layer, TO_DOWN, panel, model_.activated, space); });
   }
   if (num_logit_rows_ > 0)
     walk.share(
@@ -241,6 +272,8 @@ void Step::project_head(const Layer& layer, int unit, const Operand& x, Workspac
       if (row == 0 || record_of(row) != record_of(row - 1))
         model_.cache.fetch(record_of(row), places_[row].position % TILE_TOKENS);
     multiply(panels, 2 * num_panels, x, space.product, [&](int row, float* key_value) {
+      expand(layer, TO_KEY, row, unit * num_panels, num_panels, key_value);
+      expand(layer, TO_VALUE, row, unit * num_panels, num_panels, key_value + padded_head);
       if (layer.key_norm != nullptr) rms_norm(key_value, layer.key_norm, head_size, config_.rms_norm_eps, key_value);
       rotate(key_value, row);
       model_.cache.write(record_of(row), places_[row].position % TILE_TOKENS, key_value, key_value + padded_head);
@@ -251,6 +284,7 @@ void Step::project_head(const Layer& layer, int unit, const Operand& x, Workspac
   const float scale = LOG2_E / std::sqrt(float(head_size));
   for (int p = 0; p < num_panels; ++p) panels[p] = {&layer.query, head * num_panels + p, num_panels};
   multiply(panels, num_panels, x, space.product, [&](int row, float* query) {
+    expand(layer, TO_QUERY, row, head * num_panels, num_panels, query);
     if (layer.query_norm != nullptr) rms_norm(query, layer.query_norm, head_size, config_.rms_norm_eps, query);
     rotate(query, row);
     bf16* to = model_.queries.data() + (int64_t(row) * config_.num_heads + head) * padded_head;
@@ -350,10 +384,11 @@ void Step::merge_heads(Operand& to, int row, Workspace& space) {
   for (int k = 0; k < num_heads * head_size; k += GROUP) to.set(row, k, space.row.data() + k);
 }
 
-// hidden += 32 columns of a product.
-void Step::add_panel(const Linear& weight, int panel, const Operand& x, Workspace& space) {
-  const Panel panels[1] = {{&weight, panel, 1}};
-  multiply(panels, 1, x, space.product, [&](int row, const float* columns) {
+// hidden += 32 columns of a product, of the weight that is this target of adapters.
+void Step::add_panel(const Layer& layer, Target target, int panel, const Operand& x, Workspace& space) {
+  const Panel panels[1] = {{target == TO_OUT ? &layer.out : &layer.down, panel, 1}};
+  multiply(panels, 1, x, space.product, [&](int row, float* columns) {
+    expand(layer, target, row, panel, 1, columns);
     float* hidden = model_.hidden.data() + row * config_.hidden_size + panel * PANEL;
     for (int i = 0; i < PANEL; i += LANES) store(hidden + i, load(hidden + i) + load(columns + i));
   });
@@ -363,9 +398,46 @@ void Step::add_panel(const Linear& weight, int panel, const Operand& x, Workspac
 void Step::activate(const Layer& layer, int unit, const Operand& x, Workspace& space) {
   const Panel panels[2] = {{&layer.gate, unit, 1}, {&layer.up, unit, 1}};
   multiply(panels, 2, x, space.product, [&](int row, float* columns) {
+    expand(layer, TO_GATE, row, unit, 1, columns);
+    expand(layer, TO_UP, row, unit, 1, columns + PANEL);
     for (int i = 0; i < PANEL; i += LANES) store(columns + i, silu(load(columns + i)) * load(columns + PANEL + i));
     model_.activated.set(row, unit * PANEL, columns);
+    if (low_rank(layer, TO_DOWN, row) == nullptr) return;
+    bf16* narrow = model_.activations.data() + row * config_.intermediate_size + unit * PANEL;
+    for (int i = 0; i < PANEL; i += LANES) store_bf16(narrow + i, load(columns + i));
   });
+}
+
+const LowRank* Step::low_rank(const Layer& layer, Target target, int row) const {
+  const int64_t adapter = has_adapters_ ? batch_.adapters[places_[row].sequence] : 0;
+  if (adapter == 0) return nullptr;
+  const int64_t index = (adapter - 1) * config_.num_layers + (&layer - weights_.layers.data());
+  const LowRank& found = model_.adapters[index].targets[target];
+  return found.rank > 0 ? &found : nullptr;
+}
+
+bf16* Step::reduced(Target target, int row) const {
+  return model_.reduced.data() + (int64_t(row) * NUM_TARGETS + target) * model_.max_rank;
+}
+
+// Begin what a row's adapter adds to weights of one input, which is in space.row.
+void Step::reduce(const Layer& layer, std::initializer_list<Target> targets, int row, Workspace& space) const {
+  bool is_narrow = false;
+  for (Target target : targets) {
+    const LowRank* found = low_rank(layer, target, row);
+    if (found == nullptr) continue;
+    for (int64_t k = 0; !is_narrow && k < found->num_inputs; k += LANES)
+      store_bf16(space.narrow_row.data() + k, load(space.row.data() + k));
+    is_narrow = true;
+    headrace::reduce(*found, space.narrow_row.data(), reduced(target, row));
+  }
+}
+
+// Add it to a row's columns in panels of the weight.
+void Step::expand(const Layer& layer, Target target, int row, int first_panel, int num_panels, float* columns) const {
+  const LowRank* found = low_rank(layer, target, row);
+  for (int p = 0; found != nullptr && p < num_panels; ++p)
+    headrace::expand(*found, first_panel + p, reduced(target, row), columns + p * PANEL);
 }
 
 // 32 logits of every sampled row: the largest so far, and all of them where they are wanted.

@@ -40,9 +40,15 @@ class Step final : public Job {
   void attend(const Layer& layer, int unit, Workspace& space);
   void normalise(const float* weight, int from, Operand& to, int row, Workspace& space);
   void merge_heads(Operand& to, int row, Workspace& space);
-  void add_panel(const Linear& weight, int panel, const Operand& x, Workspace& space);
+  void add_panel(const Layer& layer, Target target, int panel, const Operand& x, Workspace& space);
   void activate(const Layer& layer, int unit, const Operand& x, Workspace& space);
   void pick(int panel, const Operand& x, Workspace& space);
+
+  // What a row's adapter adds to a weight of a layer, null where that is nothing.
+  const LowRank* low_rank(const Layer& layer, Target target, int row) const;
+  bf16* reduced(Target target, int row) const;
+  void reduce(const Layer& layer, std::initializer_list<Target> targets, int row, Workspace& space) const;
+  void expand(const Layer& layer, Target target, int row, int first_panel, int num_panels, float* columns) const;
 
   void rotate(float* head, int row) const;
   int num_attention_units() const;
@@ -63,6 +69,7 @@ class Step final : public Job {
   std::vector<RowBlock> row_blocks_;
   std::vector<int64_t> tile_offsets_;  // where in a layer's cache the tiles are that the rows attend to
   int num_parts_ = 1;                  // pieces that each row's attention is computed in
+  const bool has_adapters_;            // whether any sequence has one
   Phases phases_;
 };
 

@@ -95,6 +95,7 @@ async def test_every_route_needs_a_key_but_those_listed_open(tmp_path: Path) -> 
             "GET /",
             "GET /classify",
             "GET /docs",
+            "GET /dashboard",
             "GET /health",
             "GET /ready",
             "GET /v1/streams/x/events",

@@ -20,15 +20,24 @@ from raw_client import RawRequest
 
 pytestmark = pytest.mark.anyio
 
-ROUTES = ["chat", "chat-stream", "completion", "completion-stream"]
+ROUTES = ["chat", "chat-stream", "completion", "completion-stream", "messages", "messages-stream", "ollama-stream"]
+PATHS = {
+    "chat": "/v1/chat/completions",
+    "completion": "/v1/completions",
+    "messages": "/v1/messages",
+    "ollama": "/api/chat",
+}
 
 
 def start(app: LiveApp, route: str, tasks: anyio.abc.TaskGroup, **fields: Any) -> Exchange:
     """Send a whole request on a route and begin to answer it."""
-    path = "/v1/chat/completions" if route.startswith("chat") else "/v1/completions"
-    prompt: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]} if "chat" in path else {"prompt": "hi"}
-    body = prompt | {"stream": route.endswith("stream"), "temperature": 0, "max_tokens": 100} | fields
-    request = exchange(app.asgi, "POST", path)
+    kind, _, stream = route.partition("-")
+    body: dict[str, Any] = {"stream": bool(stream), "temperature": 0, "max_tokens": 100}
+    body |= {"prompt": "hi"} if kind == "completion" else {"messages": [{"role": "user", "content": "hi"}]}
+    body |= fields
+    if kind == "ollama":
+        body["options"] = {"temperature": 0, "num_predict": body.pop("max_tokens")}
+    request = exchange(app.asgi, "POST", PATHS[kind])
     request.send_body(json.dumps(body).encode())
     tasks.start_soon(request.run)
     return request

@@ -6,8 +6,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from headrace.scheduler.messages import SequenceOutput
 from headrace.scheduler.scheduler import SchedulerOutput
 from headrace.server.api_keys import append_key, create_key
 from headrace.server.generation import Generation
+from killed_app import killed_app
 from live_app import LiveApp, live_app
 from recorded_streams import RECIPE, crash, recorder
 
@@ -60,23 +60,6 @@ class DyingRunner(FakeRunner):
     def launch(self, output: SchedulerOutput) -> LaunchedStep:
         super().launch(output)
         raise SystemExit("as told")
-
-
-@asynccontextmanager
-async def killed_app(
-    path: Path, copy: Path, num_steps: int, *, runner: FakeRunner | None = None, **settings: Any
-) -> AsyncIterator[tuple[LiveApp, Path]]:
-    """An app whose runner makes so many steps; when the block is left its files are as a kill then would leave them."""
-    runner = runner or FakeRunner()
-    with ExitStack() as held:
-        held.enter_context(runner.held())
-        runner.allow(num_steps)
-        async with live_app(journal_file=path, runner=runner, **settings) as app:
-            try:
-                yield app, copy / path.name
-                crash(path, copy)
-            finally:
-                held.close()
 
 
 async def create(app: LiveApp, headers: dict[str, str] | None = None, **fields: Any) -> dict[str, Any]:

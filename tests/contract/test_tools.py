@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
-import httpx
+import httpx2
 import jsonschema
 import openai
 import pytest
@@ -57,7 +57,7 @@ async def client_of(app: App) -> AsyncIterator[AsyncOpenAI]:
         await app.asgi({**scope, "state": {}}, receive, send)
 
     async with (
-        httpx.AsyncClient(transport=httpx.ASGITransport(with_state)) as http,
+        httpx2.AsyncClient(transport=httpx2.ASGITransport(with_state)) as http,
         AsyncOpenAI(
             base_url="http://127.0.0.1:8000/v1",
             api_key="none",
@@ -252,12 +252,13 @@ async def test_usage_can_be_on_every_chunk_of_a_call() -> None:
 
 async def test_a_conversation_goes_on_with_the_result_of_a_call() -> None:
     async with speaking(WEATHER) as app, client_of(app) as client:
-        first = await client.chat.completions.create(model="fake", messages=[QUESTION], tools=TOOLS)  # type: ignore[call-overload]
-        said = first.choices[0].message
+        asked: Any = {"model": "fake", "messages": [QUESTION], "tools": TOOLS}
+        said: Any = (await client.chat.completions.create(**asked)).choices[0].message
         [made] = said.tool_calls
         result = {"role": "tool", "tool_call_id": made.id, "content": "Rain."}
+        assert isinstance(app.runner, SpeakingRunner)
         app.runner.prompts.clear()
-        await client.chat.completions.create(model="fake", messages=[QUESTION, said, result], tools=TOOLS)  # type: ignore[call-overload]
+        await client.chat.completions.create(**asked | {"messages": [QUESTION, said, result]})
         [prompt] = app.runner.prompts
     text = bytes(token_id for token_id in prompt if token_id < 256).decode()
     assert text.endswith(
@@ -308,9 +309,10 @@ async def test_openais_client_reads_calls_in_strict_mode() -> None:
 
 
 async def test_openais_client_is_told_which_parameter_is_refused() -> None:
+    wrong: Any = {"model": "fake", "messages": [QUESTION], "tools": [{"type": "function"}]}
     async with speaking(TEXT) as app, client_of(app) as client:
         with pytest.raises(openai.BadRequestError) as refused:
-            await client.chat.completions.create(model="fake", messages=[QUESTION], tools=[{"type": "function"}])  # type: ignore[list-item]
+            await client.chat.completions.create(**wrong)
     assert refused.value.param == "tools[0].function"
 
 

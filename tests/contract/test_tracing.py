@@ -31,7 +31,7 @@ class Traced:
 
     def __init__(self) -> None:
         self._exporter = InMemorySpanExporter()
-        self.tracing = Tracing("fake", SimpleSpanProcessor(self._exporter))
+        self.tracing = Tracing(SimpleSpanProcessor(self._exporter))
 
     def spans(self) -> tuple[ReadableSpan, ...]:
         return self._exporter.get_finished_spans()
@@ -160,4 +160,4 @@ def test_nothing_of_opentelemetry_is_imported_while_tracing_is_off() -> None:
 def test_an_absent_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(TracingError, match=r"otlp_traces_endpoint.*headrace\[otel\]"):
-        open_tracing("http://127.0.0.1:4318/v1/traces", "fake")
+        open_tracing("http://127.0.0.1:4318/v1/traces")

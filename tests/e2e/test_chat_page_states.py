@@ -9,7 +9,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Route, expect
 
-from chat_page import ChatPage, open_chat_page
+from chat_page import LOW_CONTRASTS, ChatPage, open_chat_page
 from fake_engine import expected_text, make_scheduler
 from live_server import LiveServer, live_server
 from tcp_relay import TcpRelay
@@ -525,37 +525,6 @@ def test_the_page_follows_the_text_unless_the_reader_has_scrolled_up(browser: Br
         assert page.evaluate("getSelection().toString()").startswith("hi")
 
 
-# WCAG's contrast of every text with what is behind it, where that is below 4.5.
-LOW_CONTRASTS = """
-() => {
-  const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
-  const rgba = (colour) => {
-    canvas.clearRect(0, 0, 1, 1);
-    canvas.fillStyle = colour;
-    canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data];
-  };
-  const luminance = (colour) => colour.slice(0, 3).map((part) => part / 255)
-    .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, part, i) => sum + part * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = (element) => {
-    for (let each = element; each; each = each.parentElement) {
-      const colour = rgba(getComputedStyle(each).backgroundColor);
-      if (colour[3] === 255) return colour;
-    }
-    return [255, 255, 255, 255];
-  };
-  const low = [];
-  for (const element of document.querySelectorAll('body *')) {
-    const hasText = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
-    if (!hasText || !element.checkVisibility() || element.closest('noscript, :disabled')) continue;
-    const pair = [luminance(rgba(getComputedStyle(element).color)), luminance(behind(element))].sort((a, b) => b - a);
-    const contrast = (pair[0] + 0.05) / (pair[1] + 0.05);
-    if (contrast < 4.5) low.push([element.outerHTML.slice(0, 80), contrast]);
-  }
-  return low;
-}
-"""
 EVERY_KIND = "# T\n\n**b** `code` [l](https://x.org) ~~d~~\n\n> quote\n\n- li\n\n```py\nx\n```\n\n|a|\n|-|\n|1|"
 
 

@@ -37,7 +37,8 @@ MODEL = "SmolLM2-135M-Instruct"
 class Client:
     """A client, its ways to ask and the names of its exceptions.
 
-    A way whose name holds `completion` asks /v1/completions, any other the chat route.
+    A way whose name holds `completion` asks /v1/completions, one whose name holds `response` /v1/responses, in whose
+    words it puts a chat, any other the chat route.
     """
 
     name: str
@@ -72,7 +73,10 @@ _OPENAI_ERRORS = {
     "timeout": "APITimeoutError",
     "failure": "APIError",
 }
-_OPENAI_WAYS = "chat chat_stream chat_helper async_chat async_chat_stream completion completion_stream"
+_OPENAI_WAYS = (
+    "chat chat_stream chat_helper async_chat async_chat_stream completion completion_stream "
+    "response response_events response_resumed"
+)
 _AI_SDK_ERRORS = {
     "unknown model": "APICallError",
     "bad value": "APICallError",
@@ -288,7 +292,9 @@ def _matrix(*endings: str, error: str | None = None) -> pytest.MarkDecorator:
         for client in CLIENTS
         for way in client.ways.split()
         for asked, (feature, _, _) in ASKED.items()
-        if feature in client.features and not (asked == "tools" and "completion" in way)
+        if feature in client.features
+        and not (asked == "tools" and "completion" in way)
+        and not (asked == "choices" and "response" in way)
     ],
 )
 def test_a_client_gets_what_raw_http_gets(
@@ -468,6 +474,17 @@ def test_openai_is_told_the_field_and_the_code_of_a_refusal(client: OpenAI) -> N
     with pytest.raises(openai.BadRequestError) as too_long:
         client.completions.create(model=MODEL, prompt="word " * 9000)
     assert too_long.value.code == "context_length_exceeded"
+
+
+def test_a_named_tool_is_called_and_one_that_may_be_called_need_not_be(client: OpenAI) -> None:
+    now = {"type": "function", "function": {"name": "now"}}
+    question = {"model": MODEL, "max_tokens": 60, "temperature": 0, "tools": [now, WEATHER], **CHAT}
+    named = {"type": "function", "function": {"name": "weather"}}
+    [made] = client.chat.completions.create(**question, tool_choice=named).choices[0].message.tool_calls  # type: ignore[call-overload]
+    assert made.function.name == "weather"
+    jsonschema.validate(json.loads(made.function.arguments), WEATHER["function"]["parameters"])  # type: ignore[index]
+    free = client.chat.completions.create(**question).choices[0].message  # type: ignore[call-overload]
+    assert free.content or free.tool_calls
 
 
 class _CutAnswers(TcpRelay):

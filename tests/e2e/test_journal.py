@@ -61,6 +61,30 @@ class Reader:
         return "".join(json.loads(event["data"])["text"] for event in self.events if event["event"] == "token")
 
 
+class ResponseReader(Reader):
+    """The same of a response that is made in the background."""
+
+    def follow(self, url: str, last_event_id: str | None = None) -> None:
+        seen = int(last_event_id or (self.events[-1]["id"] if self.events else -1))
+        query = {"stream": "true", **({"starting_after": str(seen)} if seen >= 0 else {})}
+        path = f"{url}/v1/responses/{self.created['id']}"
+        with suppress(httpx.TransportError), httpx.stream("GET", path, params=query, timeout=60) as answer:
+            assert answer.status_code == 200, answer.read()
+            value = ""
+            for line in answer.iter_lines():
+                if line.startswith("data: "):
+                    value = line.removeprefix("data: ")
+                elif not line and value:  # whole
+                    data = json.loads(value)
+                    self.events.append({"event": data["type"], "id": str(data["sequence_number"]), "data": value})
+                    value = ""
+
+    @property
+    def text(self) -> str:
+        deltas = (event for event in self.events if event["event"] == "response.output_text.delta")
+        return "".join(json.loads(event["data"])["delta"] for event in deltas)
+
+
 @pytest.fixture
 def threads() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(16) as pool:
@@ -70,7 +94,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 def test_streams_go_on_after_two_kills_and_a_drain_interrupts_them(
     tiny_model: Path, tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
-    args = [str(tiny_model), "--dtype", "float32", "--kv-cache-bytes", "64MiB", "--max-num-seqs", "4"]
+    args = [str(tiny_model), "--dtype", "float32", "--kv-cache-bytes", "64MiB", "--max-num-seqs", "5"]
     args += ["--ttft-targets-s=1e6,1e6,1e6", "--journal-file", str(tmp_path / "streams.db"), "--drain-grace-s", "0"]
     greedy = {"prompt": "The mill", "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
     sampled = greedy | {"temperature": 1.2, "seed": 7, "top_p": 0.95}
@@ -101,8 +125,10 @@ def test_streams_go_on_after_two_kills_and_a_drain_interrupts_them(
     bodies[3] = bodies[3] | {"stop": [text[late : late + 5]]}
     over = start(soon_over)
     over.follow(url)
-    readers = [start(body) for body in bodies]
-    running = readers[:3]  # and one more; the last waits
+    asked = {"input": "The mill", "max_output_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+    response = ResponseReader(httpx.post(f"{url}/v1/responses", json=asked | {"background": True}).json())
+    readers = [response, *(start(body) for body in bodies)]
+    running = readers[:4]  # and one more; the last waits
     for num_events in (20, 60):
         following = [threads.submit(reader.follow, url) for reader in readers]
         until(lambda n=num_events: all(len(r.events) > n for r in running), "all are under way")  # type: ignore[misc]
@@ -115,7 +141,11 @@ def test_streams_go_on_after_two_kills_and_a_drain_interrupts_them(
         url = server.url()
     for future in [threads.submit(reader.follow, url) for reader in readers]:
         future.result()
-    for text, reader in zip(threads.map(answer_to, [*bodies, soon_over]), [*readers, over], strict=True):
+    whole = httpx.post(f"{url}/v1/responses", json=asked | {"store": False}, timeout=120).json()
+    assert response.text == whole["output"][0]["content"][0]["text"]
+    assert [int(event["id"]) for event in response.events] == list(range(len(response.events)))
+    assert response.events[-1]["event"] == "response.incomplete"
+    for text, reader in zip(threads.map(answer_to, [*bodies, soon_over]), [*readers[1:], over], strict=True):
         assert [event["event"] for event in reader.events if event["event"] not in ("token", "queued")] == ["done"]
         assert reader.text == text
         for behind in range(0, len(reader.events), 1 + len(reader.events) // 4):

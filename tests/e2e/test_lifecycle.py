@@ -79,6 +79,27 @@ def test_two_models_of_one_name_are_an_error_before_anything_loads(tmp_path: Pat
     assert "loading" not in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "files", "message"),
+    [
+        ("poet", (), "lora_adapters: poet: "),
+        ("poet", ("adapter_model.safetensors",), "is no directory with an adapter_config.json"),
+        ("model", ("adapter_config.json",), "two models are served as model"),
+    ],
+)
+def test_an_adapter_that_is_none_or_has_the_models_name_is_an_error_before_anything_loads(
+    tmp_path: Path, name: str, files: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "model").mkdir()
+    for file in ("config.json", *files):
+        (tmp_path / "model" / file).write_text("{}")
+    path = str(tmp_path / "model")
+    result = _headrace(path, f"--lora-adapters={name}={path}")
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "loading" not in result.stdout
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(20))

@@ -23,6 +23,8 @@ from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.gguf_config import gguf_config
 from headrace.scheduler.gguf_file import GGUFFile, open_gguf
 from headrace.scheduler.model_source import ModelSource
+from headrace.server.answer_parser import make_parser
+from headrace.server.answer_parts import ReasoningPart, TextPart, ToolArgumentsPart, ToolCallPart
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.errors import ApiError
 from headrace.server.native_api import StreamChatRequest, StreamCompletionRequest, _params_from_query
@@ -207,6 +209,85 @@ def stop_strings(data: bytes) -> None:
         assert "".join(pieces) == tokenizer.decode(token_ids)
 
 
+def answer_parser(data: bytes) -> None:
+    """The first bytes are a model's format and the length of pieces, the rest is an answer in which bytes from 128 on
+    stand for what formats are made of: its parts do not depend on where it is cut, and calls are of given tools."""
+    if len(data) < 2:
+        return
+    tokenizer = _answering(data[0] % len(_ANSWERING), has_special_tokens=bool(data[0] & 64))
+    text = "".join(chr(byte) if byte < 128 else _FRAGMENTS[byte % len(_FRAGMENTS)] for byte in data[2:])
+    has_begun, length = bool(data[0] & 128), 1 + data[1]
+    whole = _parts(tokenizer, [text], has_begun)
+    assert _parts(tokenizer, [text[at : at + length] for at in range(0, len(text), length)], has_begun) == whole
+    assert all(name in ("f", "g") for kind, name, _ in whole if kind == "call")
+
+
+def _parts(tokenizer: Tokenizer, pieces: list[str], has_begun: bool) -> list[tuple[str, str, str]]:
+    """(Kind, a call's name, text) of each part, put together where it was cut."""
+    parser = make_parser(tokenizer, _ASKED, begins_in_reasoning=has_begun)
+    read: list[tuple[str, str, str]] = []
+    for part in [*(part for piece in pieces for part in parser.push(piece)), *parser.finish()]:
+        match part:
+            case ToolCallPart(_, _, name):
+                read.append(("call", name, ""))
+                continue
+            case ToolArgumentsPart():
+                kind = "call"
+                assert read[-1][0] == kind, "arguments follow their call"
+            case TextPart():
+                kind = "text"
+            case ReasoningPart():
+                kind = "reasoning"
+        assert part.text, "an empty part"
+        if read and read[-1][0] == kind:
+            _, name, before = read.pop()
+            read.append((kind, name, before + part.text))
+        else:
+            read.append((kind, "", part.text))
+    return read
+
+
+# Templates that say no more than their format.
+_ANSWERING = (
+    "{{ tools }}<tool_call></think>",
+    "{{ tools }}<tool_call>",
+    '{{ tools }}ipython "parameters": ',
+    "{{ tools }}[TOOL_CALLS]",
+    "{{ tools }}[TOOL_CALLS][ARGS][/THINK]",
+)
+_MARKERS = (
+    *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+    *("<think>", "</think>", "[THINK]", "[/THINK]"),
+)
+_FRAGMENTS = (
+    *_MARKERS,
+    '{"name": "f", "arguments": ',
+    '{"name": "g", "parameters": {',
+    '{"arguments": {"a": 1}, "name": "',
+    '"name"',
+    '{"type": "function", ',
+    "\\u00e9",
+    "}}",
+    "é",
+)
+_ASKED = parse_request(
+    ChatCompletionRequest,
+    {
+        "messages": [{"role": "user", "content": "x"}],
+        "tools": [{"type": "function", "function": {"name": name}} for name in "fg"],
+    },
+)
+
+
+@functools.cache
+def _answering(number: int, *, has_special_tokens: bool) -> Tokenizer:
+    backend = BackendTokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    if has_special_tokens:
+        backend.add_special_tokens([AddedToken(marker, special=True) for marker in _MARKERS])
+    wrapper = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=_ANSWERING[number])
+    return Tokenizer(wrapper, frozenset())
+
+
 def search(pieces: list[str], stops: list[str], min_tokens: int) -> tuple[str, bool]:
     """(The text up to the stop string that is complete first, whether there is one). The last piece is what the end
     brought; a stop string counts where the piece that completes it is at least number `min_tokens`."""
@@ -253,7 +334,7 @@ def _any_text(data: bytes) -> str:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (request_parser, sse_encoder, gguf_reader, stop_strings)
+    target.__name__: target for target in (request_parser, sse_encoder, gguf_reader, stop_strings, answer_parser)
 }
 CORPUS = Path(__file__).parent / "corpus"
 # transformers warns of configs that contradict themselves, once for each.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 @dataclass
@@ -119,6 +119,15 @@ async def call(
     request.send_body(body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode())
     await request.run()
     return request
+
+
+def with_state(app: ASGIApp) -> ASGIApp:
+    """An app for the transports of HTTP clients, which leave out what servers put into a scope."""
+
+    async def run(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "state": {}}, receive, send)
+
+    return run
 
 
 def parse_events(body: bytes) -> Iterator[dict[str, str]]:

@@ -79,10 +79,40 @@ def message(name: str, fields: Fields, param: str, **more: Any) -> BadInput:
     return chat(f"message: {name}", own, param, **more)
 
 
+def anthropic(name: str, fields: Fields, param: str | None = None, status: int = 400, **more: Any) -> BadInput:
+    """The same of a message of Anthropic's."""
+    base = {"messages": [{"role": "user", "content": CANARY}], "max_tokens": 2, "temperature": 0}
+    own = (lambda: base | fields()) if callable(fields) else base | fields
+    named = param or _param_of(fields) or None if status == 400 else param
+    return BadInput(f"anthropic: {name}", _post("/v1/messages", own), (status,), named, **more)
+
+
+def blocks(name: str, block: Any, field: str, role: str = "user") -> BadInput:
+    """A message of Anthropic's with this block, at fault for a field of it."""
+    fields = {"messages": [{"role": role, "content": [block]}]}
+    return anthropic(f"block: {name}", fields, f"messages[0].content[0].{field}")
+
+
+def ollama(name: str, fields: Fields, param: str | None = None, status: int = 400, **more: Any) -> BadInput:
+    """The same of a chat of Ollama's."""
+    base = {"messages": [{"role": "user", "content": CANARY}], "options": {"num_predict": 2}, "stream": False}
+    own = (lambda: base | fields()) if callable(fields) else base | fields
+    named = param or _param_of(fields) or None if status == 400 else param
+    return BadInput(f"ollama: {name}", _post("/api/chat", own), (status,), named, **more)
+
+
 def native(name: str, fields: Fields, param: str | None = None, status: int = 400, **more: Any) -> BadInput:
     """A native stream with these fields."""
     named = param or _param_of(fields) or None if status == 400 else param
     return BadInput(f"stream: {name}", _post("/v1/streams", fields), (status,), named, **more)
+
+
+def response(name: str, fields: Fields, param: str | None = None, status: int = 400, **more: Any) -> BadInput:
+    """A response with these fields."""
+    base = {"input": CANARY, "max_output_tokens": 2, "temperature": 0}
+    own = (lambda: base | fields()) if callable(fields) else base | fields
+    named = param or _param_of(fields) or None if status == 400 else param
+    return BadInput(f"response: {name}", _post("/v1/responses", own), (status,), named, **more)
 
 
 def query(name: str, text: str, param: str | None, status: int = 400, *headers: str, **more: Any) -> BadInput:
@@ -156,8 +186,10 @@ _GET = raw_request("GET", "/health")
 _CALL = {"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 _STREAM = "/v1/streams/" + "0" * 32
 _EVENTS = f"{_STREAM}/events"
+_RESPONSE = "/v1/responses/resp_" + "0" * 32
 _SSE = "accept: text/event-stream"
 _UNSUPPORTED = "unsupported_parameter"
+_PART_TYPE = "input[0].content[0].type"
 _TOO_LONG = "context_length_exceeded"
 _URL = "http://169.254.169.254/latest/meta-data"
 _BOMB = "(a+)+$" * 50
@@ -399,6 +431,42 @@ def _chats() -> Iterator[BadInput]:
     yield message("a name of 1 MB", lambda: {"role": "user", "content": "x", "name": "n" * 10**6}, "messages[0].name")
 
 
+def _anthropics() -> Iterator[BadInput]:
+    yield BadInput("anthropic: no JSON", _text("/v1/messages", lambda: b"{"), (400,))
+    yield anthropic("no limit", {"max_tokens": None})
+    yield anthropic("an unknown model", {"model": CANARY}, "model", 404)
+    yield anthropic("a role that is a list", {"messages": [{"role": [], "content": "x"}]}, "messages[0].role")
+    yield anthropic(
+        "100,000 blocks that are none",
+        lambda: {"messages": [{"role": "user", "content": [1] * 100_000}]},
+        "messages[0]",
+    )
+    yield blocks("an image's URL", {"type": "image", "source": {"type": "url", "url": _URL}}, "type")
+    yield blocks("a kind that is an object", {"type": {"type": "text"}}, "type")
+    yield blocks("a result by the assistant", {"type": "tool_result", "tool_use_id": "x"}, "type", "assistant")
+    yield anthropic("a server's tool", {"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type")
+    yield anthropic("a remote server of tools", {"mcp_servers": [{"type": "url", "url": _URL}]})
+
+
+def _ollamas() -> Iterator[BadInput]:
+    yield BadInput("ollama: no JSON", _text("/api/chat", lambda: b"{"), (400,))
+    yield ollama("a model that is a path", {"model": "../../etc/passwd:latest"}, "model", 404)
+    yield ollama("options that are none", {"options": [1]})
+    yield ollama("num_predict 1e18", {"options": {"num_predict": 10**18}}, "options.num_predict")
+    yield ollama("a context of 1e18", {"options": {"num_ctx": 10**18, "num_predict": 1}}, status=200)
+    yield ollama("an image", {"messages": [{"role": "user", "images": ["A" * 1000]}]}, "messages[0].images")
+    call = {"function": {"name": "x", "arguments": "{}"}}
+    yield ollama(
+        "arguments that are text",
+        {"messages": [{"role": "assistant", "tool_calls": [call]}]},
+        "messages[0].tool_calls[0].function.arguments",
+    )
+    yield BadInput(
+        "ollama: a template", _post("/api/generate", {"prompt": "x", "template": "{{ . }}"}), (400,), "template"
+    )
+    yield BadInput("ollama: a model to fetch", _post("/api/pull", {"model": _URL}), (404,))
+
+
 def _tools() -> Iterator[BadInput]:
     named = {"type": "function", "function": {"name": "other"}}
     for name, tool, place in (
@@ -516,6 +584,56 @@ def _streams() -> Iterator[BadInput]:
     yield target("a stream whose id has 20,000 characters", "GET", "/v1/streams/" + "a" * 20_000, 404)
     yield target("an empty stream's id", "GET", "/v1/streams/", 404)
     yield target("an unknown stream from an event id", "GET", _EVENTS, 404, None, None, "last-event-id: -1")
+
+
+def _responses() -> Iterator[BadInput]:
+    yield response("no input", {"input": None})
+    yield response("an empty list", {"input": []})
+    yield response("input a number", {"input": 5})
+    yield response("10,000 items", lambda: {"input": [{"role": "user", "content": "x"}] * 10_000}, "input", most_mib=64)
+    yield response("100,000 wrong items", lambda: {"input": [5] * 100_000}, "input[0].type", most_mib=64)
+    yield response("an item of no known type", {"input": [{"type": CANARY}]}, "input[0].type")
+    yield response("an item's type a list", {"input": [{"type": ["message"]}]}, "input[0].type")
+    yield response("a picture's address", {"input": [_user([{"type": "input_image", "image_url": _URL}])]}, _PART_TYPE)
+    yield response("a file's address", {"input": [_user([{"type": "input_file", "file_url": _URL}])]}, _PART_TYPE)
+    yield response(
+        "a text a number", {"input": [_user([{"type": "input_text", "text": 1}])]}, "input[0].content[0].text"
+    )
+    yield response("a million times a", lambda: {"input": "a" * 10**6}, "input", code=_TOO_LONG)
+    yield response("an item of no response", {"input": [_reference(f"msg_{'0' * 32}_o0")]}, "input[0].id", 404)
+    yield response("an item's name a path", {"input": [_reference("../../etc/passwd")]}, "input[0].id", 404)
+    yield response("2,000 items that are none", lambda: {"input": [_reference("x")] * 2000}, "input[0].id", 404)
+    yield response("no such response before", {"previous_response_id": CANARY}, "previous_response_id", 404)
+    yield response("a response before of 10 KB", {"previous_response_id": "r" * 10_000})
+    yield response("max_output_tokens 0", {"max_output_tokens": 0})
+    yield response("max_output_tokens over the context", {"max_output_tokens": 2**31 - 1}, code=_TOO_LONG)
+    yield response("max_tokens", {"max_tokens": 5}, code=_UNSUPPORTED)
+    yield response("n", {"n": 2}, code=_UNSUPPORTED)
+    yield response("a conversation", {"conversation": "conv_1"}, code=_UNSUPPORTED)
+    yield response("a prompt template", {"prompt": {"id": "pmpt_1"}}, code=_UNSUPPORTED)
+    yield response("truncation", {"truncation": "auto"}, code=_UNSUPPORTED)
+    yield response("a tier that is claimed", {"service_tier": "priority"}, code=_UNSUPPORTED)
+    yield response("background and no store", {"background": True, "store": False})
+    yield response("a tool of a server", {"tools": [{"type": "mcp", "server_url": _URL}]}, "tools[0].type")
+    yield response("200 tools", lambda: {"tools": [{"type": "function", "name": f"f{i}"} for i in range(200)]}, "tools")
+    yield response("metadata of 17 pairs", {"metadata": {str(i): "" for i in range(17)}})
+    yield response("metadata nested", {"metadata": {"a": {}}}, "metadata.a")
+    unheld = {"type": "json_schema", "name": "answer", "schema": {"type": "array", "uniqueItems": True}}
+    yield response("a schema that is not held to", {"text": {"format": unheld}}, "text.format.schema")
+    for id in (CANARY, "%00", "..%2f..%2fetc%2fpasswd", "a%0d%0ax:%20y", "a" * 20_000):
+        yield target(f"the response {id[:20]}", "GET", f"/v1/responses/{id}", 404)
+    yield target("an unknown response", "GET", _RESPONSE, 404, "id", "not_found")
+    yield target("an unknown response's end", "DELETE", _RESPONSE, 404, "id", "not_found")
+    yield target("an unknown response's cancellation", "POST", f"{_RESPONSE}/cancel", 404, "id", "not_found")
+    yield target("an unknown response's items", "GET", f"{_RESPONSE}/input_items", 404, "id", "not_found")
+
+
+def _user(content: list[Any]) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def _reference(id: str) -> dict[str, Any]:
+    return {"type": "item_reference", "id": id}
 
 
 def _targets() -> Iterator[BadInput]:
@@ -703,6 +821,30 @@ def _tokens() -> Iterator[BadInput]:
     yield target("a model of 20,000 characters", "GET", "/v1/models/" + "m" * 20_000, 404, "model", "model_not_found")
 
 
+def _operators() -> Iterator[BadInput]:
+    path = "/admin/profile"
+    for name, fields in (
+        ("steps 0", {"steps": 0}),
+        ("steps 1e9", {"steps": 10**9}),
+        ("steps a float", {"steps": 1.5}),
+        ("steps a bool", {"steps": True}),
+        ("timeout 0", {"timeout": 0}),
+        ("timeout an hour", {"timeout": 3600}),
+        ("timeout a string", {"timeout": CANARY}),
+    ):
+        yield BadInput(f"profile: {name}", _post(path, fields), (400,), next(iter(fields)))
+    yield BadInput("profile: no JSON", _text(path, lambda: "{"), (400,))
+    yield BadInput("profile: an array", _text(path, lambda: "[1]"), (400,))
+    yield BadInput("profile: a form", lambda: raw_request("POST", path, b"steps=1", "content-type: text/plain"), (415,))
+    yield BadInput("profile: a client that leaves", _post(path, {"steps": 200, "timeout": 60}), ())
+    yield target("a profile that is read", "GET", path, 405)
+    yield target("stacks that are posted", "POST", "/admin/stacks", 405)
+    yield target("requests by HEAD", "HEAD", "/admin/requests", 405)
+    yield target("requests with a query", "GET", f"/admin/requests?id={CANARY}", 200)
+    yield target("no such page of the operator's", "GET", "/admin/", 404, code="not_found")
+    yield target("stacks for a foreign page", "GET", "/admin/stacks", 403, None, None, "origin: http://evil.example")
+
+
 def _without_keys() -> Iterator[BadInput]:
     auths = {
         "no key": (),
@@ -714,7 +856,17 @@ def _without_keys() -> Iterator[BadInput]:
     for said, lines in auths.items():
         yield _keyless(said, "POST", "/v1/completions", *lines)
         yield _keyless(said, "GET", "/metrics", *lines)
-    for path in ("/v1/chat/completions", "/v1/streams", "/tokenize", "/v1/embeddings", "/v1/classify", "/v1/nothing"):
+    for path in (
+        "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/api/chat",
+        "/v1/streams",
+        "/tokenize",
+        "/v1/embeddings",
+        "/v1/classify",
+        "/v1/nothing",
+    ):
         yield _keyless("no key", "POST", path)
     for path in (
         "/v1/models",
@@ -729,7 +881,12 @@ def _without_keys() -> Iterator[BadInput]:
         "/health/",
     ):
         yield _keyless("no key", "GET", path)
-    yield _keyless("no key", "DELETE", _STREAM)
+    for path in ("/admin/stacks", "/admin/requests", _RESPONSE, f"{_RESPONSE}/input_items"):
+        yield _keyless("no key", "GET", path)
+    for path in (_STREAM, _RESPONSE):
+        yield _keyless("no key", "DELETE", path)
+    for path in ("/admin/profile", f"{_RESPONSE}/cancel"):
+        yield _keyless("no key", "POST", path)
     yield _keyless("a key in the URL", "GET", f"/v1/models?api_key={CANARY}&key={CANARY}")
     yield _keyless(
         "an open path beside it", "GET", "/v1/models", "x-forwarded-path: /health", "x-original-url: /health"
@@ -752,10 +909,14 @@ BAD_INPUTS: tuple[BadInput, ...] = (
     *_bodies(),
     *_completions(),
     *_chats(),
+    *_anthropics(),
+    *_ollamas(),
     *_streams(),
+    *_responses(),
     *_targets(),
     *_headers(),
     *_wires(),
     *_one_shots(),
     *_tokens(),
+    *_operators(),
 )

@@ -6,12 +6,13 @@ Imported by tests/support/sanitized_kernel.py too, so it knows nothing of pytest
 import ctypes
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gguf
 import torch
+import torch.nn.functional as F
 from gguf.quants import dequantize, quantize
 
 from headrace.kernels import torch_ops
@@ -19,6 +20,7 @@ from headrace.kernels.backend import Backend, StepBatch
 from headrace.kernels.cpu_backend import CpuBackend, Weight
 from headrace.kernels.cpu_library import INSTRUCTION_SETS, InstructionSet
 from headrace.kernels.decoder import Decoder, DecoderConfig, KVCache
+from headrace.kernels.lora import Adapter, LowRank
 from headrace.kernels.quantised import QuantisedWeight
 from headrace.kernels.torch_backend import TorchBackend
 
@@ -109,6 +111,32 @@ class TinyModel:
             yield "lm_head.weight", normal(self.vocab_size, self.hidden_size, spread=head_spread)
 
 
+# By whose names adapters call the matrices.
+MODULES = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
+
+
+def random_adapter(model: TinyModel, seed: int, rank: int, modules: Sequence[str] = MODULES) -> Adapter:
+    """An adapter that changes these matrices about as much as they are large; of each next one it has a rank more."""
+    generator = torch.Generator().manual_seed(seed)
+    adapter = {}
+    for name, weight in model.weights().items():
+        if name.removesuffix(".weight").endswith(tuple(modules)):
+            num_outputs, num_inputs = weight.shape
+            down, up = (torch.randn(*size, generator=generator) for size in ((rank, num_inputs), (num_outputs, rank)))
+            scaled = (0.8 * down * num_inputs**-0.5).bfloat16().float(), (up * rank**-0.5).bfloat16().float()
+            adapter[name.removesuffix(".weight")] = LowRank(*scaled)
+            rank += 1
+    return adapter
+
+
+def merged(weights: Mapping[str, Weight], adapter: Adapter) -> dict[str, Weight]:
+    """The weights in float32, with what the adapter adds to them."""
+    merged = {name: dequantised(weight).float() for name, weight in weights.items()}
+    for name, low_rank in adapter.items():
+        merged[f"{name}.weight"] = merged[f"{name}.weight"] + low_rank.up @ low_rank.down
+    return {**merged}
+
+
 def _as_type(values: torch.Tensor, type_name: str) -> Weight:
     if type_name == "bfloat16":
         return values
@@ -121,10 +149,12 @@ def dequantised(weight: Weight) -> torch.Tensor:
     return torch.from_numpy(dequantize(weight.rows, gguf.GGMLQuantizationType[weight.type_name]))
 
 
-def reference_backend(model: TinyModel, num_blocks: int, block_size: int = 16) -> TorchBackend:
-    """The same model in float32."""
+def reference_backend(
+    model: TinyModel, num_blocks: int, block_size: int = 16, adapter: Adapter | None = None
+) -> TorchBackend:
+    """The same model in float32, with an adapter merged."""
     config = model.config
-    decoder = Decoder(config, {name: dequantised(weight) for name, weight in model.weights().items()}, torch_ops)
+    decoder = Decoder(config, merged(model.weights(), adapter or {}), torch_ops)
     cache = KVCache.allocate(config.shape, num_blocks, block_size, torch.float32, torch.device("cpu"))
     return TorchBackend(decoder, cache, torch_ops)
 
@@ -144,13 +174,31 @@ def random_tokens(length: int, vocab_size: int = 100, seed: int = 0) -> list[int
     return torch.randint(0, vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def check_close(logits: list[torch.Tensor], expected: list[torch.Tensor], settings: dict[str, Any]) -> None:
+    """Errors in spreads of a row's logits; the models here show at most two thirds of the bounds, which are wider for
+    8 bits in the cache, and again of activations."""
+    ours, theirs = torch.cat(logits), torch.cat(expected)
+    errors = (ours - theirs) / theirs.std(dim=-1, keepdim=True)
+    width = 1 + 0.5 * settings.get("is_kv_int8", False) + 0.8 * (settings.get("activation_bits") == 8)
+    assert errors.pow(2).mean().sqrt() < 0.02 * width
+    assert errors.abs().max() < 0.2 * width
+    divergence = F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean")
+    assert divergence < 7e-4 * width**2
+
+
 class PagedRun:
     """Sequences whose blocks lie scattered, computed by a backend in steps of any mixture of chunks."""
 
     def __init__(
-        self, backend: Backend, sequences: Sequence[list[int]], block_size: int = 16, num_blocks: int = 0, seed: int = 0
+        self,
+        backend: Backend,
+        sequences: Sequence[list[int]],
+        block_size: int = 16,
+        num_blocks: int = 0,
+        seed: int = 0,
+        adapters: Sequence[int] = (),
     ) -> None:
-        self.backend, self.sequences = backend, sequences
+        self.backend, self.sequences, self.adapters = backend, sequences, adapters
         sizes = [math.ceil(len(tokens) / block_size) for tokens in sequences]
         generator = torch.Generator().manual_seed(seed)
         free = torch.randperm(max(num_blocks, sum(sizes)), generator=generator).tolist()
@@ -169,6 +217,7 @@ class PagedRun:
             [self.num_computed[i] for i in counts],
             [self.tables[i] for i in counts],
             list(range(len(token_ids))),
+            [self.adapters[i] for i in counts] if self.adapters else [],
         )
 
     def step(self, counts: dict[int, int]) -> dict[int, torch.Tensor]:

@@ -18,6 +18,7 @@ from headrace.scheduler.messages import RowResult, TokenLogprobs
 from headrace.scheduler.scheduler import ScheduledRow, Scheduler, SchedulerOutput
 from headrace.scheduler.sequence import Sequence
 from headrace.scheduler.step_time import StepShape
+from headrace.scheduler.step_tracer import StepTracer
 from headrace.server.tokenizer import Tokenizer
 
 EOS = 256
@@ -31,6 +32,11 @@ def next_token(token_ids: Iterable[int]) -> int:
     for token_id in token_ids:
         state = (state * 31 + token_id) % 1_000_003
     return ord("a") + state % 26
+
+
+def adapter_token_ids(adapter: str | None) -> list[int]:
+    """What makes an adapter's answers other ones: the fake model computes as if these came before a prompt."""
+    return [] if adapter is None else [*adapter.encode()]
 
 
 def computed_tokens(row: ScheduledRow, pending: Mapping[int, int]) -> list[int]:
@@ -51,6 +57,7 @@ def run(output: SchedulerOutput, pending: Mapping[int, int] = MappingProxyType({
         num_prompt_logprobs = sampling.num_prompt_logprobs or 0
         prompt_ids = row.sequence.request.prompt_token_ids
         prompt = tuple(fake_logprobs(prompt_ids[i], num_prompt_logprobs) for i in row.scored_positions)
+        token_ids = [*adapter_token_ids(row.sequence.request.adapter), *token_ids]
         token_id = next_token([sampling.choice, *token_ids] if sampling.choice else token_ids)
         grammar = row.sequence.grammar
         if grammar is not None and row.is_sampled:
@@ -101,6 +108,7 @@ class FakeRunner:
 
     def __init__(self, max_context_tokens: int = 512) -> None:
         self.max_context_tokens = max_context_tokens
+        self.tracer = StepTracer()
         self.num_steps = 0
         self.widths: list[int] = []
         self.stop_token_ids: set[frozenset[int]] = set()
@@ -255,9 +263,10 @@ def byte_wrapper(
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, eos_token="<|end|>")
 
 
-def expected_text(prompt: str, num_tokens: int, choice: int = 0) -> str:
+def expected_text(prompt: str, num_tokens: int, choice: int = 0, adapter: str | None = None) -> str:
     """What the fake model answers to a completion prompt."""
-    token_ids = list(prompt.encode())
+    before = [*adapter_token_ids(adapter), *prompt.encode()]
+    token_ids = list(before)
     for _ in range(num_tokens):
         token_ids.append(next_token([choice, *token_ids] if choice else token_ids))
-    return bytes(token_ids[len(prompt.encode()) :]).decode()
+    return bytes(token_ids[len(before) :]).decode()

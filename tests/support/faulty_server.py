@@ -62,7 +62,7 @@ def _is_due(row: ScheduledRow, kind: int) -> bool:
 
 
 def _load(settings: Settings) -> tuple[Scheduler, Runner]:
-    scheduler, runner = _load_engine(settings, resolve_model(settings.model, say))
+    scheduler, runner = _load_engine(settings, resolve_model(settings.model, say), ())
     return scheduler, FaultyRunner(runner)
 
 

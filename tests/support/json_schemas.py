@@ -37,7 +37,7 @@ _CONSTANTS: list[Any] = [None, True, 0, -1, 17, 0.5, "", "ok", "süß 😀", 'a"
 _FORMAT_CHECKER = FormatChecker()
 
 
-@_FORMAT_CHECKER.checks("date", raises=ValueError)
+@_FORMAT_CHECKER.checks("date", raises=ValueError)  # type: ignore[untyped-decorator]
 def _is_date(text: object) -> bool:
     """As RFC 3339's grammar has it: in any year, the year 0 included, a February may have 29 days."""
     return not isinstance(text, str) or bool(datetime.date.fromisoformat("2000" + text[4:]))

@@ -1,6 +1,6 @@
 """A whole App on the fake model, with its lifespan, inside a test's own event loop."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ class LiveApp(App):
         tracing: Tracing | None = None,
         one_shots: Sequence[FakeOneShot] = (),
         tokenizer: Tokenizer | None = None,
+        adapters: Mapping[str, str] | None = None,
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
@@ -39,6 +40,7 @@ class LiveApp(App):
             tracing=tracing,
             one_shots=[one_shot.source for one_shot in one_shots],
             load_one_shots=lambda: self.fakes,
+            adapters=adapters,
         )
 
     async def until(self, predicate: Callable[[], bool]) -> None:
@@ -56,6 +58,7 @@ async def live_app(
     tracing: Tracing | None = None,
     one_shots: Sequence[FakeOneShot] = (),
     tokenizer: Tokenizer | None = None,
+    adapters: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> AsyncIterator[LiveApp]:
     """Start an App, wait until it is ready, stop it; afterwards no block is held, and no generation and no item of a
@@ -73,6 +76,7 @@ async def live_app(
         tracing,
         one_shots,
         tokenizer,
+        adapters,
     )
     async with app.asgi.router.lifespan_context(app.asgi):
         await app.settled.wait()
@@ -81,7 +85,7 @@ async def live_app(
         yield app
     app.scheduler.check_books()
     assert not app.scheduler.has_work
-    assert app.num_unfinished == len(app.client._batches) == 0
+    assert app.num_unfinished == len(app.client._batches) == len(app.client._questions) == 0
     assert app.client.num_unfinished == app.client.num_waiting == app.client.admission.num_queued_tokens == 0
     assert not any(app.client.admission.num_queued(tier) for tier in Tier)
     assert app.scheduler.load().num_free_blocks == app.scheduler.load().num_total_blocks

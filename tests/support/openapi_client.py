@@ -25,9 +25,10 @@ BEYOND_SCHEMA = re.compile(
     "|as many as text_2|differs from|prompts times n|log probabilities are asked for|valid integer"
     "|base64|the image|Too many fields"
     r'|"param":"(guided_[a-z]+|structured_outputs\.[a-z_]+|response_format(\.json_schema\.schema)?|ignore_eos)"'
-    r'|"param":"tools\[[0-9]+\]\.function\.parameters"|is there twice|is no tool\'s name'
+    r'|"param":"(text\.format(\.schema)?|tools\[[0-9]+\](\.function)?\.parameters)"|is there twice|is no tool\'s name'
+    "|does not reason|output_config.format|output_format|format: "
     "|there is no echo|prompt: Field required|names no stream|in the future|not an event id of this stream"
-    "|the last message|has more than 64 names"
+    "|the last message|has more than 64 names|only a background response|in include"
 )
 
 

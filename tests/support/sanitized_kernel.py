@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpu_models import PagedRun, TinyModel, cpu_backend, random_tokens
+from cpu_models import PagedRun, TinyModel, cpu_backend, random_adapter, random_tokens
 from headrace.kernels import cpu_backend as packing
 from headrace.kernels.cpu_library import _declare
 from headrace.kernels.sampling import Penalties, SamplingBatch
@@ -51,10 +51,12 @@ def run_model(
         activation_bits=activation_bits,
         has_wide_copy=True,
         touched_ahead_bytes=2**20,
+        adapters=[random_adapter(model, 1, 1), random_adapter(model, 2, 17, ("k_proj", "up_proj", "down_proj"))],
     )
     sequences = [random_tokens(length, model.vocab_size, seed=length) for length in LENGTHS]
     run = PagedRun(backend, sequences)
-    for _ in ("before the wide copy is made", "with it"):
+    for adapters in ((), (2, 0, 1)):  # before the wide copy is made, and with it
+        run.adapters = adapters
         for logits in run.all_logits(SCHEDULE):
             assert logits.isfinite().all()
         run.num_computed = [0] * len(LENGTHS)

@@ -44,6 +44,6 @@ if __name__ == "__main__":
     if max_descriptors := os.environ.get("FAKE_DESCRIPTORS"):
         resource.setrlimit(resource.RLIMIT_NOFILE, (int(max_descriptors) // 2, int(max_descriptors)))
     settings = load_settings([*sys.argv[1:], "--ttft-targets-s", "[1e6,1e6,1e6]"], {})
-    source = ModelSource(Path("fake"), "fake")
+    source = ModelSource(Path(__file__).parent, "fake")  # files that a journal can know it by
     with patch.multiple(serving, resolve_model=lambda *_: source, _load_tokenizer=lambda *_: byte_tokenizer()):
         sys.exit(serving.serve(settings, lambda: (make_scheduler(num_blocks=2048), ScriptedRunner())))

@@ -1,5 +1,6 @@
 """Random models small enough for a unit test, and the two ways to continue a prompt with one that must agree."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,14 +61,18 @@ def generate(
     *,
     is_staggered: bool = False,
     leader_id: int | None = None,
+    adapters: Sequence[str | None] = (),
 ) -> list[list[int]]:
     """The tokens of each prompt, submitted together or one per step, run to their ends.
 
-    With `leader_id` all others follow that one. The books are checked at every step. An asynchronous runner is a step
-    ahead.
+    With `leader_id` all others follow that one. `adapters` go around. The books are checked at every step. An
+    asynchronous runner is a step ahead.
     """
+    names = itertools.cycle(adapters or [None])
     requests = [
-        GenerationRequest(i, tuple(prompt), sampling, 0.0, leader_id=None if i == leader_id else leader_id)
+        GenerationRequest(
+            i, tuple(prompt), sampling, 0.0, leader_id=None if i == leader_id else leader_id, adapter=next(names)
+        )
         for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
     ]
     answers: list[list[int]] = [[] for _ in prompts]

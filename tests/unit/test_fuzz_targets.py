@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from fuzz_targets import CORPUS, TARGETS, gguf_reader, request_parser, sse_encoder, stop_strings
+from fuzz_targets import CORPUS, TARGETS, answer_parser, gguf_reader, request_parser, sse_encoder, stop_strings
 from headrace.server.protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest
 
 _MOST_CORPUS_BYTES = 300_000
@@ -70,6 +70,12 @@ def test_text_ends_where_a_search_in_the_whole_of_it_finds_a_stop_string(
     encoded = [stop.encode() for stop in stops]
     head = bytes([vocabulary, min_tokens, len(stops)]) + b"".join(bytes([len(stop) - 1]) + stop for stop in encoded)
     stop_strings(head + bytes(tokens))
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(head=st.binary(min_size=2, max_size=2), answer=st.lists(st.integers(128, 255) | st.sampled_from(b'{}":; a')))
+def test_an_answer_comes_to_the_same_parts_wherever_it_is_cut(head: bytes, answer: list[int]) -> None:
+    answer_parser(head + bytes(answer))
 
 
 SEEDS = sorted(path.read_bytes() for path in (CORPUS / "gguf_reader").iterdir() if path.stat().st_size > 500)

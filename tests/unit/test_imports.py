@@ -17,7 +17,15 @@ FORBIDDEN = {
     "kernels": {"asyncio", "anyio", "starlette", "prometheus_client", "headrace.server", "headrace.scheduler"},
     "benchmarks": {"torch", "headrace.server", "headrace.scheduler", "headrace.kernels"},
 }
-MAY_IMPORT_TORCH = {"gguf_config.py", "keras_resnet.py", "model_loader.py", "model_runner.py", "one_shot_model.py"}
+MAY_IMPORT_TORCH = {
+    "gguf_config.py",
+    "keras_resnet.py",
+    "lora_adapter.py",
+    "model_loader.py",
+    "model_runner.py",
+    "one_shot_model.py",
+    "step_tracer.py",
+}
 # Plain values, for whoever must not wait for torch.
 TORCH_FREE = "headrace.kernels.step_times"
 

@@ -1,4 +1,4 @@
-"""openai-python, 2.x and 3.x alike: synchronous, asynchronous, and its stream helper, in strict mode."""
+"""openai-python, 2.x and 3.x alike: synchronous, asynchronous, and its stream helpers, in strict mode."""
 
 import sys
 from typing import Any
@@ -98,6 +98,86 @@ async def completion_stream(call: Call, seen: Seen) -> None:
                 break
 
 
+def _as_response(call: Call) -> dict[str, Any]:
+    """A chat's call as one of /v1/responses."""
+    others = {**call.body, **call.extra}
+    asked = {
+        "model": others.pop("model"),
+        "input": [item for message in others.pop("messages") for item in _items(message)],
+        "max_output_tokens": others.pop("max_tokens"),
+        "temperature": others.pop("temperature"),
+    }
+    if others.pop("logprobs", False):
+        asked |= {"include": ["message.output_text.logprobs"], "top_logprobs": others.pop("top_logprobs")}
+    if (tools := others.pop("tools", None)) is not None:
+        asked["tools"] = [{"type": "function", **tool["function"]} for tool in tools]
+    return {**asked, "extra_body": others}
+
+
+def _items(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """A chat's message as items."""
+    if message["role"] == "tool":
+        output = {"call_id": message["tool_call_id"], "output": message["content"]}
+        return [{"type": "function_call_output", **output}]
+    said = [] if message["content"] is None else [{"role": message["role"], "content": message["content"]}]
+    calls = message.get("tool_calls", ())
+    return said + [{"type": "function_call", "call_id": call["id"], **call["function"]} for call in calls]
+
+
+def _see_response(seen: Seen, response: Any) -> None:
+    ends = {"completed": "stop", "incomplete": "length"}
+    seen.add(0, response.output_text, ends[response.status])
+    for item in response.output:
+        if item.type == "function_call":
+            seen.calls.append([item.name, item.arguments])
+            seen.finish_reasons = ["tool_calls"]
+        else:
+            [part] = item.content
+            seen.add(0, "", None, [(scored.token, scored.logprob) for scored in part.logprobs or ()])
+    counts = zip(("prompt_tokens", "completion_tokens", "total_tokens"), ("input", "output", "total"), strict=True)
+    seen.usage = {name: getattr(response.usage, f"{kind}_tokens") for name, kind in counts}
+
+
+async def response(call: Call, seen: Seen) -> None:
+    client: Any = CLIENT.with_options(**_options(call)).responses
+    made = client.create(**_as_response(call))
+    assert client.retrieve(made.id) == made
+    _see_response(seen, made)
+
+
+async def response_events(call: Call, seen: Seen) -> None:
+    """By the helper, which puts the events together."""
+    client: Any = CLIENT.with_options(**_options(call)).responses
+    snapshot, events = "", []
+    with client.stream(**_as_response(call)) as stream:
+        for event in stream:
+            events.append(event)
+            if event.type == "response.output_text.delta":
+                snapshot = event.snapshot
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert snapshot == events[-1].response.output_text
+    _see_response(seen, events[-1].response)
+
+
+async def response_resumed(call: Call, seen: Seen) -> None:
+    """In the background, read in two parts."""
+    client: Any = ASYNC_CLIENT.with_options(**_options(call)).responses
+    events = []
+    async with await client.create(**_as_response(call), background=True, stream=True) as stream:
+        async for event in stream:
+            events.append(event)
+            if event.type.endswith(".delta"):
+                break
+    rest = await client.retrieve(events[0].response.id, stream=True, starting_after=events[-1].sequence_number)
+    events += [event async for event in rest]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    deltas = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert deltas == events[-1].response.output_text
+    assert await client.cancel(events[0].response.id) == events[-1].response
+    await client.delete(events[0].response.id)
+    _see_response(seen, events[-1].response)
+
+
 serve(
     {
         "chat": chat,
@@ -107,5 +187,8 @@ serve(
         "async_chat_stream": async_chat_stream,
         "completion": completion,
         "completion_stream": completion_stream,
+        "response": response,
+        "response_events": response_events,
+        "response_resumed": response_resumed,
     }
 )

@@ -2,20 +2,31 @@
 
 import ctypes
 import functools
+import gzip
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 import torch
-import torch.nn.functional as F
 from gguf.quants import dequantize
 
-from cpu_models import PagedRun, TinyModel, cpu_backend, dequantised, random_tokens, reference_backend
+from cpu_models import (
+    PagedRun,
+    TinyModel,
+    check_close,
+    cpu_backend,
+    dequantised,
+    random_tokens,
+    reference_backend,
+)
 from headrace.kernels.backend import StepBatch
-from headrace.kernels.cpu_backend import kv_bytes_per_token, why_not
+from headrace.kernels.cpu_backend import PHASES, kv_bytes_per_token, why_not
 from headrace.kernels.quantised import GROUP_BYTES, QuantisedWeight
+from headrace.scheduler.model_runner import ModelRunner
 
 pytestmark = pytest.mark.xdist_group("cpu kernel")  # which each worker would compile
 
@@ -65,18 +76,6 @@ def expected_logits(model: TinyModel, lengths: tuple[int, ...] = LENGTHS) -> lis
 
 def sequences_of(model: TinyModel, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
     return [random_tokens(length, model.vocab_size, seed) for seed, length in enumerate(lengths)]
-
-
-def check_close(logits: list[torch.Tensor], expected: list[torch.Tensor], settings: dict[str, Any]) -> None:
-    """Errors in spreads of a row's logits; the models here show at most two thirds of the bounds, which are wider for
-    8 bits in the cache, and again of activations."""
-    ours, theirs = torch.cat(logits), torch.cat(expected)
-    errors = (ours - theirs) / theirs.std(dim=-1, keepdim=True)
-    width = 1 + 0.5 * settings.get("is_kv_int8", False) + 0.8 * (settings.get("activation_bits") == 8)
-    assert errors.pow(2).mean().sqrt() < 0.02 * width
-    assert errors.abs().max() < 0.2 * width
-    divergence = F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean")
-    assert divergence < 7e-4 * width**2
 
 
 def check_all_schedules(library: ctypes.CDLL, model: TinyModel, **settings: Any) -> None:
@@ -302,3 +301,28 @@ def test_the_profile_grows_with_what_is_computed(any_library: ctypes.CDLL) -> No
     assert all(seconds > 0 for seconds in profile.values())
     backend.forward(StepBatch([1] * 20, [20], [20], [[0, 1]], []))
     assert backend.profile()["head"] == profile["head"]
+
+
+def test_a_trace_of_a_runners_steps_shows_each_steps_phases_beside_its_forward(
+    any_library: ctypes.CDLL, tmp_path: Path
+) -> None:
+    model = TinyModel()
+    runner = ModelRunner(
+        cpu_backend(any_library, model, 8),
+        vocab_size=model.vocab_size,
+        block_size=16,
+        max_context_tokens=128,
+        max_num_batched_tokens=64,
+        description="tiny",
+    )
+    runner.tracer.begin()
+    runner.warm_up()
+    runner.tracer.end().save(tmp_path / "trace.json.gz")
+    events = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]
+    spans = {
+        name: [e for e in events if e["ph"] == "X" and e["name"] == name] for name in (*PHASES, "forward", "sample")
+    }
+    assert {len(found) for found in spans.values()} == {8}
+    for i, forward in enumerate(spans["forward"]):
+        spent = sum(spans[phase][i]["dur"] for phase in PHASES)
+        assert 0 < spent <= forward["dur"]

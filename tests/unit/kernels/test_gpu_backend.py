@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from cpu_models import PagedRun, TinyModel, dequantised, random_tokens, reference_backend
+from cpu_models import PagedRun, TinyModel, dequantised, random_adapter, random_tokens, reference_backend
 from headrace.kernels import gpu_backend as gpu_backend_module, triton_ops
 from headrace.kernels.backend import StepBatch
 from headrace.kernels.decoder import Decoder, KVCache, Weight
@@ -48,7 +48,7 @@ def gpu_backend(model: TinyModel, num_blocks: int, dtype: torch.dtype = torch.fl
     is_fp8, kv_dtype = settings.pop("is_fp8", False), settings.pop("kv_dtype", dtype)
     make_head = functools.partial(gpu_linear, dtype=dtype, device=DEVICE)
     make_linear = functools.partial(make_head, is_fp8=is_fp8)
-    decoder = Decoder(model.config, weights, triton_ops, make_linear, make_head)
+    decoder = Decoder(model.config, weights, triton_ops, make_linear, make_head, settings.pop("adapters", ()))
     cache = KVCache.allocate(model.config.shape, num_blocks, 16, kv_dtype, DEVICE)
     limits: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "max_num_blocks": 8} | settings
     backend = GpuBackend(decoder, cache, **limits)
@@ -66,6 +66,20 @@ def test_logits_are_those_of_torch_in_float32(name: str, schedule: str) -> None:
     expected = PagedRun(reference_backend(MODELS[name], 12), sequences(), num_blocks=12).all_logits()
     run = PagedRun(gpu_backend(MODELS[name], 12), sequences(), num_blocks=12)
     for found, wanted in zip(run.all_logits(SCHEDULES[schedule]), expected, strict=True):
+        torch.testing.assert_close(found.cpu(), wanted, rtol=2e-4, atol=2e-4)
+
+
+def test_rows_with_adapters_get_what_merged_weights_would_make_and_others_are_as_ever() -> None:
+    model = MODELS["qwen2"]
+    adapters = [random_adapter(model, 1, 3), random_adapter(model, 2, 5, ("v_proj", "up_proj", "down_proj"))]
+    numbers = [2, 0, 1]
+    expected = []
+    for tokens, number in zip(sequences(), numbers, strict=True):
+        backend = reference_backend(model, 12, adapter=adapters[number - 1] if number else None)
+        expected += PagedRun(backend, [tokens], num_blocks=12).all_logits()
+    run = PagedRun(gpu_backend(model, 12, adapters=adapters), sequences(), num_blocks=12, adapters=numbers)
+    # The last step but one has no adapter, and so a graph, where there are some.
+    for found, wanted in zip(run.all_logits([*SCHEDULES["chunks beside decoding"], {1: 1}]), expected, strict=True):
         torch.testing.assert_close(found.cpu(), wanted, rtol=2e-4, atol=2e-4)
 
 

@@ -15,6 +15,7 @@ from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.engine_core import EngineCore, LaunchedStep, Publication
 from headrace.scheduler.errors import CapacityError, DeviceLostError
 from headrace.scheduler.messages import (
+    DescribeSequences,
     EngineReady,
     EngineStopped,
     FinishReason,
@@ -23,8 +24,12 @@ from headrace.scheduler.messages import (
     OneShotOutput,
     OneShotReady,
     SamplingParams,
+    SequencesDescribed,
+    SequenceState,
     StepOutput,
     StepPauses,
+    StepsTraced,
+    TraceSteps,
 )
 from headrace.scheduler.scheduler import Scheduler, SchedulerOutput
 from headrace.scheduler.step_time import StepShape
@@ -824,3 +829,105 @@ def test_a_one_shot_model_that_cannot_be_loaded_is_the_only_thing_said() -> None
 
     EngineCore(lambda: (make_scheduler(), FakeRunner()), published.append, load_one_shots=load)._main()
     assert published == [EngineStopped(error)]
+
+
+def traces(script: Script) -> list[tuple[int, int, bool, str | None]]:
+    """Of each answer the question, how many steps it has, whether there is a trace of them, and what went wrong."""
+    answers = [p for p in script.publications if isinstance(p, StepsTraced)]
+    return [(each.question_id, each.num_steps, each.trace is not None, each.error) for each in answers]
+
+
+@pytest.mark.parametrize("runner", [FakeRunner, AsynchronousFakeRunner])
+def test_as_many_steps_are_traced_as_were_asked_for_and_the_answer_comes_behind_the_last(
+    runner: type[FakeRunner],
+) -> None:
+    script = Script({2: lambda s: s.core.submit(TraceSteps(9, 3))}, runner=runner(), num_requests=1)
+    script.core.submit(TraceSteps(8, 1))
+    script.submit(1, max_tokens=8)
+    script.run()
+    assert traces(script) == [(8, 1, True, None), (9, 3, True, None)]
+    places = [i for i, p in enumerate(script.publications) if isinstance(p, StepsTraced)]
+    assert [sum(isinstance(p, StepOutput) for p in script.publications[:place]) for place in places] == [1, 5]
+    assert script.tokens(1) == alone(1, 8)
+
+
+def test_a_trace_that_is_cancelled_ends_with_the_steps_that_it_has() -> None:
+    script = Script({3: lambda s: s.core.cancel(9)}, num_requests=1)
+    script.core.submit(TraceSteps(9, 100))
+    script.submit(1, max_tokens=8)
+    script.run()
+    assert traces(script) == [(9, 3, True, None)]
+
+
+def test_an_idle_engine_traces_nothing_until_there_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script({})
+    whiles_idle: list[Callable[[], None]] = [
+        lambda: script.core.cancel(8),
+        lambda: script.core.submit(TraceSteps(9, 2)),
+        lambda: script.submit(1, max_tokens=2),
+        script.core.stop,
+    ]
+    monkeypatch.setattr(script.core._wake, "wait", lambda: whiles_idle.pop(0)())
+    script.core.submit(TraceSteps(8, 2))
+    script.run()
+    assert traces(script) == [(8, 0, False, None), (9, 2, True, None)]
+
+
+def test_an_engine_that_stops_answers_with_what_it_has_traced() -> None:
+    script = Script({2: lambda s: s.core.stop()})
+    script.core.submit(TraceSteps(9, 100))
+    script.submit(1, max_tokens=8)
+    script.run()
+    assert traces(script) == [(9, 2, True, None)]
+    assert not script.runner.tracer.is_on
+
+
+@pytest.mark.parametrize("what", ["begin", "end"])
+def test_a_profiler_that_fails_costs_the_trace_alone(
+    what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = Script({}, num_requests=1)
+
+    def fail() -> None:
+        raise RuntimeError("as told")
+
+    begin_or_end = getattr(script.runner.tracer, what)
+    monkeypatch.setattr(script.runner.tracer, what, fail)
+    script.core.submit(TraceSteps(9, 2))
+    script.submit(1)
+    script.run()
+    assert traces(script) == [(9, 2 if what == "end" else 0, False, "the profiler failed")]
+    assert script.tokens(1) == alone(1)
+    assert "as told" in caplog.text
+    if what == "end":
+        begin_or_end()
+
+
+def test_nothing_is_learned_of_steps_that_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make_scheduler()
+    observed: list[float] = []
+    monkeypatch.setattr(scheduler, "observe", lambda shape, seconds: observed.append(seconds))
+    script = Script({}, scheduler=scheduler, num_requests=1)
+    script.core.submit(TraceSteps(9, 3))
+    script.submit(1)
+    script.run()
+    assert len(observed) == 2
+
+
+def test_how_sequences_stand_is_told_between_steps() -> None:
+    script = Script(
+        {2: lambda s: s.core.submit(DescribeSequences(9))}, scheduler=make_scheduler(max_num_seqs=1), num_requests=3
+    )
+    script.submit(1)
+    script.submit(2)
+    script.core.submit(
+        GenerationRequest(3, tuple(range(40)), SamplingParams(max_tokens=1), 0.0, leader_id=2),
+    )
+    script.run()
+    [answer] = [p for p in script.publications if isinstance(p, SequencesDescribed)]
+    assert answer.question_id == 9
+    assert answer.states == {
+        1: SequenceState(True, False, 5, 4, 1, 0, 0),
+        2: SequenceState(False, False, 3, 0, 0, 0, 0),
+        3: SequenceState(False, True, 40, 0, 0, 0, 0),
+    }

@@ -70,15 +70,30 @@ def test_a_prompt_of_cached_blocks_only_still_computes_its_last_one() -> None:
     assert finish(cache, request(1, PROMPT[:12], max_tokens=1))[0] == BLOCK_SIZE
 
 
-def test_nothing_is_shared_across_salts_after_a_difference_or_with_the_cache_off() -> None:
+def test_nothing_is_shared_across_salts_or_adapters_after_a_difference_or_with_the_cache_off() -> None:
     cache = scheduler()
     finish(cache, request(0))
-    for other in (request(1, cache_salt=b"another tenant"), request(2, (0, *PROMPT[1:]))):
+    for other in (
+        request(1, cache_salt=b"another tenant"),
+        request(2, (0, *PROMPT[1:])),
+        request(4, adapter="one"),
+        request(5, adapter="another"),
+        request(6, cache_salt=b"another tenant", adapter="one"),
+        request(7, cache_salt=b"another tenantone"),
+    ):
         assert finish(cache, other)[0] == len(PROMPT) + 2
     assert finish(cache, request(3, (*PROMPT[:5], 0, *PROMPT[6:])))[0] == len(PROMPT) + 2 - BLOCK_SIZE
     cache = scheduler(has_prefix_cache=False)
     assert [finish(cache, request(i))[0] for i in range(2)] == [len(PROMPT) + 2] * 2
     assert cache.load().num_cached_blocks == 0
+
+
+def test_an_adapters_requests_share_what_is_theirs() -> None:
+    cache = scheduler()
+    _, tokens = finish(cache, request(0, adapter="one"))
+    assert finish(cache, request(1, adapter="one"))[0] == 2 + 2
+    assert cache.load().num_prefix_hits == 12
+    assert tokens != finish(cache, request(2))[1], "the fake model's adapters answer otherwise"
 
 
 def test_a_request_is_told_once_how_much_it_found() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fake_engine import computed_tokens, drawn_tokens, next_token, run
+from fake_engine import adapter_token_ids, computed_tokens, drawn_tokens, next_token, run
 from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.config import SchedulingPolicy
@@ -35,7 +35,7 @@ def alone(request: GenerationRequest) -> tuple[list[int], FinishReason]:
     """What the request gets if nothing disturbs it."""
     sampling, tokens = request.sampling, list[int]()
     while len(tokens) < sampling.max_tokens:
-        tokens.append(next_token([*request.prompt_token_ids, *tokens]))
+        tokens.append(next_token([*adapter_token_ids(request.adapter), *request.prompt_token_ids, *tokens]))
         if tokens[-1] in sampling.stop_token_ids and len(tokens) > sampling.min_tokens:
             return tokens, FinishReason.STOP
     return tokens, FinishReason.LENGTH
@@ -171,7 +171,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.records: dict[int, Record] = {}
         self.sequences: dict[int, Sequence] = {}
         self.has_computed_prompt: set[int] = set()
-        # What each slot of the cache holds: a hash of the salt and every token up to its own.
+        # What each slot of the cache holds: a hash of the salt, the adapter and every token up to its own.
         self.slots: dict[int, int] = {}
         # Launched and not recorded, the older first; what the last launched one drew for each request.
         self.in_flight: list[tuple[SchedulerOutput, list[RowResult], StepTimes | None]] = []
@@ -234,6 +234,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 leader_id=data.draw(st.none() | st.integers(0, id - 1) if id else st.none(), "leader_id"),
                 cache_salt=data.draw(st.sampled_from((b"", b"other")), "salt"),
                 output_token_ids=(),
+                adapter=data.draw(st.sampled_from((None, None, "one")), "adapter"),
             )
             self.records[id] = Record(request)
             self.scheduler.add(request)
@@ -596,7 +597,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def entries(self, row: ScheduledRow) -> Iterator[tuple[int, int, int]]:
         """(Position, slot, what belongs there) of a row's tokens and all before them."""
         sequence = row.sequence
-        entry = len(sequence.request.cache_salt)
+        entry = hash((sequence.request.cache_salt, sequence.request.adapter))
         for i, token_id in enumerate(computed_tokens(row, self.drawn)):
             slot = sequence.block_ids[i // self.block_size] * self.block_size + i % self.block_size
             entry = hash((entry, token_id))

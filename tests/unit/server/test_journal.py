@@ -47,7 +47,12 @@ def test_what_is_recorded_is_what_a_later_process_reads(path: Path, fsync: Fsync
         seed=2**64 - 1, stop_token_ids=frozenset({3, 1}), logit_bias=((5, 0.25),), num_prompt_logprobs=2
     )
     recipe = replace(
-        RECIPE, sampling=sampling, stop_strings=("a\ud800", "é"), echo="\ud83d pröm\0pt", tells_token_ids=True
+        RECIPE,
+        sampling=sampling,
+        stop_strings=("a\ud800", "é"),
+        echo="\ud83d pröm\0pt",
+        kept_token_ids=(9, 8),
+        tells_token_ids=True,
     )
     outputs = (
         SequenceOutput(4, scheduled_s=1.5, num_cached_tokens=16, prompt_logprobs=(TokenLogprobs(1), *LOGPROBS)),

@@ -13,7 +13,15 @@ from fake_engine import byte_tokenizer
 from headrace.scheduler.messages import FinishReason, LoadSnapshot, SequenceOutput, Tier
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.generation import Generation, Stages
-from headrace.server.metrics import PHASES, SHED_REASONS, HistogramCollector, LatencyHistogram, Metrics
+from headrace.server.metrics import (
+    MAX_TENANTS,
+    OTHER_TENANTS,
+    PHASES,
+    SHED_REASONS,
+    HistogramCollector,
+    LatencyHistogram,
+    Metrics,
+)
 
 LOAD = LoadSnapshot(
     num_waiting=1,
@@ -103,8 +111,8 @@ def test_before_the_engine_is_ready_the_cache_is_empty_and_nothing_divides_by_it
 @pytest.mark.parametrize("model_name", ["model", 'we"ird\\name\n', "ünï/🌊"])
 def test_every_vllm_metric_has_the_values_of_its_own_and_the_models_name(model_name: str) -> None:
     metrics = make(model_name)
-    metrics.prompt_tokens.inc(12)
-    metrics.generation_tokens.inc(34)
+    metrics.count_prompt("alice", 12)
+    metrics.count_generated({"alice": 30, "bob": 4})
     for count, seconds in enumerate((0.003, 0.2, 7.0, 1000.0), start=1):
         metrics.e2e.observe(seconds)
         for histograms in (metrics.ttft, metrics.itl, metrics.queue_time):
@@ -169,7 +177,7 @@ def test_ends_are_counted_by_reason_and_cancellations_by_phase() -> None:
 def test_labels_come_from_closed_sets_and_no_creation_times_are_shown() -> None:
     metrics = make()
     for tier in Tier:
-        metrics.watch_waiting(tier, lambda: 0)
+        metrics.watch_tier(tier, lambda: 0, lambda: 8.0)
     for status in (400, 429):
         metrics.rejected.labels(str(status)).inc()
     for family in families(metrics):
@@ -193,20 +201,41 @@ def test_each_tier_and_reason_that_a_request_is_shed_for_is_counted_apart_and_th
             assert read["headrace_requests_shed_total", key] == (1 if j >= i else 0)
 
 
-def test_what_waits_in_each_tier_is_asked_for_when_it_is_shown() -> None:
+def test_what_waits_in_each_tier_and_its_target_are_asked_for_when_they_are_shown() -> None:
     metrics = make()
     waiting = dict(zip(Tier, (3, 0, 7), strict=True))
     for tier in Tier:
-        metrics.watch_waiting(tier, partial(waiting.__getitem__, tier))
+        asked = partial(waiting.__getitem__, tier)
+        metrics.watch_tier(tier, asked, lambda asked=asked: asked() / 2)  # type: ignore[misc]
     for num in (7, 8):
         waiting[Tier.BATCH] = num
         assert value(metrics, "headrace_tier_requests_waiting", tier="batch") == num
+        assert value(metrics, "headrace_ttft_target_seconds", tier="batch") == num / 2
         assert value(metrics, "headrace_tier_requests_waiting", tier="premium") == 3
+
+
+def test_tenants_have_names_only_where_they_may_be_told_and_no_more_of_them_than_a_scrape_can_bear() -> None:
+    metrics = make()
+    metrics.count_prompt("alice", 3)
+    metrics.count_generated({"alice": 2})
+    assert "alice" not in metrics.expose().decode()
+    metrics.names_tenants = True
+    for i in range(MAX_TENANTS + 20):
+        metrics.count_prompt(f"tenant-{i}", 3)
+    metrics.count_generated({"tenant-0": 2, f"tenant-{MAX_TENANTS}": 4, "late": 5})
+    [family] = [family for family in families(metrics) if family.name == "headrace_tenant_tokens"]
+    assert len({sample.labels["tenant"] for sample in family.samples}) == MAX_TENANTS + 1
+    expected = {("tenant-0", "prompt"): 3, ("tenant-0", "generated"): 2}
+    expected |= {(OTHER_TENANTS, "prompt"): 60, (OTHER_TENANTS, "generated"): 9}
+    for (tenant, kind), num in expected.items():
+        assert value(metrics, "headrace_tenant_tokens_total", tenant=tenant, kind=kind) == num
+    assert value(metrics, "headrace_prompt_tokens_total") == 3 * (MAX_TENANTS + 21)
+    assert value(metrics, "headrace_generation_tokens_total") == 13
 
 
 def test_two_servers_in_one_process_do_not_share_their_counts() -> None:
     first, second = make("a"), make("b")
-    first.prompt_tokens.inc(5)
+    first.count_prompt("", 5)
     assert value(second, "headrace_prompt_tokens_total") == 0
 
 

@@ -71,6 +71,8 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "stream_interval_ms": (0.0, 1.5, 2.5, 3.5),
     "stream_padding_bytes": (0, 1, 2, 3),
     "stream_retry_ms": (1000, 1, 2, 3),
+    "response_ttl_s": (86400.0, 1.5, 2.5, 3.5),
+    "response_store_bytes": (64 * 2**20, 1, 2, 3),
     "journal_file": (None, "file", "env", "flag"),
     "journal_fsync": ("never", "checkpoint", "step", "checkpoint"),
     "api_keys_file": (None, "file", "env", "flag"),
@@ -85,7 +87,7 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
 def test_every_setting_is_tried_here() -> None:
     # `workers` has one value only, and the TLS files are of no use one by one.
     tls = {name for name in Settings.model_fields if name.startswith("tls_")}
-    assert set(VALUES) == set(Settings.model_fields) - {"workers", "one_shot_models"} - tls
+    assert set(VALUES) == set(Settings.model_fields) - {"workers", "one_shot_models", "lora_adapters"} - tls
 
 
 def test_one_shot_models_are_tables_of_the_file_and_json_elsewhere(tmp_path: Path) -> None:
@@ -102,6 +104,30 @@ def test_one_shot_models_are_tables_of_the_file_and_json_elsewhere(tmp_path: Pat
     ):
         [one] = load_settings(["--config", str(path), *args], environ).one_shot_models
         assert (one.model, one.task, one.max_batch_size) == ("c", "classify", 4)
+
+
+def test_lora_adapters_are_a_table_of_the_file_json_in_the_environment_and_pairs_in_flags(tmp_path: Path) -> None:
+    path = tmp_path / "headrace.toml"
+    path.write_text('[lora_adapters]\npoet = "a"\n"a cook" = "b/c"\n')
+    expected = {"poet": "a", "a cook": "b/c"}
+    assert load_settings(["--config", str(path)], {}).lora_adapters == expected
+    assert load_settings([], {"HEADRACE_LORA_ADAPTERS": json.dumps(expected)}).lora_adapters == expected
+    for flags in (
+        ["--lora-adapters", json.dumps(expected)],
+        ["--lora-adapters", "poet=a", "--lora-adapters=a cook=b/c"],
+    ):
+        assert load_settings(flags, {}).lora_adapters == expected
+    assert load_settings([], {}).lora_adapters == {}
+
+
+@pytest.mark.parametrize(
+    "table", ['poet = ""', '"" = "a"', "poet = 1", 'poet = {path = "a"}', f'{"a" * 513} = "a"', 'poet = ["a"]']
+)
+def test_what_is_no_name_and_directory_of_an_adapter_is_refused(tmp_path: Path, table: str) -> None:
+    path = tmp_path / "headrace.toml"
+    path.write_text(f"[lora_adapters]\n{table}\n")
+    with pytest.raises(SettingsError, match="lora_adapters: "):
+        load_settings(["--config", str(path)], {})
 
 
 @pytest.mark.parametrize(

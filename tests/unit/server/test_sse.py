@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from starlette.types import Message
 
-from headrace.server.errors import internal_error
+from headrace.server.errors import InternalError
 from headrace.server.sse import (
     HEARTBEAT,
     WRITE_CHUNK,
@@ -205,7 +205,7 @@ async def test_a_stream_whose_next_frame_cannot_be_made_ends_with_an_error_and_i
     await EventStream(frames(), failure)({"type": "http"}, no_message, send)
     _, first, last, end = sent
     assert first["body"] == data_frame("a")
-    assert last["body"] == (data_frame(internal_error()) if failure is None else failure)
+    assert last["body"] == (data_frame(InternalError().envelope()) if failure is None else failure)
     assert b"what a client sent" not in last["body"]
     assert end == {"type": "http.response.body", "body": b"", "more_body": False}
     assert [record.name for record in caplog.records] == ["headrace.server.sse"]

@@ -106,6 +106,7 @@ def test_of_two_that_one_token_completes_the_one_that_begins_first_cuts() -> Non
     assert detokenizer.push(WORDS["c"]) == "c"
     assert detokenizer.push(WORDS["aab"]) == "a"
     assert detokenizer.is_stopped
+    assert detokenizer.stop_string == "ab"
 
 
 def test_a_character_that_never_got_whole_comes_out_as_a_replacement_and_completes_no_stop_string() -> None:

@@ -22,7 +22,7 @@ class Clocked:
 
     def __init__(self, **settings: Any) -> None:
         defaults = {"grace_s": 15.0, "ttl_s": 600.0, "max_finished_bytes": 10_000}
-        self.registry = StreamRegistry(cancel=self.cancel, **(defaults | settings))
+        self.registry: StreamRegistry[NativeStream] = StreamRegistry(cancel=self.cancel, **(defaults | settings))
         self.now = 0.0
         self.cancelled: list[str] = []
 

@@ -38,7 +38,7 @@ class RegistryMachine(RuleBasedStateMachine):
     @initialize(max_kib=st.integers(0, 64))
     def start(self, max_kib: int) -> None:
         self.max_bytes = max_kib * 1024
-        self.registry = StreamRegistry(
+        self.registry: StreamRegistry[NativeStream] = StreamRegistry(
             cancel=self.cancel, grace_s=GRACE_S, ttl_s=TTL_S, max_finished_bytes=self.max_bytes
         )
         self.now = 0.0

@@ -107,3 +107,13 @@ def test_what_ends_an_answer_are_ids_or_nothing(tmp_path: Path, eos: object, ids
             load_tokenizer(source)
     else:
         assert load_tokenizer(source).eos_token_ids == ids
+
+
+def test_llamas_end_of_a_message_ends_an_answer_whatever_its_configs_say(tmp_path: Path) -> None:
+    backend = BackendTokenizer(models.BPE({"a": 0}, []))
+    backend.add_special_tokens(["<|eot_id|>", "<|eom_id|>"])
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1]}))
+    tokenizer = load_tokenizer(ModelSource(tmp_path, "model"))
+    assert tokenizer.eos_token_ids == {1, 2}
+    assert (tokenizer.special_token_id("<|eom_id|>"), tokenizer.special_token_id("a")) == (2, None)

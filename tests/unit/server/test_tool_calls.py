@@ -277,7 +277,7 @@ def test_a_grammar_has_but_the_calls_that_were_asked_for(name: str) -> None:
     assert not only.accepts(now)
 
 
-ONE_CALL = {"tool_choice": "required", "parallel_tool_calls": False}
+ONE_CALL: dict[str, Any] = {"tool_choice": "required", "parallel_tool_calls": False}
 
 
 @pytest.mark.parametrize("special_tokens", [(), ("<think>", "</think>")], ids=["text", "special"])
