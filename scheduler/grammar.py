@@ -7,10 +7,13 @@ already computes the next step. So a grammar whose masks take long delays its ow
 llguidance does the work: an Earley parser over a lexer of regular-expression derivatives, and the vocabulary as a trie.
 """
 
+import json
+import re
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +36,16 @@ _JSON_OPTIONS: "JsonCompileOptions" = {
     "coerce_one_of": False,
     "lenient": False,
 }
+# Where there is but one way on, llguidance tokenizes it, and Hugging Face's tokenizers see special tokens in any text.
+_UNFORCED = '\n%llguidance {"no_forcing": true}\n'
+# Control characters that a schema names: without `\u` they cannot be written.
+_CONTROL = re.compile(r"(?i)\\u00[017]|\x7f|\\\\[xvc]")
+_NUMBERS = ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_SUBSCHEMAS = ("items", "prefixItems", "additionalItems", "additionalProperties", "anyOf", "allOf", "oneOf")
+_NAMED_SUBSCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 
 Mask = npt.NDArray[np.uint32]
+IntArray = npt.NDArray[np.int64]
 
 
 class GrammarError(Exception):
@@ -86,6 +97,19 @@ class GrammarState:
         return self._next.is_over
 
     @property
+    def pending(self) -> "Future[Following] | None":
+        """What finds out what may follow the last token, None where that is known."""
+        return None if self.is_ready else self._pending
+
+    def must_end(self, stop_token_ids: IntArray) -> bool:
+        """Whether nothing may follow but the answer's end, or one of these tokens; of a state that is ready."""
+        if self.is_over:
+            return True
+        left = self._next.mask.copy()
+        np.bitwise_and.at(left, stop_token_ids // 32, ~(np.uint32(1) << (stop_token_ids % 32).astype(np.uint32)))
+        return not left.any()
+
+    @property
     def mask(self) -> Mask:
         """The tokens that may follow, uint32 [ceil(V / 32)], bit by bit; of a state that is ready."""
         return self._next.mask
@@ -122,6 +146,13 @@ class GrammarState:
         return following
 
 
+def wait_for_any(states: Iterable[GrammarState]) -> None:
+    """Block until one of these is ready."""
+    pending = [state.pending for state in states]
+    if None not in pending:
+        wait([each for each in pending if each is not None], return_when=FIRST_COMPLETED)
+
+
 class GrammarCompiler:
     """Compiles grammars for one vocabulary: `tokenizer_json` as Hugging Face's `tokenizers` write it, `vocab_size` the
     model's, `eos_token_ids` those that end an answer. Raises: GrammarError where there are none."""
@@ -146,11 +177,14 @@ class GrammarCompiler:
         if matcher.is_error():
             raise GrammarError(_reason(matcher))
         first = self.following(matcher)
-        if time.thread_time() - began_s > _MAX_COMPILE_S:
+        took_s = time.thread_time() - began_s
+        if took_s > _MAX_COMPILE_S:
             raise GrammarError("it takes too long to compile")
         if not first.mask.any():
             raise GrammarError("no text is in it")
-        return Grammar(self, matcher, first, _num_bytes(text))
+        if kind is GrammarKind.JSON_SCHEMA:
+            check_schema(text)
+        return Grammar(self, matcher, first, _num_bytes(text, took_s))
 
     def submit(self, state: GrammarState, token_ids: tuple[int, ...]) -> "Future[Following]":
         return self._threads.submit(state.compute, token_ids)
@@ -167,17 +201,71 @@ class GrammarCompiler:
         self._threads.shutdown(cancel_futures=True)
 
 
+def check_schema(text: str) -> None:
+    """Check a JSON schema for what llguidance takes and does not hold to. Raises: GrammarError, naming the keyword."""
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError):
+        return  # llguidance has its own words for it
+    for each in _subschemas(schema):
+        for keyword in _NUMBERS:
+            if not _is_exact(each.get(keyword)):
+                raise GrammarError(f'"{keyword}": an integer that no float64 is cannot be held to')
+        least, required = each.get("minProperties"), each.get("required")
+        if isinstance(least, int) and least > 1 + len(required if isinstance(required, list) else ()):
+            # A name that is not in the schema may come twice.
+            raise GrammarError('"minProperties" can be one more than there are "required" ones')
+
+
+def _subschemas(schema: Any) -> Iterator[dict[str, Any]]:
+    """A schema, where it is an object, and all within it."""
+    if not isinstance(schema, dict):
+        return
+    yield schema
+    for keyword in _SUBSCHEMAS:
+        within = schema.get(keyword)
+        for each in within if isinstance(within, list) else [within]:
+            yield from _subschemas(each)
+    for keyword in _NAMED_SUBSCHEMAS:
+        if isinstance(named := schema.get(keyword), dict):
+            for each in named.values():
+                yield from _subschemas(each)
+
+
+def _is_exact(value: Any) -> bool:
+    """Whether all integers in it stay what they are as the floats that llguidance makes of them."""
+    if isinstance(value, list):
+        return all(map(_is_exact, value))
+    if isinstance(value, dict):
+        return all(map(_is_exact, value.values()))
+    try:
+        return not isinstance(value, int) or int(float(value)) == value
+    except OverflowError:
+        return False
+
+
+def json_escapes(schema: str) -> str:
+    """The letters that a backslash may come before in strings of an answer. With `\\u` a name could be written that the
+    schema has another rule for, since llguidance compares names as they are written."""
+    return 'nrbtf\\"u' if _CONTROL.search(schema) else 'nrbtf\\"'
+
+
 def _grammar_of(kind: GrammarKind, text: str) -> str:
     """llguidance's own form of a grammar. Raises: GrammarError."""
     from llguidance import LLMatcher, grammar_from
 
     try:
-        if kind is GrammarKind.JSON_SCHEMA:
-            # These go before what the schema says of itself, in "x-guidance".
-            return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
+        if kind is GrammarKind.LARK:
+            return grammar_from("gbnf" if "::=" in text else "lark", text) + _UNFORCED
         if kind is GrammarKind.REGEX:
-            return LLMatcher.grammar_from_regex(text)
-        return grammar_from("gbnf" if "::=" in text else "lark", text)
+            made = json.loads(LLMatcher.grammar_from_regex(text))
+            made["grammars"][0]["lark_grammar"] += _UNFORCED
+            return json.dumps(made)
+        # These go before what the schema says of itself, in "x-guidance".
+        options: JsonCompileOptions = {**_JSON_OPTIONS, "json_allowed_escapes": json_escapes(text)}
+        made = json.loads(LLMatcher.grammar_from_json_schema(text, overrides=options))
+        made["grammars"].insert(0, {"lark_grammar": f"start: @{made['grammars'][0]['name']}{_UNFORCED}"})
+        return json.dumps(made)
     except ValueError as error:
         raise GrammarError(str(error)) from None
 
@@ -199,6 +287,7 @@ def _reason(matcher: "LLMatcher") -> str:
     return reason.replace("\n", " ")[:_MAX_REASON_CHARS]
 
 
-def _num_bytes(text: str) -> int:
-    """As measured: what one takes whatever its text, walked by a few answers, and what 3,000 properties take."""
-    return 2**20 + 128 * len(text)
+def _num_bytes(text: str, took_s: float) -> int:
+    """As measured: what one takes whatever its text, walked by a few answers, what 3,000 properties take, and what a
+    schema of few characters takes whose alternatives multiply, by the time that it took to compile."""
+    return 2**20 + 128 * len(text) + int(took_s * 2**25)

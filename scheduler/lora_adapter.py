@@ -107,7 +107,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise ModelSourceError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes")
         config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelSourceError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ModelSourceError(f"{path} is no JSON object")
@@ -144,5 +144,5 @@ def _of_module(folder: Path, config: dict[str, Any], pattern: str, default: str,
     try:
         matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
         return float(next(matching, config[default]))
-    except (re.error, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (re.error, AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         raise ModelSourceError(f"{folder / _CONFIG}: {default} or {pattern} is wrong: {error}") from error

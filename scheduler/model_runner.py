@@ -15,6 +15,7 @@ from headrace.kernels.backend import Backend, PendingRead, StepBatch
 from headrace.kernels.sampling import LogProbabilities, Penalties, SamplingBatch, log_probabilities, upload
 from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.errors import DeviceLostError, ModelSourceError
+from headrace.scheduler.grammar import wait_for_any
 from headrace.scheduler.messages import GenerationRequest, RowResult, SamplingParams, TokenLogprobs
 from headrace.scheduler.scheduler import ScheduledRow, SchedulerOutput
 from headrace.scheduler.sequence import Sequence
@@ -33,6 +34,7 @@ _SAMPLING = np.dtype(
 _NO_NUMBERS = RowResult(is_nan=True)
 _LATE = RowResult(is_late=True)
 _MASK_PATIENCE_S = 0.001
+_MASKS_PATIENCE_S = 0.02
 _ADAPTER_TRIAL_TOKENS = 16
 
 
@@ -271,13 +273,17 @@ def _is_plainly_greedy(sampling: np.ndarray) -> bool:
 
 def _late_rows(sampled: list[ScheduledRow], sampling: np.ndarray) -> frozenset[int]:
     """The rows of which it is not known in time what their grammars allow. Others wait for that no longer than they do
-    not feel, and a device that is still at it not at all."""
+    not feel, those that have grammars themselves a little longer, and a device that is still at it not at all."""
     if not sampling["has_grammar"].any():
         return frozenset()
     states = {i: state for i, row in enumerate(sampled) if (state := row.sequence.grammar) is not None}
-    due_s = None if len(states) == len(sampled) else time.monotonic() + _MASK_PATIENCE_S
+    patience_s = _MASK_PATIENCE_S
+    if len(states) == len(sampled):
+        wait_for_any(states.values())
+        patience_s = _MASKS_PATIENCE_S
+    due_s = time.monotonic() + patience_s
     for state in states.values():
-        state.wait(due_s and max(0.0, due_s - time.monotonic()))
+        state.wait(max(0.0, due_s - time.monotonic()))
     return frozenset(i for i, state in states.items() if not state.is_ready or state.error is not None)
 
 
@@ -290,7 +296,8 @@ def _sampling_batch(sampled: list[ScheduledRow], sampling: np.ndarray, late: fro
         for row, sequence in enumerate(sequences):
             if (state := sequence.grammar) is not None and row not in late:
                 allowed.append((row, state.mask))
-                is_early[row] &= not state.is_over  # what must end now ends
+                if is_early[row] and state.must_end(sequence.stop_token_ids):
+                    is_early[row] = False
     return SamplingBatch(
         temperature=sampling["temperature"],
         top_k=sampling["top_k"],

@@ -676,10 +676,10 @@ class Scheduler:
     # F, G, and the other ends
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        if token_id in sequence.end_token_ids:
-            is_due = sequence.num_output_tokens > sequence.request.sampling.min_tokens
-            if is_due or (sequence.grammar is not None and sequence.grammar.is_over):
-                return FinishReason.STOP
+        # In a grammar one is drawn early only where it has no other.
+        is_due = sequence.grammar is not None or sequence.num_output_tokens > sequence.request.sampling.min_tokens
+        if is_due and token_id in sequence.end_token_ids:
+            return FinishReason.STOP
         return FinishReason.LENGTH if len(sequence.token_ids) >= sequence.num_total_tokens else None
 
     def _drop_cancelled(self) -> list[SequenceOutput]:

@@ -24,8 +24,8 @@ from headrace.server.answer_parts import (
 )
 from headrace.server.detokenizer import overlap
 from headrace.server.protocol import MAX_TOOL_NAME_CHARS, ChatCompletionRequest, GenerationParams
-from headrace.server.tokenizer import Tokenizer
-from headrace.server.tool_calls import CallStyle, ReasoningMarkers, find_format, find_reasoning, make_call_id
+from headrace.server.tokenizer import ReasoningMarkers, Tokenizer
+from headrace.server.tool_calls import CallStyle, find_format, find_reasoning, make_call_id
 
 _T = TypeVar("_T")
 # A part of a parser: with each `yield` it waits for more text.
@@ -90,9 +90,9 @@ def begins_in_reasoning(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -
 def _formats(tokenizer: Tokenizer, request: ChatCompletionRequest) -> tuple[ReasoningMarkers | None, CallStyle | None]:
     """What there may be in an answer beside text, None for what there is not.
 
-    One that keeps to a grammar is what that says and nothing else.
+    One that keeps to a grammar of the client's is what that says and nothing else.
     """
-    if request.grammar_source is not None:
+    if request.grammar_source is not None and not request.has_call_grammar:
         return None, None
     has_tools = bool(request.callable_tools)
     template = tokenizer.chat_template(has_tools=has_tools)
@@ -374,15 +374,17 @@ class _Parser:
 
     def _take_all(self, run: re.Pattern[str]) -> _Reading[str]:
         """Take what comes next as far as it is of this kind."""
+        end = 0
         while True:
-            found = run.match(self._unread)
+            found = run.match(self._unread, end)
             assert found is not None, "it may be empty"
-            if self._is_over or found.end() < len(self._unread):
+            end = found.end()
+            if self._is_over or end < len(self._unread):
                 break
             yield
-        self._taken += found[0]
-        self._unread = self._unread[found.end() :]
-        return found[0]
+        taken, self._unread = self._unread[:end], self._unread[end:]
+        self._taken += taken
+        return taken
 
 
 def _call_of(text: str) -> tuple[str, str]:
@@ -392,9 +394,10 @@ def _call_of(text: str) -> tuple[str, str]:
         arguments = fields.get("arguments", fields.get("parameters"))
         if isinstance(arguments, str):  # JSON in JSON
             arguments = from_json(arguments or "{}", allow_inf_nan=False)
+        written = json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)  # 1e999 is read as infinity
     except ValueError:
         return "", ""
     name = fields.get("name", fields.get("function"))
     if not isinstance(name, str) or not isinstance(arguments, dict | None):
         return "", ""
-    return name, json.dumps(arguments or {}, ensure_ascii=False)
+    return name, written

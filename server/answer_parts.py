@@ -7,7 +7,7 @@ the formats in which models write these nor the wire.
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +64,10 @@ class PlainText:
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
-    """A call's arguments as an object; of a call that was cut what is whole, and nothing where there is no object."""
+    """A call's arguments as an object; of a call that was cut what is whole, and nothing where there is no object. What
+    JSON has no number for, such as NaN or 1e999, is null."""
     try:
-        arguments = from_json(text or "{}", allow_partial=True)
+        arguments = from_json(to_json(from_json(text or "{}", allow_partial=True), inf_nan_mode="null"))
     except ValueError:
         return {}
     return arguments if isinstance(arguments, dict) else {}

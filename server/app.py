@@ -331,8 +331,8 @@ class App:
         ollama = self._ollama
         tokens = TokensApi(self.generator)
         native, responses, endpoint = self._native, self._responses, self._endpoint
-        generation_endpoint = partial(endpoint, idempotency=self.idempotency)
         is_operators = self.settings.admin_port is None
+        generation_endpoint = partial(endpoint, idempotency=self.idempotency)
         return [
             Route("/", _page("index.html")),
             Route("/classify", _page("classify.html")),

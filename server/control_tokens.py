@@ -4,11 +4,14 @@ Used by worker threads; no state. Before a template renders messages, all that c
 marked, by half of a surrogate pair, which no JSON body can hold: what is spelled without marks afterwards is the
 template's. To encode it, the template's control tokens get names that nobody can guess, and the marks go. A second
 tokenizer over the same model knows control tokens by these names alone and encodes the whole text in one go, cut where
-it would be cut otherwise. It does not know templates.
+it would be cut otherwise. Some models (Unigram's) have control tokens among the pieces that they cut any text into: of
+these a copy is made that has them under their names. It does not know templates.
 """
 
+import contextlib
+import json
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer as BackendTokenizer, models
@@ -19,7 +22,8 @@ _VALID_MARK = "\ufffe"
 
 
 class ControlTokens:
-    """The tokens with `ids`, of those that were added to the vocabulary of `backend`."""
+    """The tokens with `ids`, of those added to the vocabulary of `backend`. Where they `may_be_unmarked`, as a
+    normalizer may make them of what spells none, texts without marks must be encoded here too."""
 
     def __init__(self, backend: BackendTokenizer, ids: Iterable[int]) -> None:
         added = backend.get_added_tokens_decoder()
@@ -38,10 +42,13 @@ class ControlTokens:
         nonce = secrets.token_hex(16)
         self._names = [f"<{nonce}:{i}>" for i in tokens]
 
-        self._named = BackendTokenizer(backend.model)
-        for part in ("normalizer", "pre_tokenizer", "post_processor"):
-            if (value := getattr(backend, part)) is not None:
-                setattr(self._named, part, value)
+        self._named = _without_added_tokens(backend, backend.model)
+        is_normalized = backend.normalizer is not None and any(token.normalized for token in tokens.values())
+        is_model_making = self._is_model_making(tokens)
+        self.may_be_unmarked = is_normalized or is_model_making
+        if is_model_making:
+            names = dict(zip(contents, self._names, strict=True))
+            self._named = _without_added_tokens(backend, _renamed_pieces(backend, names))
         # New tokens are numbered behind all that there are: filled up, so that no number means two tokens.
         num_missing = max(0, max(added, default=0) + 1 - self._named.get_vocab_size())
         others = {i: token for i, token in added.items() if i not in tokens}
@@ -77,6 +84,18 @@ class ControlTokens:
         [encoding] = self._named.encode_batch_fast([named], add_special_tokens=add_special_tokens)
         return [self._ids.get(token_id, token_id) for token_id in encoding.ids]
 
+    def _is_model_making(self, tokens: Mapping[int, AddedToken]) -> bool:
+        """Whether the model cuts text into pieces some of which are control tokens."""
+        unknown: set[int] = set()
+        with contextlib.suppress(Exception):  # of a model that cannot say so
+            unknown = {*self._named.encode(_VALID_MARK, add_special_tokens=False).ids}
+        for before in ("", "a", "\n"):  # alone a text may begin with a space
+            texts = [before + token.content for token in tokens.values()]
+            encodings = self._named.encode_batch_fast(texts, add_special_tokens=False)
+            if any(i in {*encoding.ids} - unknown for i, encoding in zip(tokens, encodings, strict=True)):
+                return True
+        return False
+
     def _find(self, text: str) -> Iterator[tuple[int, int, int]]:
         """Where control tokens are spelled: (which of them, from where, to where). Releases the interpreter lock."""
         [encoding] = self._finder.encode_batch([text], add_special_tokens=False)
@@ -99,6 +118,32 @@ class ControlTokens:
         if any(ending[-n:] in self._beginnings for n in range(1, len(ending) + 1)):
             text = stem + MARK + text[len(stem) :]
         return text
+
+
+def _without_added_tokens(backend: BackendTokenizer, model: Any) -> BackendTokenizer:
+    """A tokenizer that treats text as `backend` does, and then leaves it to `model`."""
+    bare = BackendTokenizer(model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor"):
+        if (value := getattr(backend, part)) is not None:
+            setattr(bare, part, value)
+    return bare
+
+
+def _renamed_pieces(backend: BackendTokenizer, names: Mapping[str, str]) -> Any:
+    """The model of `backend` with other names for some of its pieces, which no merge makes any more."""
+    described = json.loads(backend.to_str())
+    model = described["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+        model["merges"] = [pair for pair in pairs if names.keys().isdisjoint({*pair, "".join(pair)})]
+    parts = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    return BackendTokenizer.from_str(json.dumps(described | dict.fromkeys(parts) | {"added_tokens": []})).model
 
 
 def _renamed(token: AddedToken, name: str) -> AddedToken:

@@ -35,7 +35,7 @@ from headrace.server.protocol import ChatCompletionRequest, CompletionRequest, G
 from headrace.server.settings import Settings
 from headrace.server.tenant_limits import TenantLimits
 from headrace.server.tokenizer import Tokenizer
-from headrace.server.tool_calls import call_grammar, parameter_schemas, template_input
+from headrace.server.tool_calls import answer_schemas, call_grammar, parameter_schemas, template_input
 
 # Below this a temperature is greedy: dividing by it would overflow.
 _MIN_TEMPERATURE = 1e-5
@@ -81,7 +81,7 @@ class Generator:
         with self._place(request.model, tenant, request.num_sequences, num_bytes) as (demand, tokenizer, ready):
             prompts = await self._on_worker(lambda: tokenize(tokenizer, request, ready.max_context_tokens))
             source, grammar = request.grammar_source, None
-            if isinstance(request, ChatCompletionRequest) and request.must_call:
+            if isinstance(request, ChatCompletionRequest) and request.has_call_grammar:
                 compile = partial(_compile_calls, self.grammars, tokenizer, request, prompts[0], ready)
                 source, grammar = await self._on_worker(compile)
             elif source is not None:
@@ -379,7 +379,7 @@ def _compile_calls(
     try:
         return source, grammars.get(source, tokenizer, ready.vocab_size)
     except BadRequestError:
-        for schema in parameter_schemas(request):
+        for schema in (*parameter_schemas(request), *answer_schemas(request)):
             grammars.get(schema, tokenizer, ready.vocab_size)
         raise
 

@@ -166,8 +166,12 @@ def guards(settings: ListenerSettings, keys: ApiKeys | None, on_rejected: OnReje
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],  # client libraries send headers of their own
             expose_headers=[
-                *("x-request-id", "request-id", "idempotent-replayed"),
-                *("retry-after", "retry-after-ms", "location"),
+                "x-request-id",
+                "request-id",
+                "idempotent-replayed",
+                "retry-after",
+                "retry-after-ms",
+                "location",
             ],
         )
         middleware.append(cors)

@@ -322,6 +322,9 @@ def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if merged and message["role"] == merged[-1]["role"] != "tool":
             has_two = merged[-1]["content"] and message["content"]
             merged[-1]["content"] += [*([_TURN_BREAK] if has_two else []), *message["content"]]
+            if "reasoning_content" in message:
+                thought = merged[-1].get("reasoning_content", "")
+                merged[-1]["reasoning_content"] = thought + message["reasoning_content"]
             if "tool_calls" in message:
                 merged[-1].setdefault("tool_calls", []).extend(message["tool_calls"])
         else:

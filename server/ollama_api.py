@@ -110,7 +110,8 @@ class OllamaApi:
     async def show(self, request: Request, body: bytes) -> Response:
         """POST /api/show: what a model is and can."""
         asked = validate(ShowRequest, parse_json_object(body))
-        self._check_served(asked.model)
+        model = asked.model or asked.name
+        self._check_served(model)
         details, ready, tokenizer = self.details, self._generator.client.ready, self._generator.tokenizer
         assert ready is not None
         assert tokenizer is not None
@@ -124,7 +125,7 @@ class OllamaApi:
                 "modelfile": "",
                 "parameters": "",
                 "template": tokenizer.chat_template(),
-                "details": self._details_of(self._served_name(asked.model)),
+                "details": self._details_of(self._served_name(model)),
                 "model_info": {
                     "general.architecture": details.family,
                     "general.parameter_count": details.num_parameters,

@@ -263,7 +263,10 @@ class OllamaGenerateRequest(OllamaParams):
 
 
 class ShowRequest(BaseModel):
+    """`name` is what older clients call the model."""
+
     model: Name | None = None
+    name: Name | None = None
 
 
 def _take_id(unanswered: list[tuple[str, str]], tool_name: str | None) -> str:

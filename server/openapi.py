@@ -157,17 +157,10 @@ _ERROR_FORMS: dict[type[Any], str] = {
 # On any route: what is refused before the route is known, and what may always go wrong.
 _ALWAYS = (400, 408, 431, 500, 503)
 
+_REPEATABLE = [{"name": HEADER, "in": "header", "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"}}]
 _STREAM_ID = "[0-9a-f]{32}"
 # What follows it in an event's id: the place, and the restarts of the server behind it.
 _PLACE = "[0-9]{1,11}(-[0-9]{1,9})?"
-# Routes that answer with a generation, which is made once for all who ask with one key.
-_REPEATABLE = frozenset(
-    {
-        *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
-        *("/api/chat", "/api/generate", "/v1/streams"),
-    }
-)
-_IDEMPOTENCY_KEY = {"name": HEADER, "in": "header", "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"}}
 # A picture of one pixel.
 _PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mNgYPgPAAEDAQA2dBFAAAAAAElFTkSuQmCC"
 
@@ -235,14 +228,12 @@ class OpenApi:
         return path != "/metrics" or self._settings.admin_port is None
 
     def _described(self, operation: _Operation) -> dict[str, Any]:
-        is_repeatable = operation.method == "post" and operation.path in _REPEATABLE
-        possible = {*_ALWAYS, *operation.refusals, 401 if self._has_keys else 403, *((422,) if is_repeatable else ())}
-        refusals = sorted(possible - operation.answers.keys())
+        refusals = sorted({*_ALWAYS, *operation.refusals, 401 if self._has_keys else 403} - operation.answers.keys())
         form = _ERROR_FORMS[_error_form(operation.path)]
         described: dict[str, Any] = {
             "operationId": operation.id,
             "summary": operation.summary,
-            "parameters": operation.parameters + [_IDEMPOTENCY_KEY] * is_repeatable,
+            "parameters": operation.parameters,
             "responses": {
                 **{str(status): answer for status, answer in operation.answers.items()},
                 **{str(status): {"$ref": f"#/components/responses/{form}{status}"} for status in refusals},
@@ -443,8 +434,9 @@ def _response_operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "create_response",
         "Answer a conversation, which can be continued later and read again",
         {200: {**_answer("The response, or its events.", media_types), "links": links}},
-        (404, 413, 415, 429, 504),
+        (404, 413, 415, 422, 429, 504),
         _body(ResponsesRequest, {"input": "Hello", "max_output_tokens": 8}),
+        _REPEATABLE,
     )
     yield _Operation(
         "get",
@@ -519,8 +511,9 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "chat_completions",
         "Answer a conversation",
         {200: _completion(answers.ChatCompletion, answers.ChatCompletionChunk)},
-        refusals,
+        (*refusals, 422),
         _body(ChatCompletionRequest, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}),
+        _REPEATABLE,
     )
     yield _Operation(
         "post",
@@ -528,8 +521,9 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "completions",
         "Complete texts",
         {200: _completion(answers.Completion, answers.CompletionChunk)},
-        refusals,
+        (*refusals, 422),
         _body(CompletionRequest, {"prompt": "Once upon a time", "max_tokens": 8}),
+        _REPEATABLE,
     )
     yield from _response_operations(schemas)
     yield _Operation(
@@ -561,8 +555,9 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
                 {"application/json": _ref(answers.AnthropicMessage), "text/event-stream": _message_events()},
             )
         },
-        refusals,
+        (*refusals, 422),
         _body(MessagesRequest, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}),
+        _REPEATABLE,
     )
     yield _Operation(
         "post",
@@ -580,8 +575,9 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "ollama_chat",
         "Answer a conversation, in Ollama's form",
         {200: _lines(answers.OllamaChatAnswer)},
-        refusals,
+        (*refusals, 422),
         _body(OllamaChatRequest, {**ollama_example, "messages": [{"role": "user", "content": "Hello"}]}),
+        _REPEATABLE,
     )
     yield _Operation(
         "post",
@@ -589,8 +585,9 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "ollama_generate",
         "Answer a prompt, in Ollama's form",
         {200: _lines(answers.OllamaGenerateAnswer)},
-        refusals,
+        (*refusals, 422),
         _body(OllamaGenerateRequest, {**ollama_example, "prompt": "Hello"}),
+        _REPEATABLE,
     )
     yield _Operation(
         "post",
@@ -683,8 +680,9 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "create_stream",
         "Start a native stream that answers a conversation or completes a text",
         {201: {**_json("Where it is read.", answers.StreamCreated), "links": links}},
-        (404, 413, 415, 429),
+        (404, 413, 415, 422, 429),
         _body_of_either(StreamChatRequest, StreamCompletionRequest, {"prompt": "Once upon a time", "max_tokens": 8}),
+        _REPEATABLE,
     )
     snapshot = {200: _json("The stream.", answers.StreamSnapshot)}
     path = "/v1/streams/{id}"

@@ -6,6 +6,7 @@ Source: OpenAI's API reference (chat completions, completions), and the extensio
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ MAX_TEMPLATE_CHARS = 2**14  # of all the variables, as JSON
 MAX_GRAMMAR_CHARS = 2**17
 MAX_GRAMMAR_CHOICES = 4096
 _MAX_PATH_CHARS = 200  # of what an error names: a key may be as long as a body
+# What a number has to have that is read as infinity. Its text may be in a string too.
+_HUGE_NUMBER = re.compile(rb"[eE]\+?[0-9]{3}|[0-9]{200}")
 
 # Where an answer is one text and nothing is made of it.
 WITHOUT_TOOLS: dict[str, tuple[Any, ...]] = {"tools": ([],), "tool_choice": ("none", "auto")}
@@ -75,6 +78,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "grammar": (),
     "json_schema": (),
     "structural_tag": (),
+    "guided_whitespace_pattern": (),
     "logits_processors": ([],),
     "no_repeat_ngram_size": (0,),
     "spaces_between_special_tokens": (True,),
@@ -199,6 +203,7 @@ class ResponseFormat(BaseModel):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
+    json_object_schema: None = Field(None, alias="schema")  # other servers' place of it
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -640,8 +645,9 @@ class ChatCompletionRequest(GenerationParams):
             names.add(tool.function.name)
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
             raise ValueError("tool_choice: needs tools")
-        if self.offered_tools and self.grammar_source is not None:
-            raise ValueError(f"{self.grammar_source.field}: an answer that keeps to it can call no tools")
+        source = self.grammar_source if self.has_call_grammar else None
+        if source is not None and source.kind is not GrammarKind.JSON_SCHEMA:
+            raise ValueError(f"{source.field}: beside tools an answer can keep to a JSON schema and nothing else")
         if self.must_call and self.ignore_eos:
             raise ValueError("ignore_eos: an answer that must be a call ends with it")
         if isinstance(self.tool_choice, ToolChoice):
@@ -712,6 +718,11 @@ class ChatCompletionRequest(GenerationParams):
         if isinstance(self.tool_choice, ToolChoice) and self.tool_choice.allowed_tools is not None:
             return self.tool_choice.allowed_tools.mode == "required"
         return self.tool_choice not in (None, "none", "auto")
+
+    @property
+    def has_call_grammar(self) -> bool:
+        """Whether what may be in the answer is a matter of its tools' schemas."""
+        return bool(self.offered_tools) and (self.must_call or self.grammar_source is not None)
 
     @property
     def may_call_several(self) -> bool:
@@ -812,7 +823,21 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
         raise BadRequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise BadRequestError("the body must be a JSON object")
+    if _HUGE_NUMBER.search(body) and (place := _place_of_infinity(parsed)) is not None:
+        place = place.lstrip(".")[:_MAX_PATH_CHARS]
+        raise BadRequestError(f"{place}: is a number out of range", param=place)
     return parsed
+
+
+def _place_of_infinity(value: Any) -> str | None:
+    """Where in a value of JSON's types an infinity is."""
+    if isinstance(value, float):
+        return "" if math.isinf(value) else None
+    fields = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, field in fields:
+        if (place := _place_of_infinity(field)) is not None:
+            return (f"[{key}]" if isinstance(key, int) else f".{key}") + place
+    return None
 
 
 def parse_request(cls: type[BodyT], fields: dict[str, Any]) -> BodyT:

@@ -185,15 +185,19 @@ class ResponsesApi:
         if asked.previous_response_id is not None:
             items += await self._conversation(await self._previous(request, asked.previous_response_id))
         kept: dict[str, dict[str, Any]] = {}  # items of responses that one was named of
+        ids = {item["id"] for item in items}
         for i, item in enumerate(asked.own_items):
             if not isinstance(item, ItemReference):
                 items.append(item.as_item(f"{id.removeprefix(ID_PREFIX)}_i{i}"))
                 continue
             if item.id not in kept:
                 kept |= await self._items_beside(request, item.id)
+            place = f"input[{i}].id"
             if item.id not in kept:
-                place = f"input[{i}].id"
                 raise NotFoundError(f"{place}: names no item of a response that is kept", param=place)
+            if item.id in ids:  # pages of items begin behind an id, and a short name is of a long text
+                raise BadRequestError(f"{place}: this item is in the conversation already", param=place)
+            ids.add(item.id)
             items.append(kept[item.id])
         return items
 
@@ -316,6 +320,12 @@ class ResponsesApi:
                 if piece.terminal is None:
                     continue
                 if response.is_over:
+                    if response.params.logprobs:  # each of the last events has all of them
+                        for event in events.finish():
+                            if write := frames([event]):
+                                yield write
+                            await anyio.lowlevel.checkpoint()
+                        return
                     write = frames(events.finish())
                 else:
                     # Under the number of the last event, behind which the next process goes on.

@@ -30,6 +30,7 @@ from headrace.server.protocol import (
     ToolName,
     parse_request,
     refuse_unsupported,
+    thinking_variables,
 )
 
 _MAX_METADATA_PAIRS = 16
@@ -194,7 +195,7 @@ class TextConfig(BaseModel):
 
 
 class ReasoningConfig(BaseModel):
-    """Nobody here can tell a model how long to think, or summarises what it thought."""
+    """Nobody here can tell a model how long to think, only whether, or summarises what it thought."""
 
     effort: Literal["none"] | None = None
     summary: None = None
@@ -299,6 +300,9 @@ class ResponsesRequest(BaseModel):
         Raises: ApiError, in the words of a chat completion: see `FIELD_NAMES`.
         """
         others = {name: value for name, value in fields.items() if name not in type(self).model_fields}
+        variables = others.get("chat_template_kwargs") or {}
+        if self.reasoning is not None and self.reasoning.effort == "none" and isinstance(variables, dict):
+            others["chat_template_kwargs"] = thinking_variables(False) | variables
         own = {name: value for name, value in self._chat_fields().items() if value is not None}
         return parse_request(ResponseParams, others | own | {"messages": messages_of(self.instructions, items)})
 

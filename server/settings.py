@@ -130,8 +130,9 @@ class ListenerSettings(BaseSettings):
 
     @property
     def is_private(self) -> bool:
-        """Whether clients are this machine's own users, who need no key."""
-        return self.api_keys_file is None and is_loopback(self.host)
+        """Whether clients are this machine's own users, who need no key, and not a proxy's, for which there are
+        `allowed_hosts`."""
+        return self.api_keys_file is None and is_loopback(self.host) and not self.allowed_hosts
 
     @model_validator(mode="after")
     def _check_admin(self) -> Self:

@@ -13,9 +13,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer as BackendTokenizer, models
 from tokenizers.decoders import DecodeStream
@@ -43,6 +44,14 @@ _AROUND: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "user": ([], []),
     "assistant": ([_USER], [_USER]),
 }
+
+
+class ReasoningMarkers(NamedTuple):
+    opening: str
+    closing: str
+
+
+REASONING_MARKERS = (ReasoningMarkers("<think>", "</think>"), ReasoningMarkers("[THINK]", "[/THINK]"))
 
 
 class Tokenizer:
@@ -122,13 +131,15 @@ class Tokenizer:
                 messages, variables, tools = mark(messages), mark(dict(variables)), mark(tools)
             # SmolLM3's template has a name of its own for them.
             told = {"tools": tools, "xml_tools": tools} if tools else {}
-            return self._render(
+            text = self._render(
                 messages,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 **variables,
                 **told,
             )
+            is_unmarked = not self._keeps_control_tokens and self._control_tokens.may_be_unmarked
+            return text + MARK if is_unmarked else text
         except Exception as error:  # a template is a program, and fails as it likes
             reason = str(error).replace(MARK, "")[:_MAX_REFUSAL_CHARS]
             raise BadRequestError(f"the chat template refuses these messages: {reason}", param="messages") from error
@@ -171,7 +182,10 @@ class Tokenizer:
             with contextlib.suppress(Exception):
                 text = text or self._render(messages)
         added = self._backend.get_added_tokens_decoder()
-        written = {i for i in self.encode(text, add_special_tokens=False) if i in added and added[i].content.strip()}
+        # Templates write some around turns without reasoning too, and look for them in answers.
+        not_turns = {"", *chain.from_iterable(REASONING_MARKERS)}
+        ids = self.encode(text, add_special_tokens=False)
+        written = {i for i in ids if i in added and added[i].content.strip() not in not_turns}
         return ControlTokens(self._backend, self.special_token_ids | written)
 
     def compile_chat_template(self) -> None:

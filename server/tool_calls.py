@@ -16,11 +16,12 @@ from enum import Enum, auto
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from headrace.scheduler.grammar import GrammarError, check_schema, json_escapes
 from headrace.scheduler.messages import GrammarKind
 from headrace.server.errors import BadRequestError
 from headrace.server.grammars import GrammarSource
 from headrace.server.protocol import MAX_GRAMMAR_CHARS, ChatCompletionRequest
-from headrace.server.tokenizer import Tokenizer, text_of
+from headrace.server.tokenizer import REASONING_MARKERS, ReasoningMarkers, Tokenizer, text_of
 
 
 class CallStyle(Enum):
@@ -51,12 +52,6 @@ class ToolFormat(NamedTuple):
     is_native: bool
 
 
-class ReasoningMarkers(NamedTuple):
-    opening: str
-    closing: str
-
-
-_REASONING = (ReasoningMarkers("<think>", "</think>"), ReasoningMarkers("[THINK]", "[/THINK]"))
 # Qwen3-Coder and GLM have Hermes' tags around calls that are no JSON.
 _NO_JSON = re.compile("<function=|<arg_key>")
 # The ids that Mistral's templates take.
@@ -98,7 +93,7 @@ def find_format(template: str) -> ToolFormat:
 @lru_cache(maxsize=8)
 def find_reasoning(template: str) -> ReasoningMarkers | None:
     """What a model with this chat template has around its reasoning, None for one that does not reason."""
-    return next((markers for markers in _REASONING if markers.closing in template), None)
+    return next((markers for markers in REASONING_MARKERS if markers.closing in template), None)
 
 
 def make_call_id(style: CallStyle) -> str:
@@ -166,23 +161,43 @@ def _to_json(value: Any) -> str:
 def parameter_schemas(request: ChatCompletionRequest) -> list[GrammarSource]:
     """The JSON schemas of the arguments of each tool that may be called."""
     no_parameters = {"properties": {}, "additionalProperties": False}
-    return [
-        GrammarSource(
-            GrammarKind.JSON_SCHEMA,
-            json.dumps({"type": "object", **(tool.function.parameters or no_parameters), "x-guidance": _JSON_STYLE}),
-            f"tools[{i}].function.parameters",
-        )
-        for i, tool in request.callable_tools.items()
-    ]
+    sources = []
+    for i, tool in request.callable_tools.items():
+        text = _styled({"type": "object", **(tool.function.parameters or no_parameters)})
+        sources.append(GrammarSource(GrammarKind.JSON_SCHEMA, text, f"tools[{i}].function.parameters"))
+    return sources
+
+
+def answer_schemas(request: ChatCompletionRequest) -> list[GrammarSource]:
+    """The JSON schema of an answer that is no call, none where it must be one. Raises: BadRequestError."""
+    source = request.grammar_source
+    if source is None or request.must_call:
+        return []
+    try:
+        schema = json.loads(source.text)
+        return [source._replace(text=_styled({**schema}))]
+    except (ValueError, TypeError, RecursionError):
+        raise BadRequestError(f"{source.field}: is no JSON schema", param=source.field) from None
+
+
+def _styled(schema: dict[str, Any]) -> str:
+    style = {**_JSON_STYLE, "json_allowed_escapes": json_escapes(json.dumps(schema))}
+    return json.dumps({**schema, "x-guidance": style})
 
 
 def call_grammar(tokenizer: Tokenizer, request: ChatCompletionRequest, *, begins_in_reasoning: bool) -> GrammarSource:
-    """A grammar of answers that are calls of the callable tools: one, or several where the request lets them be.
+    """A grammar of answers that are calls of the callable tools: one, or several where the request lets them be. Where
+    none must be, an answer may keep to the request's JSON schema instead.
 
     A model that reasons may do so before, and must come to an end of it where the prompt has begun it.
 
-    Raises: BadRequestError where it would be too large.
+    Raises: BadRequestError where it would be too large, or a schema cannot be held to.
     """
+    for schema in (*parameter_schemas(request), *answer_schemas(request)):
+        try:
+            check_schema(schema.text)
+        except GrammarError as error:
+            raise BadRequestError(f"{schema.field}: {error}", param=schema.field) from None
     text = "\n".join(_rules(tokenizer, request, begins_in_reasoning))
     if len(text) > MAX_GRAMMAR_CHARS:
         raise BadRequestError(f"tools: their schemas must have at most {MAX_GRAMMAR_CHARS} characters", param="tools")
@@ -198,13 +213,13 @@ def _rules(tokenizer: Tokenizer, request: ChatCompletionRequest, begins_in_reaso
 
     template = tokenizer.chat_template(has_tools=True)
     style = find_format(template).style
+    yield "answer: " + " | ".join(["calls", *(f"%json {schema.text}" for schema in answer_schemas(request))])
     if (reasoning := find_reasoning(template)) is None:
-        yield "start: calls"
+        yield "start: answer"
     else:
         opening = literal(reasoning.opening)
-        yield (
-            r"start: thought /\s*/ calls" if begins_in_reasoning else rf"start: (/\s*/ {opening} thought /\s*/)? calls"
-        )
+        before = r"thought /\s*/" if begins_in_reasoning else rf"(/\s*/ {opening} thought /\s*/)?"
+        yield f"start: {before} answer"
         if tokenizer.special_token_id(reasoning.closing) is None:
             closing = re.escape(reasoning.closing).replace("/", r"\/")
             yield f"thought[lazy]: /(?s:.*){closing}/"
@@ -222,8 +237,9 @@ def _rules(tokenizer: Tokenizer, request: ChatCompletionRequest, begins_in_reaso
             yield f"call_{i}: {literal('[TOOL_CALLS]')} {json.dumps(name)} {literal('[ARGS]')} {arguments}"
             continue
         key = "parameters" if style is CallStyle.LLAMA else "arguments"
-        head = json.dumps(f'{{"name": "{name}", "{key}": ')
-        written = f'{head} {arguments} "}}"'
+        # Lexemes as a JSON schema has them, since an answer may be of one, and the longest lexeme is taken.
+        lexemes = "{", '"name"', ": ", f'"{name}"', ", ", f'"{key}"', ": "
+        written = f'{" ".join(map(json.dumps, lexemes))} {arguments} "}}"'
         if style is CallStyle.HERMES:
             opening, closing = map(literal, style.markers)
             written = rf'{opening} "\n" {written} "\n" {closing}'

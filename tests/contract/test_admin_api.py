@@ -223,7 +223,13 @@ async def test_stacks_are_those_of_every_thread_and_task_and_hold_no_values() ->
 
 @pytest.mark.parametrize(
     ("settings", "status"),
-    [({}, 200), ({"admin_port": 1}, 404), ({"host": "0.0.0.0"}, 404), ({"host": "::1"}, 200)],
+    [
+        ({}, 200),
+        ({"admin_port": 1}, 404),
+        ({"host": "0.0.0.0"}, 404),
+        ({"host": "::1"}, 200),
+        ({"allowed_hosts": "chat.example.org"}, 404),  # whose proxy's clients come from anywhere
+    ],
 )
 async def test_without_keys_it_is_for_this_machine_alone(settings: dict[str, Any], status: int) -> None:
     async with live_app(**settings) as app:

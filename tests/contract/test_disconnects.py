@@ -20,13 +20,14 @@ from raw_client import RawRequest
 
 pytestmark = pytest.mark.anyio
 
-ROUTES = ["chat", "chat-stream", "completion", "completion-stream", "messages", "messages-stream", "ollama-stream"]
 PATHS = {
     "chat": "/v1/chat/completions",
     "completion": "/v1/completions",
     "messages": "/v1/messages",
+    "response": "/v1/responses",
     "ollama": "/api/chat",
 }
+ROUTES = [kind + stream for kind in PATHS for stream in ("", "-stream")]
 
 
 def start(app: LiveApp, route: str, tasks: anyio.abc.TaskGroup, **fields: Any) -> Exchange:
@@ -35,6 +36,8 @@ def start(app: LiveApp, route: str, tasks: anyio.abc.TaskGroup, **fields: Any) -
     body: dict[str, Any] = {"stream": bool(stream), "temperature": 0, "max_tokens": 100}
     body |= {"prompt": "hi"} if kind == "completion" else {"messages": [{"role": "user", "content": "hi"}]}
     body |= fields
+    if kind == "response":
+        body["input"], body["max_output_tokens"] = body.pop("messages"), body.pop("max_tokens")
     if kind == "ollama":
         body["options"] = {"temperature": 0, "num_predict": body.pop("max_tokens")}
     request = exchange(app.asgi, "POST", PATHS[kind])

@@ -256,6 +256,24 @@ async def test_arguments_that_are_cut_are_told_as_far_as_they_are_whole() -> Non
     assert answer["stop_reason"] == "max_tokens"
 
 
+async def test_what_json_has_no_number_for_is_null_in_arguments() -> None:
+    call = CALL.replace("}}", ', "days": [NaN, 1e999], "low": -Infinity}}')
+    async with speaking(call) as app:
+        answer = await create(app, max_tokens=2000, tools=[WEATHER_TOOL])
+    assert answer.json()["content"][0]["input"] == {"city": "Köln", "days": [None, None], "low": None}
+
+
+async def test_what_was_thought_in_turns_in_a_row_is_kept() -> None:
+    def turn(thought: str) -> dict[str, Any]:
+        return {"role": "assistant", "content": [{"type": "thinking", "thinking": thought, "signature": ""}]}
+
+    template = "{% for m in messages %}({{ m.reasoning_content }}){% endfor %}"
+    async with speaking("Yes.", template) as app:
+        await create(app, messages=[HELLO, turn("a"), turn("b"), HELLO])
+        [prompt] = app.runner.prompts  # type: ignore[attr-defined]
+    assert "(ab)" in bytes(prompt).decode()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_reasoning_is_a_thinking_block(stream: bool) -> None:
     async with speaking("<think>\nHm.\n</think>\n\nYes.") as app:

@@ -143,6 +143,15 @@ async def test_calls_are_whole_with_their_arguments_as_objects(stream: bool) -> 
     assert end["done_reason"] == "stop"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_json_has_no_number_for_is_null_in_arguments(stream: bool) -> None:
+    async with speaking(CALL.replace("}}", ', "days": NaN, "high": 1e999}}')) as app:
+        answer = await call(app.asgi, "POST", "/api/chat", CHAT | {"options": {}, "tools": TOOLS, "stream": stream})
+    messages = [line["message"] for line in (lines_of(answer, ChatResponse) if stream else [answer.json()])]
+    [called] = [each for message in messages for each in message.get("tool_calls", ())]
+    assert called["function"]["arguments"] == {"city": "Köln", "days": None, "high": None}
+
+
 async def test_tools_make_a_round_trip() -> None:
     def weather(city: str) -> str:
         """The weather.
@@ -241,7 +250,8 @@ async def test_the_model_is_described() -> None:
         ):
             answer = (await call(app.asgi, method, f"/api/{path}", {})).json()
             type.model_validate(answer)
-        assert_refused(await call(app.asgi, "POST", "/api/show", {"model": "other"}), 404, "`other`")
+        for field in ("model", "name"):
+            assert_refused(await call(app.asgi, "POST", "/api/show", {field: "other"}), 404, "`other`")
     for model in (listed, running):
         assert (model.model, model.size, model.digest) == ("fake:latest", 91_728_000, "ab" * 32)
         assert model.details is not None

@@ -12,6 +12,7 @@ import pytest
 from openai import AsyncOpenAI
 from starlette.types import Receive, Scope, Send
 
+import chat_templates as templates
 from asgi_client import Exchange, call, exchange
 from fake_engine import FakeRunner, byte_tokenizer, expected_text, make_scheduler
 from headrace.server.api_keys import append_key, create_key
@@ -451,6 +452,61 @@ async def test_an_item_is_as_good_as_its_name() -> None:
         unknown = {"type": "item_reference", "id": first["output"][0]["id"] + "9"}
         answer = await call(app.asgi, "POST", "/v1/responses", BODY | {"input": [question, unknown]})
         assert (answer.status, answer.json()["error"]["param"]) == (404, "input[1].id")
+
+
+async def test_an_item_is_in_a_conversation_once() -> None:
+    async with live_app() as app:
+        first = await create(app)
+        named = {"type": "item_reference", "id": f"msg_{first['id'][5:]}_i0"}
+        twice: list[tuple[dict[str, Any], str]] = [
+            ({"input": [named, named]}, "input[1].id"),
+            ({"input": [named], "previous_response_id": first["id"]}, "input[0].id"),
+        ]
+        for fields, param in twice:
+            answer = await call(app.asgi, "POST", "/v1/responses", BODY | fields)
+            assert (answer.status, answer.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("include", [[], ["message.output_text.logprobs"]], ids=["plain", "logprobs"])
+async def test_reasoning_is_an_item_and_part_of_the_conversation(include: list[Any]) -> None:
+    tokenizer = byte_tokenizer(templates.QWEN3)
+    runner = SpeakingRunner(tokenizer, "<think>\nHm.\n</think>\n\nYes.")
+    async with live_app(runner=runner, tokenizer=tokenizer, scheduler=make_scheduler(num_blocks=512)) as app:
+        client: Any = client_of(app)
+        body = {"model": "fake", "temperature": 0}
+        async with client.responses.stream(input="hi", include=include, **body) as stream:
+            kinds = [event.type async for event in stream]
+            response = await stream.get_final_response()
+        assert [item.type for item in response.output] == ["reasoning", "message"]
+        assert (response.output[0].content[0].text, response.output_text) == ("Hm.", "Yes.")
+        assert {"response.reasoning_text.delta", "response.reasoning_text.done"} <= {*kinds}
+        events = events_of(await read(app, response.id))
+        assert [event["type"] for event in events] == kinds
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        assert text_of(await get(app, response.id)) == "Hm.Yes."
+        await client.responses.create(input="so?", previous_response_id=response.id, **body)
+        items = [{"role": "user", "content": "hi"}, *(item.to_dict() for item in response.output)]
+        await client.responses.create(input=[*items, {"role": "user", "content": "so?"}], **body)
+    first, second = sorted((bytes(prompt).decode() for prompt in runner.prompts), key=len)
+    assert second.startswith(first)
+    assert "Hm." in second, "both ways to go on come to the same prompt"
+
+
+async def test_a_model_that_reasons_is_told_not_to() -> None:
+    told = "{{ ('yes' if enable_thinking else 'no') if enable_thinking is defined else 'unknown' }}"
+    tokenizer = byte_tokenizer(templates.QWEN3 + told)
+    runner = SpeakingRunner(tokenizer, "Yes.")
+    async with live_app(runner=runner, tokenizer=tokenizer, scheduler=make_scheduler(num_blocks=512)) as app:
+        for fields, word in (
+            ({}, "unknown"),
+            ({"reasoning": {"effort": None}}, "unknown"),
+            ({"reasoning": {"effort": "none"}}, "no"),
+            ({"reasoning": {"effort": "none"}, "chat_template_kwargs": {"enable_thinking": True}}, "yes"),
+        ):
+            runner.prompts.clear()
+            await create(app, **fields)
+            [prompt] = runner.prompts
+            assert bytes(prompt).decode().endswith(word)
 
 
 async def test_a_previous_response_has_to_be_there_and_over() -> None:

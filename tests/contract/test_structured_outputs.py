@@ -189,6 +189,8 @@ async def test_log_probabilities_and_stop_strings_go_with_a_grammar() -> None:
         ({"response_format": {"type": "json"}}, "response_format.type", ""),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", ""),
         ({"response_format": "json_object"}, "response_format", ""),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema", ""),
+        ({"guided_json": {"enum": [2**60 + 1]}}, "guided_json", "enum"),
         ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "guided_regex"),
         ({"guided_regex": "a" * (2**17 + 1)}, "guided_regex", ""),
         ({"guided_json": {"title": "a" * 2**17}}, "guided_json", ""),
@@ -226,7 +228,7 @@ async def test_a_grammar_is_compiled_once_and_forgotten_for_newer_ones() -> None
 
 
 async def test_a_grammar_that_turns_out_too_complex_is_a_refusal_of_its_field_and_in_a_stream_an_error() -> None:
-    fields = {"guided_regex": "(a?){4000}a{4000}"}
+    fields = {"guided_regex": "(a{1,99}){1,99}(a{1,99}){1,99}b"}
     async with live_app() as app:
         beside = exchange(app.asgi, "POST", "/v1/completions")
         beside.send_body(json.dumps(COMPLETION).encode())

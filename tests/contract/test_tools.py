@@ -351,7 +351,12 @@ async def test_a_call_that_is_required_comes_and_fits_its_schema(
 
 async def test_a_schema_that_cannot_be_kept_to_is_named_where_calls_are_required() -> None:
     bad = {"type": "function", "function": {"name": "bad", "parameters": {"properties": {"a": {"not": {}}}}}}
+    large: dict[str, Any] = {"properties": {"a": {"const": 2**60 + 1}}}
+    inexact = [{"type": "function", "function": {"name": "inexact", "parameters": large}}]
     async with speaking(TEXT) as app:
+        answer = await call(app.asgi, "POST", CHAT, BODY | {"tools": inexact, "tool_choice": "required"})
+        assert (answer.status, answer.json()["error"]["param"]) == (400, "tools[0].function.parameters")
+        assert '"const"' in answer.json()["error"]["message"]
         for fields, status in (
             ({"tool_choice": "required"}, 400),
             ({"tool_choice": {"type": "function", "function": {"name": "bad"}}}, 400),

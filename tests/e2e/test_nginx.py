@@ -211,7 +211,9 @@ def test_the_page_and_its_own_origin_pass_and_others_do_not(client: httpx.Client
     body = {"prompt": "a", "max_tokens": 1}
     assert client.post("/v1/completions", json=body, headers={"origin": f"https://{SERVER_NAME}"}).status_code == 200
     assert client.post("/v1/completions", json=body, headers={"origin": "https://evil.example"}).status_code == 403
-    assert client.get("/metrics").status_code == 404
+    for path in ("/metrics", "/dashboard", "/admin/stacks", "/%61dmin/requests"):
+        assert client.get(path).status_code == 404, path
+        assert "nginx" in client.get(path).text, "not even asked for"
 
 
 def test_what_is_too_large_is_refused_in_words_that_clients_read(proxy: Nginx) -> None:

@@ -441,6 +441,15 @@ def _anthropics() -> Iterator[BadInput]:
         lambda: {"messages": [{"role": "user", "content": [1] * 100_000}]},
         "messages[0]",
     )
+    call = b'{"type": "tool_use", "id": "x", "name": "f", "input": {"x": 1e400}}'
+    yield BadInput(
+        "anthropic: arguments of 1e400",
+        _text(
+            "/v1/messages", lambda: b'{"max_tokens": 2, "messages": [{"role": "assistant", "content": [%b]}]}' % call
+        ),
+        (400,),
+        "messages[0].content[0].input.x",
+    )
     yield blocks("an image's URL", {"type": "image", "source": {"type": "url", "url": _URL}}, "type")
     yield blocks("a kind that is an object", {"type": {"type": "text"}}, "type")
     yield blocks("a result by the assistant", {"type": "tool_result", "tool_use_id": "x"}, "type", "assistant")
@@ -460,6 +469,12 @@ def _ollamas() -> Iterator[BadInput]:
         "arguments that are text",
         {"messages": [{"role": "assistant", "tool_calls": [call]}]},
         "messages[0].tool_calls[0].function.arguments",
+    )
+    yield BadInput(
+        "ollama: a schema with 1e400",
+        _text("/api/generate", lambda: b'{"prompt": "x", "format": {"type": "number", "maximum": 1e400}}'),
+        (400,),
+        "format.maximum",
     )
     yield BadInput(
         "ollama: a template", _post("/api/generate", {"prompt": "x", "template": "{{ . }}"}), (400,), "template"
@@ -512,7 +527,7 @@ def _tools() -> Iterator[BadInput]:
         yield chat(f"a tool choice {name}", {"tool_choice": choice, "tools": [_tool(name="f")]}, f"tool_choice{place}")
     yield chat("parallel calls by word", {"parallel_tool_calls": "no"})
     tools, required = {"tools": [_tool(name="f")]}, {"tool_choice": "required"}
-    yield chat("tools and a format", {"response_format": {"type": "json_object"}, **tools})
+    yield chat("tools and a regex", {"guided_regex": "a", **tools})
     yield chat("tools and a regex", {"guided_regex": "a", **tools})
     yield chat("a call and no end", {"ignore_eos": True, **tools, **required})
     for name, schema in (
@@ -615,6 +630,15 @@ def _responses() -> Iterator[BadInput]:
     yield response("a tier that is claimed", {"service_tier": "priority"}, code=_UNSUPPORTED)
     yield response("background and no store", {"background": True, "store": False})
     yield response("a tool of a server", {"tools": [{"type": "mcp", "server_url": _URL}]}, "tools[0].type")
+    yield BadInput(
+        "response: a tool with 1e400",
+        _text(
+            "/v1/responses",
+            lambda: b'{"input": "x", "tools": [{"type": "function", "name": "f", "parameters": {"x": 1e400}}]}',
+        ),
+        (400,),
+        "tools[0].parameters.x",
+    )
     yield response("200 tools", lambda: {"tools": [{"type": "function", "name": f"f{i}"} for i in range(200)]}, "tools")
     yield response("metadata of 17 pairs", {"metadata": {str(i): "" for i in range(17)}})
     yield response("metadata nested", {"metadata": {"a": {}}}, "metadata.a")

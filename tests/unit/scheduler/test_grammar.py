@@ -87,6 +87,55 @@ def test_a_special_token_is_no_text_however_free_the_grammar_is(compiler: Gramma
         compiler.compile(LARK, "start: <|nothing|>")
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "whole"),
+    [
+        (JSON, '{"const": "a<|end|>b<call>"}', '"a<|end|>b<call>"'),
+        (REGEX, "<call>[0-9]<\\|end\\|>", "<call>1<|end|>"),
+        (LARK, 'start: "<|end|>" | "<call>"', "<|end|>"),
+        (LARK, '%llguidance {"no_forcing": false}\nstart: "<|end|>"', "<|end|>"),
+        (LARK, 'root ::= "<|end|>"', "<|end|>"),
+    ],
+)
+def test_text_that_a_special_token_is_written_as_stays_text(kind: GrammarKind, text: str, whole: str) -> None:
+    """A special token would be missing in the answer, or end it."""
+    compiler = byte_tokenizer(special_tokens=("<call>",)).grammar_compiler(VOCAB_SIZE + 1)
+    grammar = compiler.compile(kind, text)
+    for end, char in enumerate(whole.encode()):
+        allowed = bits(after(grammar, whole.encode()[:end]).mask)
+        assert char in allowed
+        assert max(allowed) < EOS
+    assert after(grammar, whole).is_over
+    compiler.close()
+
+
+@pytest.mark.parametrize(
+    ("schema", "so_far", "char", "is_allowed"),
+    [
+        ({"properties": {"a": {"type": "integer"}}, "additionalProperties": {"type": "string"}}, '{"\\', "u", False),
+        ({"patternProperties": {"^a": {"type": "integer"}}}, '{"\\', "u", False),
+        ({"type": "object"}, '{"\\', "n", True),
+        ({"const": "\x01"}, '"\\', "u", True),
+        ({"const": "\x7f"}, '"\\', "u", True),
+        ({"type": "string", "pattern": "^\\x01$"}, '"\\', "u", True),
+    ],
+)
+def test_a_name_can_be_written_in_one_way_only(
+    compiler: GrammarCompiler, schema: dict[str, Any], so_far: str, char: str, is_allowed: bool
+) -> None:
+    """With another spelling it would get past what the schema says of it."""
+    for text in (json.dumps(schema), json.dumps(schema, ensure_ascii=False)):
+        assert (ord(char) in bits(after(compiler.compile(JSON, text), so_far).mask)) == is_allowed
+
+
+def test_what_must_end_is_what_no_other_token_may_follow(compiler: GrammarCompiler) -> None:
+    state = after(compiler.compile(REGEX, "[ab]?c"), "a")
+    assert state.must_end(np.array([ord("c"), EOS]))
+    assert not state.must_end(np.array([ord("b"), EOS]))
+    assert not state.must_end(np.array([], np.int64))
+    assert after(compiler.compile(REGEX, "a"), "a").must_end(np.array([EOS]))
+
+
 def test_a_states_tokens_are_its_own(compiler: GrammarCompiler) -> None:
     grammar = compiler.compile(REGEX, "a(b|c(d|e))")
     first, second = after(grammar, "a"), after(grammar, "ac")
@@ -121,6 +170,12 @@ def test_a_token_that_the_grammar_does_not_have_there_is_an_error(compiler: Gram
         (JSON, "{", ""),
         (JSON, "[]", ""),
         (JSON, "true", ""),
+        # llguidance would make other numbers of these, and take a name that comes twice for two.
+        (JSON, '{"const": 1234567890123456789}', '"const"'),
+        (JSON, '{"items": {"enum": [1, {"a": [9007199254740993]}]}}', '"enum"'),
+        (JSON, '{"$defs": {"a": {"minimum": 9007199254740993}}, "$ref": "#/$defs/a"}', '"minimum"'),
+        (JSON, '{"anyOf": [{"type": "object", "minProperties": 2}]}', '"minProperties"'),
+        (JSON, '{"properties": {"a": {}}, "required": ["a"], "minProperties": 3}', '"minProperties"'),
         (REGEX, "a[", "unclosed"),
         (REGEX, "(?<=a)b", "look-"),
         (REGEX, "\ud800", ""),
@@ -173,6 +228,31 @@ def test_what_would_take_too_long_or_too_much_is_refused_or_bounded(
         state.advance(token_id)
         state.wait()
         assert state.is_ready
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"enum": [2**53, 2**53 + 2, 1e22, True]},
+        {"type": "object", "properties": {"minimum": {"type": "integer", "default": 2**53 + 1}}},
+        {"type": "object", "minProperties": 1},
+        {"type": "object", "properties": {"a": {}}, "required": ["a"], "minProperties": 2},
+        {"const": {"minProperties": 7}},
+    ],
+)
+def test_what_llguidance_holds_to_is_taken(compiler: GrammarCompiler, schema: dict[str, Any]) -> None:
+    assert compiler.compile(JSON, json.dumps(schema)).first.mask.any()
+
+
+def test_a_schema_whose_alternatives_multiply_counts_for_more_than_its_text(compiler: GrammarCompiler) -> None:
+    def one_of(name: str) -> dict[str, Any]:
+        each = {"type": "object", "required": [name]}
+        return {"anyOf": [each | {"properties": {name: {"const": i}}} for i in range(7)]}
+
+    schemas = [one_of(name) for name in "abcd"]
+    side_by_side = compiler.compile(JSON, json.dumps({"prefixItems": schemas}))
+    multiplied = compiler.compile(JSON, json.dumps({"allOf": schemas}))
+    assert multiplied.num_bytes > side_by_side.num_bytes + 2**21
 
 
 def test_a_mask_that_takes_too_long_is_the_answers_last(

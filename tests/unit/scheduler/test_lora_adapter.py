@@ -191,6 +191,7 @@ def change_config(folder: Path, **fields: Any) -> None:
         ({"r": 4.5}, "rank of .* is 4.5"),
         ({"lora_alpha": "much"}, "lora_alpha or alpha_pattern is wrong"),
         ({"lora_alpha": float("inf")}, "no numbers"),
+        ({"lora_alpha": 10**400}, "lora_alpha or alpha_pattern is wrong"),
         ({"rank_pattern": {"(": 4}}, "r or rank_pattern is wrong"),
         ({"rank_pattern": 4}, "r or rank_pattern is wrong"),
     ],
@@ -260,6 +261,7 @@ def test_what_is_no_adapter_is_refused_by_its_name(folders: dict[str, Path], ada
         (weights, kept[:100], "adapter_model.safetensors cannot be read"),
         (config, b"{", "adapter_config.json cannot be read"),
         (config, b"[]", "adapter_config.json is no JSON object"),
+        (config, b"[" * 2**19, "adapter_config.json cannot be read"),
         (config, b" " * (2**20 + 1), "is larger than"),
     ):
         before = path.read_bytes()

@@ -436,6 +436,34 @@ def test_a_batch_of_which_all_keep_to_grammars_waits_for_what_they_allow() -> No
     assert len(tokens) == NUM_TOKENS
 
 
+def test_where_all_keep_to_grammars_one_that_stays_unknown_holds_up_its_own_answer_alone() -> None:
+    slow = AlternatingCompiler(is_slow=True)
+    engine = Engine()
+    for i, compiler in enumerate((AlternatingCompiler(), slow)):
+        engine.scheduler.add(GenerationRequest(i, tuple(PROMPTS[3]), SAMPLINGS[0], 0.0, grammar=compiler.grammar()))
+    num_tokens = [0, 0]
+    while num_tokens[0] < NUM_TOKENS:
+        for output in engine.step():
+            num_tokens[output.request_id] += len(output.token_ids)
+    assert slow.delayed
+    assert num_tokens[1] < NUM_TOKENS
+    while engine.scheduler.has_work:
+        slow.catch_up()
+        engine.step()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stop_token_is_drawn_before_min_tokens_where_a_grammar_has_no_other(temperature: float) -> None:
+    words = np.zeros(-(-VOCAB_SIZE // 32), np.uint32)
+    words[1] = 1 << 3
+    grammar = replace(AlternatingCompiler().grammar(), first=Following(words, is_over=False))
+    sampling = SamplingParams(temperature=temperature, seed=3, min_tokens=5, stop_token_ids=frozenset({1, 35}))
+    engine = Engine()
+    engine.scheduler.add(GenerationRequest(0, tuple(PROMPTS[2]), sampling, 0.0, grammar=grammar))
+    [output] = engine.step()
+    assert (output.token_ids, output.finish_reason) == ((35,), FinishReason.STOP)
+
+
 def test_prompts_that_are_not_done_are_given_no_token() -> None:
     engine = Engine(budget=8)
     engine.scheduler.add(GenerationRequest(0, tuple(PROMPTS[4]), SAMPLINGS[0], 0.0))

@@ -224,13 +224,14 @@ def test_several_calls_may_be_made_unless_one_is_named_or_several_are_not_wanted
     assert not may(tool_choice=G)
 
 
-def test_tools_and_a_grammar_do_not_go_together() -> None:
-    body = CHAT | {"tools": [F], "response_format": {"type": "json_object"}}
+def test_of_grammars_only_a_json_schema_goes_with_tools() -> None:
+    body = CHAT | {"tools": [F], "guided_regex": "a"}
     for choice in (None, "auto", "required", F):
-        assert refused(ChatCompletionRequest, body | {"tool_choice": choice}).param == "response_format"
+        assert refused(ChatCompletionRequest, body | {"tool_choice": choice}).param == "guided_regex"
     parse_request(ChatCompletionRequest, body | {"tool_choice": "none"})
-    parse_request(ChatCompletionRequest, body | {"response_format": {"type": "text"}, "tool_choice": "required"})
-    assert refused(ChatCompletionRequest, CHAT | {"tools": [F], "guided_regex": "a"}).param == "guided_regex"
+    for choice in (None, "auto", "required", F):
+        schema = {"response_format": {"type": "json_object"}, "tool_choice": choice}
+        parse_request(ChatCompletionRequest, CHAT | {"tools": [F]} | schema)
 
 
 def test_tools_are_for_chats_alone() -> None:
@@ -289,6 +290,13 @@ def test_a_number_beyond_a_double_is_refused_where_it_is_read(name: str, number:
     with pytest.raises(BadRequestError) as caught:
         parse_request(CompletionRequest, parse_json_object(f'{{"prompt": "a", "{name}": {number}}}'.encode()))
     assert caught.value.param in (name, None)
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1E+400", "9" * 400 + ".0", "9" * 250 + "e99"])
+def test_a_number_beyond_a_double_is_refused_where_anything_may_be(number: str) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        parse_json_object(f'{{"tools": [0, {{"a": {{"b": ["1e400", 1e300, {number}]}}}}]}}'.encode())
+    assert caught.value.param == "tools[1].a.b[2]"
 
 
 def test_a_great_many_unknown_keys_are_ignored() -> None:

@@ -9,7 +9,7 @@ import chat_templates as templates
 from fake_engine import byte_tokenizer
 from headrace.scheduler.grammar import GrammarCompiler, GrammarError
 from headrace.server.answer_parser import make_parser
-from headrace.server.answer_parts import ReasoningPart, ToolArgumentsPart, ToolCallPart
+from headrace.server.answer_parts import ReasoningPart, TextPart, ToolArgumentsPart, ToolCallPart
 from headrace.server.errors import BadRequestError
 from headrace.server.protocol import ChatCompletionRequest, parse_request
 from headrace.server.tokenizer import Tokenizer
@@ -275,6 +275,24 @@ def test_a_grammar_has_but_the_calls_that_were_asked_for(name: str) -> None:
     only = Judge(tokenizer, request(tool_choice=allowed))
     assert only.accepts(weather + separator + weather)
     assert not only.accepts(now)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_beside_a_json_schema_an_answer_is_calls_or_fulfils_it(name: str) -> None:
+    template, special_tokens, _, separator = FORMATS[name]
+    tokenizer = byte_tokenizer(template, special_tokens)
+    schema = {"properties": {"dry": {"type": "boolean"}}, "required": ["dry"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object", **schema}}}
+    asked = request(response_format=form)
+    judge = Judge(tokenizer, asked)
+    weather, now = answer(name, "weather", '{"city": "x"}'), answer(name, "now", "{}")
+    assert all(map(judge.accepts, (weather + separator + now, '{"dry": true}')))
+    for wrong in ("", "Dry.", '{"dry": 1}', "{}", f'{{"dry": true}} {now}', answer(name, "later", "{}")):
+        assert not judge.accepts(wrong), wrong
+    parser = make_parser(tokenizer, asked)
+    parts = [*parser.push('{"dry": true}'), *parser.finish()]
+    assert "".join(part.text for part in parts if isinstance(part, TextPart)) == '{"dry": true}'
+    assert not Judge(tokenizer, request(response_format=form, tool_choice="required")).accepts('{"dry": true}')
 
 
 ONE_CALL: dict[str, Any] = {"tool_choice": "required", "parallel_tool_calls": False}
