@@ -65,10 +65,10 @@ class Endpoint:
     """`respond` gets the request and its body (empty for GET and DELETE) and returns the response.
 
     `request.state` holds `id`, which goes out as x-request-id, `received_s`, `is_accepted`, which `respond` sets once
-    the request is logged elsewhere, `has_failed`, which it sets where the answer ended in another way than it should,
-    `stage`, which a client's departure is logged with, and `cleanup`, an ExitStack
-    that is unwound after the response, or in its place. `on_disconnect` is told of a client that left while its body
-    was read, `on_rejected` of every refusal; `refuse` makes the response of one.
+    the request is logged elsewhere, `has_failed`, which it sets where the answer ended otherwise than it should,
+    `stage`, which a client's departure is logged with, and `cleanup`, an ExitStack that is unwound after the response,
+    or in its place. `on_disconnect` is told of a client that left while its body was read, `on_rejected` of every
+    refusal; `refuse` makes the response of one.
     """
 
     def __init__(
@@ -93,6 +93,11 @@ class Endpoint:
         self._refuse = refuse
         self._media_types = media_types
         self._idempotency = idempotency
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether an answer is made once for all who ask with the same key."""
+        return self._idempotency is not None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)

@@ -276,12 +276,13 @@ def _schemas() -> dict[str, Any]:
     # What a response's body does not write otherwise is a chat completion's.
     chat, own = (schemas[model.__name__]["properties"] for model in (ChatCompletionRequest, ResponsesRequest))
     own |= {name: schema for name, schema in chat.items() if name not in own}
-    for model in (StreamChatRequest, StreamCompletionRequest):
+    for model in (StreamChatRequest, StreamCompletionRequest, TokenizeChatRequest, TokenizeCompletionRequest):
         properties = schemas[model.__name__]["properties"]
-        properties["n"] = {"enum": [1, None]}
-        # Every native stream streams, whatever these say.
+        # Every native stream streams, and what is tokenized never does, whatever these say.
         del properties["stream"], properties["stream_options"]
         schemas[model.__name__]["allOf"].remove(STREAM_OPTIONS_RULE)
+    for model in (StreamChatRequest, StreamCompletionRequest):
+        schemas[model.__name__]["properties"]["n"] = {"enum": [1, None]}
     for kind in schemas[StreamCompletionRequest.__name__]["properties"]["prompt"]["anyOf"]:
         if kind["type"] == "array" and kind["items"]["type"] != "integer":
             kind["maxItems"] = 1

@@ -59,7 +59,11 @@ class TokensApi:
 
     async def tokenize(self, request: Request, body: bytes) -> Response:
         """POST /tokenize: the tokens of a text or of a conversation."""
-        fields = {name: value for name, value in parse_json_object(body).items() if value is not None}
+        # What a body says of streaming has no meaning here.
+        ignored = ("stream", "stream_options")
+        fields = {
+            name: value for name, value in parse_json_object(body).items() if value is not None and name not in ignored
+        }
         if ("messages" in fields) == ("prompt" in fields):
             raise BadRequestError("exactly one of `messages` and `prompt` is required", param="messages")
         params: TokenizeChatRequest | TokenizeCompletionRequest

@@ -14,6 +14,7 @@ from starlette.routing import Route
 from asgi_client import call
 from headrace.server.api_keys import append_key, create_key
 from headrace.server.app import App
+from headrace.server.endpoint import Endpoint
 from headrace.server.protocol import UNSUPPORTED
 from live_app import live_app
 
@@ -49,6 +50,21 @@ async def test_every_route_is_in_the_document_and_nothing_else(settings: dict[st
             for method in (route.methods or set()) - {"HEAD"}
         }
         assert operations(await document_of(app)).keys() == routes
+
+
+async def test_who_may_repeat_a_request_is_told_so() -> None:
+    async with live_app() as app:
+        repeatable = {
+            ("post", route.path_format)
+            for route in app.asgi.routes
+            if isinstance(route, Route) and isinstance(route.endpoint, Endpoint) and route.endpoint.is_repeatable
+        }
+        told = {
+            place
+            for place, operation in operations(await document_of(app)).items()
+            if any(parameter["name"] == "Idempotency-Key" for parameter in operation["parameters"])
+        }
+    assert told == repeatable
 
 
 async def test_the_document_is_openapi_3_1(tmp_path: Path) -> None:
