@@ -11,7 +11,6 @@ import itertools
 import math
 import time
 from dataclasses import dataclass, field
-from operator import attrgetter
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from headrace.scheduler.errors import DeviceLostError, ModelSourceError
 from headrace.scheduler.grammar import wait_for_any
 from headrace.scheduler.messages import GenerationRequest, RowResult, SamplingParams, TokenLogprobs
 from headrace.scheduler.prompt_lookup import verified
-from headrace.scheduler.scheduler import ScheduledRow, SchedulerOutput
+from headrace.scheduler.scheduler import MAX_TOKENS_WITH_DRAFTS, ScheduledRow, SchedulerOutput
 from headrace.scheduler.sequence import Sequence
 from headrace.scheduler.step_time import StepShape
 from headrace.scheduler.step_tracer import StepTracer
@@ -42,7 +41,6 @@ _LATE = RowResult(is_late=True)
 _MASK_PATIENCE_S = 0.001
 _MASKS_PATIENCE_S = 0.02
 _ADAPTER_TRIAL_TOKENS = 16
-_draft_of = attrgetter("draft")
 
 
 class ModelRunner:
@@ -273,7 +271,7 @@ def _sampled(rows: list[ScheduledRow]) -> list[ScheduledRow]:
 
 
 def _have_drafts(rows: list[ScheduledRow]) -> bool:
-    return any(map(_draft_of, rows))
+    return len(rows) <= MAX_TOKENS_WITH_DRAFTS and any(row.draft for row in rows)
 
 
 def _sampling_records(sampled: list[ScheduledRow]) -> np.ndarray:

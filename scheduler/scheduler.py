@@ -63,7 +63,7 @@ _MAX_PREEMPTIONS = 2
 # G: cancelled ones that wait hold nothing, so that no step need be longer for them.
 _MAX_DROPPED_WAITING = 256
 # A step with drafts has no more tokens: kernels compute so many as they compute one, and what is drawn is the same.
-_MAX_TOKENS_WITH_DRAFTS = 16
+MAX_TOKENS_WITH_DRAFTS = 16
 # An idle engine's pace changes slowly.
 _STEPS_PER_PACE = 16
 # How fast averages follow.
@@ -456,7 +456,7 @@ class Scheduler:
         yield more tokens per second than without. Where blocks are scarce there is none, so that nobody goes for one.
         """
         decoding = [s for s in self._running.values() if s.num_scheduled_tokens == len(s.token_ids) - 1]
-        num_left = min(self._max_num_batched_tokens, _MAX_TOKENS_WITH_DRAFTS) - len(self._running)
+        num_left = min(self._max_num_batched_tokens, MAX_TOKENS_WITH_DRAFTS) - len(self._running)
         step_s = self._step_time.predict_s(StepShape(0, len(decoding), sum(len(s.token_ids) for s in decoding)))
         token_s = self._step_time.drafted_token_s()
         room_s = USED_SHARE * self._itl_target_s() - step_s
