@@ -291,9 +291,10 @@ async def test_the_token_ids_of_a_chat_are_told_where_that_is_asked_for() -> Non
 
 async def test_token_ids_are_told_where_an_answer_is_looked_at_for_calls_too() -> None:
     tool = {"type": "function", "function": {"name": "mill"}}
-    whole, read = await both(
-        "/v1/chat/completions", CHAT | {"tools": [tool], "logprobs": True, "return_token_ids": True}
-    )
+    body = CHAT | {"tools": [tool], "logprobs": True, "return_token_ids": True}
+    # The model is told of the tool in bytes.
+    room: dict[str, Any] = {"runner": FakeRunner(max_context_tokens=2048), "scheduler": make_scheduler(num_blocks=256)}
+    whole, read = await both("/v1/chat/completions", body, **room)
     [choice] = whole["choices"]
     assert bytes(choice["token_ids"]).decode() == choice["message"]["content"]
     assert token_ids(read, 0) == choice["token_ids"]
