@@ -14,13 +14,16 @@ _NEVER = float("inf")
 @dataclass(frozen=True, slots=True)
 class SchedulingPolicy:
     """What the scheduler aims at: each tier's weight, the time between a stream's tokens that steps are sized for (none
-    by default), and what of the time beside streams is one-shot models'."""
+    by default), what of the time beside streams is one-shot models', and how many tokens are drafted for a sequence
+    (none by default) while no more than `speculation_max_seqs` run."""
 
     tier_weights: Mapping[Tier, float] = field(
         default_factory=lambda: {Tier.PREMIUM: 8.0, Tier.STANDARD: 3.0, Tier.BATCH: 1.0}
     )
     itl_targets_s: Mapping[Tier, float] = field(default_factory=lambda: dict.fromkeys(Tier, _NEVER))
     one_shot_share: float = 0.25
+    num_speculative_tokens: int = 0
+    speculation_max_seqs: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,8 @@ class EngineConfig:
     tier_weights: tuple[float, ...] = (8.0, 3.0, 1.0)
     itl_targets_s: tuple[float, ...] | None = None
     one_shot_share: float = 0.25
+    speculative_tokens: int = 0
+    speculation_max_seqs: int = 4
     lora_adapters: Mapping[str, Path] = field(default_factory=dict)
 
 

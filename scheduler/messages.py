@@ -122,13 +122,14 @@ class TokenLogprobs:
 class RowResult(NamedTuple):
     """What a step computed for one row. `token_id` is None where the row stops short of its sequence's last token, and
     where `is_nan`: the model came to no numbers. With `is_late` it was not known which tokens the row's grammar allows,
-    and its last token is still to be computed."""
+    and its last token is still to be computed. Where some of the row's draft came true, `more_token_ids` follow."""
 
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     is_nan: bool = False
     is_late: bool = False
+    more_token_ids: tuple[int, ...] = ()
 
 
 class SequenceOutput(NamedTuple):
@@ -226,7 +227,8 @@ class LoadSnapshot:
 
     `num_received` counts the submissions drained so far, so that the loop can add those still in the inbox. Of the
     free blocks `num_cached_blocks` hold a reusable prefix. Of `num_prefix_queries` prompt tokens that were looked up in
-    the prefix cache, `num_prefix_hits` were found.
+    the prefix cache, `num_prefix_hits` were found. Of `num_drafted_tokens` that were tried ahead of their turn,
+    `num_accepted_tokens` came true.
 
     As steps go now, prompts get `prefill_tokens_per_s`, a step takes `step_s`, and `completions_per_s` sequences end
     (idle, a prompt would get `idle_tokens_per_s`); 0 where nothing is known yet. `num_prefill_tokens` of running
@@ -242,6 +244,8 @@ class LoadSnapshot:
     num_total_blocks: int = 0
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
     num_preemptions: int = 0
     num_steps: int = 0
     busy_s: float = 0.0

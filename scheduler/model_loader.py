@@ -183,6 +183,9 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
             tier_weights=dict(zip(Tier, config.tier_weights, strict=True)),
             itl_targets_s=dict(zip(Tier, config.itl_targets_s or _ITL_TARGETS_S[device.type], strict=True)),
             one_shot_share=config.one_shot_share,
+            # A device that is a step ahead does not know the tokens that a draft would follow.
+            num_speculative_tokens=0 if runner.is_asynchronous else config.speculative_tokens,
+            speculation_max_seqs=config.speculation_max_seqs,
         ),
     )
     return scheduler, runner

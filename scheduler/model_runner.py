@@ -1,6 +1,10 @@
 """Turning the scheduler's rows into one packed batch, running it, and sampling.
 
 Owned by the engine thread. It reads sequences and never changes them: the scheduler records what was computed.
+A draft is verified without rejection sampling: what is drawn at a place follows from its logits and its row's seed and
+position alone (see kernels/sampling.py). So a token is drawn at each of the draft's places as if those before it were
+true, and counts if they were. Answers are, token for token, those without drafts; and each token of a draft comes true
+with the model's own probability of it, which is the most that is possible (Leviathan et al., ICML 2023).
 """
 
 import itertools
@@ -17,7 +21,8 @@ from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.errors import DeviceLostError, ModelSourceError
 from headrace.scheduler.grammar import wait_for_any
 from headrace.scheduler.messages import GenerationRequest, RowResult, SamplingParams, TokenLogprobs
-from headrace.scheduler.scheduler import ScheduledRow, SchedulerOutput
+from headrace.scheduler.prompt_lookup import verified
+from headrace.scheduler.scheduler import MAX_TOKENS_WITH_DRAFTS, ScheduledRow, SchedulerOutput
 from headrace.scheduler.sequence import Sequence
 from headrace.scheduler.step_time import StepShape
 from headrace.scheduler.step_tracer import StepTracer
@@ -72,7 +77,7 @@ class ModelRunner:
     def launch(self, output: SchedulerOutput) -> "_LaunchedStep":
         """Begin to compute the rows of a step; with a backend that is not asynchronous, compute them."""
         rows = output.rows
-        sampled = [row for row in rows if row.is_sampled]
+        sampled = _sampled(rows)
         with self.tracer.range("pack"):
             batch = self._pack(rows)
             sampling = _sampling_records(sampled)
@@ -166,13 +171,16 @@ class ModelRunner:
         context_lens: list[int] = []
         sampled_rows: list[int] = []
         scored_rows: list[int] = []
-        for sequence, start, num_tokens, is_sampled, scored_positions in rows:
+        for sequence, start, num_tokens, is_sampled, scored_positions, draft in rows:
             end = start + num_tokens
             if scored_positions:
                 # A token's log probability comes from the row of the one before it.
                 scored_rows += [len(token_ids) + i - 1 - start for i in scored_positions]
             token_ids += sequence.token_ids[start:end]
-            if is_asynchronous and end > len(sequence.token_ids):
+            if draft:
+                sampled_rows += range(len(token_ids) - 1, len(token_ids) + len(draft) - 1)
+                token_ids += draft
+            elif is_asynchronous and end > len(sequence.token_ids):
                 token_ids.append(-1 - self._drawn_rows[sequence.request.request_id])
             query_lens.append(num_tokens)
             context_lens.append(end)
@@ -203,12 +211,11 @@ class _LaunchedStep:
         token_ids = drawn.tolist()
         if not found:
             results = [RowResult(token_id) if token_id >= 0 else _NO_NUMBERS for token_id in token_ids]
-            following = iter(self._without_late(results))
-            return [next(following) if row.is_sampled else RowResult() for row in self.rows]
+            return self._by_row(self._without_late(results))
         logprobs: dict[int, TokenLogprobs] = {}
         if self.observed:
-            sampled = [row.sequence for row in self.rows if row.is_sampled]
-            num_top = [sampled[i].request.sampling.num_logprobs or 0 for i in self.observed]
+            sampled = _sampled(self.rows)
+            num_top = [sampled[i].sequence.request.sampling.num_logprobs or 0 for i in self.observed]
             observed_ids = [token_ids[i] for i in self.observed]
             made = _token_logprobs(LogProbabilities(*found[:3]), observed_ids, num_top)
             logprobs = dict(zip(self.observed, made, strict=True))
@@ -217,14 +224,25 @@ class _LaunchedStep:
             RowResult(token_id, logprobs.get(i)) if token_id >= 0 else _NO_NUMBERS
             for i, token_id in enumerate(token_ids)
         ]
-        rows_drawn = iter(self._without_late(results))
+        rows_drawn = self._by_row(self._without_late(results))
         results = []
-        for row in self.rows:
-            result = next(rows_drawn) if row.is_sampled else RowResult()
+        for row, result in zip(self.rows, rows_drawn, strict=True):
             if row.scored_positions:
                 prompt_logprobs = tuple(itertools.islice(scored, len(row.scored_positions)))
                 is_nan = result.is_nan or any(math.isnan(each.logprob or 0.0) for each in prompt_logprobs)
                 result = _NO_NUMBERS if is_nan else result._replace(prompt_logprobs=prompt_logprobs)
+            results.append(result)
+        return results
+
+    def _by_row(self, drawn: list[RowResult]) -> list[RowResult]:
+        """Of each row, what its place, or its draft's several, came to."""
+        following = iter(drawn)
+        results = []
+        for row in self.rows:
+            result = next(following) if row.is_sampled else RowResult()
+            if row.draft:
+                places = [result.token_id, *(next(following).token_id for _ in row.draft)]
+                result = result._replace(more_token_ids=verified(row.draft, places)[1:])
             results.append(result)
         return results
 
@@ -243,6 +261,17 @@ class _LaunchedStep:
 def _token_logprobs(found: LogProbabilities, token_ids: list[int], num_top: list[int]) -> list[TokenLogprobs]:
     rows = zip(token_ids, found.as_lists(num_top), strict=True)
     return [TokenLogprobs(token_id, own, tuple(top)) for token_id, (own, top) in rows]
+
+
+def _sampled(rows: list[ScheduledRow]) -> list[ScheduledRow]:
+    """The row of each place where a token is drawn: one, but for rows with drafts."""
+    if _have_drafts(rows):
+        return [row for row in rows if row.is_sampled for _ in range(1 + len(row.draft))]
+    return [row for row in rows if row.is_sampled]
+
+
+def _have_drafts(rows: list[ScheduledRow]) -> bool:
+    return len(rows) <= MAX_TOKENS_WITH_DRAFTS and any(row.draft for row in rows)
 
 
 def _sampling_records(sampled: list[ScheduledRow]) -> np.ndarray:
@@ -290,6 +319,10 @@ def _late_rows(sampled: list[ScheduledRow], sampling: np.ndarray) -> frozenset[i
 def _sampling_batch(sampled: list[ScheduledRow], sampling: np.ndarray, late: frozenset[int]) -> SamplingBatch:
     sequences = [row.sequence for row in sampled]
     position = np.array([row.start + row.num_tokens for row in sampled], dtype=np.int64)
+    if _have_drafts(sampled):
+        for i in range(len(sampled) - 1, 0, -1):
+            if sampled[i - 1] is sampled[i]:  # an earlier place of the same draft
+                position[i - 1] = position[i] - 1
     is_early = position - sampling["num_prompt_tokens"] < sampling["min_tokens"]
     allowed = []
     if sampling["has_grammar"].any():

@@ -40,6 +40,7 @@ from headrace.scheduler.messages import (
     SequenceState,
     Tier,
 )
+from headrace.scheduler.prompt_lookup import PromptLookup, num_worthwhile
 from headrace.scheduler.sequence import Sequence, SequenceStatus
 from headrace.scheduler.step_time import USED_SHARE, StepShape, StepTimeModel
 
@@ -61,6 +62,8 @@ _PREMIUM_RESERVE = 0.1
 _MAX_PREEMPTIONS = 2
 # G: cancelled ones that wait hold nothing, so that no step need be longer for them.
 _MAX_DROPPED_WAITING = 256
+# A step with drafts has no more tokens: kernels compute so many as they compute one, and what is drawn is the same.
+MAX_TOKENS_WITH_DRAFTS = 16
 # An idle engine's pace changes slowly.
 _STEPS_PER_PACE = 16
 # How fast averages follow.
@@ -76,7 +79,8 @@ class ScheduledRow(NamedTuple):
 
     The last of them can be pending: it is what the step before samples for the sequence. `is_sampled` where the row
     reaches the sequence's last token and the next one is wanted. `scored_positions` are the prompt's tokens whose log
-    probabilities the row makes; none twice, if it computes some once more.
+    probabilities the row makes; none twice, if it computes some once more. The last tokens are the `draft`, where there
+    is one: they are not the sequence's yet, and what would follow each of them is wanted too.
     """
 
     sequence: Sequence
@@ -84,10 +88,11 @@ class ScheduledRow(NamedTuple):
     num_tokens: int
     is_sampled: bool
     scored_positions: range
+    draft: tuple[int, ...] = ()
 
     @staticmethod
-    def next_of(sequence: Sequence, num_tokens: int) -> "ScheduledRow":
-        """The row of the next tokens of a sequence, which are scheduled with it."""
+    def next_of(sequence: Sequence, num_tokens: int, draft: tuple[int, ...] = ()) -> "ScheduledRow":
+        """The row of the next tokens of a sequence, which are scheduled with it, those of a draft among them."""
         start = sequence.num_scheduled_tokens
         end = sequence.num_scheduled_tokens = start + num_tokens
         is_sampled = end >= len(sequence.token_ids) and sequence.num_total_tokens > sequence.num_prompt_tokens
@@ -95,7 +100,7 @@ class ScheduledRow(NamedTuple):
         if sequence.is_scored:
             first = max(start, sequence.num_prompt_logprobs) + 1
             scored_positions = range(first, min(end + 1, sequence.num_prompt_tokens))
-        return _new(ScheduledRow, (sequence, start, num_tokens, is_sampled, scored_positions))
+        return _new(ScheduledRow, (sequence, start, num_tokens, is_sampled, scored_positions, draft))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +155,8 @@ class Scheduler:
         self._num_received = 0
         self._num_prefix_queries = 0
         self._num_prefix_hits = 0
+        self._num_drafted_tokens = 0
+        self._num_accepted_tokens = 0
         self._num_preemptions = 0
         self._num_steps = 0
 
@@ -240,7 +247,7 @@ class Scheduler:
             sequence = row.sequence
             if sequence.status is SequenceStatus.FINISHED:
                 continue
-            token_id, logprobs, prompt_logprobs, is_nan, is_late = result
+            token_id, logprobs, prompt_logprobs, is_nan, is_late, more_token_ids = result
             if is_nan:
                 outputs.append(self._fail(sequence, "the model computed no numbers for this request"))
                 continue
@@ -252,6 +259,12 @@ class Scheduler:
                     continue
                 num_computed -= 1
                 sequence.num_scheduled_tokens -= 1
+            accepted: tuple[int, ...] = ()
+            if row.draft:
+                accepted = self._accept(row, more_token_ids)
+                num_computed -= len(row.draft) - len(accepted)
+                num_tokens += len(accepted)
+                token_id = (token_id, *more_token_ids)[-1]
             # Here and below, what seldom holds is asked in place: a call per row is felt at hundreds of them.
             is_first_run = sequence.num_computed_tokens == sequence.num_cached_tokens and sequence.is_fresh
             sequence.num_computed_tokens += num_computed
@@ -276,7 +289,7 @@ class Scheduler:
                 sequence.num_prompt_logprobs += len(prompt_logprobs)
                 fields = (
                     sequence.request_id,
-                    () if token_id is None else (token_id,),
+                    () if token_id is None else (*accepted, token_id),
                     finish_reason,
                     sequence.scheduled_s if is_first_run else None,
                     sequence.num_cached_tokens if is_first_run else 0,
@@ -312,6 +325,8 @@ class Scheduler:
             num_total_blocks=self._pool.num_total,
             num_prefix_queries=self._num_prefix_queries,
             num_prefix_hits=self._num_prefix_hits,
+            num_drafted_tokens=self._num_drafted_tokens,
+            num_accepted_tokens=self._num_accepted_tokens,
             num_preemptions=self._num_preemptions,
             num_steps=self._num_steps,
             busy_s=busy_s,
@@ -353,7 +368,7 @@ class Scheduler:
     def _prefill_budget(self, prompt_context: int) -> int:
         """The prompt tokens of this step, behind so many of theirs, so that decoding sequences get their next token in
         time."""
-        most = self._max_num_batched_tokens - self._decoding.num_decoding
+        most = self._max_num_batched_tokens - self._decoding.num_decoding - self._decoding.num_drafted
         self._budget = int(min(most, self._fitting_tokens(self._decoding, prompt_context)))
         if self._budget >= min(_STARVED_CHUNK, most):
             self._num_starved_steps = 0
@@ -404,6 +419,7 @@ class Scheduler:
         context = 0
         token_cost, context_cost = self._step_time.decode_cost()
         costs: dict[TenantAccount[Sequence], float] = {}
+        drafts = self._drafts() if self._may_draft() else {}
         for sequence in self._running.values():
             num_tokens = len(sequence.token_ids) - sequence.num_scheduled_tokens
             if num_tokens > 1:
@@ -411,7 +427,10 @@ class Scheduler:
             elif num_tokens or sequence.num_schedulable_tokens:  # the latter asks for a pending one
                 if sequence.num_scheduled_tokens >= len(sequence.block_ids) * self._block_size:
                     sequence.block_ids += self._pool.allocate(1)  # to the same list
-                row = ScheduledRow.next_of(sequence, 1)
+                if drafts and (draft := drafts.get(sequence.request_id)):
+                    row = ScheduledRow.next_of(sequence, 1 + len(draft), draft)
+                else:
+                    row = ScheduledRow.next_of(sequence, 1)
                 rows.append(row)
                 context += row.start
                 if row.start >= sequence.num_charged_tokens:
@@ -421,8 +440,68 @@ class Scheduler:
                     costs[account] = costs.get(account, 0.0) + token_cost + context_cost * row.start
         for account, cost in costs.items():
             account.charge(cost)
-        self._decoding = StepShape(0, len(rows), context)
+        self._decoding = StepShape(0, len(rows), context, 0.0, sum(map(len, drafts.values())))
         return rows, prompts
+
+    # Speculation
+
+    def _may_draft(self) -> bool:
+        """Whether a step has room for tokens ahead of their turn: few run, and nobody waits for a first token."""
+        policy = self.policy
+        is_narrow = 0 < len(self._running) <= policy.speculation_max_seqs
+        return is_narrow and policy.num_speculative_tokens > 0 and not self.has_prompts
+
+    def _drafts(self) -> dict[int, tuple[int, ...]]:
+        """What is tried of each decoding sequence behind its next token, with blocks for it: as much as makes the step
+        yield more tokens per second than without. Where blocks are scarce there is none, so that nobody goes for one.
+        """
+        decoding = [s for s in self._running.values() if s.num_scheduled_tokens == len(s.token_ids) - 1]
+        num_left = min(self._max_num_batched_tokens, MAX_TOKENS_WITH_DRAFTS) - len(self._running)
+        step_s = self._step_time.predict_s(StepShape(0, len(decoding), sum(len(s.token_ids) for s in decoding)))
+        token_s = self._step_time.drafted_token_s()
+        room_s = USED_SHARE * self._itl_target_s() - step_s
+        if token_s > 0:
+            num_left = int(min(num_left, max(0.0, room_s / token_s)))
+        num_expected = float(len(decoding))
+        drafts: dict[int, tuple[int, ...]] = {}
+        for sequence in decoding:
+            if not sequence.is_draftable:
+                continue
+            lookup = sequence.lookup = sequence.lookup or PromptLookup()
+            match = lookup.find(sequence.token_ids)
+            # Its last token is never computed.
+            num_wanted = sequence.num_total_tokens - len(sequence.token_ids) - 1
+            most = min(self.policy.num_speculative_tokens, num_left, num_wanted)
+            if match is None or most <= 0:
+                continue
+            num_tokens = num_worthwhile(most, match.chance, num_expected, step_s, token_s)
+            draft = _up_to_an_end(lookup.draft(match, sequence.token_ids, num_tokens), sequence.end_token_ids)
+            num_missing = -(-(len(sequence.token_ids) + len(draft)) // self._block_size) - len(sequence.block_ids)
+            if not draft or num_missing > self._pool.num_free - 2 * len(self._running):
+                continue
+            if num_missing > 0:
+                sequence.block_ids += self._pool.allocate(num_missing)
+            drafts[sequence.request_id] = draft
+            num_left -= len(draft)
+            step_s += len(draft) * token_s
+            num_expected += sum(match.chance**i for i in range(1, len(draft) + 1))
+        self._num_drafted_tokens += sum(map(len, drafts.values()))
+        return drafts
+
+    def _accept(self, row: ScheduledRow, more_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Append what came true of a row's draft; the rest is as if it had not been scheduled. Returns those tokens,
+        for which its tenant pays now."""
+        sequence, accepted = row.sequence, row.draft[: len(more_token_ids)]
+        assert sequence.lookup is not None
+        assert sequence.account is not None
+        sequence.lookup.learn(len(row.draft), len(accepted))
+        sequence.num_scheduled_tokens -= len(row.draft) - len(accepted)
+        sequence.token_ids.extend(accepted)
+        token_cost, context_cost = self._step_time.decode_cost()
+        sequence.num_charged_tokens = max(sequence.num_charged_tokens, row.start + 1 + len(accepted))
+        sequence.account.charge(len(accepted) * (token_cost + context_cost * row.start))
+        self._num_accepted_tokens += len(accepted)
+        return accepted
 
     def _continue_prompts(self, prompts: list[Sequence], budget: int, rows: list[ScheduledRow]) -> tuple[int, int]:
         """Add the next chunks of prompts under way, short ones first; returns what is left and how many are long."""
@@ -737,3 +816,11 @@ class Scheduler:
         is given one come after it."""
         self._pool.free(sequence.block_ids)
         sequence.block_ids = []  # another list: a step in flight has the old one
+
+
+def _up_to_an_end(draft: tuple[int, ...], end_token_ids: frozenset[int]) -> tuple[int, ...]:
+    """A draft as far as the sequence could go on behind it."""
+    for i, token_id in enumerate(draft):
+        if token_id in end_token_ids:
+            return draft[:i]
+    return draft

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from headrace.scheduler.messages import GenerationRequest, Tier
+from headrace.scheduler.prompt_lookup import PromptLookup
 
 if TYPE_CHECKING:
     from headrace.scheduler.fair_queue import TenantAccount
@@ -36,8 +37,9 @@ class Sequence:
     known. `account` is its tenant's in the fair queue, and tokens up to `num_charged_tokens` cost it nothing more.
     `num_shared_blocks` of its blocks it found in the cache. `block_ids` is one list for as long as it keeps its blocks,
     and only ever appended to: backends keep copies. `grammar` is where its answer is in the request's. With
-    `needs_last_token` the runner has to know all its tokens to sample the next one. `is_long` where its prompt took
-    more than two steps when it came.
+    `needs_last_token` the runner has to know all its tokens to sample the next one. One that `is_draftable` can do
+    without, and asks for no log probabilities; its `lookup` is made when it is first looked at. `is_long` where its
+    prompt took more than two steps when it came.
     """
 
     __slots__ = (
@@ -47,9 +49,11 @@ class Sequence:
         "block_ids",
         "end_token_ids",
         "grammar",
+        "is_draftable",
         "is_long",
         "is_scored",
         "last_token_s",
+        "lookup",
         "needs_last_token",
         "num_cached_tokens",
         "num_charged_tokens",
@@ -98,6 +102,8 @@ class Sequence:
         if self.grammar is not None and request.output_token_ids:
             self.grammar.advance(*request.output_token_ids)
         self.needs_last_token = request.sampling.has_penalties or self.grammar is not None
+        self.is_draftable = not self.needs_last_token and request.sampling.num_logprobs is None
+        self.lookup: PromptLookup | None = None
         self._block_hashes: list[bytes] = []
 
     @property

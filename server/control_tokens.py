@@ -10,6 +10,7 @@ these a copy is made that has them under their names. It does not know templates
 
 import contextlib
 import json
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -23,9 +24,11 @@ _VALID_MARK = "\ufffe"
 
 class ControlTokens:
     """The tokens with `ids`, of those added to the vocabulary of `backend`. Where they `may_be_unmarked`, as a
-    normalizer may make them of what spells none, texts without marks must be encoded here too."""
+    normalizer may make them of what spells none, texts without marks must be encoded here too. `sought` is what a
+    template may look for in messages, which no mark may break.
+    """
 
-    def __init__(self, backend: BackendTokenizer, ids: Iterable[int]) -> None:
+    def __init__(self, backend: BackendTokenizer, ids: Iterable[int], sought: Iterable[str] = ()) -> None:
         added = backend.get_added_tokens_decoder()
         # One of a single character would be all text's.
         tokens = {i: added[i] for i in ids if len(added[i].content) > 1}
@@ -33,6 +36,11 @@ class ControlTokens:
         contents = [token.content for token in tokens.values()]
         self._beginnings = frozenset(content[:n] for content in contents for n in range(1, len(content)))
         self._longest = max(map(len, contents), default=0)
+
+        kept = [word for word in sought if not self._has_beginning(word) and not any(c in word for c in contents)]
+        starts = [char for char in self._first_chars if not char.isalnum() and not char.isspace()]
+        words = "|".join(map(re.escape, sorted(kept, key=len, reverse=True)))
+        self._starts = re.compile(f"{words or '(?!)'}|([{re.escape(''.join(starts))}])(?!{MARK})") if starts else None
 
         # Of a model without a vocabulary nothing is left but added tokens, numbered from 0.
         self._finder = BackendTokenizer(models.BPE())
@@ -112,12 +120,19 @@ class ControlTokens:
             pieces += (text[end:start], *(char + MARK for char in text[start:stop]))
             end = stop
         text = "".join([*pieces, text[end:]])
+        # A template may take something out of the middle, or make other letters of it.
+        if self._starts is not None:
+            text = self._starts.sub(lambda found: found[0] + MARK if found[1] else found[0], text)
         # Another text may follow at once, and templates cut spaces off.
         stem = text.rstrip()
-        ending = stem[-self._longest :]
-        if any(ending[-n:] in self._beginnings for n in range(1, len(ending) + 1)):
+        if self._has_beginning(stem):
             text = stem + MARK + text[len(stem) :]
         return text
+
+    def _has_beginning(self, text: str) -> bool:
+        """Whether it ends with the beginning of a control token."""
+        ending = text[-self._longest :]
+        return any(ending[-n:] in self._beginnings for n in range(1, len(ending) + 1))
 
 
 def _without_added_tokens(backend: BackendTokenizer, model: Any) -> BackendTokenizer:

@@ -349,7 +349,7 @@ def tokenize(tokenizer: Tokenizer, request: GenerationParams, context: int) -> l
         rendered = tokenizer.render_chat(
             messages,
             tools,
-            variables=request.chat_template_kwargs or {},
+            variables=request.template_variables,
             add_generation_prompt=request.has_generation_prompt,
             continue_final_message=request.is_continued,
         )

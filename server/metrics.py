@@ -44,6 +44,8 @@ _VLLM_NAMES = {
     "headrace_generation_tokens": "vllm:generation_tokens",
     "headrace_prefix_cache_queries": "vllm:prefix_cache_queries",
     "headrace_prefix_cache_hits": "vllm:prefix_cache_hits",
+    "headrace_drafted_tokens": "vllm:spec_decode_num_draft_tokens",
+    "headrace_accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
     "headrace_requests_finished": "vllm:request_success",
     "headrace_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
     "headrace_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
@@ -303,6 +305,8 @@ class _LoadCollector(Collector):
             ("num_preemptions", "Sequences preempted for want of blocks", load.num_preemptions),
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", load.num_prefix_queries),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache", load.num_prefix_hits),
+            ("drafted_tokens", "Tokens tried ahead of their turn by prompt lookup", load.num_drafted_tokens),
+            ("accepted_tokens", "Of those tokens the ones that came true", load.num_accepted_tokens),
             ("engine_steps", "Steps the engine has computed", load.num_steps),
             ("engine_busy_seconds", "Time in which steps were computed", load.busy_s),
         ):

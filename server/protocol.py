@@ -69,7 +69,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "web_search_options": (),
-    "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "store": (False,),
     "service_tier": ("auto", "default"),
@@ -596,6 +595,11 @@ class ChatMessage(BaseModel):
         return message
 
 
+def thinking_variables(is_thinking: bool) -> dict[str, bool]:
+    """Whether the model shall think before it answers, as chat templates know it, in either name."""
+    return {"enable_thinking": is_thinking, "thinking": is_thinking}
+
+
 class ChatCompletionRequest(GenerationParams):
     messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
     add_generation_prompt: Flag | None = None
@@ -613,6 +617,7 @@ class ChatCompletionRequest(GenerationParams):
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: Flag | None = None
+    reasoning_effort: Literal["none"] | None = None
 
     rules: ClassVar[list[dict[str, Any]]] = [
         *GenerationParams.rules,
@@ -672,6 +677,12 @@ class ChatCompletionRequest(GenerationParams):
         for name in NO_TEMPLATE_VARIABLES.intersection(variables):
             raise ValueError(f"chat_template_kwargs.{name}: is not a request's to set")
         return self
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """The chat template's own; what is said of them by name counts."""
+        told = thinking_variables(False) if self.reasoning_effort == "none" else {}
+        return {**told, **(self.chat_template_kwargs or {})}
 
     @property
     def is_continued(self) -> bool:
@@ -741,6 +752,7 @@ class CompletionRequest(GenerationParams):
         "add_generation_prompt": (True,),
         "continue_final_message": (False,),
         "chat_template_kwargs": ({},),
+        "reasoning_effort": ("none",),
         **WITHOUT_TOOLS,
     }
     prompt_field: ClassVar[str] = "prompt"
@@ -769,11 +781,6 @@ class CompletionRequest(GenerationParams):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
-
-
-def thinking_variables(is_thinking: bool) -> dict[str, bool]:
-    """Whether the model shall think before it answers, as chat templates know it, in either name."""
-    return {"enable_thinking": is_thinking, "thinking": is_thinking}
 
 
 BodyT = TypeVar("BodyT", bound=GenerationParams)

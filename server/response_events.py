@@ -83,6 +83,7 @@ class ResponseEvents:
         self._open: _OpenItem | None = None
         self._logprobs: list[TokenLogprobs] = []  # of text that the parser holds back
         self._is_reasoning = False
+        self._num_unsettled_tokens = 0  # of text that the parser holds back too
         self._num_reasoning_tokens = 0
         self._is_finished = False
         self.num_events = 0
@@ -98,16 +99,13 @@ class ResponseEvents:
 
     def push(self, entry: LogEntry) -> Iterator[Event]:
         self._logprobs += entry.logprobs
-        parts = self._parser.push(entry.text) if entry.text else []
-        for part in parts:
-            self._is_reasoning = isinstance(part, ReasoningPart)
-            yield from self._take(part)
-        if self._is_reasoning:
-            self._num_reasoning_tokens += entry.num_tokens
+        self._num_unsettled_tokens += entry.num_tokens
+        yield from self._take_all(self._parser.push(entry.text) if entry.text else [])
 
     def finish(self) -> Iterator[Event]:
-        for part in self._parser.finish():
-            yield from self._take(part)
+        yield from self._take_all(self._parser.finish())
+        if self._is_reasoning:
+            self._num_reasoning_tokens += self._num_unsettled_tokens
         status = self._response.final_status
         if status in ("completed", "incomplete") and not (self._done or self._open):
             yield from self._begin_item("message")
@@ -123,6 +121,15 @@ class ResponseEvents:
             return self._response.finished(self._done, self._num_reasoning_tokens)
         open = [] if self._open is None else [self._open.whole("in_progress")]
         return self._response.unfinished([*self._done, *open])
+
+    def _take_all(self, parts: Sequence[Part]) -> Iterator[Event]:
+        for part in parts:
+            yield from self._take(part)
+        if parts:
+            self._is_reasoning = isinstance(parts[-1], ReasoningPart)
+            if self._is_reasoning:
+                self._num_reasoning_tokens += self._num_unsettled_tokens
+            self._num_unsettled_tokens = 0
 
     def _take(self, part: Part) -> Iterator[Event]:
         match part:

@@ -337,6 +337,8 @@ def _load_engine(settings: Settings, source: ModelSource, adapters: Sequence[Mod
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         enable_prefix_caching=settings.enable_prefix_caching,
+        speculative_tokens=settings.speculative_tokens,
+        speculation_max_seqs=settings.speculation_max_seqs,
         tier_weights=settings.tier_weights,
         one_shot_share=settings.one_shot_share,
         itl_targets_s=None if targets_ms == "auto" else tuple(target_ms / 1000 for target_ms in targets_ms),

@@ -186,7 +186,22 @@ class Tokenizer:
         not_turns = {"", *chain.from_iterable(REASONING_MARKERS)}
         ids = self.encode(text, add_special_tokens=False)
         written = {i for i in ids if i in added and added[i].content.strip() not in not_turns}
-        return ControlTokens(self._backend, self.special_token_ids | written)
+        return ControlTokens(self._backend, self.special_token_ids | written, self._template_words())
+
+    def _template_words(self) -> set[str]:
+        """The texts that stand in quotes in the template's code."""
+        from jinja2 import Environment
+
+        templates = self._wrapper.chat_template or ""
+        words: set[str] = set()
+        for source in templates.values() if isinstance(templates, dict) else [templates]:
+            with contextlib.suppress(Exception):  # of what is no template, which is said elsewhere
+                words |= {
+                    token.value
+                    for token in Environment(autoescape=True).lexer.tokenize(source)
+                    if token.type == "string"
+                }
+        return {word for word in words if len(word) > 1}
 
     def compile_chat_template(self) -> None:
         """Compile the template and try it, so that the first chat need not. Raises: ValueError where it is no

@@ -96,3 +96,37 @@ async def test_an_engine_that_hangs_is_said_to_and_gives_all_that_run_and_wait_t
         for request in requests:
             await request.done.wait()
     assert_ended_once(requests, "the engine hangs")
+
+
+async def test_an_engine_thread_that_dies_is_told_in_the_form_of_each_api() -> None:
+    runner = MortalRunner()
+    app = LiveApp(load_settings(["--ttft-targets-s", "[1e6,1e6,1e6]"], {}), runner, make_scheduler(max_num_seqs=2))
+    chat: dict[str, object] = {"messages": [{"role": "user", "content": "hi"}]}
+    asked: dict[str, dict[str, object]] = {
+        "/v1/responses": {"input": "hi"},
+        "/v1/messages": chat | {"max_tokens": 90},
+        "/api/chat": chat,
+        "/api/generate": {"prompt": "hi"},
+    }
+    async with app.asgi.router.lifespan_context(app.asgi), anyio.create_task_group() as tasks:
+        await app.settled.wait()
+        with runner.held():
+            kept = (await call(app.asgi, "POST", "/v1/responses", {"input": "hi", "background": True})).json()
+            requests = [(exchange(app.asgi, "POST", path), stream) for path in asked for stream in (True, False)]
+            for request, stream in requests:
+                request.send_body(json.dumps(asked[request.scope["path"]] | {"stream": stream}).encode())
+                tasks.start_soon(request.run)
+            await app.until(lambda: app.client.num_unfinished == 1 + len(requests))
+            runner.is_dying = True
+            runner.allow(1)
+            for request, _ in requests:
+                await request.done.wait()
+        response = (await call(app.asgi, "GET", f"/v1/responses/{kept['id']}")).json()
+    assert (response["status"], response["error"]["message"]) == ("failed", "the engine has ended")
+    for request, stream in requests:
+        assert request.is_complete
+        assert request.status == (200 if stream else 500)
+        assert request.body.count(b"the engine has ended") == 1
+        event = {"/v1/responses": b"event: response.failed\n", "/v1/messages": b"event: error\n"}
+        if stream:
+            assert event.get(request.scope["path"], b'{"error":') in request.body

@@ -16,9 +16,11 @@ import pytest
 from anyio.abc import TaskGroup
 
 from asgi_client import Exchange, call, exchange
-from fake_engine import FakeRunner, expected_text
+from fake_engine import FakeRunner, expected_text, make_scheduler
+from headrace.scheduler.config import SchedulingPolicy
 from headrace.scheduler.engine_core import ComputedStep, LaunchedStep
 from headrace.scheduler.messages import SequenceOutput
+from headrace.scheduler.prompt_lookup import verified
 from headrace.scheduler.scheduler import SchedulerOutput
 from headrace.server.api_keys import append_key, create_key
 from headrace.server.generation import Generation
@@ -41,19 +43,20 @@ def path(tmp_path: Path) -> Path:
 
 
 class CharacterRunner(FakeRunner):
-    """Says characters of one to four bytes, a byte in each step."""
+    """Says characters of one to four bytes, a byte in each step but for what of a draft comes true."""
 
     text = "Zé€😀".encode()
 
     def launch(self, output: SchedulerOutput) -> LaunchedStep:
-        said = [self.text[(row.start + row.num_tokens) % len(self.text)] for row in output.rows]
-        results = super().launch(output).wait()
-        return ComputedStep(
-            [
-                result if result.token_id is None else result._replace(token_id=token_id)
-                for result, token_id in zip(results, said, strict=True)
-            ]
-        )
+        results = []
+        for row, result in zip(output.rows, super().launch(output).wait(), strict=True):
+            if result.token_id is not None:
+                first = row.start + row.num_tokens - len(row.draft)
+                places = [self.text[(first + i) % len(self.text)] for i in range(1 + len(row.draft))]
+                token_id, *more = verified(row.draft, places)
+                result = result._replace(token_id=token_id, more_token_ids=tuple(more))
+            results.append(result)
+        return ComputedStep(results)
 
 
 class DyingRunner(FakeRunner):
@@ -177,6 +180,27 @@ async def test_after_a_kill_at_any_step_events_and_cursors_are_those_of_an_unint
             await app.until(lambda app=app: app.runner._num_allowed == 0)  # type: ignore[misc]
         async with live_app(journal_file=second_path, runner=make_runner()) as app:
             assert [contents_of((await read(app, stream)).events()) for stream in streams] == expected
+
+
+async def test_after_a_kill_between_drafts_events_and_cursors_are_those_without_them(
+    path: Path, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {"prompt": "river", "max_tokens": 60}
+    async with live_app(runner=CharacterRunner()) as app:
+        expected = contents_of((await read(app, await create(app, **fields))).events())
+    for num_steps in (13, 14, 16):
+        first = path.with_name(f"{num_steps}.db")
+        policy = SchedulingPolicy(num_speculative_tokens=8)
+        scheduler, again = make_scheduler(policy=policy), make_scheduler(policy=policy)
+        killed = killed_app(first, tmp_path / str(num_steps), 0, runner=CharacterRunner(), scheduler=scheduler)
+        async with killed as (app, second_path):
+            stream = await create(app, **fields)
+            app.runner.allow(num_steps)
+            await app.until(lambda app=app: app.runner._num_allowed == 0)  # type: ignore[misc]
+            assert scheduler.load().num_accepted_tokens > 0
+        async with live_app(journal_file=second_path, runner=CharacterRunner(), scheduler=again) as app:
+            assert contents_of((await read(app, stream)).events()) == expected
+            assert again.load().num_accepted_tokens > 0
 
 
 async def test_a_finished_stream_is_read_again_and_an_old_one_is_erased(path: Path, tmp_path: Path) -> None:

@@ -492,6 +492,15 @@ async def test_reasoning_is_an_item_and_part_of_the_conversation(include: list[A
     assert "Hm." in second, "both ways to go on come to the same prompt"
 
 
+async def test_what_is_held_back_behind_reasoning_counts_as_what_it_turns_out_to_be() -> None:
+    tokenizer, thought = byte_tokenizer(templates.QWEN3), "<think>\nHm."
+    runner = SpeakingRunner(tokenizer, f"{thought}\n</think>\n\n{CALLS[0]}")
+    async with live_app(runner=runner, tokenizer=tokenizer, scheduler=make_scheduler(num_blocks=512)) as app:
+        response = await create(app, tools=[TOOL], max_output_tokens=None)
+    assert [item["type"] for item in response["output"]] == ["reasoning", "function_call"]
+    assert response["usage"]["output_tokens_details"]["reasoning_tokens"] == len(thought)
+
+
 async def test_a_model_that_reasons_is_told_not_to() -> None:
     told = "{{ ('yes' if enable_thinking else 'no') if enable_thinking is defined else 'unknown' }}"
     tokenizer = byte_tokenizer(templates.QWEN3 + told)

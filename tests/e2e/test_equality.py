@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from headrace.scheduler.block_pool import BlockPool
-from headrace.scheduler.config import EngineConfig
+from headrace.scheduler.config import EngineConfig, SchedulingPolicy
 from headrace.scheduler.messages import GenerationRequest, LoadSnapshot, SamplingParams
 from headrace.scheduler.model_loader import load_engine
 from headrace.scheduler.model_runner import ModelRunner
@@ -95,6 +95,7 @@ def _run(
     max_num_batched_tokens: int = 256,
     max_num_seqs: int = 16,
     steps_between_arrivals: int = 0,
+    num_speculative_tokens: int = 0,
 ) -> tuple[list[list[int]], LoadSnapshot, int]:
     """All prompts through one scheduler: (tokens of each, the load at the end, the widest batch)."""
     scheduler = Scheduler(
@@ -102,6 +103,7 @@ def _run(
         block_size=BLOCK_SIZE,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
+        policy=SchedulingPolicy(num_speculative_tokens=num_speculative_tokens),
     )
     sampling = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT_TOKENS, stop_token_ids=tokenizer.eos_token_ids)
     outputs: list[list[int]] = [[] for _ in prompts]
@@ -136,6 +138,16 @@ def test_tokens_equal_generate_sixteen_wide_with_staggered_arrival(
     outputs, _, width = _run(runner, prompts, tokenizer, steps_between_arrivals=1)
     assert outputs == reference
     assert width == 16
+
+
+def test_tokens_equal_generate_when_some_are_drafted(
+    runner: ModelRunner, prompts: list[list[int]], reference: list[list[int]], tokenizer: Tokenizer
+) -> None:
+    outputs, load, _ = _run(
+        runner, prompts[-6:], tokenizer, max_num_seqs=4, steps_between_arrivals=10, num_speculative_tokens=8
+    )
+    assert outputs == reference[-6:]
+    assert load.num_accepted_tokens > 0
 
 
 @pytest.mark.parametrize("chunk", [3, 7, 33] if os.environ.get("TESTS_LONG") else [7])

@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.block_pool import BlockPool
+from headrace.scheduler.config import SchedulingPolicy
 from headrace.scheduler.engine_core import ComputedStep, LaunchedStep
 from headrace.scheduler.errors import DeviceLostError
 from headrace.scheduler.messages import RowResult, TokenLogprobs
+from headrace.scheduler.prompt_lookup import verified
 from headrace.scheduler.scheduler import ScheduledRow, Scheduler, SchedulerOutput
 from headrace.scheduler.sequence import Sequence
 from headrace.scheduler.step_time import StepShape
@@ -23,15 +25,19 @@ from headrace.server.tokenizer import Tokenizer
 
 EOS = 256
 VOCAB_SIZE = 257
+FORGETFUL = 200
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}[assistant]"
 
 
 def next_token(token_ids: Iterable[int]) -> int:
-    """The fake model: a lower-case letter that depends on every token before it."""
-    state = 17
+    """The fake model: a lower-case letter that depends on every token before it; behind a prompt that begins with
+    FORGETFUL one of the first five, and on the last two alone, so that answers soon repeat themselves."""
+    state, num_letters, token_ids = 17, 26, [*token_ids]
+    if token_ids[0] == FORGETFUL:
+        num_letters, token_ids = 5, token_ids[-2:]
     for token_id in token_ids:
         state = (state * 31 + token_id) % 1_000_003
-    return ord("a") + state % 26
+    return ord("a") + state % num_letters
 
 
 def adapter_token_ids(adapter: str | None) -> list[int]:
@@ -40,8 +46,8 @@ def adapter_token_ids(adapter: str | None) -> list[int]:
 
 
 def computed_tokens(row: ScheduledRow, pending: Mapping[int, int]) -> list[int]:
-    """A row's tokens and all before them. The last can be one that the step before drew for its request."""
-    token_ids = list(row.sequence.token_ids[: row.start + row.num_tokens])
+    """A row's tokens and all before them. The last can be one that the step before drew for its request, or a draft."""
+    token_ids = [*row.sequence.token_ids[: row.start + row.num_tokens - len(row.draft)], *row.draft]
     if len(token_ids) < row.start + row.num_tokens:
         assert not row.sequence.request.sampling.has_penalties, "sampled from tokens that are not known"
         token_ids.append(pending[row.sequence.request.request_id])
@@ -58,7 +64,10 @@ def run(output: SchedulerOutput, pending: Mapping[int, int] = MappingProxyType({
         prompt_ids = row.sequence.request.prompt_token_ids
         prompt = tuple(fake_logprobs(prompt_ids[i], num_prompt_logprobs) for i in row.scored_positions)
         token_ids = [*adapter_token_ids(row.sequence.request.adapter), *token_ids]
-        token_id = next_token([sampling.choice, *token_ids] if sampling.choice else token_ids)
+        token_ids = [sampling.choice, *token_ids] if sampling.choice else token_ids
+        num_known = len(token_ids) - len(row.draft)
+        token_id, *others = (next_token(token_ids[: num_known + i]) for i in range(1 + len(row.draft)))
+        more = verified(row.draft, [token_id, *others])[1:]
         grammar = row.sequence.grammar
         if grammar is not None and row.is_sampled:
             grammar.wait()
@@ -67,7 +76,10 @@ def run(output: SchedulerOutput, pending: Mapping[int, int] = MappingProxyType({
                 continue
             token_id = next_allowed(grammar.mask, token_id)
         logprobs = None if sampling.num_logprobs is None else fake_logprobs(token_id, sampling.num_logprobs)
-        results.append(RowResult(token_id, logprobs, prompt) if row.is_sampled else RowResult(prompt_logprobs=prompt))
+        if row.is_sampled:
+            results.append(RowResult(token_id, logprobs, prompt, more_token_ids=more))
+        else:
+            results.append(RowResult(prompt_logprobs=prompt))
     return results
 
 
@@ -226,6 +238,7 @@ def make_scheduler(
     max_num_batched_tokens: int = 64,
     max_num_seqs: int = 32,
     has_prefix_cache: bool = True,
+    policy: SchedulingPolicy | None = None,
 ) -> Scheduler:
     return Scheduler(
         BlockPool(num_blocks),
@@ -233,6 +246,7 @@ def make_scheduler(
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
         has_prefix_cache=has_prefix_cache,
+        policy=policy,
     )
 
 

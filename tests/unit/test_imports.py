@@ -43,6 +43,7 @@ FREE = {
     "scheduler_bench.py",
     "simulate.py",
     "simulated_server.py",
+    "speculation.py",
     "unbatched_server.py",
 }
 

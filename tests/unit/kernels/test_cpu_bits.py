@@ -85,6 +85,23 @@ def test_neither_chunks_nor_neighbours_nor_threads_change_a_bit(library: ctypes.
             assert_equal(logits, expected, f"{name}, {num_threads} threads, blocks of {block_size}")
 
 
+def test_tokens_that_were_tried_in_vain_change_no_bit(library: ctypes.CDLL, settings: dict[str, Any]) -> None:
+    """Of one to nine tokens a step the first few are the sequence's, and what the others wrote is written over."""
+    tokens = TOKENS[:150]
+    expected = PagedRun(cpu_backend(library, num_blocks=21, **settings), [tokens]).all_logits([{0: 1}] * len(tokens))[0]
+    run = PagedRun(cpu_backend(library, num_blocks=21, num_threads=3, **settings), [list(tokens)])
+    found = []
+    while (start := run.num_computed[0]) < len(tokens):
+        count = min(1 + start % 9, len(tokens) - start)
+        num_true = 1 + start % 4 % count
+        vain = slice(start + num_true, start + count)
+        run.sequences[0][vain] = random_tokens(count - num_true, seed=start)
+        found.append(run.step({0: count})[0][:num_true])
+        run.sequences[0][vain] = tokens[vain]
+        run.num_computed[0] = start + num_true
+    assert_equal(torch.cat(found), expected, "beside what was tried in vain")
+
+
 def test_the_width_of_the_batch_changes_no_bit(library: ctypes.CDLL, settings: dict[str, Any]) -> None:
     """The first sequence's last token, again and again, beside 0 to 69 others."""
     sequences = [random_tokens(3 + seed % 20, seed=seed) for seed in range(70)]

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from headrace.kernels import cpu_backend
 from headrace.kernels.hf_decoder import FAMILIES
+from headrace.kernels.torch_backend import TorchBackend
 from headrace.scheduler import model_loader
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import CapacityError, HeadraceError, ModelSourceError, UnsupportedModelError
@@ -86,6 +87,16 @@ def test_a_weight_that_would_be_left_out_is_named(folder: Path, name: str) -> No
 def test_a_context_that_no_memory_holds_costs_nothing_until_it_is_used(folder: Path) -> None:
     change_config(folder, max_position_embeddings=10**9)
     assert generate_one(load(folder), [5, 9, 2], 8) == reference(folder, [5, 9, 2], 8)
+
+
+@pytest.mark.parametrize("is_asynchronous", [False, True])
+def test_drafts_are_for_backends_that_know_each_token_before_the_next_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, is_asynchronous: bool
+) -> None:
+    monkeypatch.setattr(TorchBackend, "is_asynchronous", is_asynchronous)
+    scheduler, _ = load(folder, speculative_tokens=5, speculation_max_seqs=3, cpu_kernel="torch")
+    assert scheduler.policy.num_speculative_tokens == (0 if is_asynchronous else 5)
+    assert scheduler.policy.speculation_max_seqs == 3
 
 
 def test_tables_that_old_checkpoints_carry_are_no_obstacle(folder: Path) -> None:

@@ -4,7 +4,7 @@ The model is a fixed function of the tokens before it, so each request's answer 
 request that was preempted, chunked or batched got the same one. A dictionary stands for the KV cache, so that keys
 written over, not computed again or shared between different prefixes are found out. Steps are computed when they are
 launched, in their order as on a device, and recorded then or after the next one is launched. In some runs they take
-time, so that budgets, forecasts and targets mean something.
+time, so that budgets, forecasts and targets mean something. In some tokens are drafted, and none launched ahead.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fake_engine import adapter_token_ids, computed_tokens, drawn_tokens, next_token, run
+from fake_engine import FORGETFUL, adapter_token_ids, computed_tokens, drawn_tokens, next_token, run
 from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.config import SchedulingPolicy
@@ -130,6 +130,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         has_prefix_cache=st.booleans(),
         num_short_answers=st.sampled_from((0, 40, 400)),
         itl_target_s=st.sampled_from((math.inf, 0.02, 0.2, 1.0)),
+        num_speculative_tokens=st.sampled_from((0, 2, 8)),
     )
     def start(
         self,
@@ -141,13 +142,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         has_prefix_cache: bool,
         num_short_answers: int,
         itl_target_s: float,
+        num_speculative_tokens: int,
     ) -> None:
         self.block_size = block_size
         self.capacity = num_blocks * block_size
         self.budget = budget
         self.max_num_seqs = min(max_num_seqs, budget)
         targets_s = {Tier.PREMIUM: itl_target_s, Tier.STANDARD: 2 * itl_target_s, Tier.BATCH: 8 * itl_target_s}
-        self.policy = SchedulingPolicy(itl_targets_s=targets_s)
+        self.policy = SchedulingPolicy(
+            itl_targets_s=targets_s, num_speculative_tokens=num_speculative_tokens, speculation_max_seqs=3
+        )
         self.scheduler = WatchedScheduler(
             BlockPool(num_blocks),
             block_size=block_size,
@@ -186,7 +190,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def seconds(self, shape: StepShape) -> float:
         assert self.costs_s is not None
         a, b, g, h = self.costs_s
-        seconds = a + b * shape.num_prompt_tokens + g * shape.num_decoding + h * shape.decode_context
+        num_decoded = shape.num_decoding + shape.num_drafted
+        seconds = a + b * shape.num_prompt_tokens + g * num_decoded + h * shape.decode_context
         return seconds * (1 + 0.05 * self.spikes.random()) * (9 if self.spikes.random() < 0.02 else 1)
 
     @property
@@ -215,8 +220,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
             id = len(self.records)
             # Few prompts, so that some are the beginnings of others, or of others' answers.
-            base = data.draw(st.integers(0, 2), "prompt")
-            prompt = tuple((base + i) % 5 for i in range(num_prompt))
+            base = data.draw(st.sampled_from((0, 1, FORGETFUL)), "prompt")
+            prompt = (base, *((base + i) % 5 for i in range(1, num_prompt)))
             is_next_turn = data.draw(st.booleans(), "is_next_turn")
             if self.records and is_next_turn:
                 earlier = self.records[data.draw(st.sampled_from(sorted(self.records)), "earlier")]
@@ -309,11 +314,15 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def record_all(self, num_ahead: int = 0) -> None:
         """Record the oldest steps in flight, all but so many."""
+        if self.policy.num_speculative_tokens:
+            num_ahead = 0
         while len(self.in_flight) > num_ahead:
             output, results, times = self.in_flight.pop(0)
             if times is not None:
                 self.now = max(self.now, times.ended_s)
+            counters = self.scheduler.counters()
             outputs = self.scheduler.update(output, results, times)
+            self.check_accepted(output, outputs, counters)
             self.record(outputs)
             for o in outputs:
                 if o.token_ids and times is not None:
@@ -322,6 +331,30 @@ class SchedulerMachine(RuleBasedStateMachine):
                 if row.sequence.num_computed_tokens >= row.sequence.num_prompt_tokens:
                     self.has_computed_prompt.add(row.sequence.request.request_id)
             self.check_books()
+
+    def check_accepted(
+        self, output: SchedulerOutput, outputs: list[SequenceOutput], expected: dict[Any, float]
+    ) -> None:
+        """Of a draft what came true is kept and paid for, and the rest is as if it had not been."""
+        token_cost, context_cost = self.scheduler._step_time.decode_cost()
+        drafts = {_id(row): row for row in output.rows if row.draft}
+        for o in outputs:
+            row, num_more = drafts.get(o.request_id), max(0, len(o.token_ids) - 1)
+            if row is None:
+                assert num_more == 0
+                continue
+            assert o.token_ids[:-1] == row.draft[:num_more]
+            record, account = self.records[o.request_id], row.sequence.account
+            record.num_paid += num_more
+            cost = num_more * (token_cost + context_cost * row.start)
+            assert account is not None
+            expected[account] += cost / WEIGHTS[record.request.tenant]
+            expected[account.tier] += cost / self.policy.tier_weights[record.request.tier]
+        for row in drafts.values():
+            assert row.sequence.num_scheduled_tokens == row.sequence.num_computed_tokens
+        if drafts:
+            counters = self.scheduler.counters()
+            assert all(math.isclose(counters[account], served) for account, served in expected.items())
 
     def fail(self, output: SchedulerOutput) -> None:
         alive = [row.sequence.request.request_id for row in output.rows]
@@ -373,7 +406,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert id in running
             self.check_row(row)
             if id in schedulable:
-                assert row.num_tokens <= schedulable[id]
+                assert row.num_tokens <= schedulable[id] + len(row.draft)
         for id in running:
             assert id in before or id in rows, "admitted for nothing"
             if schedulable.get(id) == 1:
@@ -420,7 +453,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert row.start + row.num_tokens == sequence.num_scheduled_tokens
         assert len(sequence.block_ids) >= -(-end // self.block_size), "no block for a token"
         assert row.is_sampled == (end >= len(sequence.token_ids) and sequence.request.sampling.max_tokens > 0)
-        assert end <= len(sequence.token_ids) + len(self.in_flight), "more than one token is unknown"
+        num_unknown = len(self.in_flight) + len(row.draft)
+        assert end <= len(sequence.token_ids) + num_unknown, "more than one token is unknown"
+        if row.draft:
+            assert len(row.draft) <= self.policy.num_speculative_tokens
+            assert len(self.running) <= 3, "drafted in a wide batch"
+            assert len(self.running) == len(self.alive) or not self.scheduler._queue, "drafted while somebody waits"
+            assert not sequence.request.sampling.has_penalties
+            assert not set(row.draft) & sequence.end_token_ids
+            assert end < sequence.num_total_tokens, "nothing is wanted behind the last token"
         if sequence.num_preemptions == 2:
             num_blocks = -(-sequence.num_total_tokens // self.block_size)
             assert len(sequence.block_ids) == num_blocks, "preempted twice, and not all its blocks"
@@ -473,7 +514,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         shape, model = output.shape, self.scheduler._step_time
         decoding, prompts = output.rows[: shape.num_decoding], output.rows[shape.num_decoding :]
         num_prompt_tokens = sum(row.num_tokens for row in prompts)
-        assert all(row.num_tokens == 1 for row in decoding)
+        assert all(row.num_tokens == 1 + len(row.draft) for row in decoding)
+        num_drafted = sum(len(row.draft) for row in decoding)
+        assert shape.num_drafted == num_drafted
+        assert not num_drafted or not prompts, "drafted in place of a prompt"
         assert shape.num_prompt_tokens == num_prompt_tokens
         assert shape.decode_context == sum(row.start for row in decoding)
         if num_prompt_tokens:
@@ -524,7 +568,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             record = self.records[_id(row)]
             if _id(row) in admitted:
                 record.num_paid = max(record.num_paid, row.start)
-            num_new = row.start + row.num_tokens - max(record.num_paid, row.start)
+            num_new = row.start + row.num_tokens - len(row.draft) - max(record.num_paid, row.start)
             if num_new > 0:
                 record.num_paid += num_new
                 cost = token_cost + context_cost * row.start if i < output.shape.num_decoding else num_new

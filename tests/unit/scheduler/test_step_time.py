@@ -15,7 +15,8 @@ CPU = (3e-2, 4e-3, 6e-3, 4e-6, 3e-7)
 
 def seconds(costs_s: tuple[float, ...], shape: StepShape) -> float:
     a, b, g, h, e = costs_s
-    num_prompt, num_decoding, context, prompt_context = shape
+    num_prompt, num_decoding, context, prompt_context, num_drafted = shape
+    assert num_drafted == 0
     return a + b * num_prompt + g * num_decoding + h * context + e * num_prompt * prompt_context
 
 

@@ -43,6 +43,8 @@ VLLM_NAMES = {
     "headrace_generation_tokens": "vllm:generation_tokens",
     "headrace_prefix_cache_queries": "vllm:prefix_cache_queries",
     "headrace_prefix_cache_hits": "vllm:prefix_cache_hits",
+    "headrace_drafted_tokens": "vllm:spec_decode_num_draft_tokens",
+    "headrace_accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
     "headrace_requests_finished": "vllm:request_success",
     "headrace_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
     "headrace_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",

@@ -10,6 +10,7 @@ from fake_engine import byte_tokenizer
 from headrace.scheduler.grammar import GrammarCompiler, GrammarError
 from headrace.server.answer_parser import make_parser
 from headrace.server.answer_parts import ReasoningPart, TextPart, ToolArgumentsPart, ToolCallPart
+from headrace.server.control_tokens import MARK
 from headrace.server.errors import BadRequestError
 from headrace.server.protocol import ChatCompletionRequest, parse_request
 from headrace.server.tokenizer import Tokenizer
@@ -47,7 +48,7 @@ def request(messages: list[dict[str, Any]] = CONVERSATION, **fields: Any) -> Cha
 
 
 def rendered(tokenizer: Tokenizer, asked: ChatCompletionRequest) -> str:
-    return tokenizer.render_chat(*template_input(tokenizer, asked))
+    return tokenizer.render_chat(*template_input(tokenizer, asked)).replace(MARK, "")
 
 
 @pytest.mark.parametrize(
