@@ -623,12 +623,6 @@ class ChatCompletionRequest(GenerationParams):
         *GenerationParams.rules,
         _only_with("top_logprobs", "logprobs", 0),
         TOOL_CHOICE_RULE,
-        {
-            "anyOf": [
-                {"properties": {"continue_final_message": {"enum": [None, False]}}},
-                {"properties": {"add_generation_prompt": {"enum": [None, False]}}},
-            ]
-        },
     ]
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"echo": (False,)}
     prompt_field: ClassVar[str] = "messages"

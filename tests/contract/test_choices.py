@@ -289,6 +289,20 @@ async def test_the_token_ids_of_a_chat_are_told_where_that_is_asked_for() -> Non
                 assert bytes(choice["token_ids"]).decode() == choice["delta"]["content"]
 
 
+async def test_token_ids_are_told_where_an_answer_is_looked_at_for_calls_too() -> None:
+    tool = {"type": "function", "function": {"name": "mill"}}
+    body = CHAT | {"tools": [tool], "logprobs": True, "return_token_ids": True}
+    # The model is told of the tool in bytes.
+    room: dict[str, Any] = {"runner": FakeRunner(max_context_tokens=2048), "scheduler": make_scheduler(num_blocks=256)}
+    whole, read = await both("/v1/chat/completions", body, **room)
+    [choice] = whole["choices"]
+    assert bytes(choice["token_ids"]).decode() == choice["message"]["content"]
+    assert token_ids(read, 0) == choice["token_ids"]
+    assert [chunk.get("prompt_token_ids") for chunk in read] == [whole["prompt_token_ids"]] + [None] * (len(read) - 1)
+    told = [item for chunk in read for c in chunk["choices"] if c["logprobs"] for item in c["logprobs"]["content"]]
+    assert told == choice["logprobs"]["content"]
+
+
 async def test_the_token_ids_of_completions_are_told_with_those_of_each_ones_prompt() -> None:
     body = COMPLETION | {"prompt": ["ab", "cde"], "echo": True, "return_token_ids": True}
     whole, read = await both("/v1/completions", body)
