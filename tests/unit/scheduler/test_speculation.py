@@ -340,6 +340,9 @@ class MarkovBackend:
     def use_idle_time(self) -> bool:
         return False
 
+    def profile(self) -> dict[str, float]:
+        return {}
+
     def recover(self) -> None: ...
 
 
