@@ -404,7 +404,8 @@ def test_a_client_comes_back_after_an_overload(narrow: ServerProcess, drive: Dri
         pytest.skip("long: it waits for as long as it is told; runs in make test-all")
     driver = drive(client, narrow)
     body = _pick(way, *ASKED["length"][1:])
-    endless = LONG_COMPLETION | {"stream": True, "ignore_eos": True}
+    # A refused client is told to wait as long as these would take.
+    endless = LONG_COMPLETION | {"stream": True, "ignore_eos": True, "max_tokens": 400}
     with ExitStack() as stack:
         for gauge in ("headrace_num_requests_running", "headrace_num_requests_waiting"):
             stack.enter_context(RawRequest(narrow.url(), "/v1/completions", endless))

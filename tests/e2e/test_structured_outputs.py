@@ -13,9 +13,9 @@ import pytest
 from json_schemas import UNSUPPORTED, Schema, random_schema, validate, with_unsupported
 from server_process import ServerProcess
 
-NUM_SCHEMAS = 16
+NUM_SCHEMAS = 8
 NUM_AT_ONCE = 4
-SHORT, LONG = 48, 400
+SHORT, LONG = 48, 200
 
 
 def body(seed: int, schema: Schema, max_tokens: int) -> dict[str, Any]:

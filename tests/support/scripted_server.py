@@ -21,6 +21,7 @@ from headrace.scheduler.engine_core import LaunchedStep
 from headrace.scheduler.model_source import ModelSource
 from headrace.scheduler.scheduler import SchedulerOutput
 from headrace.server import serve as serving
+from headrace.server.model_details import ModelDetails
 from headrace.server.settings import load_settings
 
 
@@ -45,5 +46,10 @@ if __name__ == "__main__":
         resource.setrlimit(resource.RLIMIT_NOFILE, (int(max_descriptors) // 2, int(max_descriptors)))
     settings = load_settings([*sys.argv[1:], "--ttft-targets-s", "[1e6,1e6,1e6]"], {})
     source = ModelSource(Path(__file__).parent, "fake")  # files that a journal can know it by
-    with patch.multiple(serving, resolve_model=lambda *_: source, _load_tokenizer=lambda *_: byte_tokenizer()):
+    with patch.multiple(
+        serving,
+        resolve_model=lambda *_: source,
+        _load_tokenizer=lambda *_: byte_tokenizer(),
+        read_model_details=lambda _: ModelDetails(),
+    ):
         sys.exit(serving.serve(settings, lambda: (make_scheduler(num_blocks=2048), ScriptedRunner())))
