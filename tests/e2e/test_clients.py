@@ -405,7 +405,7 @@ def test_a_client_comes_back_after_an_overload(narrow: ServerProcess, drive: Dri
     driver = drive(client, narrow)
     body = _pick(way, *ASKED["length"][1:])
     # A refused client is told to wait as long as these would take.
-    endless = LONG_COMPLETION | {"stream": True, "ignore_eos": True, "max_tokens": 400}
+    endless = LONG_COMPLETION | {"stream": True, "ignore_eos": True, "max_tokens": 120}
     with ExitStack() as stack:
         for gauge in ("headrace_num_requests_running", "headrace_num_requests_waiting"):
             stack.enter_context(RawRequest(narrow.url(), "/v1/completions", endless))
