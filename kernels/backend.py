@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from headrace.kernels.sampling import SamplingBatch
@@ -29,6 +31,7 @@ class StepBatch:
       object for as long as it keeps its blocks, and only ever appended to, and one that lost them has a new one
     - logit_rows: R indices into token_ids, whose next token's logits are wanted
     - adapters: B ints, 0 for a sequence without an adapter, else 1 + the index of its own; or none, if no one has one
+    - argmax_only: bool [R], of which rows `forward` may leave the logits out, since `sample` is told the same; or None
     """
 
     token_ids: list[int]
@@ -37,6 +40,7 @@ class StepBatch:
     block_tables: list[list[int]]
     logit_rows: list[int]
     adapters: list[int] = field(default_factory=list)
+    argmax_only: npt.NDArray[np.bool_] | None = None
 
 
 class PendingRead(Protocol):

@@ -126,6 +126,7 @@ class _Batch(ctypes.Structure):
                 "logits",
                 "argmax",
                 "adapters",
+                "argmax_only",
             )
         ),
     )
@@ -139,7 +140,10 @@ _ROW = np.dtype(
         ("seed", np.uint64),
         *((name, np.int64) for name in ("choice", "position")),
         *((name, np.int64) for name in ("token_ids", "num_token_ids", "num_prompt_tokens")),
-        *((name, np.int64) for name in ("biased", "biases", "num_biased", "masked", "num_masked", "allowed")),
+        *(
+            (name, np.int64)
+            for name in ("biased", "biases", "num_biased", "masked", "num_masked", "allowed", "is_known")
+        ),
     ]
 )
 
@@ -256,6 +260,7 @@ class CpuBackend:
         self._max_tokens = max_num_batched_tokens
         # numpy's pages come on first touch: rows of logits that nobody asks for cost nothing.
         self._logits = np.zeros((min(max_num_batched_tokens, _MAX_KEPT_ROWS), config.vocab_size), np.float32)
+        self._argmax = np.empty(0, np.int64)  # of the last forward's rows
         self._cache_use = _CacheUse()
         wide = _widen(library, handle, packer, layers, model.head) if has_wide_copy else iter(())
         ahead = _touch_ahead(caches, num_blocks, self._cache_use, touched_ahead_bytes)
@@ -269,7 +274,7 @@ class CpuBackend:
         num_rows = len(batch.logit_rows)
         is_kept = num_rows <= len(self._logits)
         logits = self._logits[:num_rows] if is_kept else np.empty((num_rows, self._vocab_size), np.float32)
-        self._step(batch, logits)
+        self._argmax = self._step(batch, logits)
         return torch.from_numpy(logits)
 
     def argmax(self, batch: StepBatch) -> torch.Tensor:
@@ -301,6 +306,9 @@ class CpuBackend:
             assert len(mask) == -(-self._vocab_size // 32), "a mask of another vocabulary"
             rows[index]["allowed"] = mask.ctypes.data
         token_ids = np.empty(len(rows), np.int64)
+        if batch.argmax_only is not None:
+            rows["is_known"] = batch.argmax_only
+            token_ids[batch.argmax_only] = self._argmax[: len(rows)][batch.argmax_only]
         status = self._library.headrace_sample(
             self._handle,
             rows.ctypes.data,
@@ -349,6 +357,7 @@ class CpuBackend:
         assert len(token_ids) == query_lens.sum() <= self._max_tokens, "more tokens than the step has room for"
         assert len(logit_rows) <= self._max_tokens, "more rows of logits than there is room for"
         assert ((logit_rows >= 0) & (logit_rows < len(token_ids))).all(), "logits of a row that does not exist"
+        assert batch.argmax_only is None or batch.argmax_only.shape == (len(logit_rows),), "flags of other rows"
         assert ((query_lens >= 1) & (query_lens <= context_lens)).all(), "a row without tokens"
         assert (context_lens <= table_lens * self._block_size).all(), "a block table is too short"
         adapters = array(batch.adapters) if any(batch.adapters) else None
@@ -372,6 +381,7 @@ class CpuBackend:
             None if logits is None else logits.ctypes.data,
             argmax.ctypes.data,
             None if adapters is None else adapters.ctypes.data,
+            None if batch.argmax_only is None else batch.argmax_only.ctypes.data,
         )
         self._lock_wait_s = 0.0
         status = self._library.headrace_step(self._handle, ctypes.byref(step), self._times.ctypes.data)

@@ -40,6 +40,8 @@ class SamplingBatch:
     int64 and position int64 (the index of the token to be drawn). `biased` lists (row, token ids int64 [n], what is
     added to their logits float32 [n]), `masked` (row, token ids that must not be drawn); no row has an id twice.
     `allowed` lists (row, the tokens that alone may be drawn as bits, uint32 [ceil(V / 32)]: i % 32 of word i // 32).
+    `argmax_only` tells (bool [R], None where none is) which rows get the likeliest token and nothing else is asked of:
+    the backend that made their logits knows it, and may have left these out.
     """
 
     temperature: np.ndarray
@@ -53,6 +55,7 @@ class SamplingBatch:
     biased: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
     masked: list[tuple[int, np.ndarray]] = field(default_factory=list)
     allowed: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    argmax_only: np.ndarray | None = None
 
 
 class LogProbabilities(NamedTuple):

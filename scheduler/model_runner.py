@@ -10,7 +10,7 @@ with the model's own probability of it, which is the most that is possible (Levi
 import itertools
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -81,11 +81,12 @@ class ModelRunner:
         with self.tracer.range("pack"):
             batch = self._pack(rows)
             sampling = _sampling_records(sampled)
-        if _is_plainly_greedy(sampling) and len(batch.logit_rows) == len(sampled):
+        is_plain = _are_plainly_greedy(sampling)
+        if is_plain.all() and len(batch.logit_rows) == len(sampled):
             with self.tracer.range("forward"):
                 step = _LaunchedStep(rows, self.backend.read([self.backend.argmax(batch)]))
         else:
-            step = self._sample(batch, rows, sampled, sampling)
+            step = self._sample(batch, rows, sampled, sampling, is_plain)
         if step.times is not None:
             self.tracer.note_phases(step.times.began_s)
         if self.is_asynchronous:
@@ -145,8 +146,16 @@ class ModelRunner:
         return SchedulerOutput(rows, [], StepShape(query_lens[0], 0, 0, start + query_lens[0] / 2))
 
     def _sample(
-        self, batch: StepBatch, rows: list[ScheduledRow], sampled: list[ScheduledRow], sampling: np.ndarray
+        self,
+        batch: StepBatch,
+        rows: list[ScheduledRow],
+        sampled: list[ScheduledRow],
+        sampling: np.ndarray,
+        is_plain: np.ndarray,
     ) -> "_LaunchedStep":
+        if is_plain.any():
+            others = np.zeros(len(batch.logit_rows) - len(sampled), np.bool_)
+            batch = replace(batch, argmax_only=np.concatenate([is_plain, others]))
         with self.tracer.range("forward"):
             logits = self.backend.forward(batch)
         observed = np.flatnonzero(sampling["has_logprobs"])
@@ -154,7 +163,8 @@ class ModelRunner:
         unmodified = None if index is None else logits[index]  # a copy: sampling writes to its logits
         late = _late_rows(sampled, sampling)
         with self.tracer.range("sample"):
-            drawn = self.backend.sample(logits[: len(sampled)], _sampling_batch(sampled, sampling, late))
+            settings = _sampling_batch(sampled, sampling, late, is_plain if is_plain.any() else None)
+            drawn = self.backend.sample(logits[: len(sampled)], settings)
         tensors = [drawn]
         if index is not None and unmodified is not None:
             tensors += log_probabilities(unmodified, drawn[index].clamp(min=0))
@@ -294,10 +304,10 @@ def _make_record(sequence: Sequence) -> bytes:
     return sequence.sampling_record
 
 
-def _is_plainly_greedy(sampling: np.ndarray) -> bool:
-    """Whether each row's token is the argmax of the logits as they are, and nobody asks for more."""
+def _are_plainly_greedy(sampling: np.ndarray) -> np.ndarray:
+    """Of which rows the token is the argmax of the logits as they are, and nobody asks for more: bool [R]."""
     needs_logits = sampling["has_penalties"] | sampling["has_bias"] | sampling["has_logprobs"] | sampling["has_grammar"]
-    return not (needs_logits | (sampling["temperature"] > 0) | (sampling["min_tokens"] > 0)).any()
+    return np.asarray(~(needs_logits | (sampling["temperature"] > 0) | (sampling["min_tokens"] > 0)))
 
 
 def _late_rows(sampled: list[ScheduledRow], sampling: np.ndarray) -> frozenset[int]:
@@ -316,7 +326,9 @@ def _late_rows(sampled: list[ScheduledRow], sampling: np.ndarray) -> frozenset[i
     return frozenset(i for i, state in states.items() if not state.is_ready or state.error is not None)
 
 
-def _sampling_batch(sampled: list[ScheduledRow], sampling: np.ndarray, late: frozenset[int]) -> SamplingBatch:
+def _sampling_batch(
+    sampled: list[ScheduledRow], sampling: np.ndarray, late: frozenset[int], argmax_only: np.ndarray | None
+) -> SamplingBatch:
     sequences = [row.sequence for row in sampled]
     position = np.array([row.start + row.num_tokens for row in sampled], dtype=np.int64)
     if _have_drafts(sampled):
@@ -343,6 +355,7 @@ def _sampling_batch(sampled: list[ScheduledRow], sampling: np.ndarray, late: fro
         biased=[(row, *sequences[row].biases) for row in np.flatnonzero(sampling["has_bias"]).tolist()],
         masked=[(row, sequences[row].stop_token_ids) for row in np.flatnonzero(is_early).tolist()],
         allowed=allowed,
+        argmax_only=argmax_only,
     )
 
 

@@ -28,7 +28,8 @@ class Sampling final : public Job {
     phases_.share(
         0, member, num_rows_,
         [&](int i) {
-          token_ids_[i] = draw(rows_[i], logits_ + i * vocab_size, vocab_size, model_.spaces[member].sampler);
+          if (!rows_[i].is_known)
+            token_ids_[i] = draw(rows_[i], logits_ + i * vocab_size, vocab_size, model_.spaces[member].sampler);
         },
         [] {});
   }

@@ -77,10 +77,11 @@ struct Batch {
   const int64_t* context_lens;  // [B], the query tokens included
   const int64_t* block_starts;  // [B], where in `blocks` a sequence's block table begins
   const int32_t* blocks;
-  const int64_t* logit_rows;  // [R]
-  float* logits;              // [R, vocabulary], or null where nobody wants them
-  int64_t* argmax;            // [R], the largest logit's token, the lowest of equal ones, NO_TOKEN without numbers
-  const int64_t* adapters;    // [B], from 1 on, 0 for none; or null where no sequence has one
+  const int64_t* logit_rows;   // [R]
+  float* logits;               // [R, vocabulary], or null where nobody wants them
+  int64_t* argmax;             // [R], the largest logit's token, the lowest of equal ones, NO_TOKEN without numbers
+  const int64_t* adapters;     // [B], from 1 on, 0 for none; or null where no sequence has one
+  const uint8_t* argmax_only;  // [R], whether that row's logits are left out; or null where none are
 };
 
 // Up to so many rows every member makes the inputs of a product for itself, which costs less than waiting.

@@ -30,6 +30,7 @@ struct RowSampling {
   const int64_t* masked;
   int64_t num_masked;
   const uint32_t* allowed;  // null, or a bit for each token: no other may be drawn
+  int64_t is_known;         // whether nothing is to be drawn
 };
 
 struct Candidate {

@@ -446,7 +446,8 @@ void Step::pick(int panel, const Operand& x, Workspace& space) {
   const Panel panels[1] = {{&head_, panel, 1}};
   multiply(panels, 1, x, space.product, [&](int row, float* columns) {
     std::fill(columns + count, columns + PANEL, MINUS_INFINITY);
-    if (batch_.logits != nullptr) std::copy_n(columns, count, batch_.logits + row * config_.vocab_size + first);
+    if (batch_.logits != nullptr && (batch_.argmax_only == nullptr || !batch_.argmax_only[row]))
+      std::copy_n(columns, count, batch_.logits + row * config_.vocab_size + first);
     if (!are_numbers(columns, PANEL)) {
       space.best[row] = INFINITE, space.best_token[row] = NO_TOKEN;  // which no other logit outdoes
       return;

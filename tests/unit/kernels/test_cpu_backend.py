@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize
@@ -27,6 +28,7 @@ from headrace.kernels.backend import StepBatch
 from headrace.kernels.cpu_backend import PHASES, kv_bytes_per_token, why_not
 from headrace.kernels.quantised import GROUP_BYTES, QuantisedWeight
 from headrace.scheduler.model_runner import ModelRunner
+from sampling_batches import make_batch
 
 pytestmark = pytest.mark.xdist_group("cpu kernel")  # which each worker would compile
 
@@ -173,6 +175,27 @@ def test_only_the_rows_asked_for_pass_the_head_in_the_order_asked(library: ctype
                 backend.argmax(StepBatch(tokens, [30], [30], [[0, 1]], rows)).tolist()
                 == whole[rows].argmax(-1).tolist()
             )
+
+
+def test_rows_of_which_only_the_argmax_is_wanted_have_that_token_beside_rows_that_are_drawn(
+    library: ctypes.CDLL,
+) -> None:
+    """Their logits are left as they were, and the others are drawn from as without them."""
+    backend = cpu_backend(library, TinyModel(), 4, is_batch_invariant=True)
+    tokens, rows = random_tokens(30), [29, 3, 17, 11, 5]
+    batch = StepBatch(tokens, [30], [30], [[2, 1, 3, 0]], rows)
+    expected = backend.argmax(batch)
+    whole = backend.forward(batch).clone()
+    settings = make_batch([(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0)] * 2, range(4), range(4), [0] * 4)
+    drawn = backend.sample(whole[:4].clone(), settings)
+    is_plain = np.array([True, False, True, False, False])
+    backend._logits[:] = 7
+    left = backend.forward(replace(batch, argmax_only=is_plain))
+    assert (left[is_plain] == 7).all()
+    assert left[~is_plain].equal(whole[~is_plain])
+    found = backend.sample(left[:4], replace(settings, argmax_only=is_plain[:4]))
+    assert found.tolist() == drawn.tolist()
+    assert found[::2].tolist() == expected[:4:2].tolist()
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
