@@ -203,7 +203,7 @@ class Settings(ListenerSettings):
     speculative_tokens: int = Field(
         8, ge=0, le=15, description="most tokens drafted for a sequence from its own earlier ones; 0 drafts none"
     )
-    speculation_max_seqs: int = Field(4, ge=1, le=8, description="most sequences in the batch with which some are")
+    speculation_max_seqs: int = Field(1, ge=1, le=8, description="most sequences in the batch with which some are")
 
     tier_weights: tuple[_Share, _Share, _Share] = Field(
         (8.0, 3.0, 1.0), description="shares of premium, standard and batch under load"

@@ -36,7 +36,7 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "max_num_batched_tokens": (256, 301, 302, 303),
     "enable_prefix_caching": (True, False, True, False),
     "speculative_tokens": (8, 1, 2, 3),
-    "speculation_max_seqs": (4, 1, 2, 3),
+    "speculation_max_seqs": (1, 2, 3, 4),
     "tier_weights": ((8.0, 3.0, 1.0), (1.0, 1.0, 1.0), (2.0, 2.0, 2.0), (3.0, 2.0, 1.0)),
     "itl_targets_ms": ("auto", (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), (7.0, 8.0, 9.0)),
     "ttft_targets_s": ("auto", (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), (7.0, 8.0, 9.0)),
