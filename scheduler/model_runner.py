@@ -153,9 +153,10 @@ class ModelRunner:
         sampling: np.ndarray,
         is_plain: np.ndarray,
     ) -> "_LaunchedStep":
-        if is_plain.any():
+        argmax_only = is_plain if is_plain.any() else None
+        if argmax_only is not None:
             others = np.zeros(len(batch.logit_rows) - len(sampled), np.bool_)
-            batch = replace(batch, argmax_only=np.concatenate([is_plain, others]))
+            batch = replace(batch, argmax_only=np.concatenate([argmax_only, others]))
         with self.tracer.range("forward"):
             logits = self.backend.forward(batch)
         observed = np.flatnonzero(sampling["has_logprobs"])
@@ -163,7 +164,7 @@ class ModelRunner:
         unmodified = None if index is None else logits[index]  # a copy: sampling writes to its logits
         late = _late_rows(sampled, sampling)
         with self.tracer.range("sample"):
-            settings = _sampling_batch(sampled, sampling, late, is_plain if is_plain.any() else None)
+            settings = _sampling_batch(sampled, sampling, late, argmax_only)
             drawn = self.backend.sample(logits[: len(sampled)], settings)
         tensors = [drawn]
         if index is not None and unmodified is not None:

@@ -92,12 +92,14 @@ class OpenAIApi:
         ]
 
     async def _complete(
-        self, request: Request, params: GenerationParams, make_format: "type[_Format]", num_bytes: int
+        self, request: Request, params: GenerationParams, format_kind: "type[_Format]", num_bytes: int
     ) -> Response:
-        id = f"{make_format.id_prefix}{request.state.id}"
+        id = f"{format_kind.id_prefix}{request.state.id}"
         generations = await self._answering.start(request, params, id, num_bytes)
-        assert self._generator.tokenizer is not None
-        format = make_format.make(id, generations[0].model, self._generator.tokenizer, params, generations)
+        tokenizer = self._generator.tokenizer
+        assert tokenizer is not None
+        kind = format_kind.kind_for(tokenizer, params)
+        format = kind(id, generations[0].model, tokenizer, params, generations)
         if params.stream:
             options = params.stream_options or StreamOptions()
             return EventStream(_frames(generations, format, options, self._generator.settings))
@@ -185,16 +187,9 @@ class _Format(ABC):
         self._prompts = [ids for generation in generations if (ids := generation.prompt_token_ids) is not None]
 
     @classmethod
-    def make(
-        cls,
-        id: str,
-        model_name: str,
-        tokenizer: Tokenizer,
-        params: GenerationParams,
-        generations: Sequence[Generation],
-    ) -> "_Format":
-        """The format of an answer, whose choices the generations are."""
-        return cls(id, model_name, tokenizer, params, generations)
+    def kind_for(cls, tokenizer: Tokenizer, params: GenerationParams) -> "type[_Format]":
+        """The format of what may be in such an answer."""
+        return cls
 
     @property
     def num_prompt_ids(self) -> int:
@@ -286,17 +281,9 @@ class _ChatFormat(_Format):
     chunk_object = "chat.completion.chunk"
 
     @classmethod
-    def make(
-        cls,
-        id: str,
-        model_name: str,
-        tokenizer: Tokenizer,
-        params: GenerationParams,
-        generations: Sequence[Generation],
-    ) -> "_Format":
+    def kind_for(cls, tokenizer: Tokenizer, params: GenerationParams) -> "type[_Format]":
         assert isinstance(params, ChatCompletionRequest)
-        kind = cls if is_only_text(tokenizer, params) else _PartsFormat
-        return kind(id, model_name, tokenizer, params, generations)
+        return cls if is_only_text(tokenizer, params) else _PartsFormat
 
     def prompt_ids(self, index: int | None) -> dict[str, Any]:
         return {"prompt_token_ids": [*self._prompts[0]]} if self._prompts and index is None else {}
