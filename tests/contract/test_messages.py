@@ -16,11 +16,11 @@ from pydantic import TypeAdapter
 
 import chat_templates as templates
 from asgi_client import Exchange, call, exchange, with_state
-from fake_engine import FakeRunner, byte_tokenizer, expected_text, make_scheduler
+from fake_engine import FakeRunner, expected_text, make_scheduler
 from headrace.server.api_keys import append_key, create_key
 from headrace.server.app import App
-from live_app import LiveApp, live_app
-from speaking_model import SpeakingRunner
+from live_app import live_app
+from speaking_model import speaking
 
 pytestmark = pytest.mark.anyio
 
@@ -51,15 +51,6 @@ async def client_of(app: App, key: str = "none") -> AsyncIterator[AsyncAnthropic
         ) as client,
     ):
         yield client
-
-
-@asynccontextmanager
-async def speaking(answer: str, template: str = templates.QWEN3, **settings: Any) -> AsyncIterator[LiveApp]:
-    """A model that answers so, whatever it is asked."""
-    tokenizer = byte_tokenizer(template)
-    runner, scheduler = SpeakingRunner(tokenizer, answer), make_scheduler(num_blocks=512)
-    async with live_app(runner=runner, scheduler=scheduler, tokenizer=tokenizer, **settings) as app:
-        yield app
 
 
 async def create(app: App, **fields: Any) -> Exchange:

@@ -15,12 +15,12 @@ from ollama import AsyncClient, ChatResponse, GenerateResponse, ListResponse, Pr
 
 import chat_templates as templates
 from asgi_client import Exchange, call, exchange, with_state
-from fake_engine import FakeRunner, byte_tokenizer, expected_text, make_scheduler
+from fake_engine import FakeRunner, byte_tokenizer, expected_text
 from headrace.server.api_keys import append_key, create_key
 from headrace.server.app import App
 from headrace.server.model_details import ModelDetails
-from live_app import LiveApp, live_app
-from speaking_model import SpeakingRunner
+from live_app import live_app
+from speaking_model import speaking
 
 pytestmark = pytest.mark.anyio
 
@@ -39,15 +39,6 @@ async def client_of(app: App, **headers: str) -> AsyncIterator[AsyncClient]:
     transport = httpx.ASGITransport(with_state(app.asgi))
     async with AsyncClient("http://127.0.0.1:8000", transport=transport, headers=headers) as client:
         yield client
-
-
-@asynccontextmanager
-async def speaking(answer: str, template: str = templates.QWEN3, **settings: Any) -> AsyncIterator[LiveApp]:
-    """A model that answers so, whatever it is asked."""
-    tokenizer = byte_tokenizer(template)
-    runner, scheduler = SpeakingRunner(tokenizer, answer), make_scheduler(num_blocks=512)
-    async with live_app(runner=runner, scheduler=scheduler, tokenizer=tokenizer, **settings) as app:
-        yield app
 
 
 def lines_of(answer: Exchange, type: type[ChatResponse] | type[GenerateResponse]) -> list[dict[str, Any]]:

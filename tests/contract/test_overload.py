@@ -17,9 +17,8 @@ import httpx2
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from asgi_client import Exchange, call, chunks, exchange
+from asgi_client import Exchange, call, chunks, exchange, with_state
 from fake_engine import expected_text, make_scheduler
 from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.messages import Tier
@@ -768,15 +767,6 @@ async def test_the_last_usage_tells_the_seconds_of_each_part(tmp_path: Path, rou
         if options:
             nothing = [chunk["usage"] for chunk in chunks(answer.body)[:-1]]
             assert nothing == [None] * len(nothing)
-
-
-def with_state(app: ASGIApp) -> ASGIApp:
-    """The same app, called as a server does, whose scopes have a state."""
-
-    async def called(scope: Scope, receive: Receive, send: Send) -> None:
-        await app({**scope, "state": {}}, receive, send)
-
-    return called
 
 
 async def test_a_strict_openai_client_takes_the_usage_with_its_times_and_sees_refusals(tmp_path: Path) -> None:

@@ -10,10 +10,9 @@ import httpx2
 import openai
 import pytest
 from openai import AsyncOpenAI
-from starlette.types import Receive, Scope, Send
 
 import chat_templates as templates
-from asgi_client import Exchange, call, exchange
+from asgi_client import Exchange, call, exchange, with_state
 from fake_engine import FakeRunner, byte_tokenizer, expected_text, make_scheduler
 from headrace.server.api_keys import append_key, create_key
 from headrace.server.drain import drain
@@ -34,13 +33,10 @@ STOPPED = {"stop": TEXT[7:9]}
 def client_of(app: LiveApp, secret: str = "none") -> AsyncOpenAI:
     """OpenAI's client, which raises for a field that is missing or of another type."""
 
-    async def asgi(scope: Scope, receive: Receive, send: Send) -> None:
-        await app.asgi({**scope, "state": {}}, receive, send)
-
     return AsyncOpenAI(
         base_url="http://127.0.0.1/v1",
         api_key=secret,
-        http_client=httpx2.AsyncClient(transport=httpx2.ASGITransport(asgi)),
+        http_client=httpx2.AsyncClient(transport=httpx2.ASGITransport(with_state(app.asgi))),
         max_retries=0,
         _strict_response_validation=True,
     )

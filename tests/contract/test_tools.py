@@ -12,10 +12,9 @@ import openai
 import pytest
 from openai import AsyncOpenAI, pydantic_function_tool
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
 
 import chat_templates as templates
-from asgi_client import call, chunks, exchange
+from asgi_client import call, chunks, exchange, with_state
 from fake_engine import FakeRunner, byte_tokenizer
 from headrace.server.app import App
 from live_app import LiveApp, live_app
@@ -53,11 +52,8 @@ async def speaking(
 
 @asynccontextmanager
 async def client_of(app: App) -> AsyncIterator[AsyncOpenAI]:
-    async def with_state(scope: Scope, receive: Receive, send: Send) -> None:
-        await app.asgi({**scope, "state": {}}, receive, send)
-
     async with (
-        httpx2.AsyncClient(transport=httpx2.ASGITransport(with_state)) as http,
+        httpx2.AsyncClient(transport=httpx2.ASGITransport(with_state(app.asgi))) as http,
         AsyncOpenAI(
             base_url="http://127.0.0.1:8000/v1",
             api_key="none",

@@ -1,12 +1,16 @@
 """A fake model that says what it is told to."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from types import MappingProxyType
+from typing import Any
 
-from fake_engine import EOS, FakeRunner, fake_logprobs
+import chat_templates as templates
+from fake_engine import EOS, FakeRunner, byte_tokenizer, fake_logprobs, make_scheduler
 from headrace.scheduler.messages import RowResult
 from headrace.scheduler.scheduler import ScheduledRow, SchedulerOutput
 from headrace.server.tokenizer import Tokenizer
+from live_app import LiveApp, live_app
 
 
 class SpeakingRunner(FakeRunner):
@@ -34,3 +38,12 @@ class SpeakingRunner(FakeRunner):
         return result._replace(
             token_id=token_id, logprobs=None if num_top is None else fake_logprobs(token_id, num_top)
         )
+
+
+@asynccontextmanager
+async def speaking(answer: str, template: str = templates.QWEN3, **settings: Any) -> AsyncIterator[LiveApp]:
+    """A model that answers so, whatever it is asked."""
+    tokenizer = byte_tokenizer(template)
+    runner, scheduler = SpeakingRunner(tokenizer, answer), make_scheduler(num_blocks=512)
+    async with live_app(runner=runner, scheduler=scheduler, tokenizer=tokenizer, **settings) as app:
+        yield app
