@@ -1,17 +1,18 @@
 """Keeping an answer within a grammar: which tokens may come next in each sequence that has one.
 
 A grammar is compiled once, on a worker thread, with the mask of the first token. Each of its sequences then has a
-state, owned by the engine thread; what a token does to it is found out by threads of this module, while the model
-already computes the next step. So a grammar whose masks take long delays its own sequences and nobody else's.
+state; what a token does to it is found out by threads of this module, while the model already computes the next step.
+So a grammar whose masks take long delays its own sequences and nobody else's.
 
 llguidance does the work: an Earley parser over a lexer of regular-expression derivatives, and the vocabulary as a trie.
 """
 
 import json
 import re
+import threading
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,11 @@ _NUMBERS = ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiv
 _SUBSCHEMAS = ("items", "prefixItems", "additionalItems", "additionalProperties", "anyOf", "allOf", "oneOf")
 _NAMED_SUBSCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 
+# That a state has become ready.
+_SETTLED = threading.Condition()
+
 Mask = npt.NDArray[np.uint32]
+Move = tuple["GrammarState", tuple[int, ...]]
 IntArray = npt.NDArray[np.int64]
 
 
@@ -75,31 +80,25 @@ class Grammar:
 
 
 class GrammarState:
-    """Where one sequence is in its grammar. One thread's, as all that it is told here is."""
+    """Where one sequence is in its grammar. It `is_ready` where it is known what may follow the last token, or never
+    will be, for an `error`: the engine thread's then, and else a compiler's."""
 
     def __init__(self, grammar: Grammar) -> None:
         self._grammar = grammar
         self._matcher: LLMatcher | None = None  # not before the first token: most of a copy's time is not the caller's
         self._next = grammar.first
-        self._pending: Future[Following] | None = None
+        self.compute_s = 0.0
+        self.is_ready = True
         self.error: str | None = None
 
     @property
-    def is_ready(self) -> bool:
-        """Whether what may follow the last token is known, or will never be, for an `error`."""
-        if self._pending is not None and self._pending.done():
-            self._take(self._pending)
-        return self._pending is None
+    def compiler(self) -> "GrammarCompiler":
+        return self._grammar.compiler
 
     @property
     def is_over(self) -> bool:
         """Whether nothing but the answer's end may follow; of a state that is ready."""
         return self._next.is_over
-
-    @property
-    def pending(self) -> "Future[Following] | None":
-        """What finds out what may follow the last token, None where that is known."""
-        return None if self.is_ready else self._pending
 
     def must_end(self, stop_token_ids: IntArray) -> bool:
         """Whether nothing may follow but the answer's end, or one of these tokens; of a state that is ready."""
@@ -114,23 +113,15 @@ class GrammarState:
         """The tokens that may follow, uint32 [ceil(V / 32)], bit by bit; of a state that is ready."""
         return self._next.mask
 
-    def advance(self, *token_ids: int) -> None:
-        """Have it found out what may follow these tokens; of a state that is ready."""
-        assert self._pending is None, "the token before is not in the grammar yet"
-        if self.error is None:
-            self._pending = self._grammar.compiler.submit(self, token_ids)
-
-    def wait(self, most_s: float | None = None) -> None:
-        """Block until it is ready, or so long."""
-        if self._pending is not None:
-            wait([self._pending], most_s)
-
-    def _take(self, pending: "Future[Following]") -> None:
-        try:
-            self._next = pending.result()
-        except GrammarError as error:
-            self.error = str(error)
-        self._pending = None
+    def settle(self, found: "Following | GrammarError") -> None:
+        """It is ready, with what was found to follow."""
+        if isinstance(found, GrammarError):
+            self.error = str(found)
+        else:
+            self._next = found
+        self.is_ready = True
+        with _SETTLED:
+            _SETTLED.notify_all()
 
     def compute(self, token_ids: tuple[int, ...]) -> Following:
         """What may follow these tokens; for the threads of this module. Raises: GrammarError."""
@@ -140,17 +131,36 @@ class GrammarState:
         # The token that ends an answer is taken by a matcher in error too.
         if not self._matcher.consume_tokens([*token_ids]) or self._matcher.is_error():
             raise GrammarError(_reason(self._matcher) or "the answer left its grammar")
-        following = self._grammar.compiler.following(self._matcher)
-        if time.thread_time() - began_s > _MAX_MASK_S:
+        following = self.compiler.following(self._matcher)
+        self.compute_s = time.thread_time() - began_s
+        if self.compute_s > _MAX_MASK_S:
             raise GrammarError("the grammar takes too long at this point of the answer")
         return following
 
 
-def wait_for_any(states: Iterable[GrammarState]) -> None:
+def advance(moves: list[Move]) -> None:
+    """Have it found out what may follow these tokens in these states, which are ready."""
+    by_compiler: dict[GrammarCompiler, list[Move]] = {}
+    for move in moves:
+        state = move[0]
+        assert state.is_ready, "the token before is not in the grammar yet"
+        if state.error is None:
+            state.is_ready = False
+            by_compiler.setdefault(state.compiler, []).append(move)
+    for compiler, own in by_compiler.items():
+        compiler.submit(own)
+
+
+def wait(states: Collection[GrammarState], most_s: float | None = None) -> None:
+    """Block until all of these are ready, or so long."""
+    with _SETTLED:
+        _SETTLED.wait_for(lambda: all(state.is_ready for state in states), most_s)
+
+
+def wait_for_any(states: Collection[GrammarState]) -> None:
     """Block until one of these is ready."""
-    pending = [state.pending for state in states]
-    if None not in pending:
-        wait([each for each in pending if each is not None], return_when=FIRST_COMPLETED)
+    with _SETTLED:
+        _SETTLED.wait_for(lambda: any(state.is_ready for state in states))
 
 
 class GrammarCompiler:
@@ -186,8 +196,10 @@ class GrammarCompiler:
             check_schema(text)
         return Grammar(self, matcher, first, _num_bytes(text, took_s))
 
-    def submit(self, state: GrammarState, token_ids: tuple[int, ...]) -> "Future[Following]":
-        return self._threads.submit(state.compute, token_ids)
+    def submit(self, moves: list[Move]) -> None:
+        """Have it found out what may follow the moves' tokens, one job for all of them: to hand each of a step's to a
+        thread takes longer than what most of them need."""
+        self._threads.submit(_settle, sorted(moves, key=lambda move: move[0].compute_s))
 
     def following(self, matcher: "LLMatcher") -> Following:
         """What may follow all that a matcher has been told. Raises: GrammarError where that is too complex."""
@@ -199,6 +211,18 @@ class GrammarCompiler:
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
+
+
+def _settle(moves: list[Move]) -> None:
+    for state, token_ids in moves:
+        found: Following | GrammarError
+        try:
+            found = state.compute(token_ids)
+        except GrammarError as error:
+            found = error
+        except BaseException as error:  # a panic of llguidance's is no Exception
+            found = GrammarError(f"the grammar cannot be followed here: {error}")
+        state.settle(found)
 
 
 def check_schema(text: str) -> None:

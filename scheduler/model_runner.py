@@ -19,7 +19,7 @@ from headrace.kernels.backend import Backend, PendingRead, StepBatch
 from headrace.kernels.sampling import LogProbabilities, Penalties, SamplingBatch, log_probabilities, upload
 from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.errors import DeviceLostError, ModelSourceError
-from headrace.scheduler.grammar import wait_for_any
+from headrace.scheduler.grammar import wait, wait_for_any
 from headrace.scheduler.messages import GenerationRequest, RowResult, SamplingParams, TokenLogprobs
 from headrace.scheduler.prompt_lookup import verified
 from headrace.scheduler.scheduler import MAX_TOKENS_WITH_DRAFTS, ScheduledRow, SchedulerOutput
@@ -321,9 +321,7 @@ def _late_rows(sampled: list[ScheduledRow], sampling: np.ndarray) -> frozenset[i
     if len(states) == len(sampled):
         wait_for_any(states.values())
         patience_s = _MASKS_PATIENCE_S
-    due_s = time.monotonic() + patience_s
-    for state in states.values():
-        state.wait(max(0.0, due_s - time.monotonic()))
+    wait(states.values(), patience_s)
     return frozenset(i for i, state in states.items() if not state.is_ready or state.error is not None)
 
 

@@ -30,6 +30,7 @@ from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.config import SchedulingPolicy
 from headrace.scheduler.deadlines import DeadlineHeap
 from headrace.scheduler.fair_queue import FairQueue, TenantAccount
+from headrace.scheduler.grammar import Move, advance
 from headrace.scheduler.kv_forecast import OutputLengths, projected_peak
 from headrace.scheduler.messages import (
     FinishReason,
@@ -242,6 +243,7 @@ class Scheduler:
         if times is not None and is_observed:
             self.observe(output.shape, times.ended_s - times.began_s)
         outputs = []
+        moves: list[Move] = []
         num_tokens = 0
         for row, result in zip(output.rows, results, strict=True):
             sequence = row.sequence
@@ -277,7 +279,7 @@ class Scheduler:
                 if token_id in sequence.end_token_ids or len(sequence.token_ids) >= sequence.num_total_tokens:
                     finish_reason = self._finish_reason(sequence, token_id)
                 if sequence.grammar is not None and finish_reason is None:
-                    sequence.grammar.advance(token_id)
+                    moves.append((sequence.grammar, (token_id,)))
                 if times is not None:
                     is_first = sequence.last_token_s is None
                     sequence.last_token_s = times.ended_s
@@ -301,6 +303,8 @@ class Scheduler:
                 outputs.append(_new(SequenceOutput, fields))
             if finish_reason is not None:
                 self._remove(sequence)
+        if moves:
+            advance(moves)
         self._lengths.count_tokens(num_tokens)
         return outputs
 

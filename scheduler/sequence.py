@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from headrace.scheduler.grammar import advance
 from headrace.scheduler.messages import GenerationRequest, Tier
 from headrace.scheduler.prompt_lookup import PromptLookup
 
@@ -100,7 +101,7 @@ class Sequence:
         self.sampling_record = b""
         self.grammar = None if request.grammar is None else request.grammar.begin()
         if self.grammar is not None and request.output_token_ids:
-            self.grammar.advance(*request.output_token_ids)
+            advance([(self.grammar, request.output_token_ids)])
         self.needs_last_token = request.sampling.has_penalties or self.grammar is not None
         self.is_draftable = not self.needs_last_token and request.sampling.num_logprobs is None
         self.lookup: PromptLookup | None = None

@@ -15,6 +15,7 @@ from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.config import SchedulingPolicy
 from headrace.scheduler.engine_core import ComputedStep, LaunchedStep
 from headrace.scheduler.errors import DeviceLostError
+from headrace.scheduler.grammar import wait
 from headrace.scheduler.messages import RowResult, TokenLogprobs
 from headrace.scheduler.prompt_lookup import verified
 from headrace.scheduler.scheduler import ScheduledRow, Scheduler, SchedulerOutput
@@ -70,7 +71,7 @@ def run(output: SchedulerOutput, pending: Mapping[int, int] = MappingProxyType({
         more = verified(row.draft, [token_id, *others])[1:]
         grammar = row.sequence.grammar
         if grammar is not None and row.is_sampled:
-            grammar.wait()
+            wait([grammar])
             if not grammar.is_ready or grammar.error is not None:
                 results.append(RowResult(prompt_logprobs=prompt, is_late=True))
                 continue

@@ -11,9 +11,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+import fake_engine
 from fake_engine import EOS, VOCAB_SIZE, byte_tokenizer, make_scheduler, next_allowed, run
 from headrace.scheduler import grammar as grammar_module
-from headrace.scheduler.grammar import Grammar, GrammarCompiler, GrammarError, GrammarState
+from headrace.scheduler.grammar import (
+    Following,
+    Grammar,
+    GrammarCompiler,
+    GrammarError,
+    GrammarState,
+    advance,
+    wait,
+)
 from headrace.scheduler.messages import (
     FinishReason,
     GenerationRequest,
@@ -40,8 +49,8 @@ def bits(mask: npt.NDArray[np.uint32]) -> set[int]:
 def after(grammar: Grammar, text: str | bytes) -> GrammarState:
     state = grammar.begin()
     if text:
-        state.advance(*(text.encode() if isinstance(text, str) else text))
-        state.wait()
+        advance([(state, tuple(text.encode() if isinstance(text, str) else text))])
+        wait([state])
     assert state.is_ready
     return state
 
@@ -147,7 +156,7 @@ def test_a_states_tokens_are_its_own(compiler: GrammarCompiler) -> None:
 def test_a_token_that_the_grammar_does_not_have_there_is_an_error(compiler: GrammarCompiler) -> None:
     state = after(compiler.compile(REGEX, "ab"), "ax")
     assert state.error is not None
-    state.advance(ord("b"))
+    advance([(state, (ord("b"),))])
     assert state.is_ready
     assert state.error is not None
 
@@ -225,8 +234,8 @@ def test_what_would_take_too_long_or_too_much_is_refused_or_bounded(
         if state.error is not None or state.is_over:
             break
         token_id = next_allowed(state.mask, (token_id * 31 + 7) % EOS)
-        state.advance(token_id)
-        state.wait()
+        advance([(state, (token_id,))])
+        wait([state])
         assert state.is_ready
 
 
@@ -354,20 +363,21 @@ class SlowState(GrammarState):
     """Knows what follows when it is told to."""
 
     def __init__(self, grammar: Grammar) -> None:
-        super().__init__(grammar)
         self.is_held = False
+        self._is_ready = True
+        super().__init__(grammar)
 
     @property
     def is_ready(self) -> bool:
-        return not self.is_held and super().is_ready
+        return not self.is_held and self._is_ready
 
-    def wait(self, most_s: float | None = None) -> None:
-        if not self.is_held:
-            super().wait(most_s)
+    @is_ready.setter
+    def is_ready(self, is_ready: bool) -> None:
+        self._is_ready = is_ready
 
 
 def test_a_row_whose_mask_is_late_computes_its_last_token_again_and_others_do_not_wait(
-    compiler: GrammarCompiler,
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whenever the mask is late, for a prompt, a prompt found in the cache or an answer, the text is the same."""
     grammar = compiler.compile(REGEX, "[a-z]{30}")
@@ -376,6 +386,7 @@ def test_a_row_whose_mask_is_late_computes_its_last_token_again_and_others_do_no
     expected = finish(scheduler)[1]
     scheduler.add(request(grammar, max_tokens=30))  # its prompt is in the cache
     state = SlowState(grammar)
+    monkeypatch.setattr(fake_engine, "wait", lambda states: None if state.is_held else wait(states))
     next(iter(scheduler._sequences.values())).grammar = state
     scheduler.add(request(None, id=2, max_tokens=40))
     texts = {1: b"", 2: b""}
@@ -411,6 +422,23 @@ def test_a_grammar_that_becomes_too_complex_costs_its_own_answer(
     }
 
 
+class BrokenState(GrammarState):
+    def compute(self, token_ids: tuple[int, ...]) -> Following:
+        raise RuntimeError("broken")
+
+
+def test_of_the_states_that_advance_together_a_broken_one_has_an_error_and_others_do_not_notice(
+    compiler: GrammarCompiler,
+) -> None:
+    grammar = compiler.compile(REGEX, "ab?")
+    first, broken, last = states = [grammar.begin(), BrokenState(grammar), grammar.begin()]
+    advance([(state, (ord("a"),)) for state in states])
+    wait(states)
+    assert broken.error == "the grammar cannot be followed here: broken"
+    for state in (first, last):
+        assert (state.error, bits(state.mask)) == (None, {ord("b"), EOS})
+
+
 def test_a_sequence_that_ends_while_its_mask_is_made_leaves_nothing(compiler: GrammarCompiler) -> None:
     scheduler = make_scheduler()
     scheduler.add(request(compiler.compile(REGEX, "a+")))
@@ -421,7 +449,7 @@ def test_a_sequence_that_ends_while_its_mask_is_made_leaves_nothing(compiler: Gr
     scheduler.cancel(1)
     [dropped] = step(scheduler)
     assert dropped.finish_reason is FinishReason.CANCELLED
-    state.wait()
+    wait([state])
     left = weakref.ref(state)
     del sequence, state
     gc.collect()

@@ -3,7 +3,6 @@
 import math
 import threading
 from collections.abc import Sequence as Seq
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ from headrace.kernels.step_times import StepTimes
 from headrace.kernels.torch_backend import TorchBackend
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.errors import DeviceLostError
-from headrace.scheduler.grammar import Following, Grammar, GrammarState
+from headrace.scheduler.grammar import Following, Grammar, GrammarState, Move
 from headrace.scheduler.messages import FinishReason, GenerationRequest, SamplingParams, SequenceOutput, TokenLogprobs
 from headrace.scheduler.model_runner import ModelRunner
 from headrace.scheduler.scheduler import Scheduler
@@ -372,24 +371,23 @@ class AlternatingCompiler:
 
     def __init__(self, *, is_slow: bool = False) -> None:
         self.is_slow = is_slow
-        self.delayed: list[tuple[Future[Following], Following]] = []
+        self.delayed: list[tuple[GrammarState, Following]] = []
 
     def following(self, parity: int) -> Following:
         ids = np.arange(-(-VOCAB_SIZE // 32) * 32)
         return Following(np.packbits(ids % 2 == parity, bitorder="little").view(np.uint32), is_over=False)
 
-    def submit(self, state: GrammarState, token_ids: tuple[int, ...]) -> "Future[Following]":
-        future: Future[Following] = Future()
-        following = self.following(1 - token_ids[-1] % 2)
-        if self.is_slow and token_ids[-1] % 3 == 0:
-            self.delayed.append((future, following))
-        else:
-            future.set_result(following)
-        return future
+    def submit(self, moves: list[Move]) -> None:
+        for state, token_ids in moves:
+            following = self.following(1 - token_ids[-1] % 2)
+            if self.is_slow and token_ids[-1] % 3 == 0:
+                self.delayed.append((state, following))
+            else:
+                state.settle(following)
 
     def catch_up(self) -> None:
-        for future, following in self.delayed:
-            future.set_result(following)
+        for state, following in self.delayed:
+            state.settle(following)
         self.delayed.clear()
 
     def grammar(self) -> Grammar:
