@@ -19,6 +19,7 @@ from headrace.server.protocol import (
     MAX_TOOLS,
     ChatCompletionRequest,
     Count,
+    Effort,
     FieldNames,
     Flag,
     Name,
@@ -201,7 +202,7 @@ class JsonFormat(BaseModel):
 
 
 class OutputConfig(BaseModel):
-    effort: Literal["high"] | None = None
+    effort: Effort | None = None
     format: JsonFormat | None = None
 
 
@@ -235,7 +236,11 @@ class CountTokensRequest(BaseModel):
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "compaction": (),
         "container": (),
-        "context_management": (),
+        "context_management": (
+            {},
+            {"edits": []},
+            {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        ),
         "diagnostics": (),
         "fallbacks": (),
         "inference_geo": (),
@@ -271,6 +276,8 @@ class CountTokensRequest(BaseModel):
             fields["continue_final_message"] = True
         if self.thinking is not None:
             fields["chat_template_kwargs"] = thinking_variables(self.has_thinking)
+        if self.output_config is not None and self.output_config.effort is not None:
+            fields["reasoning_effort"] = self.output_config.effort
         if self.tools:
             fields["tools"] = [tool.as_chat() for tool in self.tools]
         if self.tool_choice is not None:

@@ -122,6 +122,7 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Penalty = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-2, le=2)]
 Bias = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-100, le=100)]
 NumLogprobs = Annotated[int, Field(strict=True, ge=0, le=20)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 ToolName = Annotated[str, Field(strict=True, max_length=MAX_TOOL_NAME_CHARS, pattern="^[a-zA-Z0-9_-]+$")]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
@@ -600,6 +601,12 @@ def thinking_variables(is_thinking: bool) -> dict[str, bool]:
     return {"enable_thinking": is_thinking, "thinking": is_thinking}
 
 
+def effort_variables(effort: Effort) -> dict[str, Any]:
+    """How long the model shall think, as those chat templates know it whose models were trained for that. Others are
+    told no more than whether."""
+    return thinking_variables(False) if effort == "none" else {"reasoning_effort": effort}
+
+
 class ChatCompletionRequest(GenerationParams):
     messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
     add_generation_prompt: Flag | None = None
@@ -617,7 +624,7 @@ class ChatCompletionRequest(GenerationParams):
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: Flag | None = None
-    reasoning_effort: Literal["none"] | None = None
+    reasoning_effort: Effort | None = None
 
     rules: ClassVar[list[dict[str, Any]]] = [
         *GenerationParams.rules,
@@ -681,7 +688,7 @@ class ChatCompletionRequest(GenerationParams):
     @property
     def template_variables(self) -> dict[str, Any]:
         """The chat template's own; what is said of them by name counts."""
-        told = thinking_variables(False) if self.reasoning_effort == "none" else {}
+        told = {} if self.reasoning_effort is None else effort_variables(self.reasoning_effort)
         return {**told, **(self.chat_template_kwargs or {})}
 
     @property

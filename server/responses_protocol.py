@@ -20,6 +20,7 @@ from headrace.server.protocol import (
     TOOL_CHOICE_RULE,
     ChatCompletionRequest,
     Count,
+    Effort,
     FieldNames,
     Flag,
     FunctionName,
@@ -30,7 +31,6 @@ from headrace.server.protocol import (
     ToolName,
     parse_request,
     refuse_unsupported,
-    thinking_variables,
 )
 
 _MAX_METADATA_PAIRS = 16
@@ -195,11 +195,11 @@ class TextConfig(BaseModel):
 
 
 class ReasoningConfig(BaseModel):
-    """Nobody here can tell a model how long to think, only whether, or summarises what it thought."""
+    """What was thought is shown as it was: a summary that is asked for stays empty."""
 
-    effort: Literal["none"] | None = None
-    summary: None = None
-    generate_summary: None = None
+    effort: Effort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
 class ResponsesRequest(BaseModel):
@@ -300,15 +300,13 @@ class ResponsesRequest(BaseModel):
         Raises: ApiError, in the words of a chat completion: see `FIELD_NAMES`.
         """
         others = {name: value for name, value in fields.items() if name not in type(self).model_fields}
-        variables = others.get("chat_template_kwargs") or {}
-        if self.reasoning is not None and self.reasoning.effort == "none" and isinstance(variables, dict):
-            others["chat_template_kwargs"] = thinking_variables(False) | variables
         own = {name: value for name, value in self._chat_fields().items() if value is not None}
         return parse_request(ResponseParams, others | own | {"messages": messages_of(self.instructions, items)})
 
     def _chat_fields(self) -> dict[str, Any]:
         return {
             "max_completion_tokens": self.max_output_tokens,
+            "reasoning_effort": self.reasoning and self.reasoning.effort,
             "logprobs": self.has_logprobs,
             "top_logprobs": self.top_logprobs,
             "tools": self.tools and [tool.as_chat() for tool in self.tools],
@@ -329,7 +327,10 @@ class ResponsesRequest(BaseModel):
             "parallel_tool_calls": self.parallel_tool_calls is not False,
             "previous_response_id": self.previous_response_id,
             "prompt_cache_key": self.prompt_cache_key,
-            "reasoning": {"effort": self.reasoning and self.reasoning.effort, "summary": None},
+            "reasoning": {
+                "effort": self.reasoning and self.reasoning.effort,
+                "summary": self.reasoning and self.reasoning.summary,
+            },
             "safety_identifier": self.safety_identifier,
             "service_tier": "default",
             "store": self.store is not False,

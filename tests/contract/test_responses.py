@@ -498,7 +498,7 @@ async def test_what_is_held_back_behind_reasoning_counts_as_what_it_turns_out_to
 
 
 async def test_a_model_that_reasons_is_told_not_to() -> None:
-    told = "{{ ('yes' if enable_thinking else 'no') if enable_thinking is defined else 'unknown' }}"
+    told = "{{ ('yes' if enable_thinking else 'no') if enable_thinking is defined else reasoning_effort or 'unknown' }}"
     tokenizer = byte_tokenizer(templates.QWEN3 + told)
     runner = SpeakingRunner(tokenizer, "Yes.")
     async with live_app(runner=runner, tokenizer=tokenizer, scheduler=make_scheduler(num_blocks=512)) as app:
@@ -506,6 +506,7 @@ async def test_a_model_that_reasons_is_told_not_to() -> None:
             ({}, "unknown"),
             ({"reasoning": {"effort": None}}, "unknown"),
             ({"reasoning": {"effort": "none"}}, "no"),
+            ({"reasoning": {"effort": "high", "summary": "auto"}}, "high"),
             ({"reasoning": {"effort": "none"}, "chat_template_kwargs": {"enable_thinking": True}}, "yes"),
         ):
             runner.prompts.clear()
@@ -742,8 +743,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "text.format.schema",
     ),
     "text.verbosity": ({"text": {"verbosity": "low"}}, "text.verbosity"),
-    "reasoning.effort": ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
-    "reasoning.summary": ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
+    "reasoning.effort": ({"reasoning": {"effort": "utmost"}}, "reasoning.effort"),
+    "reasoning.summary": ({"reasoning": {"summary": "long"}}, "reasoning.summary"),
     "truncation": ({"truncation": "auto"}, "truncation"),
     "extensions": ({"top_k": -2}, "top_k"),
     "best_of": ({"best_of": 2}, "best_of"),
