@@ -395,6 +395,10 @@ def narrow(demo_model: Path) -> Iterator[ServerProcess]:
         "[1e6,1e6,1e6]",
     )
     with serving("--dtype", "float32", "--kv-cache-bytes", "256MiB", *args) as process:
+        # Who is refused is told to wait as long as answers are used to take.
+        with httpx.Client(base_url=process.url()) as http:
+            for _ in range(64):
+                http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).raise_for_status()
         yield process
 
 

@@ -541,7 +541,7 @@ def _tools() -> Iterator[BadInput]:
         asked = {"tools": [_tool(name="g"), _tool(name="f", parameters=schema)], **required}
         yield chat(f"a required call with a schema {name}", asked, "tools[1].function.parameters")
     large = {"tools": [_tool(name="f", parameters={"description": "x" * 200_000})], **required}
-    yield chat("a required call with a schema of 200,000 characters", large)
+    yield chat("a required call with a schema of 200,000 characters", large, most_mib=32)
     yield chat("functions", {"functions": [{"name": "f"}]}, code=_UNSUPPORTED)
     yield chat("a function call", {"function_call": {"name": "f"}}, code=_UNSUPPORTED)
 

@@ -1,6 +1,8 @@
 """The C++ kernel, compiled once per session for every instruction set that this machine has."""
 
 import ctypes
+import fcntl
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,7 +32,19 @@ def why_not(instruction_set: InstructionSet) -> str | None:
 
 @pytest.fixture(scope="session")
 def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
+    """One for all of the session's workers."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return tmp_path_factory.mktemp("kernels")
+    folder = tmp_path_factory.getbasetemp().parent / "kernels"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def load_once(instruction_set: InstructionSet, folder: Path) -> ctypes.CDLL:
+    """Load what one worker has compiled and the others have waited for."""
+    with (folder / f"{instruction_set.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return load_library(instruction_set, folder)
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +52,7 @@ def libraries(kernel_folder: Path) -> dict[str, ctypes.CDLL]:
     runnable = [each for each in SETS.values() if why_not(each) is None]
     with ThreadPoolExecutor(2) as pool:
         try:
-            loaded = list(pool.map(lambda each: load_library(each, kernel_folder), runnable))
+            loaded = list(pool.map(lambda each: load_once(each, kernel_folder), runnable))
         except KernelUnavailableError as error:
             if "no C++ compiler" not in str(error):
                 raise

@@ -70,10 +70,11 @@ def test_no_memory_is_misused_and_nothing_undefined_computed(tmp_path: Path) -> 
     }
     sets = runnable_sets()
     if not os.environ.get("TESTS_LONG"):
-        sets = [*sets[:2], *sets[2:][-1:]]  # what serves here, and what serves everywhere
+        sets = sets[:1]  # what serves here
     check(tmp_path, sets, ADDRESS_FLAGS, environment)
 
 
+@pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
 def test_threads_do_not_race(tmp_path: Path) -> None:
     """One instruction set tells: all share their memory in the same places."""
     environment = {

@@ -265,7 +265,7 @@ def test_infinity_takes_all() -> None:
 def test_frequencies_are_the_distribution(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_sampling, "_CHUNK", 256)
     monkeypatch.setattr(triton_sampling, "_LIST_TILE", 256)
-    num_draws = 1000 if DEVICE.type == "cuda" else 30
+    num_draws = 1000 if DEVICE.type == "cuda" else 12
     row = peaked(1, 600, seed=9)
     # Evenly spread, a token's interval catches its share to within one draw.
     uniforms = ((torch.arange(num_draws) + 0.5) / num_draws).tolist()
