@@ -394,7 +394,7 @@ def narrow(demo_model: Path) -> Iterator[ServerProcess]:
         "--ttft-targets-s",
         "[1e6,1e6,1e6]",
     )
-    with serving("--dtype", "float32", "--kv-cache-bytes", "256MiB", *args) as process:
+    with serving("--batch-invariant", "--kv-cache-bytes", "256MiB", *args) as process:
         # Who is refused is told to wait as long as answers are used to take.
         with httpx.Client(base_url=process.url()) as http:
             for _ in range(64):

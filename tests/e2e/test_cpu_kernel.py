@@ -27,7 +27,7 @@ from server_process import ServerProcess, serving
 TEXT = Path(__file__).parent / "texts" / "mill.txt"
 is_long = pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
 
-NUM_TOKENS = 600
+NUM_TOKENS = 600 if os.environ.get("TESTS_LONG") else 300
 MAX_TOKENS = 1024
 
 

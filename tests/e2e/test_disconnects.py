@@ -18,7 +18,7 @@ def small(demo_model: object) -> Iterator[ServerProcess]:
     flags = ["--kv-cache-bytes", "512MiB", "--max-num-seqs", "2", "--max-num-batched-tokens", "32"]
     # Two, however long a step takes on a busy machine.
     flags += ["--itl-targets-ms=1e6,1e6,1e6", "--ttft-targets-s=1e6,1e6,1e6"]
-    with serving("--dtype", "float32", *flags) as process:
+    with serving("--batch-invariant", *flags) as process:
         yield process
 
 

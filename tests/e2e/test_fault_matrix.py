@@ -130,7 +130,7 @@ def guarded(demo_model: object, tmp_path_factory: pytest.TempPathFactory) -> Ite
     # Four, however long a step takes on a busy machine.
     flags += ["--itl-targets-ms=1e6,1e6,1e6", "--ttft-targets-s=1e6,1e6,1e6", "--kv-cache-bytes", "512MiB"]
     with (
-        serving("--dtype", "float32", "--api-keys-file", str(keys), *flags) as server,
+        serving("--batch-invariant", "--api-keys-file", str(keys), *flags) as server,
         Watched(server, 12, AUTHORIZATION) as watched,
     ):
         yield watched

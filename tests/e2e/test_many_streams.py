@@ -23,7 +23,7 @@ SUBJECTS = ["a mill", "the sea", "an old clock", "two foxes", "winter", "a bridg
 def wide(demo_model: object) -> Iterator[ServerProcess]:
     # How many may run at once is left to memory alone: nobody is refused or kept waiting for how long a step takes.
     targets = ["--ttft-targets-s=1e6,1e6,1e6", "--itl-targets-ms=1e6,1e6,1e6"]
-    with serving("--dtype", "float32", "--kv-cache-bytes", str(KV_BYTES), *targets) as process:
+    with serving("--batch-invariant", "--kv-cache-bytes", str(KV_BYTES), *targets) as process:
         yield process
 
 

@@ -30,7 +30,7 @@ NUM_EVENTS = 40
 @pytest.fixture(scope="module")
 def upstream(demo_model: Path) -> Iterator[ServerProcess]:
     with serving(
-        *("--dtype", "float32", "--kv-cache-bytes", "512MiB", "--allowed-hosts", json.dumps([SERVER_NAME]))
+        *("--batch-invariant", "--kv-cache-bytes", "512MiB", "--allowed-hosts", json.dumps([SERVER_NAME]))
     ) as process:
         yield process
 

