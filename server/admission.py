@@ -185,6 +185,16 @@ class Admission:
         target_s = _USED_SHARE * self.targets_s[demand.tier] + idle_s
         return Prediction(self.kappa * (raw_s - own_s) + own_s, target_s, raw_s)
 
+    def predict_longest(self, load: LoadSnapshot, tier: Tier) -> float:
+        """Seconds to the first token of the next request of the tier's tenant that waits for most, beside those of its
+        own prompt."""
+        tenant, queue = max(
+            self._queues[tier].items(),
+            key=lambda named: named[1].num_tokens * named[1].uncached_share / named[1].weight,
+            default=("", _TenantQueue()),
+        )
+        return self.predict(load, Demand(tier, tenant, queue.weight, 0)).ttft_s
+
     def admit(self, load: LoadSnapshot, demand: Demand) -> Prediction:
         """Raises: OverloadedError where the first token would come too late. An idle server takes everything."""
         prediction = self.predict(load, demand)
