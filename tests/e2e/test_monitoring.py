@@ -135,12 +135,8 @@ def test_what_replicas_are_scaled_by_is_one_number_for_all_of_them_or_for_each(w
     queries = [trigger["metadata"]["query"] for trigger in KEDA["spec"]["triggers"]]
     for rule in ADAPTER["rules"]["custom"]:
         # The adapter's variables; without Kubernetes an instance is what a pod is there.
-        filled = {
-            "Series": rule["seriesQuery"].partition("{")[0],
-            "LabelMatchers": 'job="headrace"',
-            "GroupBy": "instance",
-        }
-        queries.append(re.sub(r"<<\.(\w+)>>", lambda found, filled=filled: filled[found[1]], rule["metricsQuery"]))
+        query = rule["metricsQuery"].replace("<<.Series>>", rule["seriesQuery"].partition("{")[0])
+        queries.append(query.replace("<<.LabelMatchers>>", 'job="headrace"').replace("<<.GroupBy>>", "instance"))
     answers = [watched.query(query) for query in queries]
     assert [len(answer) for answer in answers] == [1] * 4
     shares = [float(answer[0]["value"][1]) for answer in answers[1::2]]
