@@ -185,11 +185,22 @@ class Admission:
         target_s = _USED_SHARE * self.targets_s[demand.tier] + idle_s
         return Prediction(self.kappa * (raw_s - own_s) + own_s, target_s, raw_s)
 
+    def predict_longest(self, load: LoadSnapshot, tier: Tier) -> float:
+        """Seconds to the first token of the next request of the tier's tenant that waits for most, beside those of its
+        own prompt; none while nobody is served."""
+        if self._is_idle(load):
+            return 0.0
+        tenant, queue = max(
+            self._queues[tier].items(),
+            key=lambda named: named[1].num_tokens * named[1].uncached_share / named[1].weight,
+            default=("", _TenantQueue()),
+        )
+        return self.predict(load, Demand(tier, tenant, queue.weight, 0)).ttft_s
+
     def admit(self, load: LoadSnapshot, demand: Demand) -> Prediction:
         """Raises: OverloadedError where the first token would come too late. An idle server takes everything."""
         prediction = self.predict(load, demand)
-        is_idle = load.num_running == 0 and not self._demands
-        if prediction.ttft_s > prediction.target_s and not is_idle:
+        if prediction.ttft_s > prediction.target_s and not self._is_idle(load):
             raise OverloadedError(
                 f"the first token would come after {prediction.ttft_s:.1f} s, and {demand.tier.value} requests of this "
                 f"length are to have theirs within {prediction.target_s:.1f} s",
@@ -200,6 +211,9 @@ class Admission:
                 target_ttft_s=prediction.target_s,
             )
         return prediction
+
+    def _is_idle(self, load: LoadSnapshot) -> bool:
+        return load.num_running == 0 and not self._demands
 
     def observe(self, predicted_raw_s: float, actual_s: float) -> None:
         """Learn from a first token that has come."""

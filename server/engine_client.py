@@ -115,7 +115,12 @@ class EngineClient:
         self.metrics = Metrics(model_name, lambda: self.load, lambda: self.num_waiting)
         admission = self.admission
         for tier in Tier:
-            self.metrics.watch_tier(tier, partial(admission.num_queued, tier), partial(self._ttft_target_s, tier))
+            self.metrics.watch_tier(
+                tier,
+                partial(admission.num_queued, tier),
+                partial(self._predicted_ttft_s, tier),
+                partial(self._ttft_target_s, tier),
+            )
         self.metrics.watch("queued_prompt_tokens", "Prompt tokens not begun", lambda: admission.num_queued_tokens)
         self.metrics.watch("ttft_kappa", "How far predictions are stretched", lambda: admission.kappa)
 
@@ -136,6 +141,9 @@ class EngineClient:
     @property
     def unfinished(self) -> list[Generation]:
         return list(self._generations.values())
+
+    def _predicted_ttft_s(self, tier: Tier) -> float:
+        return self.admission.predict_longest(self.load, tier)
 
     def _ttft_target_s(self, tier: Tier) -> float:
         return self.admission.targets_s[tier]

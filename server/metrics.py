@@ -166,6 +166,9 @@ class Metrics(RequestMetrics):
             self._finished.labels(reason.value)
         self._tier_waiting = self._gauge("tier_requests_waiting", "Requests accepted and not begun, by tier", "tier")
         self._ttft_target = self._gauge("ttft_target_seconds", "The longest predicted that is let in, by tier", "tier")
+        self._predicted_ttft = self._gauge(
+            "predicted_ttft_seconds", "First token of the next request, without its prompt's own time, by tier", "tier"
+        )
         self._model_bytes = self._gauge("model_bytes", "Memory of a one-shot model's weights", "model")
         gauges = _LoadCollector(load, num_waiting)
         self.registry.register(gauges)
@@ -177,9 +180,16 @@ class Metrics(RequestMetrics):
             if metric.name in _VLLM_NAMES:
                 yield generate_latest(_Collected(_as_vllms(metric, self._model_name)))
 
-    def watch_tier(self, tier: Tier, num_waiting: Callable[[], float], ttft_target_s: Callable[[], float]) -> None:
-        """Set where a tier's number of waiting requests and its target are asked when scraped."""
+    def watch_tier(
+        self,
+        tier: Tier,
+        num_waiting: Callable[[], float],
+        predicted_ttft_s: Callable[[], float],
+        ttft_target_s: Callable[[], float],
+    ) -> None:
+        """Set where a tier's number of waiting requests, its prediction and its target are asked when scraped."""
         self._tier_waiting.labels(tier.value).set_function(num_waiting)
+        self._predicted_ttft.labels(tier.value).set_function(predicted_ttft_s)
         self._ttft_target.labels(tier.value).set_function(ttft_target_s)
 
     def count_prompt(self, tenant: str, num_tokens: int) -> None:

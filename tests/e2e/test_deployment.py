@@ -13,26 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
-import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
-import yaml  # type: ignore[import-untyped]
 
-from headrace.server.app import App
-from headrace.server.settings import Settings, load_settings
+from headrace.server.settings import Settings
 from requirements import lack, need_program
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 # After the drain: connections, the engine and traces, five seconds each.
 CLOSING_S = 15
-
-
-def _served_paths() -> set[str]:
-    app = App(load_settings([], {}), "none", lambda: pytest.fail("loads"), lambda: pytest.fail("loads"))
-    return {getattr(route, "path", "") for route in app.asgi.routes}
 
 
 def test_systemd_accepts_the_unit_and_finds_it_well_confined(tmp_path: Path) -> None:
@@ -55,64 +46,6 @@ def test_the_unit_leaves_time_to_drain() -> None:
     assert int(timeout_s) > Settings().drain_grace_s + CLOSING_S
 
 
-@pytest.fixture(scope="module")
-def manifests() -> dict[str, Any]:
-    return {document["kind"]: document for document in yaml.safe_load_all((CONFIGS / "kubernetes.yaml").read_text())}
-
-
-@pytest.fixture(scope="module")
-def container(manifests: dict[str, Any]) -> Any:
-    [container] = manifests["Deployment"]["spec"]["template"]["spec"]["containers"]
-    return container
-
-
-@pytest.mark.parametrize("version", ["1.30", "1.34"])
-@pytest.mark.parametrize("has_keys", [False, True], ids=["as it stands", "with API keys"])
-def test_the_manifest_follows_kubernetes_schema(version: str, has_keys: bool) -> None:
-    text = (CONFIGS / "kubernetes.yaml").read_text()
-    if has_keys:
-        text, num_lines = re.subn(r"^( *)# (- \{|- name: keys|  secret:)", r"\1\2", text, flags=re.MULTILINE)
-        assert num_lines == 4
-    documents = list(yaml.safe_load_all(text))
-    assert [document["kind"] for document in documents] == ["Service", "Deployment"]
-    for document in documents:
-        kubernetes_validate.validate(document, version, strict=True)
-
-
-def test_the_manifests_variables_are_settings_of_the_server(container: Any) -> None:
-    load_settings([], {variable["name"]: variable["value"] for variable in container["env"]})
-
-
-def test_the_manifests_probes_ask_routes_that_exist(container: Any) -> None:
-    probes = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
-    assert {name: probe["path"] for name, probe in probes.items()} == {
-        "startup": "/ready",
-        "readiness": "/ready",
-        "liveness": "/health",
-    }
-    assert {probe["path"] for probe in probes.values()} <= _served_paths()
-    [port] = container["ports"]
-    assert {probe["port"] for probe in probes.values()} == {port["name"]}
-    assert port["containerPort"] == Settings().port
-
-
-def test_the_manifest_leaves_time_to_drain_and_fits_the_image_and_itself(
-    manifests: dict[str, Any], container: Any
-) -> None:
-    pod = manifests["Deployment"]["spec"]["template"]["spec"]
-    environ = {variable["name"]: variable["value"] for variable in container["env"]}
-    [_, pause_s] = container["lifecycle"]["preStop"]["exec"]["command"]
-    grace_s = load_settings([], environ).drain_grace_s
-    assert pod["terminationGracePeriodSeconds"] > int(pause_s) + grace_s + CLOSING_S
-    assert pod["enableServiceLinks"] is False
-    labels = manifests["Deployment"]["spec"]["template"]["metadata"]["labels"]
-    assert manifests["Service"]["spec"]["selector"].items() <= labels.items()
-    user = pod["securityContext"]["runAsUser"]
-    assert f"USER {user}:" in (CONFIGS / "Dockerfile").read_text()
-    mounted = {mount["name"] for mount in container["volumeMounts"]}
-    assert mounted == {volume["name"] for volume in pod["volumes"]}
-
-
 @dataclass
 class _Image:
     """An image as a folder: the Dockerfile's steps are run in it, as far as a folder can hold them.
@@ -130,9 +63,11 @@ class _Image:
     def step(self, instruction: str, rest: str) -> None:
         rest = re.sub(r"(?<=[\s=])/(usr|var)/(?=src/|lib/)", rf"{self.root}/\1/", f" {rest}").strip()
         match instruction:
-            case "FROM" | "ARG" | "VOLUME" | "EXPOSE":
+            case "FROM" | "VOLUME" | "EXPOSE":
                 pass
-            case "ENV":
+            case "ARG" if "=" not in rest:
+                pass
+            case "ARG" | "ENV":
                 self.env |= dict(pair.split("=", 1) for pair in shlex.split(rest))
             case "WORKDIR":
                 self.folder = Path(rest)

@@ -28,6 +28,8 @@ GPU_GAUGES = (ROOT / "server" / "gpu_gauges.py").read_text()
 DASHBOARD = json.loads((CONFIGS / "grafana.json").read_text())
 ALERTS = yaml.safe_load((CONFIGS / "alerts.yml").read_text())["groups"][0]["rules"]
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+KEDA = yaml.safe_load((CONFIGS / "kubernetes" / "components" / "keda" / "scaled-object.yaml").read_text())
+ADAPTER = yaml.safe_load((CONFIGS / "kubernetes" / "components" / "hpa" / "prometheus-adapter.yaml").read_text())
 EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel["targets"]] + [alert["expr"] for alert in ALERTS]
 # Of what a server without one-shot models and without a GPU has no samples.
 ABSENT = re.compile(r"headrace_(batch|gpu)_\w+")
@@ -127,6 +129,19 @@ def test_no_expression_names_a_metric_that_does_not_exist(watched: Watched) -> N
         for name in re.findall(r"headrace_\w+", expression):
             is_gpus = f'"{name.removeprefix("headrace_")}"' in GPU_GAUGES
             assert name in exposed or re.sub("_(bucket|sum|count)$", "", name) in exposed or is_gpus, name
+
+
+def test_what_replicas_are_scaled_by_is_one_number_for_all_of_them_or_for_each(watched: Watched) -> None:
+    queries = [trigger["metadata"]["query"] for trigger in KEDA["spec"]["triggers"]]
+    for rule in ADAPTER["rules"]["custom"]:
+        # The adapter's variables; without Kubernetes an instance is what a pod is there.
+        query = rule["metricsQuery"].replace("<<.Series>>", rule["seriesQuery"].partition("{")[0])
+        queries.append(query.replace("<<.LabelMatchers>>", 'job="headrace"').replace("<<.GroupBy>>", "instance"))
+    answers = [watched.query(query) for query in queries]
+    assert [len(answer) for answer in answers] == [1] * 4
+    shares = [float(answer[0]["value"][1]) for answer in answers[1::2]]
+    assert shares[0] == shares[1]
+    assert 0 <= shares[0] < 1, "a server that has nothing to do"
 
 
 def test_the_alerts_are_loaded_and_none_is_raised_by_a_server_that_is_well(watched: Watched) -> None:

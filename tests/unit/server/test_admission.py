@@ -246,6 +246,30 @@ def test_free_places_make_waiting_for_ends_needless() -> None:
 
 
 @pytest.mark.parametrize("tier", Tier)
+def test_a_tiers_longest_prediction_is_that_of_its_tenant_with_most_waiting_for_its_weight(tier: Tier) -> None:
+    clocked = Clocked()
+
+    def longest_s() -> float:
+        return clocked.admission.predict_longest(ROOMY, tier)
+
+    assert longest_s() == pytest.approx(0, abs=1e-6), "nobody waits"
+    clocked.enter("light", 300, tier)
+    clocked.enter("heavy", 400, tier, weight=4.0)
+    clocked.stop_arriving()
+    # The light one's 300 tokens, and all 400 of the other, which has four times its share.
+    assert longest_s() == pytest.approx((300 + 400) / 100)
+    assert longest_s() == clocked.predict(Demand(tier, "light", 1.0, 0), ROOMY).ttft_s
+
+
+def test_on_an_idle_server_the_next_first_token_waits_for_nothing_not_even_for_a_step() -> None:
+    clocked = Clocked()
+    idle = LoadSnapshot(prefill_tokens_per_s=100.0, step_s=0.5)
+    assert clocked.admission.predict_longest(idle, Tier.STANDARD) == 0
+    clocked.enter("other", 0)
+    assert clocked.admission.predict_longest(idle, Tier.STANDARD) == 0.5
+
+
+@pytest.mark.parametrize("tier", Tier)
 def test_the_target_is_the_tiers_and_the_time_its_own_prompt_takes_on_an_idle_server(tier: Tier) -> None:
     clocked = Clocked()
     clocked.enter("other", 10_000, tier)

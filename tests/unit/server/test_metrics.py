@@ -179,7 +179,7 @@ def test_ends_are_counted_by_reason_and_cancellations_by_phase() -> None:
 def test_labels_come_from_closed_sets_and_no_creation_times_are_shown() -> None:
     metrics = make()
     for tier in Tier:
-        metrics.watch_tier(tier, lambda: 0, lambda: 8.0)
+        metrics.watch_tier(tier, lambda: 0, lambda: 0.5, lambda: 8.0)
     for status in (400, 429):
         metrics.rejected.labels(str(status)).inc()
     for family in families(metrics):
@@ -203,15 +203,16 @@ def test_each_tier_and_reason_that_a_request_is_shed_for_is_counted_apart_and_th
             assert read["headrace_requests_shed_total", key] == (1 if j >= i else 0)
 
 
-def test_what_waits_in_each_tier_and_its_target_are_asked_for_when_they_are_shown() -> None:
+def test_what_waits_in_each_tier_its_prediction_and_its_target_are_asked_for_when_they_are_shown() -> None:
     metrics = make()
     waiting = dict(zip(Tier, (3, 0, 7), strict=True))
     for tier in Tier:
         asked = partial(waiting.__getitem__, tier)
-        metrics.watch_tier(tier, asked, lambda asked=asked: asked() / 2)  # type: ignore[misc]
+        metrics.watch_tier(tier, asked, lambda asked=asked: asked() / 4, lambda asked=asked: asked() / 2)  # type: ignore[misc]
     for num in (7, 8):
         waiting[Tier.BATCH] = num
         assert value(metrics, "headrace_tier_requests_waiting", tier="batch") == num
+        assert value(metrics, "headrace_predicted_ttft_seconds", tier="batch") == num / 4
         assert value(metrics, "headrace_ttft_target_seconds", tier="batch") == num / 2
         assert value(metrics, "headrace_tier_requests_waiting", tier="premium") == 3
 
