@@ -69,10 +69,10 @@ $(CLIENT_VENVS)/vllm-bench/endpoint_request_func.py: $(CLIENTS)/vllm-source.txt 
 serve: setup
 	@$(BIN)/headrace serve $(ARGS)
 
-# Two workers, each with one thread of torch's, and then those that start servers, which want all cores.
+# Two workers, each with one thread of torch's, and then those that start servers, a file after the other in each.
 test: setup-test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/unit tests/contract $(ARGS)
-	@$(BIN)/python -m pytest tests/e2e tests/soak $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/e2e tests/soak $(ARGS)
 
 test-all: setup-test setup-clients
 	@TESTS_LONG=1 $(BIN)/python -m pytest tests $(ARGS)
