@@ -13,7 +13,8 @@ from typing_extensions import TypedDict
 
 
 class Error(TypedDict):
-    """`param` names the field at fault. An overload also says for which tier, and what was predicted and allowed."""
+    """`param` names the field at fault. An overload also says for which tier, and what was predicted and allowed. What
+    another replica has comes with that one's name and its `url`, or null."""
 
     message: str
     type: str

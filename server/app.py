@@ -5,11 +5,12 @@ Made on the main thread, run on the event loop. It wires the parts together and 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 import anyio.lowlevel
@@ -45,6 +46,7 @@ from headrace.server.grammars import Grammars
 from headrace.server.guard import guards
 from headrace.server.idempotency import Idempotency
 from headrace.server.journal import Journal
+from headrace.server.journal_folder import JournalFolder
 from headrace.server.messages_api import MessagesApi
 from headrace.server.model_details import ModelDetails
 from headrace.server.model_response import ID_PREFIX, ModelResponse
@@ -54,10 +56,12 @@ from headrace.server.one_shot_api import OneShotApi
 from headrace.server.one_shot_models import OneShots, OneShotSource
 from headrace.server.openai_api import OpenAIApi
 from headrace.server.openapi import OpenApi
+from headrace.server.replicas import Replicas
 from headrace.server.request_log import declared_route, log_request, log_unaccepted
 from headrace.server.responses_api import ResponsesApi
 from headrace.server.restore import Shelf, restore_streams
 from headrace.server.settings import Settings
+from headrace.server.shared_journals import SharedJournals, open_own_journal
 from headrace.server.stream_registry import NativeStream, StreamRegistry
 from headrace.server.tenant_limits import TenantLimits
 from headrace.server.tickets import Tickets
@@ -102,10 +106,13 @@ class App:
         self.settings = settings
         self.keys = None if settings.api_keys_file is None else ApiKeys(Path(settings.api_keys_file))
         self.journal: Journal | None = None
+        folder: JournalFolder | None = None
+        model, fsync = f"{model_name} {model_fingerprint}", settings.journal_fsync
         if settings.journal_file is not None:
-            self.journal = Journal(
-                Path(settings.journal_file), settings.journal_fsync, f"{model_name} {model_fingerprint}"
-            )
+            self.journal = Journal(Path(settings.journal_file), fsync, model)
+        elif settings.journal_dir is not None:
+            folder = JournalFolder(Path(settings.journal_dir), settings.replica_name)
+            self.journal = open_own_journal(folder, fsync, model)
         targets_s = settings.ttft_targets_s
         self.client = EngineClient(
             load_engine,
@@ -124,7 +131,7 @@ class App:
         self.metrics.watch("event_loop_tasks", "Tasks on the event loop", lambda: len(asyncio.all_tasks()))
         self.watchdog = Watchdog(
             lambda: self.client.engine_busy_since_s,
-            lambda: None if self.journal is None else self.journal.busy_since_s,
+            lambda: min((each.busy_since_s for each in self.client.journals if each.busy_since_s), default=None),
             self._give_up,
             soft_s=settings.watchdog_soft_s,
             hard_s=settings.watchdog_hard_s,
@@ -135,7 +142,7 @@ class App:
             grace_s=settings.stream_grace_s,
             ttl_s=settings.stream_ttl_s,
             max_finished_bytes=settings.stream_log_bytes,
-            on_forget=lambda id: None if self.journal is None else self.journal.erase(id),
+            on_forget=self._erase,
             is_whole=self.journal is None,
         )
         self.responses: StreamRegistry[ModelResponse] = StreamRegistry(
@@ -143,10 +150,10 @@ class App:
             grace_s=0,  # none of them is cancelled for want of a reader
             ttl_s=settings.response_ttl_s,
             max_finished_bytes=settings.response_store_bytes,
-            on_forget=lambda id: None if self.journal is None else self.journal.erase(id),
+            on_forget=self._erase,
             is_whole=self.journal is None,
         )
-        self.tickets = Tickets(self.client.clock)
+        self.tickets = Tickets(self.client.clock, settings.replica_name)
         self.idempotency = Idempotency(
             self.client.clock, ttl_s=settings.idempotency_ttl_s, max_bytes=settings.idempotency_bytes
         )
@@ -161,8 +168,16 @@ class App:
         self._ollama = OllamaApi(self._answering)
         self._admin_api = AdminApi(self.client, self.one_shots.models, self.watchdog)
         self._receiving = ReceivedBytes(settings.max_queue_bytes)
-        self._native = NativeApi(self.generator, self.registry, self.tickets, self._report)
-        self._responses = ResponsesApi(self._answering, self.responses, self._report)
+        self._shelves = [
+            Shelf(ID_PREFIX, ModelResponse, self.responses, lambda id, ended: self._responses.finish(id, ended)),
+            Shelf("", NativeStream, self.registry, lambda id, ended: self._native.finish(id, ended)),
+        ]
+        self._shared: SharedJournals | None = None
+        if folder is not None:
+            self._shared = SharedJournals(folder, fsync, model, self.generator, self._shelves)
+        replicas = Replicas(settings, self._shared)
+        self._native = NativeApi(self.generator, self.registry, self.tickets, replicas, self._report)
+        self._responses = ResponsesApi(self._answering, self.responses, replicas, self._report)
         self.settled = anyio.Event()  # requests can be served, or never will be
         self._load_tokenizer = load_tokenizer
         self._read_details = read_details
@@ -206,17 +221,26 @@ class App:
 
     def end_unfinished(self) -> None:
         """Give every request that is left its end."""
-        self.client.interrupt_all()
+        self._interrupt_all()
         self._fail_items(ShutdownError(is_resumable=False))
 
     def _give_up(self) -> None:
         self.stop_accepting()
         error = EngineFailedError(f"the {self.watchdog.hung} hangs")
         if self.watchdog.hung == "journal":  # which could not say that they are over, and the next process goes on
-            self.client.interrupt_all()
+            self._interrupt_all()
         else:
             self.client.cancel_all(error)
         self._fail_items(error)
+
+    def _interrupt_all(self) -> None:
+        self.client.interrupt_all()
+        if self._shared is not None:
+            self._shared.interrupt()
+
+    def _erase(self, id: str) -> None:
+        for journal in self.client.journals:
+            journal.erase(id)
 
     def _fail_items(self, error: ApiError) -> None:
         for model in self.one_shots.models:
@@ -230,16 +254,18 @@ class App:
             tasks.start_soon(self._sweep)
             tasks.start_soon(self._measure_lag)
             tasks.start_soon(self.watchdog.run)
+            if self._shared is not None:
+                tasks.start_soon(self._shared.run)
             for model in self.one_shots.models:
                 tasks.start_soon(model.lane.run)
             yield
             self.stop_accepting()
-            self.client.interrupt_all()
+            self._interrupt_all()
             # Loading may take minutes, and nobody waits for it.
             await self.client.stop(0 if self.client.ready is None else _STOP_TIMEOUT_S)
             tasks.cancel_scope.cancel()
-        if self.journal is not None:
-            await anyio.to_thread.run_sync(self.journal.close)
+        for journal in self.client.journals:
+            await anyio.to_thread.run_sync(journal.close)
         await anyio.to_thread.run_sync(self.grammars.close)
         self.one_shots.close()
 
@@ -258,11 +284,9 @@ class App:
             if error is None:
                 error = await self._warm_up()
             if error is None and self.journal is not None:
-                shelves = [
-                    Shelf(ID_PREFIX, ModelResponse, self.responses, self._responses.finish),
-                    Shelf("", NativeStream, self.registry, self._native.finish),
-                ]
-                await restore_streams(self.journal, self.generator, shelves)
+                await restore_streams(self.journal, self.generator, self._shelves)
+                if self._shared is not None:
+                    await self._shared.take_over_own()
         if self.client.is_draining:
             return
         self.settled.set()
@@ -284,6 +308,8 @@ class App:
             self.registry.sweep(self.client.clock())
             self.responses.sweep(self.client.clock())
             self.idempotency.sweep()
+            if self._shared is not None:
+                await self._shared.sweep()
 
     async def _measure_lag(self) -> None:
         while True:
@@ -334,7 +360,7 @@ class App:
         is_operators = self.settings.admin_port is None
         generation_endpoint = partial(endpoint, idempotency=self.idempotency)
         return [
-            Route("/", _page("index.html")),
+            Route("/", _page("index.html", _origins(self.settings.peers.values()))),
             Route("/classify", _page("classify.html")),
             Route("/docs", _page("docs.html")),
             _STATIC_ROUTE,
@@ -437,14 +463,21 @@ class _PageFiles(StaticFiles):
         return response
 
 
-def _page(name: str) -> Callable[[Request], Awaitable[Response]]:
+def _page(name: str, others: Sequence[str] = ()) -> Callable[[Request], Awaitable[Response]]:
+    """A page that may call this server, and `others` by their origins."""
     # Of others' content a page shows the pictures its user drops on it.
     policy = "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'"
+    if others:
+        policy += f"; connect-src 'self' {' '.join(others)}"
 
     async def page(request: Request) -> Response:
         return FileResponse(_STATIC / name, headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
     return page
+
+
+def _origins(urls: Iterable[str]) -> list[str]:
+    return sorted({f"{parts.scheme}://{parts.netloc}" for parts in map(urlsplit, urls) if parts.netloc})
 
 
 _STATIC_ROUTE = Mount("/static", _PageFiles(directory=_STATIC))

@@ -89,10 +89,11 @@ class EngineClient:
         load_one_shots: Callable[[], Mapping[str, OneShotModel]] = dict,
         journal: Journal | None = None,
     ) -> None:
-        """`ttft_targets_s` None takes those of the device. What comes of a journaled generation passes through the
-        `journal` first."""
+        """`ttft_targets_s` None takes those of the device. What comes of a generation with a journal passes through
+        that first: `journal` is for new ones, and among `journals` are those that were taken over."""
         self.clock = clock
         self.journal = journal
+        self.journals = [] if journal is None else [journal]
         self.ready: EngineReady | None = None
         self.is_draining = False
         self.error: Exception | None = None
@@ -326,14 +327,14 @@ class EngineClient:
         """End a generation now; the engine frees its blocks within a step. Without effect on one that is over or has
         been cancelled before.
 
-        `error` is what its readers are told, where it was not their doing. One that is journaled ends a moment later,
-        when its end is in the journal, behind all that was put there before.
+        `error` is what its readers are told, where it was not their doing. One with a journal ends a moment later,
+        when its end is in that, behind all that was put there before.
         """
         if generation.is_over or generation.is_cancelled:
             return
         generation.is_cancelled = True
         self._engine.cancel(generation.request_id)
-        if not generation.is_journaled:
+        if generation.journal is None:
             generation.end(FinishReason.CANCELLED, self.clock(), error)
             return
         self.admission.leave(generation.request_id)  # which would else wait for the disk
@@ -343,7 +344,7 @@ class EngineClient:
         self._record([(generation, output)])
 
     async def end(self, generation: Generation) -> None:
-        """Cancel a generation and wait until it is over, as one that is journaled is not at once."""
+        """Cancel a generation and wait until it is over, as one with a journal is not at once."""
         if not generation.is_over:
             ended = anyio.Event()
             generation.on_end.append(lambda _: ended.set())
@@ -360,12 +361,11 @@ class EngineClient:
         What was put into the journal until now is still recorded: readers come back to a log that is no shorter than
         theirs.
         """
-        has_journal = self.journal is not None and self.journal.is_active
-        if self.journal is not None:
-            self.journal.suspend()  # before the engine speaks of what follows
+        for journal in self.journals:
+            journal.suspend()  # before the engine speaks of what follows
         for generation in list(self._generations.values()):
             self._engine.cancel(generation.request_id)
-            error = ShutdownError(is_resumable=has_journal and generation.is_journaled)
+            error = ShutdownError(is_resumable=generation.journal is not None and generation.journal.is_active)
             generation.end(FinishReason.CANCELLED, self.clock(), error)
 
     def queue_position(self, generation: Generation) -> tuple[int, float | None] | None:
@@ -458,16 +458,18 @@ class EngineClient:
             generation.predicted_ttft_s = None
 
     def _hand_out(self, outputs: list[_Output]) -> None:
-        recorded = [each for each in outputs if each[0].is_journaled]
+        recorded = [each for each in outputs if each[0].journal is not None]
         if recorded:
             self._record(recorded)
-            outputs = [each for each in outputs if not each[0].is_journaled]
+            outputs = [each for each in outputs if each[0].journal is None]
         self._receive_outputs(outputs)
 
     def _record(self, outputs: list[_Output]) -> None:
-        """Have outputs of journaled generations received once they are in the journal."""
-        assert self.journal is not None
-        self.journal.record([output for _, output in outputs], partial(self.call_soon, self._receive_outputs, outputs))
+        """Have outputs of generations with a journal received once they are in it."""
+        for journal in {generation.journal for generation, _ in outputs}:
+            assert journal is not None
+            own = [each for each in outputs if each[0].journal is journal]
+            journal.record([output for _, output in own], partial(self.call_soon, self._receive_outputs, own))
 
     def _receive_outputs(self, outputs: list[_Output]) -> None:
         now = self.clock()
@@ -485,7 +487,7 @@ class EngineClient:
             generation.receive(output, now)
             if (terminal := generation.log.terminal) is not None and output.finish_reason is None:
                 self._engine.cancel(output.request_id)  # a stop string, which the engine cannot see
-                if generation.is_journaled:
+                if generation.journal is not None:
                     error = None if terminal.error is None else terminal.error.message
                     end = SequenceOutput(output.request_id, finish_reason=terminal.finish_reason, error=error)
                     self._record([(generation, end)])

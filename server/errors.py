@@ -116,6 +116,25 @@ class LostEventsError(ApiError):
     code = "events_lost"
 
 
+class OtherReplicaError(ApiError):
+    """What is asked for another replica has, at the address `url` where clients may know it. With a `location` they
+    are sent there, and ask the same again."""
+
+    code = "other_replica"
+
+    def __init__(self, replica: str, url: str | None, *, location: str | None = None, param: str | None = None) -> None:
+        self.status = 421 if location is None else 307
+        self.replica = replica
+        self.url = url
+        headers = {"cache-control": "no-store"} | ({} if location is None else {"location": location})
+        super().__init__(f"this is the replica {replica}'s to answer", param=param, headers=headers)
+
+    def envelope(self) -> dict[str, Any]:
+        content = super().envelope()
+        content["error"] |= {"replica": self.replica, "url": self.url}
+        return content
+
+
 class BodyTooLargeError(ApiError):
     status = 413
     code = "body_too_large"

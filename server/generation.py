@@ -7,13 +7,16 @@ ends exactly once, whoever asks first: the engine, a stop string, a deadline, a 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headrace.scheduler.messages import FinishReason, SamplingParams, SequenceOutput, Tier, TokenLogprobs
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.errors import ApiError, DeadlineError, EngineFailedError, GrammarTooComplexError
 from headrace.server.grammars import GrammarSource
 from headrace.server.stream_log import StreamLog, Terminal
+
+if TYPE_CHECKING:
+    from headrace.server.journal import Journal
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +68,8 @@ class Generation:
     list that all choices of a prompt share and the first one fills. `grammar_field` is the request's, where its grammar
     is. `tenant` is known from when it is submitted on, `predicted_ttft_s` is the bare prediction that it was admitted
     with, until it can be compared. `begins_in_reasoning` tells that its prompt has begun the model's reasoning.
-    `on_end` is called once the log has closed. What `is_journaled` a later process can go on with. What `is_cancelled`
-    is over, or will be soon.
+    `on_end` is called once the log has closed. What has a `journal` passes through that, and a later process can go on
+    with it. What `is_cancelled` is over, or will be soon.
     """
 
     id: str
@@ -82,7 +85,7 @@ class Generation:
     tenant: str = ""
     predicted_ttft_s: float | None = None
     begins_in_reasoning: bool = False
-    is_journaled: bool = False
+    journal: "Journal | None" = None
     is_cancelled: bool = False
     grammar_field: str | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -112,6 +115,13 @@ class Generation:
         if self.stages.scheduled_s is None:
             return "queued"
         return "prefill" if self.stages.first_token_s is None else "decode"
+
+    def begin_again(self) -> None:
+        """Forget what came of it before its first token: the prompt is computed from its beginning, and scored."""
+        assert self.num_output_tokens == 0
+        self.stages.scheduled_s = None
+        self.num_cached_tokens = 0
+        del self.prompt_logprobs[1:]  # of which the first is no result: see `Generator.make`
 
     def receive(self, output: SequenceOutput, now: float) -> None:
         """Take one step's output. Afterwards `is_over` tells whether it ended, perhaps by a stop string, or because its

@@ -1,34 +1,30 @@
 """The journal: what streams need to outlive this process, in a SQLite file.
 
-Each stream is a table of rows (position, body, CRC): how it was accepted, its prompt, then what came of it. A table has
-pages of its own, and with it goes every byte in them. One thread owns the connection. What comes of a stream passes
-through its queue, and goes on once it is committed: nothing reaches a reader that a later process would not know. What
-waits at once shares a transaction.
+Each stream is a table of rows, as `journal_rows` writes them. A table has pages of its own, and with it goes every byte
+in them. One thread owns the connection. What comes of a stream passes through its queue, and goes on once it is
+committed: nothing reaches a reader that a later process would not know. What waits at once shares a transaction.
 Where writing fails the journal stops, and takes its file with it: one that lags behind what was delivered is worse
 than none. What a stream's text is, and who may read it, is the event loop's affair.
 """
 
 import itertools
-import json
 import logging
 import os
 import queue
 import sqlite3
 import threading
 import time
-import zlib
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from headrace.scheduler.errors import HeadraceError
-from headrace.scheduler.messages import FinishReason, GrammarKind, SamplingParams, SequenceOutput, TokenLogprobs
-from headrace.server.generation import Recipe
-from headrace.server.grammars import GrammarSource
+from headrace.scheduler.messages import SequenceOutput
+from headrace.server.journal_folder import Claim
+from headrace.server.journal_rows import UNREADABLE, RecordedStream, RowFormat, Rows, StreamRecord, crc_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,41 +51,6 @@ class JournalError(HeadraceError):
 
 
 @dataclass(frozen=True, slots=True)
-class StreamRecord:
-    """A stream as it was accepted. `log_id` is what the request log calls it; times are on this process's monotonic
-    clock. `response` is what a response consists of beside its answer, in JSON's types; a native stream has none."""
-
-    id: str
-    tenant: str
-    log_id: str
-    created_s: int
-    continues_alone: bool
-    grace_s: float | None
-    received_s: float
-    submitted_s: float
-    recipe: Recipe
-    response: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedStream:
-    """What the file has of a stream: what came of it, in order, and when; None where a process took it up again."""
-
-    record: StreamRecord
-    outputs: tuple[tuple[float, SequenceOutput | None], ...]
-
-    @property
-    def num_vain_restarts(self) -> int:
-        """How often it was taken up since its last token."""
-        count = 0
-        for _, output in reversed(self.outputs):
-            if output is not None and output.token_ids:
-                break
-            count += output is None
-        return count
-
-
-@dataclass(frozen=True, slots=True)
 class Recording:
     """All that earlier processes left. `gone` are streams that cannot go on, by their ids, with whose they were."""
 
@@ -112,14 +73,13 @@ class _Place:
     position: int
 
 
-_Rows = list[tuple[int, bytes, int]]  # position, body, CRC
-
-
 class Journal:
     """The thread and its queue. What its methods are given as `then` is called on the thread."""
 
-    def __init__(self, path: Path, fsync: Fsync, model: str) -> None:
+    def __init__(self, path: Path, fsync: Fsync, model: str, claim: Claim | None = None) -> None:
         """Open the file, read what is in it, and start the thread. Streams of another `model` are gone.
+
+        With a `claim` to the file others may read it meanwhile; the thread lets go of it at its end, or here.
 
         Raises: JournalError where the file is another server's at this time, or cannot be opened.
         """
@@ -129,7 +89,8 @@ class Journal:
         self._path = Path(os.path.realpath(path))  # SQLite's other files lie beside the file that a link leads to
         self._synchronous = _SYNCHRONOUS[fsync]
         self._model = model
-        self._clock_offset_s = time.time() - time.monotonic()  # times in the file have to outlive this boot
+        self._claim = claim
+        self._format = RowFormat()
         self._queue: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._db: sqlite3.Connection | None = None
         self._ids: set[str] = set()  # of the streams in the file
@@ -194,6 +155,15 @@ class Journal:
         """Whether the thread is alive, as it may be after `close`."""
         return self._thread.is_alive()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the file holds no stream."""
+        return not self._ids
+
+    def is_followed(self, id: str) -> bool:
+        """Whether another process has readers of a stream at this time."""
+        return self._claim is not None and self._claim.is_followed(id)
+
     def _put(self, write: Callable[[sqlite3.Connection], None], then: Callable[[], None] = lambda: None) -> None:
         self._queue.put(_Job(write, then))
 
@@ -203,6 +173,8 @@ class Journal:
         try:
             self._db = self._open()
         except Exception as error:
+            if self._claim is not None:
+                self._claim.release()
             opened.put(error)
             return
         opened.put(None)
@@ -219,6 +191,8 @@ class Journal:
             self.busy_since_s = None
         if self._db is not None:
             self._db.close()
+        if self._claim is not None:  # not before: the next one writes at once
+            self._claim.release()
 
     def _next_jobs(self) -> list[_Job]:
         """What waits, or the next to come; nothing where the write-ahead log has to be emptied first."""
@@ -235,8 +209,8 @@ class Journal:
             job.write(db)
         db.commit()
         if self._truncate_s is not None and time.monotonic() >= self._truncate_s:
-            self._truncate_s = None
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            [is_busy, *_] = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._truncate_s = time.monotonic() + _ERASED_WITHIN_S if is_busy else None  # while another process reads
 
     def _give_up(self, error: Exception) -> None:
         self.is_active = False
@@ -259,14 +233,11 @@ class Journal:
     def _write_stream(self, request_id: int, record: StreamRecord, db: sqlite3.Connection) -> None:
         if self._is_suspended:
             return
-        fields = asdict(record) | {"model": self._model}
-        fields |= {name: fields[name] + self._clock_offset_s for name in ("received_s", "submitted_s")}
-        prompt = array("q", fields["recipe"].pop("prompt_token_ids")).tobytes()
         _begin(db)
         db.execute(_NEW_TABLE.format(record.id))
         place = self._places[request_id] = _Place(record.id, 0)
         self._ids.add(record.id)
-        for body in (_to_json(fields), prompt):
+        for body in self._format.write_head(record, self._model):
             self._insert(db, place, body)
 
     def _write_resumptions(self, streams: Mapping[int, str], db: sqlite3.Connection) -> None:
@@ -274,7 +245,7 @@ class Journal:
             return
         db.commit()
         db.execute("PRAGMA synchronous = FULL")  # which cannot be set inside of a transaction
-        body = _to_json({"at_s": time.monotonic() + self._clock_offset_s, "is_resumption": True})
+        body = self._format.write_resumption()
         _begin(db)
         for request_id, id in streams.items():
             [position] = db.execute(f'SELECT count(*) FROM "{id}"').fetchone()
@@ -285,21 +256,17 @@ class Journal:
         db.execute(f"PRAGMA synchronous = {self._synchronous}")
 
     def _write_outputs(self, outputs: Sequence[SequenceOutput], db: sqlite3.Connection) -> None:
-        at_s = time.monotonic() + self._clock_offset_s
+        now = time.monotonic()
         for output in outputs:
             place = self._places.get(output.request_id)
             if place is not None:
-                fields = {name: value for name, value in output._asdict().items() if value and name != "request_id"}
-                if output.scheduled_s is not None:
-                    fields["scheduled_s"] = output.scheduled_s + self._clock_offset_s
-                fields["at_s"] = at_s
                 _begin(db)
-                self._insert(db, place, _to_json(fields))
+                self._insert(db, place, self._format.write_output(output, now))
                 if output.finish_reason is not None:
                     del self._places[output.request_id]
 
     def _insert(self, db: sqlite3.Connection, place: _Place, body: bytes) -> None:
-        crc = _crc(place.id, place.position, body)
+        crc = crc_of(place.id, place.position, body)
         db.execute(_NEW_ROW.format(place.id), (place.position, body, crc))
         place.position += 1
 
@@ -310,6 +277,8 @@ class Journal:
         self._places = {request_id: place for request_id, place in self._places.items() if place.id != id}
         _begin(db)
         db.execute(f'DROP TABLE "{id}"')
+        if self._claim is not None:
+            self._claim.forget(id)
         if self._truncate_s is None:
             self._truncate_s = time.monotonic() + _ERASED_WITHIN_S
 
@@ -325,7 +294,7 @@ class Journal:
         Raises: JournalError.
         """
         db: sqlite3.Connection | None = None
-        found: Mapping[str, _Rows | sqlite3.DatabaseError] = {}
+        found: Mapping[str, Rows | sqlite3.DatabaseError] = {}
         try:
             db = self._connect()
             try:
@@ -353,7 +322,8 @@ class Journal:
                 db.close()
             is_locked = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
             reason = "another server uses it" if is_locked else str(error)
-            raise JournalError(f"journal_file: cannot open {self._path}: {reason}") from None
+            name = "journal_file" if self._claim is None else "journal_dir"
+            raise JournalError(f"{name}: cannot open {self._path}: {reason}") from None
 
     def _connect(self) -> sqlite3.Connection:
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -366,7 +336,8 @@ class Journal:
 
     def _set_up(self, db: sqlite3.Connection) -> None:
         db.text_factory = bytes  # what is damaged may be no text
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        if self._claim is None:
+            db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
         db.execute("PRAGMA secure_delete = ON")
         db.execute("PRAGMA journal_mode = WAL")
@@ -385,18 +356,18 @@ class Journal:
                 path.rename(f"{aside}{path.name.removeprefix(self._path.name)}")
         logger.warning("the damaged journal is kept as %s until you delete it; it may hold prompts and answers", aside)
 
-    def _take_in(self, found: Mapping[str, _Rows | sqlite3.DatabaseError]) -> dict[str, _Rows]:
+    def _take_in(self, found: Mapping[str, Rows | sqlite3.DatabaseError]) -> dict[str, Rows]:
         """Make `_recording` of these; returns those that can be read."""
         streams: list[RecordedStream] = []
         gone: dict[str, str] = {}
-        readable: dict[str, _Rows] = {}
+        readable: dict[str, Rows] = {}
         self._ids = set(found)
         for id, rows in found.items():
             try:
                 if isinstance(rows, sqlite3.DatabaseError):
                     raise rows
-                stream, model = self._decode(id, rows)
-            except (ValueError, TypeError, LookupError, AttributeError, sqlite3.DatabaseError) as error:
+                stream, model = self._format.read_stream(id, rows)
+            except (*UNREADABLE, sqlite3.DatabaseError) as error:
                 logger.warning("a stream in the journal is damaged, and gone: %s", _kind(error))
                 gone[id] = ""
                 continue
@@ -408,58 +379,15 @@ class Journal:
         self._recording = Recording(tuple(streams), gone)
         return readable
 
-    def _decode(self, id: str, rows: _Rows) -> tuple[RecordedStream, str]:
-        """A stream, and whose model it is of. Raises: ValueError; others where another version has written it."""
-        for index, (position, body, crc) in enumerate(rows):
-            if position != index or crc != _crc(id, position, body):
-                raise ValueError(f"its row {index} is missing, or not as it was written")
-        (_, body, _), (_, prompt, _), *outputs = rows
-        fields = json.loads(body)
-        recipe, model = fields.pop("recipe"), fields.pop("model")
-        sampling = recipe.pop("sampling")
-        bias = tuple((token_id, value) for token_id, value in sampling.pop("logit_bias"))
-        stop_token_ids = frozenset(sampling.pop("stop_token_ids"))
-        if (grammar := recipe.get("grammar")) is not None:
-            kind, *rest = grammar
-            recipe["grammar"] = GrammarSource(GrammarKind(kind), *rest)
-        recipe |= {
-            "prompt_token_ids": tuple(array("q", prompt)),
-            "sampling": SamplingParams(**sampling, logit_bias=bias, stop_token_ids=stop_token_ids),
-            "stop_strings": tuple(recipe["stop_strings"]),
-            "kept_token_ids": tuple(recipe.get("kept_token_ids", ())),
-            "cache_salt": bytes.fromhex(recipe["cache_salt"]),
-        }
-        for name in ("received_s", "submitted_s"):
-            fields[name] = self._on_this_clock(fields[name])
-        record = StreamRecord(**fields, recipe=Recipe(**recipe))
-        return RecordedStream(record, tuple(self._decode_output(body) for _, body, _ in outputs)), model
 
-    def _decode_output(self, body: bytes) -> tuple[float, SequenceOutput | None]:
-        fields = json.loads(body)
-        at_s = self._on_this_clock(fields.pop("at_s"))
-        if fields.pop("is_resumption", False):
-            return at_s, None
-        if "finish_reason" in fields:
-            fields["finish_reason"] = FinishReason(fields["finish_reason"])
-        if "scheduled_s" in fields:
-            fields["scheduled_s"] = self._on_this_clock(fields["scheduled_s"])
-        for name in ("logprobs", "prompt_logprobs"):
-            fields[name] = tuple(_token_logprobs(item) for item in fields.get(name, ()))
-        return at_s, SequenceOutput(-1, tuple(fields.pop("token_ids", ())), **fields)
-
-    def _on_this_clock(self, at_s: float) -> float:
-        """Never later than now, whatever has happened to the wall clock."""
-        return min(time.monotonic(), at_s - self._clock_offset_s)
-
-
-def _read_rows(db: sqlite3.Connection) -> tuple[dict[str, _Rows | sqlite3.DatabaseError], str]:
+def _read_rows(db: sqlite3.Connection) -> tuple[dict[str, Rows | sqlite3.DatabaseError], str]:
     """Each stream's rows or why they cannot be read, and what is wrong with the file, if something is.
 
     Raises: sqlite3.DatabaseError where that is not known, or all of it is damaged.
     """
     [[check]] = db.execute("PRAGMA quick_check(1)").fetchall()
     damage = "" if check == b"ok" else "its pages do not fit together"
-    found: dict[str, _Rows | sqlite3.DatabaseError] = {}
+    found: dict[str, Rows | sqlite3.DatabaseError] = {}
     for [name] in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall():
         id = name.decode("utf-8", "replace")
         try:
@@ -487,31 +415,3 @@ def _damage(error: sqlite3.DatabaseError) -> str:
 def _kind(error: Exception) -> str:
     """What may stand in a log: messages can name streams, and whoever knows a stream's id may read it."""
     return getattr(error, "sqlite_errorname", type(error).__name__)
-
-
-def _crc(id: str, position: int, body: bytes) -> int:
-    return zlib.crc32(body, zlib.crc32(f"{id} {position}".encode()))
-
-
-def _token_logprobs(item: list[Any]) -> TokenLogprobs:
-    token_id, logprob, top = item
-    return TokenLogprobs(token_id, logprob, tuple((other, value) for other, value in top))
-
-
-def _as_json(value: Any) -> Any:
-    match value:
-        case TokenLogprobs():
-            return [value.token_id, value.logprob, value.top]
-        case frozenset():
-            return sorted(value)
-        case bytes():
-            return value.hex()
-    raise TypeError(f"not for the journal: {type(value)}")
-
-
-# Made once: `json.dumps` would make one for every row.
-_encoder = json.JSONEncoder(separators=(",", ":"), default=_as_json)
-
-
-def _to_json(fields: dict[str, Any]) -> bytes:
-    return _encoder.encode(fields).encode("ascii")

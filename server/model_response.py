@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from headrace.scheduler.messages import FinishReason
 from headrace.server.generation import Generation, Recipe
-from headrace.server.journal import StreamRecord
+from headrace.server.journal_rows import StreamRecord
 from headrace.server.protocol import parse_request, rename
 from headrace.server.responses_protocol import FIELD_NAMES, ResponseParams
 from headrace.server.stream_registry import KeptStream

@@ -1,13 +1,12 @@
 """Native streams, made for the browser's EventSource: resumable, readable by several, cancelled by name.
 
 Lives on the event loop. An event's id is "<stream id>:<cursor>", so that a reader that comes back with it gets exactly
-what it missed; behind it stands how many restarts the stream has seen, if it has. The stream's id is 128 random bits;
+what it missed; behind it stands how many restarts the stream has seen, if it has. The stream's id has 128 random bits;
 whoever has it may read. With a journal a restart ends no stream: what was fed to its generation is fed to it again.
 Source: WHATWG HTML, "Server-sent events", for reconnection and Last-Event-ID.
 """
 
 import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
@@ -37,6 +36,7 @@ from headrace.server.protocol import (
     parse_json_object,
     parse_request,
 )
+from headrace.server.replicas import Replicas
 from headrace.server.sse import HEARTBEAT, EventStream, event_frame, padded, retry_frame, to_json
 from headrace.server.stream_registry import NativeStream, StreamRegistry
 from headrace.server.stream_start import start_stream
@@ -79,13 +79,19 @@ class NativeApi:
     """The routes under /v1/stream and /v1/streams. `report` hears of every generation that is over."""
 
     def __init__(
-        self, generator: Generator, registry: StreamRegistry[NativeStream], tickets: Tickets, report: Report
+        self,
+        generator: Generator,
+        registry: StreamRegistry[NativeStream],
+        tickets: Tickets,
+        replicas: Replicas,
+        report: Report,
     ) -> None:
         self._generator = generator
         self._client = generator.client
         self._settings = generator.settings
         self._registry = registry
         self._tickets = tickets
+        self._replicas = replicas
         self._report = report
 
     async def create(self, request: Request, body: bytes) -> Response:
@@ -127,6 +133,7 @@ class NativeApi:
             id, _, _ = last_event_id.rpartition(":")
             if not id:
                 raise BadRequestError("last_event_id: names no stream", param="last_event_id")
+            await self._replicas.reach(self._registry, request, id)
             return self._read(self._registry.get(id), last_event_id)
         ticket = self._shown_ticket(request)
         params = _params_from_query(request)
@@ -140,24 +147,32 @@ class NativeApi:
 
     async def events(self, request: Request, body: bytes) -> Response:
         """GET /v1/streams/{id}/events."""
-        stream = self._registry.get(request.path_params["id"])
-        return self._read(stream, _last_event_id(request))
+        id = request.path_params["id"]
+        await self._replicas.reach(self._registry, request, id)
+        return self._read(self._registry.get(id), _last_event_id(request))
 
     async def snapshot_or_cancel(self, request: Request, body: bytes) -> Response:
         """GET /v1/streams/{id}: what there is. DELETE: end it, harmless on one that is over; its readers get `done`.
         One that the next process goes on with is that one's to end."""
-        stream = self._registry.get_owned(request.path_params["id"], request.state.tenant)
+        id = request.path_params["id"]
+        await self._replicas.reach(self._registry, request, id)
+        stream = self._registry.get_owned(id, request.state.tenant)
         generation = stream.generation
         if request.method == "DELETE":
+            self._replicas.check_own(self._registry, stream)
             await self._client.end(generation)
             if generation.is_interrupted:
                 raise ShutdownError(is_resumable=True)
         return self._snapshot(stream)
 
     def _shown_ticket(self, request: Request) -> Ticket | None:
-        """None where none is needed: a key was sent, or there are none. Raises: UnauthorizedError."""
+        """None where none is needed: a key was sent, or there are none.
+
+        Raises: UnauthorizedError, OtherReplicaError.
+        """
         shown = request.query_params.get("ticket")
         if shown is not None:
+            self._replicas.check_ticket(request, shown)
             return self._tickets.show(shown)
         if self._settings.api_keys_file is not None and not request.state.tenant:
             raise UnauthorizedError("an API key is needed, or a ticket from POST /v1/stream/tickets")
@@ -165,7 +180,7 @@ class NativeApi:
 
     async def _start(self, request: Request, params: _StreamParams, num_bytes: int = 0) -> NativeStream:
         # Not the request's id, which is logged here and by proxies: a stream's id suffices to read it.
-        id = secrets.token_hex(16)
+        id = self._replicas.new_id()
         if params.num_sequences > 1:
             raise BadRequestError("n: a native stream has one answer to one prompt", param="n")
         created_s = int(time.time())

@@ -131,6 +131,7 @@ _ANSWERS: tuple[type[Any], ...] = (
 )
 
 _REFUSALS = {
+    307: "Another of several servers has it, where `location` leads.",
     400: "The request is not valid; `param` names the field at fault.",
     401: "No key was presented, or none that is known.",
     403: "Without keys: the request comes from a page of another origin, or names a foreign host.",
@@ -141,6 +142,7 @@ _REFUSALS = {
     410: "The stream has ended and is no longer kept.",
     413: "The body is too large.",
     415: "The body's content type or encoding is not accepted.",
+    421: "Another of several servers has it, which `replica` names.",
     422: "The Idempotency-Key belongs to another request.",
     429: "Too much waits already, or a limit of the key's is used up.",
     431: "There are too many headers, or they are too large.",
@@ -154,11 +156,13 @@ _ERROR_FORMS: dict[type[Any], str] = {
     answers.AnthropicErrorEnvelope: "anthropic_",
     answers.OllamaError: "ollama_",
 }
+# Where a server is one of several: what is another's to answer, and to read elsewhere.
+_ELSEWHERE = (307, 421)
 # On any route: what is refused before the route is known, and what may always go wrong.
 _ALWAYS = (400, 408, 431, 500, 503)
 
 _REPEATABLE = [{"name": HEADER, "in": "header", "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"}}]
-_STREAM_ID = "[0-9a-f]{32}"
+_STREAM_ID = "([a-z0-9-]{1,32}-)?[0-9a-f]{32}"
 # What follows it in an event's id: the place, and the restarts of the server behind it.
 _PLACE = "[0-9]{1,11}(-[0-9]{1,9})?"
 # A picture of one pixel.
@@ -228,7 +232,9 @@ class OpenApi:
         return path != "/metrics" or self._settings.admin_port is None
 
     def _described(self, operation: _Operation) -> dict[str, Any]:
-        refusals = sorted({*_ALWAYS, *operation.refusals, 401 if self._has_keys else 403} - operation.answers.keys())
+        refusals = {*_ALWAYS, *operation.refusals, 401 if self._has_keys else 403} - operation.answers.keys()
+        if not self._settings.replica_name:
+            refusals -= {*_ELSEWHERE}
         form = _ERROR_FORMS[_error_form(operation.path)]
         described: dict[str, Any] = {
             "operationId": operation.id,
@@ -236,7 +242,7 @@ class OpenApi:
             "parameters": operation.parameters,
             "responses": {
                 **{str(status): answer for status, answer in operation.answers.items()},
-                **{str(status): {"$ref": f"#/components/responses/{form}{status}"} for status in refusals},
+                **{str(status): {"$ref": f"#/components/responses/{form}{status}"} for status in sorted(refusals)},
             },
         }
         if operation.body:
@@ -322,6 +328,8 @@ def _refusal(status: int, form: type[Any]) -> dict[str, Any]:
     refusal = _json(_REFUSALS[status], answers.ErrorEnvelope if status == 431 else form, has_id=status != 500)
     if status in (429, 503):  # an engine that has ended does not come back
         refusal["headers"]["retry-after"] = _header("integer", is_required=status == 429)
+    if status == 307:
+        refusal["headers"]["location"] = _header("string", is_required=True)
     return refusal
 
 
@@ -426,7 +434,7 @@ def _response_operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
     names = ("retrieve_response", "delete_response", "cancel_response", "response_input_items")
     links = {name: {"operationId": name, "parameters": {"id": "$response.body#/id"}} for name in names}
     media_types = {"application/json": _ref(answers.ModelResponse), "text/event-stream": _response_events()}
-    id = {"type": "string", "pattern": "^resp_[0-9a-f]{32}$"}
+    id = {"type": "string", "pattern": f"^resp_{_STREAM_ID}$"}
     named: list[dict[str, Any]] = [{"name": "id", "in": "path", "required": True, "schema": id}]
     yield _Operation(
         "post",
@@ -434,7 +442,7 @@ def _response_operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "create_response",
         "Answer a conversation, which can be continued later and read again",
         {200: {**_answer("The response, or its events.", media_types), "links": links}},
-        (404, 413, 415, 422, 429, 504),
+        (404, 413, 415, 421, 422, 429, 504),
         _body(ResponsesRequest, {"input": "Hello", "max_output_tokens": 8}),
         _REPEATABLE,
     )
@@ -444,18 +452,18 @@ def _response_operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         names[0],
         "A response as it stands, or all its events behind one of them",
         {200: _answer("The response, or its events.", media_types)},
-        (404,),
+        (404, *_ELSEWHERE),
         parameters=[*named, *_plain_query(RetrieveQuery, schemas)],
     )
     deleted = {200: _json("It is deleted.", answers.DeletedResponse)}
-    yield _Operation("delete", path, names[1], "End a response and forget it", deleted, (404,), parameters=named)
+    yield _Operation("delete", path, names[1], "End a response and forget it", deleted, (404, 421), parameters=named)
     yield _Operation(
         "post",
         f"{path}/cancel",
         names[2],
         "End a response that runs in the background",
         {200: _json("The response.", answers.ModelResponse)},
-        (404, 413, 415),
+        (404, 413, 415, 421),
         parameters=named,
     )
     yield _Operation(
@@ -464,7 +472,7 @@ def _response_operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         names[3],
         "The conversation that a response answers",
         {200: _json("A page of its items.", answers.ResponseItems)},
-        (404,),
+        (404, *_ELSEWHERE),
         parameters=[*named, *_plain_query(ItemsQuery, schemas)],
     )
 
@@ -662,7 +670,7 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         "stream",
         "Start a native stream and read it, or read on behind the last event that was seen",
         read,
-        (404, 406, 410),
+        (404, 406, 410, *_ELSEWHERE),
         parameters=[*resumed, *_query(schemas[StreamCompletionRequest.__name__]["properties"])],
     )
     yield _Operation(
@@ -686,14 +694,16 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
     )
     snapshot = {200: _json("The stream.", answers.StreamSnapshot)}
     path = "/v1/streams/{id}"
-    yield _Operation("get", path, names[0], "What a stream has produced", snapshot, (404, 410), parameters=named)
-    yield _Operation("delete", path, names[1], "End a stream", snapshot, (404, 410), parameters=named)
+    yield _Operation(
+        "get", path, names[0], "What a stream has produced", snapshot, (404, 410, *_ELSEWHERE), parameters=named
+    )
+    yield _Operation("delete", path, names[1], "End a stream", snapshot, (404, 410, 421), parameters=named)
     yield _Operation(
         "get",
         f"{path}/events",
         names[2],
         "Read a stream from its beginning, or on behind the last event that was seen",
         read,
-        (404, 410),
+        (404, 410, *_ELSEWHERE),
         parameters=[*named, *resumed],
     )

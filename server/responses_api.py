@@ -7,7 +7,6 @@ Source: OpenAI's API reference (responses).
 """
 
 import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
@@ -35,6 +34,7 @@ from headrace.server.generation import Generation
 from headrace.server.logprobs import chat_logprobs, make_off_loop
 from headrace.server.model_response import ID_PREFIX, ModelResponse, weight
 from headrace.server.protocol import StreamOptions, parse_json_object, renaming, validate
+from headrace.server.replicas import Replicas
 from headrace.server.response_events import Event, ResponseEvents
 from headrace.server.responses_protocol import (
     FIELD_NAMES,
@@ -51,7 +51,7 @@ from headrace.server.tracing import Report, trace_context
 # Entries of a log between which others have their turn.
 _NUM_AT_ONCE = 16
 # An item's id, of which the first part names the response.
-_ITEM_ID = re.compile("[a-z]{2,3}_([0-9a-f]{32})_[io][0-9]{1,5}")
+_ITEM_ID = re.compile("[a-z]{2,3}_((?:[a-z0-9-]{1,32}-)?[0-9a-f]{32})_[io][0-9]{1,5}")
 
 
 def _flag(text: Any) -> Any:
@@ -80,19 +80,22 @@ class ItemsQuery(BaseModel):
 class ResponsesApi:
     """The routes of one model. `report` hears of every response's generation that is over."""
 
-    def __init__(self, answering: Answering, registry: StreamRegistry[ModelResponse], report: Report) -> None:
+    def __init__(
+        self, answering: Answering, registry: StreamRegistry[ModelResponse], replicas: Replicas, report: Report
+    ) -> None:
         self._answering = answering
         self._generator = answering.generator
         self._client = answering.generator.client
         self._settings = answering.generator.settings
         self._registry = registry
+        self._replicas = replicas
         self._report = report
 
     async def create(self, request: Request, body: bytes) -> Response:
         """POST /v1/responses."""
         fields = parse_json_object(body)
         asked = validate(ResponsesRequest, fields)
-        id = ID_PREFIX + secrets.token_hex(16)
+        id = ID_PREFIX + self._replicas.new_id()
         items = await self._asked_items(request, asked, id)
         with renaming(FIELD_NAMES):
             params = asked.as_chat(fields, items)
@@ -126,10 +129,11 @@ class ResponsesApi:
     async def retrieve_or_delete(self, request: Request, body: bytes) -> Response:
         """GET /v1/responses/{id}: the response as it stands, or all its events behind one of them. DELETE: end and
         forget it."""
-        response = self._owned(request)
+        response = await self._owned(request)
         if request.method == "DELETE":
+            self._replicas.check_own(self._registry, response)
             await self._end(response)
-            self._registry.forget(self._owned(request))  # unless another has
+            self._registry.forget(await self._owned(request))  # unless another has
             return JSONResponse({"id": response.id, "object": "response", "deleted": True})
         query = validate(RetrieveQuery, dict(request.query_params))
         if not query.stream:
@@ -141,15 +145,16 @@ class ResponsesApi:
 
     async def cancel(self, request: Request, body: bytes) -> Response:
         """POST /v1/responses/{id}/cancel: harmless on one that is over. A body has no meaning here."""
-        response = self._owned(request)
+        response = await self._owned(request)
         if not response.settings["background"]:
             raise BadRequestError("only a background response can be cancelled", param="id")
+        self._replicas.check_own(self._registry, response)
         await self._end(response)
         return JSONResponse(await self._object(response))
 
     async def input_items(self, request: Request, body: bytes) -> Response:
         """GET /v1/responses/{id}/input_items: the conversation that it answers."""
-        response = self._owned(request)
+        response = await self._owned(request)
         query = validate(ItemsQuery, dict(request.query_params))
         items = list(response.items) if query.order == "asc" else list(reversed(response.items))
         if query.after is not None:
@@ -190,9 +195,9 @@ class ResponsesApi:
             if not isinstance(item, ItemReference):
                 items.append(item.as_item(f"{id.removeprefix(ID_PREFIX)}_i{i}"))
                 continue
-            if item.id not in kept:
-                kept |= await self._items_beside(request, item.id)
             place = f"input[{i}].id"
+            if item.id not in kept:
+                kept |= await self._items_beside(request, item.id, place)
             if item.id not in kept:
                 raise NotFoundError(f"{place}: names no item of a response that is kept", param=place)
             if item.id in ids:  # pages of items begin behind an id, and a short name is of a long text
@@ -203,6 +208,7 @@ class ResponsesApi:
 
     async def _previous(self, request: Request, id: str) -> ModelResponse:
         name = "previous_response_id"
+        await self._replicas.reach(self._registry, request, id, name)
         try:
             previous = self._registry.get_owned(id, request.state.tenant)
         except (NotFoundError, GoneError):
@@ -215,11 +221,13 @@ class ResponsesApi:
         """What a response answers and its answer, as the next one has them."""
         return [*response.items, *map(as_input, (await self._object(response))["output"])]
 
-    async def _items_beside(self, request: Request, item_id: str) -> dict[str, dict[str, Any]]:
-        """By their ids all items of the response that has this one, where it is kept."""
+    async def _items_beside(self, request: Request, item_id: str, param: str) -> dict[str, dict[str, Any]]:
+        """By their ids all items of the response that has this one, which is named in `param`, where it is kept."""
         if (found := _ITEM_ID.fullmatch(item_id)) is not None:
+            id = ID_PREFIX + found[1]
+            await self._replicas.reach(self._registry, request, id, param)
             with suppress(NotFoundError, GoneError):
-                response = self._registry.get_owned(ID_PREFIX + found[1], request.state.tenant)
+                response = self._registry.get_owned(id, request.state.tenant)
                 return {item["id"]: item for item in await self._conversation(response)}
         return {}
 
@@ -252,10 +260,13 @@ class ResponsesApi:
             self._answering.end_with(request, [response.generation])
         return response
 
-    def _owned(self, request: Request) -> ModelResponse:
-        """The response that a path names. Raises: NotFoundError; UnavailableError where it may yet come."""
+    async def _owned(self, request: Request) -> ModelResponse:
+        """The response that a path names. Raises: NotFoundError; OtherReplicaError; UnavailableError where it may yet
+        come."""
+        id = request.path_params["id"]
+        await self._replicas.reach(self._registry, request, id, "id")
         try:
-            return self._registry.get_owned(request.path_params["id"], request.state.tenant)
+            return self._registry.get_owned(id, request.state.tenant)
         except (NotFoundError, GoneError):
             raise NotFoundError("no such response", param="id") from None
 

@@ -1,13 +1,14 @@
 """Streams of an earlier process: their logs made again, and those that are not over handed to the engine.
 
-Runs on the event loop once the model is loaded, before the server is ready. What was fed to a stream's generation is
-fed to one like it; a log has an entry per token, so every cursor means what it did. The tokens themselves are computed
-again as part of the prompt.
+Runs on the event loop once the model is loaded: before the server is ready, and when it takes over what another replica
+has left. What was fed to a stream's generation is fed to one like it; a log has an entry per token, so every cursor
+means what it did. The tokens themselves are computed again as part of the prompt.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import anyio
@@ -18,7 +19,8 @@ from headrace.server.engine_client import EngineClient
 from headrace.server.errors import BadRequestError, ContextLengthError, EngineFailedError, UnavailableError
 from headrace.server.generation import Generation, Stages
 from headrace.server.generator import Generator
-from headrace.server.journal import Journal, RecordedStream, Recording
+from headrace.server.journal import Journal, Recording
+from headrace.server.journal_rows import RecordedOutput, RecordedStream, StreamRecord
 from headrace.server.stream_registry import KeptStream, StreamRegistry
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,12 @@ logger = logging.getLogger(__name__)
 _NUM_SUSPICIOUS_RESTARTS = 2
 _MAX_VAIN_RESTARTS = 5
 
+# Outputs between which others have their turn.
+_NUM_AT_ONCE = 32
+
 _Unfinished = tuple[KeptStream, RecordedStream]
+# By their ids, streams that are followed, each with how much of what was recorded it has been fed.
+Followed = Mapping[str, tuple[KeptStream, int]]
 
 
 class Shelf(NamedTuple):
@@ -41,14 +48,17 @@ class Shelf(NamedTuple):
     on_end: Callable[[str, Generation], None]
 
 
-async def restore_streams(journal: Journal, generator: Generator, shelves: Sequence[Shelf]) -> None:
-    """Take in what the journal holds: what is finished can be read again, all else goes on at its next token.
+async def restore_streams(
+    journal: Journal, generator: Generator, shelves: Sequence[Shelf], followed: Followed = MappingProxyType({})
+) -> None:
+    """Take in what the journal holds: what is finished can be read again, all else goes on at its next token. Readers
+    of streams that were `followed` do not notice.
 
     Streams of tenants that are none any more are erased. Those that were taken up often and came no further end with an
     error, and so do those that no longer fit the server.
     """
     client = generator.client
-    tenants = frozenset({""}) if generator.keys is None else generator.keys.tenants
+    tenants = tenants_of(generator)
     recording = await _read(journal, client)
     gone = dict(recording.gone)
     suspects: list[_Unfinished] = []
@@ -60,21 +70,25 @@ async def restore_streams(journal: Journal, generator: Generator, shelves: Seque
             gone[record.id] = record.tenant
             continue
         try:
-            stream = _replay(generator, recorded, _shelf_of(record.id, shelves).kind)
+            stream, num_outputs = followed.get(record.id) or (begun(generator, record, shelves), 0)
         except BadRequestError as error:
             logger.warning("a stream in the journal asks for what this version has not, and is gone: %s", error.param)
             gone[record.id] = record.tenant
             continue
+        stream.generation.journal = journal
+        await replay(stream, recorded.outputs[num_outputs:])
         if stream.generation.is_over:
-            registry = _shelf_of(stream.id, shelves).registry
+            registry = shelf_of(stream.id, shelves).registry
             registry.add(stream)
             registry.finish(stream.id)
-        elif recorded.num_vain_restarts < _NUM_SUSPICIOUS_RESTARTS:
+            continue
+        await replay(stream, [(client.clock(), None)])
+        if recorded.num_vain_restarts < _NUM_SUSPICIOUS_RESTARTS:
             others.append((stream, recorded))
         else:
             suspects.append((stream, recorded))
     for id, tenant in gone.items():
-        _shelf_of(id, shelves).registry.remember_gone(id, tenant)
+        shelf_of(id, shelves).registry.remember_gone(id, tenant)
     try:
         for suspect in suspects:
             await _take_up([suspect], journal, generator, shelves)
@@ -85,7 +99,7 @@ async def restore_streams(journal: Journal, generator: Generator, shelves: Seque
     except UnavailableError:  # the server drains already: the next one's
         return
     for stream, _ in (*suspects, *others):  # from here on each is missed where it has no reader
-        _shelf_of(stream.id, shelves).registry.unsubscribed(stream, client.clock())
+        shelf_of(stream.id, shelves).registry.unsubscribed(stream, client.clock())
     for shelf in shelves:
         shelf.registry.is_whole = True
     if recording.streams or gone:
@@ -93,7 +107,7 @@ async def restore_streams(journal: Journal, generator: Generator, shelves: Seque
         logger.info("the journal held %d unfinished streams, and %d that cannot go on", num_unfinished, len(gone))
 
 
-def _shelf_of(id: str, shelves: Sequence[Shelf]) -> Shelf:
+def shelf_of(id: str, shelves: Sequence[Shelf]) -> Shelf:
     return next(shelf for shelf in shelves if id.startswith(shelf.id_prefix))
 
 
@@ -131,30 +145,35 @@ async def _take_up(
             await generator.resume(recorded.record.recipe, stream.generation, token_ids, stream.tenant)
         except (EngineFailedError, BadRequestError, ContextLengthError) as error:
             client.cancel(stream.generation, error)
-        shelf = _shelf_of(stream.id, shelves)
+        shelf = shelf_of(stream.id, shelves)
         stream.generation.on_end.append(partial(shelf.on_end, stream.id))
         shelf.registry.add(stream)
 
 
-def _replay(generator: Generator, recorded: RecordedStream, kind: type[KeptStream]) -> KeptStream:
-    """A stream with the log that it had, as far as it is recorded; one that is not over counts as resumed there."""
-    record, now = recorded.record, generator.client.clock()
+def tenants_of(generator: Generator) -> frozenset[str]:
+    """Whose streams there may be."""
+    return frozenset({""}) if generator.keys is None else generator.keys.tenants
+
+
+def begun(generator: Generator, record: StreamRecord, shelves: Sequence[Shelf]) -> KeptStream:
+    """A recorded stream of which nothing has come yet. Raises: BadRequestError where it asks for what this version has
+    not."""
     tier, _ = standing_of(generator.keys, record.tenant)
+    stages = Stages(record.received_s, record.submitted_s, record.submitted_s)
+    generation = generator.make(record.recipe, record.log_id, stages, tier)
+    return shelf_of(record.id, shelves).kind.from_record(record, generation, generator.client.clock())
 
-    def make() -> Generation:
-        stages = Stages(record.received_s, record.submitted_s, record.submitted_s)
-        generation = generator.make(record.recipe, record.log_id, stages, tier)
-        generation.is_journaled = True
-        return generation
 
-    stream = kind.from_record(record, make(), now)
-    for at_s, output in (*recorded.outputs, (now, None)):
+async def replay(stream: KeptStream, outputs: Sequence[RecordedOutput]) -> None:
+    """Feed a stream what was recorded of it, with others' turns in between."""
+    for i, (at_s, output) in enumerate(outputs, start=1):
         if stream.generation.is_over:
             break
         if output is not None:
             stream.generation.receive(output, at_s)
-            continue
-        stream.resumed_at.append(stream.generation.log.end)
-        if stream.generation.num_output_tokens == 0:
-            stream.generation = make()  # its prompt is computed from the beginning, and scored
-    return stream
+        else:
+            stream.resumed_at.append(stream.generation.log.end)
+            if stream.generation.num_output_tokens == 0:
+                stream.generation.begin_again()
+        if i % _NUM_AT_ONCE == 0:
+            await anyio.lowlevel.checkpoint()

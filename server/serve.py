@@ -258,9 +258,9 @@ class _Server(DrainingServer):
             tracing=self._tracing,
             one_shots=one_shots,
             load_one_shots=partial(_load_one_shots, settings, one_shots),
-            model_fingerprint="" if settings.journal_file is None else source.fingerprint(),
+            model_fingerprint=source.fingerprint() if settings.has_journal else "",
             read_details=partial(read_model_details, source),
-            adapters={each.name: "" if settings.journal_file is None else each.fingerprint() for each in adapters},
+            adapters={each.name: each.fingerprint() if settings.has_journal else "" for each in adapters},
         )
         super().__init__(self._app, settings, listeners, tls)
 
@@ -273,9 +273,12 @@ class _Server(DrainingServer):
         if self._tracing is not None:
             self._tracing.close()
         code = 1 if self._error is not None else 0
-        journal = self._app.journal
-        has_thread = self._app.client.has_thread or (journal is not None and journal.has_thread)
-        if has_thread or not self._app.settled.is_set():
+        client = self._app.client
+        if (
+            client.has_thread
+            or any(journal.has_thread for journal in client.journals)
+            or not self._app.settled.is_set()
+        ):
             # A thread is inside the model or waits for a disk, where no Python can end it; leaving by the front door
             # would wait for it, or abort in C++.
             logging.shutdown()

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
@@ -62,6 +62,14 @@ _PerTierOrAuto = Annotated[
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)]
 _AdapterName = Annotated[str, Field(min_length=1, max_length=512)]  # as `model` in a request may be
 _AdapterFolder = Annotated[str, Field(min_length=1)]
+_REPLICA_NAME = r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?"
+_ReplicaName = Annotated[str, Field(pattern=f"^{_REPLICA_NAME}$")]
+# As it goes into a Location: no user, no query, nothing that would have to be encoded.
+_BaseUrl = Annotated[
+    str,
+    Field(pattern=r"^(https?://[A-Za-z0-9.:\[\]_-]+(/[A-Za-z0-9._~/-]*)?)?$"),
+    AfterValidator(lambda url: url.rstrip("/")),
+]
 
 
 def is_loopback(host: str) -> bool:
@@ -275,9 +283,29 @@ class Settings(ListenerSettings):
         description="file that native streams and background responses are recorded in, prompts and answers; a restart "
         "resumes them",
     )
+    journal_dir: str | None = Field(
+        None,
+        min_length=1,
+        description="folder that replicas share, in place of journal_file: each reads there what another one makes, "
+        "and goes on with it where that one has died; needs replica_name",
+    )
     journal_fsync: Literal["never", "checkpoint", "step"] = Field(
         "never", description="when the journal is forced to the disk, for a machine that loses power"
     )
+
+    replica_name: str = Field(
+        "",
+        pattern=f"^({_REPLICA_NAME})?$",
+        description="name of this server among several, a part of the ids of its streams and responses; lower case",
+    )
+    peers: dict[_ReplicaName, _BaseUrl] = Field(
+        {},
+        description="the replicas by their names, each with the URL that clients are sent to, or an empty one",
+    )
+
+    @property
+    def has_journal(self) -> bool:
+        return self.journal_file is not None or self.journal_dir is not None
 
     @model_validator(mode="after")
     def _check(self) -> "Settings":
@@ -297,6 +325,11 @@ class Settings(ListenerSettings):
             raise ValueError("tls_cert_file, tls_key_file: one is of no use without the other")
         if self.tls_key_password_file is not None and self.tls_key_file is None:
             raise ValueError("tls_key_password_file: there is no tls_key_file that it could open")
+        if self.journal_dir is not None and self.journal_file is not None:
+            raise ValueError("journal_dir: is in place of journal_file, and not beside it")
+        if not self.replica_name and (self.peers or self.journal_dir is not None):
+            name = "peers" if self.peers else "journal_dir"
+            raise ValueError(f"{name}: needs a replica_name, by which ids tell whose they are")
         return self
 
 

@@ -1,5 +1,6 @@
-"""The streams of one kind this server knows: running, finished and still readable, and lately forgotten. Those of an
-earlier process are among them once the journal has been read. There are two kinds, native streams and responses.
+"""The streams of one kind this server knows: running, finished and still readable, lately forgotten, and those that
+another process makes and this one follows. Those of an earlier process are among them once the journal has been read.
+There are two kinds, native streams and responses.
 
 Lives on the event loop; one task calls `sweep` now and then. A stream without readers is cancelled after a grace time;
 a finished log is kept for a while under a byte limit, least recently read first out; of the forgotten, a bounded list
@@ -14,7 +15,7 @@ from typing import Generic, Self, TypeVar
 
 from headrace.server.errors import GoneError, NotFoundError, UnavailableError
 from headrace.server.generation import Generation, Recipe
-from headrace.server.journal import StreamRecord
+from headrace.server.journal_rows import StreamRecord
 from headrace.server.stream_log import Subscriber
 
 _MAX_TOMBSTONES = 10_000
@@ -47,8 +48,15 @@ class KeptStream:
     @property
     def num_bytes(self) -> int:
         """What it costs to keep, in memory and in the journal."""
-        num_prompt_bytes = _TOKEN_BYTES * self.generation.num_prompt_tokens if self.generation.is_journaled else 0
+        num_prompt_bytes = (
+            _TOKEN_BYTES * self.generation.num_prompt_tokens if self.generation.journal is not None else 0
+        )
         return self.generation.log.num_bytes + num_prompt_bytes + self.num_own_bytes + _STREAM_OVERHEAD_BYTES
+
+    @property
+    def is_read_elsewhere(self) -> bool:
+        """Whether another process, which follows it, has readers."""
+        return self.generation.journal is not None and self.generation.journal.is_followed(self.id)
 
     def record(self, recipe: Recipe, submitted_s: float) -> StreamRecord:
         """What the journal has to know of it."""
@@ -121,17 +129,33 @@ class StreamRegistry(Generic[StreamT]):
         self._max_finished_bytes = max_finished_bytes
         self._running: dict[str, StreamT] = {}
         self._finished: OrderedDict[str, StreamT] = OrderedDict()  # least recently read first
+        self._followed: dict[str, StreamT] = {}
         self._num_finished_bytes = 0
         self._tombstones: OrderedDict[str, str] = OrderedDict()  # whose each was
 
     def add(self, stream: StreamT) -> None:
-        """Take in a stream, which counts as running until `finish`."""
+        """Take in a stream, which counts as running until `finish`; one that was followed is this server's now."""
+        self._followed.pop(stream.id, None)
         self._running[stream.id] = stream
+
+    def follow(self, stream: StreamT) -> None:
+        """Take in a stream that another process makes, until `unfollow`: it is there to be read, and nothing else."""
+        self._followed[stream.id] = stream
+
+    def unfollow(self, id: str) -> None:
+        del self._followed[id]
+
+    def is_followed(self, id: str) -> bool:
+        return id in self._followed
+
+    def __contains__(self, id: str) -> bool:
+        """Whether there is such a stream here, or was."""
+        return any(id in ids for ids in (self._running, self._finished, self._followed, self._tombstones))
 
     def get(self, id: str) -> StreamT:
         """A stream to read. Raises: NotFoundError, GoneError where the id is remembered as forgotten, or
         UnavailableError where it may yet come."""
-        stream = self._running.get(id) or self._finished.get(id)
+        stream = self._running.get(id) or self._finished.get(id) or self._followed.get(id)
         if stream is not None:
             return stream
         if id in self._tombstones:
@@ -172,7 +196,10 @@ class StreamRegistry(Generic[StreamT]):
             if stream.unread_since_s is None or stream.continues_alone:
                 continue
             if now - stream.unread_since_s >= (self._grace_s if stream.grace_s is None else stream.grace_s):
-                self._cancel(stream.generation)
+                if stream.is_read_elsewhere:
+                    stream.unread_since_s = now
+                else:
+                    self._cancel(stream.generation)
         for stream in list(self._finished.values()):
             end_s = stream.generation.stages.end_s
             is_old = end_s is not None and now - max(end_s, stream.restored_s) >= self._ttl_s

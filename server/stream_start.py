@@ -38,7 +38,7 @@ async def start_stream(
     def accept(generation: Generation, recipe: Recipe) -> None:
         streams.append(make(generation))
         if journal is not None:
-            generation.is_journaled = True
+            generation.journal = journal
             record = streams[0].record(recipe, client.clock())
             journal.accept(generation.request_id, record, partial(client.call_soon, is_recorded.set))
 

@@ -30,10 +30,12 @@ class Ticket:
 
 
 class Tickets:
-    """Every ticket that has not expired, least recently shown first."""
+    """Every ticket that has not expired, least recently shown first. They begin with the name of the `replica` that
+    issues them, where it has one."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], replica: str = "") -> None:
         self._clock = clock
+        self._prefix = f"{replica}." if replica else ""
         self._tickets: dict[str, OrderedDict[str, Ticket]] = {}
 
     def issue(self, tenant: str) -> str:
@@ -42,7 +44,7 @@ class Tickets:
         tickets = self._tickets.setdefault(tenant, OrderedDict())
         while tickets and (len(tickets) >= _MAX_TICKETS or next(iter(tickets.values())).expires_s <= now):
             tickets.popitem(last=False)
-        ticket = secrets.token_urlsafe(32)
+        ticket = self._prefix + secrets.token_urlsafe(32)
         tickets[ticket] = Ticket(tenant, now + TICKET_TTL_S)
         return ticket
 

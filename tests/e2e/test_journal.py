@@ -165,6 +165,44 @@ def test_streams_go_on_after_two_kills_and_a_drain_interrupts_them(
     assert "Traceback" not in server.output
 
 
+def test_streams_of_a_replica_that_is_killed_go_on_at_another_one(
+    tiny_model: Path, tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    args = [str(tiny_model), "--dtype", "float32", "--kv-cache-bytes", "64MiB", "--ttft-targets-s=1e6,1e6,1e6"]
+    args += ["--journal-dir", str(tmp_path / "journals")]
+    sampled = {"prompt": "The mill", "max_tokens": NUM_TOKENS, "temperature": 1.2, "seed": 7, "ignore_eos": True}
+    bodies = [sampled | {"seed": seed} for seed in range(4)]
+    with ExitStack() as stack:
+        alpha, beta = [
+            ServerProcess([*args, "--replica-name", name], {"OMP_NUM_THREADS": "1"}) for name in ("alpha", "beta")
+        ]
+        for server in (alpha, beta):
+            stack.callback(server.stop)
+        first, second = alpha.url(), beta.url()
+        asked = {"input": "The mill", "max_output_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+        response = ResponseReader(httpx.post(f"{first}/v1/responses", json=asked | {"background": True}).json())
+        streams = [Reader(httpx.post(f"{first}/v1/streams", json=body).json()) for body in bodies]
+        readers = [response, *streams]
+        followed = streams[2:]  # by who asks the other one from the beginning
+        following = [threads.submit(each.follow, second if each in followed else first) for each in readers]
+        until(lambda: all(len(each.events) > 10 for each in readers), "all are under way")
+        alpha.process.kill()
+        for future in following:
+            future.result()
+        assert all(each.events[-1]["event"] == "done" for each in followed), "they never came back"
+        for future in [threads.submit(each.follow, second) for each in (response, *streams[:2])]:
+            future.result()
+        whole = httpx.post(f"{second}/v1/responses", json=asked | {"store": False}, timeout=120).json()
+        assert response.text == whole["output"][0]["content"][0]["text"]
+        assert [int(event["id"]) for event in response.events] == list(range(len(response.events)))
+        for stream, body in zip(streams, bodies, strict=True):
+            assert [each["event"] for each in stream.events if each["event"] not in ("token", "queued")] == ["done"]
+            answer = httpx.post(f"{second}/v1/completions", json=body, timeout=120).json()
+            assert stream.text == answer["choices"][0]["text"]
+        assert beta.stop() == 0
+        assert "Traceback" not in beta.output
+
+
 def test_the_chat_page_goes_on_with_an_answer_after_a_restart(browser: Browser, tmp_path: Path) -> None:
     prompt, runner = "[user]hi\n[assistant]", FakeRunner()
     settings: dict[str, Any] = {"journal_file": tmp_path / "streams.db", "stream_retry_ms": 100}

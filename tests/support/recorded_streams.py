@@ -8,7 +8,9 @@ from typing import Any
 
 from headrace.scheduler.messages import FinishReason, SamplingParams, SequenceOutput
 from headrace.server.generation import Recipe
-from headrace.server.journal import Fsync, Journal, Recording, StreamRecord
+from headrace.server.journal import Fsync, Journal, Recording
+from headrace.server.journal_folder import Claim
+from headrace.server.journal_rows import StreamRecord
 
 PROMPT = tuple(range(1000, 1040))
 RECIPE = Recipe(PROMPT, SamplingParams(seed=2**64 - 1), ("END",), True, "", b"\0salt", 600, 500, 400, 60)
@@ -29,8 +31,8 @@ def finished(request_id: int) -> SequenceOutput:
 class Recorder:
     """A journal whose methods return when they are done."""
 
-    def __init__(self, path: Path, fsync: Fsync = "never", model: str = "model") -> None:
-        self.journal = Journal(path, fsync, model)
+    def __init__(self, path: Path, fsync: Fsync = "never", model: str = "model", claim: Claim | None = None) -> None:
+        self.journal = Journal(path, fsync, model, claim)
 
     def do(self, ask: Callable[..., None], *args: Any) -> Any:
         """Call a method of the journal's; returns what its `then` was given."""

@@ -76,6 +76,7 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "response_ttl_s": (86400.0, 1.5, 2.5, 3.5),
     "response_store_bytes": (64 * 2**20, 1, 2, 3),
     "journal_file": (None, "file", "env", "flag"),
+    "replica_name": ("", "file", "env", "flag"),
     "journal_fsync": ("never", "checkpoint", "step", "checkpoint"),
     "api_keys_file": (None, "file", "env", "flag"),
     "open_metrics": (False, True, False, True),
@@ -89,7 +90,9 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
 def test_every_setting_is_tried_here() -> None:
     # `workers` has one value only, and the TLS files are of no use one by one.
     tls = {name for name in Settings.model_fields if name.startswith("tls_")}
-    assert set(VALUES) == set(Settings.model_fields) - {"workers", "one_shot_models", "lora_adapters"} - tls
+    # The folder and the peers are of no use without a name.
+    others = {"workers", "one_shot_models", "lora_adapters", "journal_dir", "peers"}
+    assert set(VALUES) == set(Settings.model_fields) - others - tls
 
 
 def test_one_shot_models_are_tables_of_the_file_and_json_elsewhere(tmp_path: Path) -> None:
@@ -120,6 +123,55 @@ def test_lora_adapters_are_a_table_of_the_file_json_in_the_environment_and_pairs
     ):
         assert load_settings(flags, {}).lora_adapters == expected
     assert load_settings([], {}).lora_adapters == {}
+
+
+def test_peers_are_a_table_of_the_file_json_in_the_environment_and_pairs_in_flags(tmp_path: Path) -> None:
+    path = tmp_path / "headrace.toml"
+    path.write_text('replica_name = "a"\n[peers]\nb-1 = "http://b:8000/llm/"\nc = ""\n')
+    expected = {"b-1": "http://b:8000/llm", "c": ""}
+    assert load_settings(["--config", str(path)], {}).peers == expected
+    name = ["--replica-name", "a"]
+    assert load_settings(name, {"HEADRACE_PEERS": json.dumps(expected)}).peers == expected
+    for flags in (["--peers", json.dumps(expected)], ["--peers", "b-1=http://b:8000/llm", "--peers=c="]):
+        assert load_settings([*name, *flags], {}).peers == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *(("replica_name", name) for name in ("A", "a_b", "-a", "a-", "a.b", "a" * 33, "é", "a\n", "../a")),
+        *(("peers", json.dumps({name: "http://b"})) for name in ("", "B", "b_c", "-b", "b" * 33)),
+        *(
+            ("peers", json.dumps({"b": url}))
+            for url in (
+                "b:8000",
+                "//b",
+                "ftp://b",
+                "javascript:alert(1)",
+                "http://",
+                "http://u:p@b",
+                "http://b?x=1",
+                "http://b#x",
+                "http://b/a b",
+                "http://b\r\nx: y",
+                "http://b/é",
+            )
+        ),
+    ],
+)
+def test_what_is_no_replica_or_no_address_of_one_is_refused(setting: str, value: str) -> None:
+    name = [] if setting == "replica_name" else ["--replica-name=a"]
+    with pytest.raises(SettingsError, match=setting):
+        load_settings([*name, f"--{setting.replace('_', '-')}={value}"], {})
+
+
+@pytest.mark.parametrize("flag", ["--peers=b=http://b", "--journal-dir=x"])
+def test_replicas_need_a_name_and_one_journal(flag: str) -> None:
+    with pytest.raises(SettingsError, match="needs a replica_name"):
+        load_settings([flag], {})
+    load_settings([flag, "--replica-name", "a"], {})
+    with pytest.raises(SettingsError, match="journal_dir: is in place of journal_file"):
+        load_settings(["--journal-dir=x", "--journal-file=y", "--replica-name=a"], {})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,141 @@
+"""The journals of replicas that share a folder: where each is, who writes it, and reading one that another writes.
+
+A replica has a folder of its name, and in it a file for each of its processes that found none that was free. Who holds
+a file's lock writes to it; the kernel lets go of the lock when that process dies, so that two never write. Who reads a
+stream of another's holds a lock too, which the writer can see. Blocking calls, for worker threads; what is locked for a
+stream's readers alone is also looked at on the event loop.
+Source: flock(2); SQLite, "Write-Ahead Logging", which has readers and the writer not wait for each other.
+"""
+
+import fcntl
+import itertools
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from headrace.server.journal_rows import Rows
+
+_READ_TIMEOUT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A journal's file that this process writes, until it lets go."""
+
+    path: Path
+    descriptor: int
+
+    def release(self) -> None:
+        os.close(self.descriptor)
+
+    def is_followed(self, id: str) -> bool:
+        """Whether another process marks a stream as read."""
+        try:
+            descriptor = _lock(_mark_of(self.path, id), os.O_RDWR)
+        except OSError:  # nobody ever has
+            return False
+        if descriptor is not None:
+            os.close(descriptor)
+        return descriptor is None
+
+    def forget(self, id: str) -> None:
+        with suppress(OSError):
+            _mark_of(self.path, id).unlink()
+
+
+class JournalFolder:
+    """The folder `root`, for the replica `name`. Raises: OSError, wherever a file cannot be had."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.name = name
+        self._root = root
+        self._own: Path | None = None
+
+    def claim_own(self) -> Claim:
+        """Of this replica's files the first that no process holds, or a new one."""
+        folder = self._root / self.name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        claims = (self.claim(folder / f"{number}.db") for number in itertools.count(1))
+        own = next(claim for claim in claims if claim is not None)
+        self._own = own.path
+        return own
+
+    def claim(self, path: Path) -> Claim | None:
+        """None where another process holds the file."""
+        descriptor = _lock(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
+        if descriptor is None:
+            return None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, self.name.encode(), 0)
+        return Claim(path, descriptor)
+
+    def holder_of(self, path: Path) -> str:
+        """The replica that holds a file, or was the last to."""
+        return path.with_suffix(".lock").read_text()
+
+    def files_of(self, name: str) -> list[Path]:
+        """The files of a replica but for this process's own; none where it has never been."""
+        return sorted(path for path in (self._root / name).glob("[0-9]*.db") if path != self._own)
+
+    def find(self, name: str, id: str) -> tuple[Path, Rows] | None:
+        """The file that a stream of a replica's is in, and all its rows; what cannot be read now is not found."""
+        for path in self.files_of(name):
+            with suppress(sqlite3.Error):
+                if rows := read_rows(path, {id: 0}).get(id):
+                    return path, rows
+        return None
+
+
+def mark_followed(path: Path, ids: Iterable[str]) -> dict[str, int]:
+    """For each of these streams a descriptor which, while it is open, tells the writer of the file that it has readers.
+
+    None for one that the writer looks for at this very moment. Raises: OSError.
+    """
+    marks: dict[str, int] = {}
+    for id in ids:
+        mark = _mark_of(path, id)
+        mark.parent.mkdir(mode=0o700, exist_ok=True)
+        if (descriptor := _lock(mark, os.O_RDWR | os.O_CREAT, fcntl.LOCK_SH)) is not None:
+            marks[id] = descriptor
+    return marks
+
+
+def read_rows(path: Path, positions: Mapping[str, int]) -> dict[str, Rows]:
+    """The rows of streams, each from a position on; those that are not in the file are left out.
+
+    Raises: sqlite3.Error where the file cannot be read, as for a moment one that is being made.
+    """
+    if not path.exists():
+        return {}
+    uri = f"file:{quote(str(path))}?mode=ro"
+    with closing(sqlite3.connect(uri, uri=True, timeout=_READ_TIMEOUT_S, isolation_level=None)) as db:
+        db.execute("BEGIN")  # so that all of it is of one moment
+        return dict(_read(db, positions))
+
+
+def _read(db: sqlite3.Connection, positions: Mapping[str, int]) -> Iterator[tuple[str, Rows]]:
+    for id, position in positions.items():
+        if db.execute("SELECT 1 FROM sqlite_schema WHERE name = ?", (id,)).fetchone() is not None:
+            query = f'SELECT position, body, crc FROM "{id}" WHERE position >= ? ORDER BY position'
+            yield id, db.execute(query, (position,)).fetchall()
+
+
+def _mark_of(path: Path, id: str) -> Path:
+    return path.with_suffix(".readers") / id
+
+
+def _lock(path: Path, flags: int, kind: int = fcntl.LOCK_EX) -> int | None:
+    """A descriptor of a file, locked until it is closed; None where another lock excludes that. Raises: OSError."""
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return descriptor
