@@ -4,7 +4,7 @@ import json
 import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -177,17 +177,17 @@ async def test_what_a_replica_that_died_has_left_another_one_goes_on_with(
             assert (await call(beta.asgi, "DELETE", f"/v1/streams/{id}")).status == 200, "it is beta's now"
 
 
-async def test_a_reader_that_follows_does_not_notice_that_its_replica_takes_over(folder: Path) -> None:
-    async with AsyncExitStack() as stack:
-        beta = await stack.enter_async_context(replica("beta", folder))
-        async with AsyncExitStack() as first:
-            alpha = await first.enter_async_context(replica("alpha", folder))
-            first.enter_context(alpha.runner.held())
-            ids = [await create(alpha), await create(alpha, prompt="mill", on_disconnect="continue")]
-            reader = await stack.enter_async_context(following(beta, ids[0]))
-            alpha.runner.allow(5)
-            await reader.wait_until(lambda: text_of(reader.events()) == TEXT[:5])
-            own = generation_of(beta, ids[0])
+async def test_a_reader_that_follows_does_not_notice_that_another_replica_takes_over(folder: Path) -> None:
+    async with replica("beta", folder) as beta, anyio.create_task_group() as tasks:
+        async with replica("alpha", folder) as alpha:
+            with alpha.runner.held():
+                ids = [await create(alpha), await create(alpha, prompt="mill", on_disconnect="continue")]
+                reader = exchange(beta.asgi, "GET", f"/v1/streams/{ids[0]}/events", headers=SSE)
+                tasks.start_soon(reader.run)
+                alpha.runner.allow(5)
+                await reader.wait_until(lambda: text_of(reader.events()) == TEXT[:5])
+                own = generation_of(beta, ids[0])
+                alpha.end_unfinished()
         await reader.done.wait()
         assert (text_of(reader.events()), ends_of(reader.events())) == (TEXT, ["done"])
         assert generation_of(beta, ids[0]) is own
@@ -215,20 +215,18 @@ async def test_a_replica_that_comes_back_follows_what_another_one_has_taken_over
     async with dead_replica("alpha", folder, left, 5) as alpha:
         id, other = await create(alpha), await create(alpha, prompt="mill")
         await until_said(alpha, id, 5)
-    async with AsyncExitStack() as stack:
-        beta = await stack.enter_async_context(replica("beta", left))
-        stack.enter_context(beta.runner.held())
-        async with following(beta, id) as reader:
-            alpha = await stack.enter_async_context(replica("alpha", left))
-            new = await create(alpha, prompt="new")
-            assert text_of((await read(alpha, new)).events()) == expected_text("new", NUM_TOKENS)
-            assert text_of((await read(beta, new)).events()) == expected_text("new", NUM_TOKENS)
-            answer = await call(alpha.asgi, "DELETE", f"/v1/streams/{other}")
-            assert (answer.status, answer.json()["error"]["replica"]) == (421, "beta")
-            async with following(alpha, id) as again:
-                beta.runner.allow(100)
-                await again.done.wait()
-            await reader.done.wait()
+    async with replica("beta", left) as beta:
+        with beta.runner.held():
+            async with following(beta, id) as reader, replica("alpha", left) as alpha:
+                new = await create(alpha, prompt="new")
+                for app in (alpha, beta):
+                    assert text_of((await read(app, new)).events()) == expected_text("new", NUM_TOKENS)
+                answer = await call(alpha.asgi, "DELETE", f"/v1/streams/{other}")
+                assert (answer.status, answer.json()["error"]["replica"]) == (421, "beta")
+                async with following(alpha, id) as again:
+                    beta.runner.allow(100)
+                    await again.done.wait()
+                await reader.done.wait()
         assert text_of(reader.events()) == text_of(again.events()) == TEXT
         assert reader.events()[-1]["id"] == again.events()[-1]["id"]
 

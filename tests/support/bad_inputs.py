@@ -599,6 +599,13 @@ def _streams() -> Iterator[BadInput]:
     yield target("a stream whose id has 20,000 characters", "GET", "/v1/streams/" + "a" * 20_000, 404)
     yield target("an empty stream's id", "GET", "/v1/streams/", 404)
     yield target("an unknown stream from an event id", "GET", _EVENTS, 404, None, None, "last-event-id: -1")
+    other = f"/v1/streams/other-{'0' * 32}"
+    for method, path in (("GET", other), ("GET", f"{other}/events"), ("DELETE", other)):
+        yield target(f"a stream of a replica that is none {method} {path[-6:]}", method, path, 404, code="not_found")
+    yield target("a replica whose name is a path", "GET", f"/v1/streams/..%2f..-{'0' * 32}/events", 404)
+    yield target("a replica whose name is a host", "GET", f"/v1/streams/evil.example.org-{'0' * 32}/events", 404)
+    yield query("an event id of another replica", f"last_event_id=other-{'0' * 32}:5", None, 404, code="not_found")
+    yield query("a ticket of another replica", f"prompt=a&ticket=other.{'x' * 43}", None, 401, code="invalid_ticket")
 
 
 def _responses() -> Iterator[BadInput]:
@@ -649,6 +656,10 @@ def _responses() -> Iterator[BadInput]:
     yield target("an unknown response", "GET", _RESPONSE, 404, "id", "not_found")
     yield target("an unknown response's end", "DELETE", _RESPONSE, 404, "id", "not_found")
     yield target("an unknown response's cancellation", "POST", f"{_RESPONSE}/cancel", 404, "id", "not_found")
+    yield target("a response of another replica", "GET", f"/v1/responses/resp_other-{'0' * 32}", 404, "id", "not_found")
+    yield response(
+        "an item of another replica", {"input": [_reference(f"msg_other-{'0' * 32}_o0")]}, "input[0].id", 404
+    )
     yield target("an unknown response's items", "GET", f"{_RESPONSE}/input_items", 404, "id", "not_found")
 
 

@@ -81,3 +81,12 @@ def test_tickets_of_tenants_that_are_gone_are_worth_nothing() -> None:
     assert store.show(kept).tenant == "bob"
     with pytest.raises(InvalidTicketError):
         store.show(gone)
+
+
+def test_a_ticket_names_the_replica_that_issued_it() -> None:
+    store = Tickets(lambda: 0.0, "alpha")
+    ticket = store.issue("alice")
+    assert ticket.startswith("alpha.")
+    assert store.show(ticket).tenant == "alice"
+    with pytest.raises(InvalidTicketError):
+        store.show(ticket.removeprefix("alpha."))
