@@ -131,7 +131,9 @@ class App:
         self.metrics.watch("event_loop_tasks", "Tasks on the event loop", lambda: len(asyncio.all_tasks()))
         self.watchdog = Watchdog(
             lambda: self.client.engine_busy_since_s,
-            lambda: min((each.busy_since_s for each in self.client.journals if each.busy_since_s), default=None),
+            lambda: min(
+                (since_s for each in self.client.journals if (since_s := each.busy_since_s) is not None), default=None
+            ),
             self._give_up,
             soft_s=settings.watchdog_soft_s,
             hard_s=settings.watchdog_hard_s,

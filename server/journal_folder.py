@@ -91,16 +91,15 @@ class JournalFolder:
 
 
 def mark_followed(path: Path, ids: Iterable[str]) -> dict[str, int]:
-    """For each of these streams a descriptor which, while it is open, tells the writer of the file that it has readers.
-
-    None for one that the writer looks for at this very moment. Raises: OSError.
-    """
+    """For each of these streams a descriptor which, while it is open, tells the writer of the file that it has readers;
+    none for one that the writer looks for at this very moment, or where there can be none."""
     marks: dict[str, int] = {}
     for id in ids:
-        mark = _mark_of(path, id)
-        mark.parent.mkdir(mode=0o700, exist_ok=True)
-        if (descriptor := _lock(mark, os.O_RDWR | os.O_CREAT, fcntl.LOCK_SH)) is not None:
-            marks[id] = descriptor
+        with suppress(OSError):
+            mark = _mark_of(path, id)
+            mark.parent.mkdir(mode=0o700, exist_ok=True)
+            if (descriptor := _lock(mark, os.O_RDWR | os.O_CREAT, fcntl.LOCK_SH)) is not None:
+                marks[id] = descriptor
     return marks
 
 

@@ -118,3 +118,38 @@ def test_only_so_many_gone_streams_are_remembered(monkeypatch: pytest.MonkeyPatc
     for id in ("second", "third"):
         with pytest.raises(GoneError):
             clocked.registry.get(id)
+
+
+def test_a_stream_that_another_process_makes_is_read_like_any_and_never_swept() -> None:
+    clocked = Clocked()
+    generation = Generation("s", 0, 1, Stages(0.0), _NoText())  # type: ignore[arg-type]
+    stream = NativeStream("s", "alice", generation, 0, False, 0.0)
+    clocked.registry.follow(stream)
+    assert clocked.registry.is_followed("s")
+    assert clocked.registry.get("s") is clocked.registry.get_owned("s", "alice") is stream
+    with pytest.raises(NotFoundError):
+        clocked.registry.get_owned("s", "bob")
+    clocked.sweep(1000.0)
+    assert clocked.cancelled == []
+    clocked.registry.unfollow("s")
+    assert "s" not in clocked.registry
+    with pytest.raises(NotFoundError):
+        clocked.registry.get("s")
+    clocked.registry.follow(stream)
+    clocked.registry.add(stream)
+    assert not clocked.registry.is_followed("s"), "it is this one's now"
+    clocked.sweep(2000.0)
+    assert clocked.cancelled == ["s"]
+
+
+def test_who_reads_elsewhere_is_a_reader_for_another_grace_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocked = Clocked()
+    clocked.add("s")
+    with monkeypatch.context() as patch:
+        patch.setattr(NativeStream, "is_read_elsewhere", True)
+        clocked.sweep(15.0)
+        assert clocked.cancelled == []
+    clocked.sweep(29.9)
+    assert clocked.cancelled == []
+    clocked.sweep(30.0)
+    assert clocked.cancelled == ["s"]
