@@ -1,11 +1,10 @@
 """Streams that outlive a server which is killed, twice, and one that is told to end."""
 
-import json
 import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from playwright.sync_api import Browser
 from chat_page import open_chat_page
 from fake_engine import VOCAB_SIZE, FakeRunner, byte_tokenizer, expected_text
 from live_server import live_server
+from resuming_readers import Reader, ResponseReader
 from server_process import ServerProcess
 from tiny_models import tiny_llama
 from waiting import until
@@ -30,59 +30,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama(vocab_size=VOCAB_SIZE, max_position_embeddings=2048).save_pretrained(path)
     byte_tokenizer()._wrapper.save_pretrained(path)
     return path
-
-
-class Reader:
-    """What an EventSource sees of a stream over any number of connections."""
-
-    def __init__(self, created: dict[str, Any]) -> None:
-        self.created = created
-        self.events: list[dict[str, str]] = []
-
-    def follow(self, url: str, last_event_id: str | None = None) -> None:
-        """Read until the connection ends, however it does."""
-        seen = last_event_id or (self.events[-1]["id"] if self.events else "")
-        headers = {"accept": "text/event-stream", **({"last-event-id": seen} if seen else {})}
-        events_url = url + self.created["events_url"]
-        with suppress(httpx.TransportError), httpx.stream("GET", events_url, headers=headers, timeout=60) as answer:
-            assert answer.status_code in (200, 204), answer.read()
-            event: dict[str, str] = {}
-            for line in answer.iter_lines():
-                if line and not line.startswith(":"):
-                    name, _, value = line.partition(": ")
-                    event[name] = value
-                elif event:  # whole: what is torn off counts as not seen
-                    if "event" in event:
-                        self.events.append(event)
-                    event = {}
-
-    @property
-    def text(self) -> str:
-        return "".join(json.loads(event["data"])["text"] for event in self.events if event["event"] == "token")
-
-
-class ResponseReader(Reader):
-    """The same of a response that is made in the background."""
-
-    def follow(self, url: str, last_event_id: str | None = None) -> None:
-        seen = int(last_event_id or (self.events[-1]["id"] if self.events else -1))
-        query = {"stream": "true", **({"starting_after": str(seen)} if seen >= 0 else {})}
-        path = f"{url}/v1/responses/{self.created['id']}"
-        with suppress(httpx.TransportError), httpx.stream("GET", path, params=query, timeout=60) as answer:
-            assert answer.status_code == 200, answer.read()
-            value = ""
-            for line in answer.iter_lines():
-                if line.startswith("data: "):
-                    value = line.removeprefix("data: ")
-                elif not line and value:  # whole
-                    data = json.loads(value)
-                    self.events.append({"event": data["type"], "id": str(data["sequence_number"]), "data": value})
-                    value = ""
-
-    @property
-    def text(self) -> str:
-        deltas = (event for event in self.events if event["event"] == "response.output_text.delta")
-        return "".join(json.loads(event["data"])["delta"] for event in deltas)
 
 
 @pytest.fixture
@@ -163,44 +110,6 @@ def test_streams_go_on_after_two_kills_and_a_drain_interrupts_them(
     assert drained.events[-1]["event"] == "interrupted"
     assert drained.events[-1]["id"] == drained.events[-2]["id"]
     assert "Traceback" not in server.output
-
-
-def test_streams_of_a_replica_that_is_killed_go_on_at_another_one(
-    tiny_model: Path, tmp_path: Path, threads: ThreadPoolExecutor
-) -> None:
-    args = [str(tiny_model), "--dtype", "float32", "--kv-cache-bytes", "64MiB", "--ttft-targets-s=1e6,1e6,1e6"]
-    args += ["--journal-dir", str(tmp_path / "journals")]
-    sampled = {"prompt": "The mill", "max_tokens": NUM_TOKENS, "temperature": 1.2, "seed": 7, "ignore_eos": True}
-    bodies = [sampled | {"seed": seed} for seed in range(4)]
-    with ExitStack() as stack:
-        alpha, beta = [
-            ServerProcess([*args, "--replica-name", name], {"OMP_NUM_THREADS": "1"}) for name in ("alpha", "beta")
-        ]
-        for server in (alpha, beta):
-            stack.callback(server.stop)
-        first, second = alpha.url(), beta.url()
-        asked = {"input": "The mill", "max_output_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
-        response = ResponseReader(httpx.post(f"{first}/v1/responses", json=asked | {"background": True}).json())
-        streams = [Reader(httpx.post(f"{first}/v1/streams", json=body).json()) for body in bodies]
-        readers = [response, *streams]
-        followed = streams[2:]  # by who asks the other one from the beginning
-        following = [threads.submit(each.follow, second if each in followed else first) for each in readers]
-        until(lambda: all(len(each.events) > 10 for each in readers), "all are under way")
-        alpha.process.kill()
-        for future in following:
-            future.result()
-        assert all(each.events[-1]["event"] == "done" for each in followed), "they never came back"
-        for future in [threads.submit(each.follow, second) for each in (response, *streams[:2])]:
-            future.result()
-        whole = httpx.post(f"{second}/v1/responses", json=asked | {"store": False}, timeout=120).json()
-        assert response.text == whole["output"][0]["content"][0]["text"]
-        assert [int(event["id"]) for event in response.events] == list(range(len(response.events)))
-        for stream, body in zip(streams, bodies, strict=True):
-            assert [each["event"] for each in stream.events if each["event"] not in ("token", "queued")] == ["done"]
-            answer = httpx.post(f"{second}/v1/completions", json=body, timeout=120).json()
-            assert stream.text == answer["choices"][0]["text"]
-        assert beta.stop() == 0
-        assert "Traceback" not in beta.output
 
 
 def test_the_chat_page_goes_on_with_an_answer_after_a_restart(browser: Browser, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
-"""A browser that asks one server for what another one has."""
+"""A server that is killed, and another one that goes on; a browser that asks one server for what another one has."""
 
 import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,8 +12,12 @@ from playwright.sync_api import Browser
 from chat_page import open_chat_page
 from fake_engine import FakeRunner, expected_text
 from live_server import live_server
+from resuming_readers import Reader, ResponseReader
+from server_process import serving_script
 from tcp_relay import TcpRelay
+from waiting import until
 
+NUM_SLOW_TOKENS = 150
 NUM_TOKENS = 30
 TEXT = expected_text("river", NUM_TOKENS)
 # Reads a stream as a page does, until its end or until the browser gives up.
@@ -28,6 +34,38 @@ READ = """
 }
 """
 SAID = "(length) => window.end === 'closed' || tokens.map(([, text]) => text).join('').length >= length"
+
+
+def test_streams_of_a_server_that_is_killed_go_on_at_the_one_beside_it(tmp_path: Path) -> None:
+    flags = ["--journal-dir", str(tmp_path / "journals"), "--replica-name"]
+    prompts = [f"slow {i}" for i in range(4)]
+    body = {"max_tokens": NUM_SLOW_TOKENS, "temperature": 0}
+    with (
+        ThreadPoolExecutor(8) as threads,
+        serving_script(*flags, "alpha") as alpha,
+        serving_script(*flags, "beta") as beta,
+    ):
+        first, second = alpha.url(), beta.url()
+        asked = {"input": "hi", "max_output_tokens": NUM_SLOW_TOKENS, "temperature": 0, "background": True}
+        response = ResponseReader(httpx.post(f"{first}/v1/responses", json=asked).json())
+        streams = [Reader(httpx.post(f"{first}/v1/streams", json=body | {"prompt": each}).json()) for each in prompts]
+        places = {reader: second if reader in streams[:2] else first for reader in (response, *streams)}
+        following = [threads.submit(reader.follow, url) for reader, url in places.items()]
+        until(lambda: all(len(reader.events) > 5 for reader in places), "all are under way")
+        alpha.process.kill()
+        for future in following:
+            future.result()
+        assert {reader.events[-1]["event"] for reader in streams[:2]} == {"done"}, "those at beta saw nothing of it"
+        assert {reader.events[-1]["event"] for reader in streams[2:]} == {"token"}, "those at alpha were cut off"
+        for reader in (response, *streams[2:]):
+            reader.follow(second)
+        for prompt, reader in zip(prompts, streams, strict=True):
+            assert [each["event"] for each in reader.events if each["event"] not in ("token", "queued")] == ["done"]
+            assert reader.text == expected_text(prompt, NUM_SLOW_TOKENS)
+        assert [int(event["id"]) for event in response.events] == list(range(len(response.events)))
+        assert response.text == expected_text("[user]hi\n[assistant]", NUM_SLOW_TOKENS)
+        assert beta.stop() == 0
+        assert "Traceback" not in beta.output
 
 
 def free_port() -> int:
