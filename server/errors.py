@@ -120,10 +120,12 @@ class OtherReplicaError(ApiError):
     """What is asked for another replica has, at the address `url` where clients may know it. With a `location` they
     are sent there, and ask the same again."""
 
+    status = 421
     code = "other_replica"
 
     def __init__(self, replica: str, url: str | None, *, location: str | None = None, param: str | None = None) -> None:
-        self.status = 421 if location is None else 307
+        if location is not None:
+            self.status = 307
         self.replica = replica
         self.url = url
         headers = {"cache-control": "no-store"} | ({} if location is None else {"location": location})

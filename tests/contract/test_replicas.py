@@ -202,8 +202,8 @@ async def test_the_chat_page_may_read_from_the_others_and_from_nobody_else() -> 
 
 
 async def test_the_document_tells_of_other_replicas_where_there_are_some() -> None:
-    for settings, statuses in (({}, set()), ({"replica_name": "alpha"}, {"307", "421"})):
-        async with live_app(**settings) as app:
+    for name, statuses in (("", set()), ("alpha", {"307", "421"})):
+        async with live_app(replica_name=name) as app:
             document = (await call(app.asgi, "GET", "/openapi.json")).json()
         for path in ("/v1/stream", "/v1/streams/{id}", "/v1/streams/{id}/events", "/v1/responses/{id}"):
             assert {"307", "421"} & document["paths"][path]["get"]["responses"].keys() == statuses

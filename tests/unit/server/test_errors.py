@@ -10,6 +10,7 @@ from headrace.server.errors import (
     ApiError,
     BadRequestError,
     DeadlineError,
+    OtherReplicaError,
     OverloadedError,
     RateLimitError,
     ShutdownError,
@@ -26,12 +27,14 @@ ERRORS = [cls for cls in CLASSES if cls is not UpstreamError]
 @pytest.mark.parametrize("cls", ERRORS)
 def test_every_error_has_a_status_of_its_own_kind_and_all_four_fields(cls: type[ApiError]) -> None:
     assert 400 <= cls.status < 600
-    error = OverloadedError("", 1, code="queue_full", tier="batch") if cls is OverloadedError else cls.__new__(cls)
+    made = (OverloadedError("", 1, code="queue_full", tier="batch"), OtherReplicaError("beta", None))
+    error = next((error for error in made if type(error) is cls), None) or cls.__new__(cls)
     ApiError.__init__(error, "what is wrong", param="field")
     fields = {"message": "what is wrong", "type": cls.type, "param": "field", "code": error.code}
     further: dict[type[ApiError], dict[str, Any]] = {
         OverloadedError: {"tier": "batch"},
         ShutdownError: {"resumable": False},
+        OtherReplicaError: {"replica": "beta", "url": None},
     }
     assert error.envelope() == {"error": fields | further.get(cls, {})}
 
