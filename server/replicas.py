@@ -70,8 +70,8 @@ class Replicas:
             return None
         path = request.scope["path"]
         # Clients do not take their key along to another address, and would be refused there.
-        keeps_key = request.state.tenant and not is_open(path, has_open_metrics=False)
-        if not url or request.method != "GET" or (keeps_key and "authorization" in request.headers):
+        needs_key = request.state.tenant and not is_open(path, has_open_metrics=False)
+        if not url or request.method != "GET" or (needs_key and "authorization" in request.headers):
             return OtherReplicaError(name, url or None, param=param)
         query = quote(request.scope["query_string"], safe=_QUERY_CHARACTERS)
         location = f"{url}{path}" + (f"?{query}" if query else "")
