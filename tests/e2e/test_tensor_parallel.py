@@ -1,0 +1,63 @@
+"""A tensor-parallel group of real processes behind a real server, and what becomes of it when one of them goes."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from fake_engine import VOCAB_SIZE, byte_tokenizer
+from raw_client import RawRequest
+from server_process import ServerProcess, serving
+from tiny_models import generate_with_hugging_face, tiny_llama
+from waiting import until
+
+NUM_TOKENS = 12
+PROMPT = [(7 * i + 3) % VOCAB_SIZE for i in range(40)]
+
+
+def children(server: ServerProcess) -> list[int]:
+    lists = Path(f"/proc/{server.pid}/task").glob("*/children")
+    return [int(pid) for each in lists for pid in each.read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerProcess]:
+    model = tiny_llama(seed=5, vocab_size=VOCAB_SIZE, max_position_embeddings=8192)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer()._wrapper.save_pretrained(tmp_path)
+    flags = ("--device", "cpu", "--dtype", "float32", "--tensor-parallel-size", "2", "--kv-cache-bytes", "64MiB")
+    with serving(str(tmp_path), *flags) as process:
+        yield process
+
+
+def test_two_processes_answer_as_hugging_face_does_and_a_killed_one_ends_the_server(server: ServerProcess) -> None:
+    model = tiny_llama(seed=5, vocab_size=VOCAB_SIZE, max_position_embeddings=8192)
+    url = f"{server.url()}/v1/completions"
+    body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    answer = httpx.post(url, json=body, timeout=60).json()
+    assert answer["choices"][0]["token_ids"] == generate_with_hugging_face(model, PROMPT, NUM_TOKENS)
+    [rank] = children(server)
+    body = {"prompt": PROMPT, "max_tokens": 8000, "ignore_eos": True, "stream": True}
+    with RawRequest(server.url(), "/v1/completions", body) as stream:
+        stream.read_until(b"data: ")
+        os.kill(rank, signal.SIGKILL)
+        assert stream.read_to_end().count(b'"error":{') == 1
+    assert server.process.wait(30) == 1
+    server.wait_for(r"the device is lost: rank 1: it has ended \(exit code -9\)")
+    assert not is_running(rank)
+
+
+def test_a_server_that_is_killed_or_told_to_end_leaves_no_rank(server: ServerProcess) -> None:
+    [rank] = children(server)
+    server.stop(signal.SIGKILL)
+    until(lambda: not is_running(rank), "the rank ends")
