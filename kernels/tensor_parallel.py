@@ -81,10 +81,10 @@ class Group:
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Put what the ranks have side by side, in their order: [R, n] -> [R, size * n]."""
-        parts = x.new_empty(self.size, *x.shape)
+        parts = [torch.empty_like(x) for _ in range(self.size)]
         if x.numel():
-            dist.all_gather_into_tensor(parts, x.contiguous(), group=self._ranks)
-        return parts.transpose(0, 1).reshape(len(x), -1)
+            dist.all_gather(parts, x.contiguous(), group=self._ranks)
+        return torch.cat(parts, dim=1)
 
     def share(self, x: torch.Tensor) -> None:
         """Overwrite x with rank 0's."""

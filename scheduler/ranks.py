@@ -7,6 +7,7 @@ runs on the engine thread, and on one that reads what the others say; theirs is 
 """
 
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,14 +52,13 @@ class Ranks:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._processes = _Processes()
-        self._folder = tempfile.TemporaryDirectory(prefix="headrace-", ignore_cleanup_errors=True)
         self.close = weakref.finalize(self, self._processes.end)
 
     def meet(self, device: torch.device) -> Group:
         """Start them, and wait until all are there."""
-        config, place = self._config, Path(self._folder.name) / "group"
+        config = self._config
         share_threads(config, device)
-        self._processes.start(config, place)
+        place = self._processes.start(config)
         self._processes.hear()
         group = Group.open(place, 0, config.tensor_parallel_size, device, config.collective_timeout_s)
         self._processes.group = group
@@ -72,7 +72,7 @@ class Ranks:
     def wait_loaded(self) -> None:
         """Wait until each has loaded its part. Raises: RankError."""
         self._processes.hear()
-        self._folder.cleanup()
+        self._processes.remove_folder()
 
     def send(self, message: bytes) -> None:
         """Hand a message to each. Raises: RankError where one is gone."""
@@ -97,10 +97,15 @@ class _Processes:
         self.loss: str | None = None
         self.is_loss_known = threading.Event()
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._said: SimpleQueue[int | None] = SimpleQueue()  # None: one of them is lost
+        self._listener = threading.Thread(target=self._listen, name="headrace-ranks", daemon=True)
+        self._said: list[SimpleQueue[int | None]] = []  # by each; None: one of them is lost
+        self._folder: str | None = None
         self._is_closing = False
 
-    def start(self, config: EngineConfig, meeting_place: Path) -> None:
+    def start(self, config: EngineConfig) -> Path:
+        """Returns where to meet them."""
+        self._folder = tempfile.mkdtemp(prefix="headrace-")
+        meeting_place = Path(self._folder) / "group"
         for rank in range(1, config.tensor_parallel_size):
             ours, theirs = Pipe()
             with theirs:
@@ -113,18 +118,25 @@ class _Processes:
                 )
             self._processes.append(process)
             self.connections.append(ours)
+            self._said.append(SimpleQueue())
             with suppress(OSError):  # it has ended already, which is seen where it is listened to
                 ours.send_bytes(pickle.dumps((rank, config, meeting_place)))
-        threading.Thread(target=self._listen, name="headrace-ranks", daemon=True).start()
+        self._listener.start()
+        return meeting_place
+
+    def remove_folder(self) -> None:
+        """Forget where they have met."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def hear(self) -> list[int]:
         """The next thing that each says. Raises: RankError."""
-        said = []
-        for _ in self._processes:
-            if (each := self._said.get()) is None:
+        numbers = []
+        for said in self._said:
+            if (number := said.get()) is None:
                 raise RankError(self.loss)
-            said.append(each)
-        return said
+            numbers.append(number)
+        return numbers
 
     def end(self) -> None:
         """End them, and let go of the group."""
@@ -138,6 +150,11 @@ class _Processes:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if self._listener.ident is not None:
+            self._listener.join()
+        for connection in self.connections:
+            connection.close()
+        self.remove_folder()
         if self.group is not None and self.loss is None:
             self.group.close()
 
@@ -151,11 +168,11 @@ class _Processes:
                     said = connection.recv()
                 except (EOFError, OSError):
                     said = ""
+                rank = ranks[connection]
                 if isinstance(said, int):
-                    self._said.put(said)
+                    self._said[rank - 1].put(said)
                     continue
-                rank = ranks.pop(connection)
-                connection.close()
+                del ranks[connection]
                 if not self._is_closing:
                     self._lose(rank, said)
 
@@ -170,7 +187,8 @@ class _Processes:
         if self.loss is None:
             self.loss = f"rank {rank}: {reason}"
         self.is_loss_known.set()
-        self._said.put(None)
+        for said in self._said:
+            said.put(None)
         if self.group is not None:
             self.group.abort()
 

@@ -1,8 +1,10 @@
 """A model in parts: ranks that compute together come to what one of them would, and are told no more than is new."""
 
 import functools
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from headrace.kernels.gpu_backend import GpuBackend
 from headrace.kernels.gpu_linear import gpu_linear
 from headrace.kernels.lora import Adapter
 from headrace.kernels.quantised import QuantisedWeight
+from headrace.kernels.sampling import SamplingBatch
 from headrace.kernels.tensor_parallel import Group, Sharding, UnsupportedPlanError
 from headrace.kernels.torch_backend import TorchBackend
 from headrace.scheduler.lockstep import LockstepBackend
@@ -71,14 +74,48 @@ def torch_part(model: TinyModel, group: Group, adapters: list[Adapter] | None = 
     return TorchBackend(decoder, cache, torch_ops)
 
 
-def gpu_part(model: TinyModel, group: Group) -> Backend:
+# Triton's interpreter is for one thread at a time: each has its turn while others wait for it in what they do together.
+TURN = threading.Lock()
+
+
+class TakesTurns(Group):
+    def __init__(self, group: Group) -> None:
+        super().__init__(group._ranks)
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        return self._together(super().sum, x)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        return self._together(super().gather, x)
+
+    def share(self, x: torch.Tensor) -> None:
+        self._together(super().share, x)
+
+    def _together(self, exchange: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Any:
+        TURN.release()
+        try:
+            return exchange(x)
+        finally:
+            TURN.acquire()
+
+
+class InTurn(GpuBackend):
+    def forward(self, batch: StepBatch) -> torch.Tensor:
+        with TURN:
+            return super().forward(batch)
+
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+        with TURN:
+            return super().sample(logits, batch)
+
+
+def gpu_part(model: TinyModel, ranks: Group) -> Backend:
+    group = TakesTurns(ranks)
     config, weights, _ = part(model, group)
-    embedding = weights["model.embed_tokens.weight"]
-    weights["model.embed_tokens.weight"] = dequantised(embedding).float()
     make = functools.partial(gpu_linear, dtype=torch.float32, device=CPU)
     decoder = Decoder(config, weights, triton_ops, make, make, group=group)
     cache = KVCache.allocate(config.shape, NUM_BLOCKS, 16, torch.float32, CPU)
-    return GpuBackend(decoder, cache, max_num_seqs=4, max_num_batched_tokens=128, max_num_blocks=8, group=group)
+    return InTurn(decoder, cache, max_num_seqs=4, max_num_batched_tokens=128, max_num_blocks=8, group=group)
 
 
 def check_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
@@ -107,33 +144,39 @@ def test_adapters_are_shared_among_the_ranks_as_weights_are() -> None:
         check_equal(run.all_logits(SCHEDULE), expected)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
-def test_the_kernels_of_a_gpu_compute_parts_of_quantised_weights(kind: str) -> None:
-    model = TinyModel(types=(kind,), intermediate_size=128, vocab_size=101)
-    expected = PagedRun(reference_backend(model, NUM_BLOCKS), sequences(), num_blocks=NUM_BLOCKS).all_logits()
-    with in_lockstep(2, functools.partial(gpu_part, model)) as (backend, _):
-        check_equal(PagedRun(backend, sequences(), num_blocks=NUM_BLOCKS).all_logits(SCHEDULE[:2]), expected)
-
-
 def test_a_token_that_rank_0_has_drawn_and_not_told_reaches_the_others_on_the_device() -> None:
-    model = TinyModel()
-    tokens = random_tokens(6)
+    model = TinyModel(windows=(None,), vocab_size=33)
+    tokens = random_tokens(6, vocab_size=33)
 
-    def follow_up(backend: Backend, second: list[int] | None) -> torch.Tensor:
-        """The logits behind a drawn token, or behind one that is known."""
+    def follow_up(backend: Backend, second: list[int]) -> tuple[torch.Tensor, int]:
+        """The logits behind a token that is drawn, or known, and which one is drawn."""
         table = [3]
         logits = backend.forward(StepBatch(tokens, [6], [6], [table], [5]))
         likeliest = logits.argmax(dim=-1)
         drawn = backend.sample(logits, make_batch([(4.0, 0, 1.0, 0.0)], [11], [6], [0])).clone()
         assert drawn != likeliest, "which the others know"
-        follows = [-1] if second is None else second
-        found = backend.forward(StepBatch(follows, [1], [7], [table], [0])).clone()
-        return torch.cat((found[0], drawn.float()))
+        return backend.forward(StepBatch(second, [1], [7], [table], [0])).clone(), int(drawn)
 
     with in_lockstep(2, functools.partial(gpu_part, model)) as (backend, _):
-        *pending, drawn = follow_up(backend, None)
-        known = follow_up(reference_backend(model, NUM_BLOCKS), [int(drawn)])
-    torch.testing.assert_close(torch.stack(pending), known[:-1], rtol=2e-4, atol=2e-4)
+        found, drawn = follow_up(backend, [-1])
+    expected, _ = follow_up(reference_backend(model, NUM_BLOCKS), [drawn])
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_a_plan_that_leaves_out_the_vocabulary_splits_it_all_the_same() -> None:
+    plan = {name: style for name, style in PLAN.items() if name.startswith("model.layers")}
+    assert Sharding.by_plan(plan, 0, 2) == Sharding.by_plan(PLAN, 0, 2)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_a_part_of_a_quantised_weight_is_that_part_quantised(kind: str) -> None:
+    model = TinyModel(types=(kind,), intermediate_size=128, vocab_size=101)
+    for rank in range(2):
+        sharding = Sharding.by_plan(PLAN, rank, 2)
+        for name, weight in model.weights().items():
+            expected = sharding.take(name, dequantised(weight))
+            assert torch.equal(dequantised(sharding.take(name, weight)), expected), name
+            assert sharding.shape(name, weight.shape) == expected.shape, name
 
 
 def test_what_quantised_groups_cannot_be_split_into_is_refused() -> None:
@@ -201,22 +244,19 @@ def test_a_step_that_raises_on_rank_0_is_the_groups_last_one() -> None:
         broken.recover()
 
 
+class _StepAhead(TorchBackend):
+    is_asynchronous = True
+
+
 def test_what_was_computed_while_a_rank_was_lost_is_nothing() -> None:
-    model, followers = TinyModel(), _Followers()
-    own = gpu_part(model, cast(Group, _Alone()))
-    backend = LockstepBackend(own, followers)
-    read = backend.read([torch.tensor([1])])
+    own, followers = reference_backend(TinyModel(), NUM_BLOCKS), _Followers()
+    backend = LockstepBackend(_StepAhead(own._decoder, own._cache, torch_ops), followers)
+    read = backend.read([backend.argmax(StepBatch([1], [1], [1], [[0]], [0]))])
     followers.loss = "rank 1: it has ended"
     with pytest.raises(RuntimeError, match="rank 1: it has ended"):
         read.wait()
     with pytest.raises(RuntimeError, match="rank 1: it has ended"):
         backend.recover()
-
-
-@dataclass(frozen=True)
-class _Alone:
-    rank: int = 0
-    size: int = 1
 
 
 class _Slice:
