@@ -238,9 +238,9 @@ def load_model(config: EngineConfig, say: Callable[[str], None], peers: Peers | 
     kv_name = "" if config.kv_cache_dtype == "auto" else f" in {config.kv_cache_dtype}"
     noise = "random weights; " if config.load_format == "dummy" else ""
     added = f"; LoRA adapters: {', '.join(config.lora_adapters)}" if adapters else ""
-    ranks = "" if group is None else f"; {group.size} tensor-parallel ranks, of each:"
+    ranks, each = ("", "") if group is None else (f"; {group.size} tensor-parallel ranks", " each")
     description = (
-        f"{noise}{how}{added}{ranks}; KV cache {cache_gib:.2f} GiB{kv_name}, {num_blocks} blocks of "
+        f"{noise}{how}{added}{ranks}; KV cache {cache_gib:.2f} GiB{each}{kv_name}, {num_blocks} blocks of "
         f"{config.block_size} tokens; context {max_context_tokens} tokens"
     )
     return LoadedModel(backend, device, plan.shape.vocab_size, num_blocks, max_context_tokens, description)

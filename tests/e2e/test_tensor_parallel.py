@@ -36,6 +36,7 @@ def server(tmp_path: Path) -> Iterator[ServerProcess]:
     model.save_pretrained(tmp_path)
     byte_tokenizer()._wrapper.save_pretrained(tmp_path)
     flags = ("--device", "cpu", "--dtype", "float32", "--tensor-parallel-size", "2", "--kv-cache-bytes", "64MiB")
+    flags += ("--watchdog-hard-s", "40")  # half of it for each other
     with serving(str(tmp_path), *flags) as process:
         yield process
 
@@ -57,7 +58,20 @@ def test_two_processes_answer_as_hugging_face_does_and_a_killed_one_ends_the_ser
     assert not is_running(rank)
 
 
-def test_a_server_that_is_killed_or_told_to_end_leaves_no_rank(server: ServerProcess) -> None:
+@pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_that_ends_or_is_killed_leaves_no_rank(server: ServerProcess, sig: int) -> None:
     [rank] = children(server)
-    server.stop(signal.SIGKILL)
+    assert server.stop(sig) == {signal.SIGTERM: 0, signal.SIGKILL: -9}[sig]
     until(lambda: not is_running(rank), "the rank ends")
+
+
+@pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
+def test_a_rank_that_stands_still_ends_the_server_in_time(server: ServerProcess) -> None:
+    [rank] = children(server)
+    os.kill(rank, signal.SIGSTOP)
+    answer = httpx.post(f"{server.url()}/v1/completions", json={"prompt": PROMPT, "max_tokens": 4}, timeout=60)
+    assert answer.status_code == 500
+    assert server.process.wait(30) == 1
+    server.wait_for("the device is lost: the ranks are out of step")
+    assert not is_running(rank)

@@ -23,7 +23,7 @@ from headrace.kernels.sampling import SamplingBatch
 from headrace.kernels.tensor_parallel import Group, Sharding, UnsupportedPlanError
 from headrace.kernels.torch_backend import TorchBackend
 from headrace.scheduler.lockstep import LockstepBackend
-from rank_threads import in_lockstep
+from rank_threads import RankThreads, in_lockstep
 from sampling_batches import make_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of interpreted kernels' padding
@@ -242,6 +242,16 @@ def test_a_step_that_raises_on_rank_0_is_the_groups_last_one() -> None:
         broken.argmax(StepBatch([1], [1], [1], [[0]], [0]))
     with pytest.raises(RuntimeError, match="the ranks are out of step: out of memory"):
         broken.recover()
+
+
+def test_a_rank_that_does_not_answer_in_time_is_one_that_is_lost() -> None:
+    model, ranks = TinyModel(), RankThreads(2, timeout_s=0.2)
+    backend = LockstepBackend(torch_part(model, ranks.groups[0]), ranks)
+    with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
+        backend.argmax(StepBatch([1], [1], [1], [[0]], [0]))
+    with pytest.raises(RuntimeError, match=r"out of step: .*[Tt]imed out"):
+        backend.recover()
+    ranks.close()
 
 
 class _StepAhead(TorchBackend):
