@@ -197,7 +197,7 @@ def _steps(
     )
     scheduler, runner = load_engine(config, lambda line: None)
     backend: Any = runner.backend
-    own = backend.own if isinstance(backend, LockstepBackend) else backend
+    own: Any = backend.own if isinstance(backend, LockstepBackend) else backend
     num_blocks = scheduler.load().num_total_blocks
     for layer in own._cache.layers:
         for cache in layer[:2]:

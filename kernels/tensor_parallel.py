@@ -65,7 +65,7 @@ class Group:
             os.environ.setdefault(variable, loopback)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=dist.FileStore(str(meeting_place), size),
+            init_method=meeting_place.as_uri(),
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=timeout_s),

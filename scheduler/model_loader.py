@@ -621,8 +621,8 @@ def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None, ra
         group: Group | None,
     ) -> Decoder:
         if device.type != "cuda":
-            taken: dict[str, Weight] = {**_take_tensors(weights, dtype, device)}
-            return Decoder(decoder_config, taken, _ops(device), adapters=adapters, group=group)
+            tensors: dict[str, Weight] = {**_take_tensors(weights, dtype, device)}
+            return Decoder(decoder_config, tensors, _ops(device), adapters=adapters, group=group)
         from headrace.kernels.gpu_linear import dense, gpu_linear
 
         quantised = {name: weights.pop(name) for name in [*weights] if isinstance(weights[name], QuantisedWeight)}

@@ -64,11 +64,10 @@ class _Rank:
 
     def _read(self) -> None:
         try:
-            while message := self._connection.recv_bytes():
-                self._inbox.put(message)
-        except (EOFError, OSError):
-            pass  # rank 0 is gone
-        os._exit(0)
+            while True:
+                self._inbox.put(self._connection.recv_bytes())
+        except (EOFError, OSError):  # nothing more comes
+            os._exit(0)
 
 
 def main(descriptor: int) -> None:

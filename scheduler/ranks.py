@@ -6,8 +6,10 @@ whoever is at the other side. What the ranks compute together goes through torch
 runs on the engine thread, and on one that reads what the others say; theirs is `rank`.
 """
 
+import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -142,8 +144,9 @@ class _Processes:
         """End them, and let go of the group."""
         self._is_closing = True
         for connection in self.connections:
-            with suppress(OSError):
-                connection.send_bytes(b"")
+            # Not by a message, which a rank that stands still may not take.
+            with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as ours:
+                ours.shutdown(socket.SHUT_WR)
         for process in self._processes:
             try:
                 process.wait(_FAREWELL_S)
