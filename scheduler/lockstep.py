@@ -6,11 +6,11 @@ rank, leaves the group out of step, for good: nobody knows how far the others ha
 Runs on the engine thread of rank 0 and the main thread of others; who they are and how they are reached, `ranks` knows.
 """
 
-import pickle
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+from pydantic_core import from_json, to_json
 
 from headrace.kernels.backend import Backend, PendingRead, StepBatch
 from headrace.kernels.sampling import SamplingBatch
@@ -112,14 +112,14 @@ class _SentTables:
             tables[id(table)] = table, place, len(table)
         self._tables = tables
         step = batch.token_ids, batch.query_lens, batch.context_lens, batch.logit_rows, batch.adapters, places, added
-        return pickle.dumps(step)
+        return to_json(step)
 
 
 def follow(receive: Callable[[], bytes], backend: Backend) -> None:
     """Compute this rank's part of every step that rank 0 sends, until one raises or `receive` does."""
     tables: list[list[int]] = []
     while True:
-        token_ids, query_lens, context_lens, logit_rows, adapters, places, added = pickle.loads(receive())
+        token_ids, query_lens, context_lens, logit_rows, adapters, places, added = from_json(receive())
         tables = [[] if place < 0 else tables[place] for place in places]
         for table, blocks in zip(tables, added, strict=True):
             table += blocks

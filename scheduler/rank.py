@@ -8,22 +8,20 @@ will any more: no signal but SIGKILL ends it sooner, since the server goes on fo
 import gc
 import logging
 import os
-import pickle
 import signal
 import sys
 import threading
 from multiprocessing.connection import Connection
-from pathlib import Path
 from queue import SimpleQueue
 
 import torch
+from pydantic_core import from_json, to_json
 
 from headrace.kernels.tensor_parallel import Group
-from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.lockstep import follow
 from headrace.scheduler.model_loader import load_model
-from headrace.scheduler.ranks import share_threads
+from headrace.scheduler.ranks import GREETING, share_threads
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +36,7 @@ class _Rank:
         self._connection = connection
         self._inbox: SimpleQueue[bytes] = SimpleQueue()
         threading.Thread(target=self._read, name="headrace-inbox", daemon=True).start()
-        self.rank, self.config, self._meeting_place = self._greeting()
+        self.rank, self.config, self._meeting_place = GREETING.validate_json(self.receive())
 
     def meet(self, device: torch.device) -> Group:
         self.say(_DONE)
@@ -48,19 +46,15 @@ class _Rank:
 
     def least(self, num_bytes: int) -> int:
         self.say(num_bytes)
-        least: int = pickle.loads(self.receive())
+        least: int = from_json(self.receive())
         return least
 
     def say(self, message: int | str) -> None:
         """Tell rank 0 a number that it waits for, or why this rank ends."""
-        self._connection.send(message)
+        self._connection.send_bytes(to_json(message))
 
     def receive(self) -> bytes:
         return self._inbox.get()
-
-    def _greeting(self) -> tuple[int, EngineConfig, Path]:
-        rank, config, meeting_place = pickle.loads(self.receive())
-        return rank, config, meeting_place
 
     def _read(self) -> None:
         try:

@@ -7,7 +7,6 @@ runs on the engine thread, and on one that reads what the others say; theirs is 
 """
 
 import os
-import pickle
 import shutil
 import socket
 import subprocess
@@ -22,6 +21,8 @@ from queue import SimpleQueue
 from typing import Protocol
 
 import torch
+from pydantic import TypeAdapter
+from pydantic_core import from_json, to_json
 
 from headrace.kernels.tensor_parallel import Group
 from headrace.scheduler.config import EngineConfig
@@ -31,6 +32,8 @@ from headrace.scheduler.errors import RankError
 _FAREWELL_S = 5.0
 # For the end of a rank to be known, where something that follows from it is.
 _NEWS_S = 1.0
+# What each is told first: its rank, and where the group meets.
+GREETING = TypeAdapter(tuple[int, EngineConfig, Path])
 
 
 class Peers(Protocol):
@@ -68,7 +71,7 @@ class Ranks:
 
     def least(self, num_bytes: int) -> int:
         num_bytes = min(num_bytes, *self._processes.hear())
-        self.send(pickle.dumps(num_bytes))
+        self.send(to_json(num_bytes))
         return num_bytes
 
     def wait_loaded(self) -> None:
@@ -122,7 +125,7 @@ class _Processes:
             self.connections.append(ours)
             self._said.append(SimpleQueue())
             with suppress(OSError):  # it has ended already, which is seen where it is listened to
-                ours.send_bytes(pickle.dumps((rank, config, meeting_place)))
+                ours.send_bytes(GREETING.dump_json((rank, config, meeting_place)))
         self._listener.start()
         return meeting_place
 
@@ -168,7 +171,7 @@ class _Processes:
             for connection in wait(list(ranks)):
                 assert isinstance(connection, Connection)
                 try:
-                    said = connection.recv()
+                    said: int | str = from_json(connection.recv_bytes())
                 except (EOFError, OSError):
                     said = ""
                 rank = ranks[connection]

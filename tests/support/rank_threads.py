@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from headrace.kernels.backend import Backend
 from headrace.kernels.tensor_parallel import Group
@@ -30,7 +31,7 @@ class RankThreads:
         self._followers: list[Future[None]] = []
         self.sent: list[int] = []
         self.loss: str | None = None
-        store = dist.HashStore()
+        store = HashStore()
 
         def meet(rank: int) -> Group:
             ranks = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))

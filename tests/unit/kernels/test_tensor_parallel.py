@@ -83,10 +83,12 @@ class TakesTurns(Group):
         super().__init__(group._ranks)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        return self._together(super().sum, x)
+        self._together(super().sum, x)
+        return x
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        return self._together(super().gather, x)
+        gathered: torch.Tensor = self._together(super().gather, x)
+        return gathered
 
     def share(self, x: torch.Tensor) -> None:
         self._together(super().share, x)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gguf_writing import write_model
+from headrace.kernels.tensor_parallel import Group
 from headrace.scheduler import model_loader, ranks as ranks_module
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import CapacityError, HeadraceError, RankError, UnsupportedModelError
@@ -78,7 +79,10 @@ def test_each_ranks_cache_holds_its_own_heads_and_so_more_tokens(tmp_path: Path,
 def test_the_parts_of_a_gguf_say_what_the_whole_does(tmp_path: Path, in_threads: Any) -> None:
     model = tiny_llama(seed=4)
     path = write_model(tmp_path / "tiny.gguf", "llama", model, {"rope.freq_base": 10000.0}, "Q8_0")
-    answers = [generate(*load(path, size), PROMPTS, [greedy(NUM_TOKENS)] * len(PROMPTS)) for size in (1, 2)]
+    answers = [
+        generate(scheduler, runner, PROMPTS, [greedy(NUM_TOKENS)] * len(PROMPTS))
+        for scheduler, runner in (load(path, 1), load(path, 2))
+    ]
     assert answers[0] == answers[1]
 
 
@@ -109,10 +113,10 @@ def test_gpus_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest.M
 
 # The other side of the connection, without what takes seconds to import.
 SCRIPT = """#!{python}
-import os, pickle, signal, sys, time
+import json, os, signal, sys, time
 from multiprocessing.connection import Connection
 connection = Connection(int(sys.argv[-1]))
-greeting = connection.recv_bytes()
+rank, *_ = json.loads(connection.recv_bytes())
 {body}
 """
 
@@ -127,7 +131,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         path.write_text(SCRIPT.format(python=python, body=body))
         path.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(path))
-        monkeypatch.setattr(ranks_module.Group, "open", lambda *_: None)
+        monkeypatch.setattr(Group, "open", lambda *_: None)
         monkeypatch.setattr(ranks_module, "share_threads", lambda *_: None)
         return Ranks(EngineConfig(tmp_path, tensor_parallel_size=3))
 
@@ -137,7 +141,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("connection.send('out of memory')", "rank [12]: out of memory"),
+        ("connection.send_bytes(b'\"out of memory\"')", "rank [12]: out of memory"),
         ("os._exit(3)", r"rank [12]: it has ended \(exit code 3\)"),
         ("os.kill(os.getpid(), signal.SIGKILL)", r"rank [12]: it has ended \(exit code -9\)"),
     ],
@@ -151,11 +155,10 @@ def test_a_rank_that_does_not_come_says_why(body: str, message: str, script: Any
 
 def test_ranks_agree_on_the_least_and_end_when_they_are_told(script: Any) -> None:
     ranks = script(
-        "rank, *_ = pickle.loads(greeting)\n"
-        "connection.send(0)\n"
-        "connection.send(100 - rank)\n"
-        "assert pickle.loads(connection.recv_bytes()) == 98\n"
-        "connection.send(0)\n"
+        "connection.send_bytes(b'0')\n"
+        "connection.send_bytes(b'%d' % (100 - rank))\n"
+        "assert json.loads(connection.recv_bytes()) == 98\n"
+        "connection.send_bytes(b'0')\n"
         "assert connection.recv_bytes() == b'step'\n"
         "try: connection.recv_bytes()\n"
         "except EOFError: sys.exit(0)\n"
@@ -177,10 +180,7 @@ def test_a_rank_that_goes_later_is_noticed_and_one_that_hangs_is_killed(
 ) -> None:
     monkeypatch.setattr(ranks_module, "_FAREWELL_S", 0.1)
     ranks = script(
-        "rank, *_ = pickle.loads(greeting)\n"
-        "connection.send(0)\n"
-        "if rank == 1: connection.recv_bytes(); os._exit(7)\n"
-        "while True: time.sleep(60)\n"
+        "connection.send_bytes(b'0')\nif rank == 1: connection.recv_bytes(); os._exit(7)\nwhile True: time.sleep(60)\n"
     )
     ranks.meet(torch.device("cuda"))
     ranks.send(b"step")
@@ -194,6 +194,6 @@ def test_a_rank_that_goes_later_is_noticed_and_one_that_hangs_is_killed(
 
 def test_what_another_rank_raised_is_the_error_of_the_start(tmp_path: Path, script: Any) -> None:
     tiny_llama().save_pretrained(tmp_path)
-    script("connection.send(0)\nconnection.send('weight x is missing')\n")
+    script("connection.send_bytes(b'0')\nconnection.send_bytes(b'\"weight x is missing\"')\n")
     with pytest.raises(RankError, match=r"rank [12]: weight x is missing"):
         load(tmp_path, 2, kv_cache_bytes=None)
