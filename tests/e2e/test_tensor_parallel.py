@@ -1,21 +1,33 @@
-"""A tensor-parallel group of real processes behind a real server, and what becomes of it when one of them goes."""
+"""A tensor-parallel group of real processes, in the end behind a real server, and what becomes of it when one goes."""
 
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import torch.distributed as dist
 
 from fake_engine import VOCAB_SIZE, byte_tokenizer
+from headrace.scheduler import ranks
+from headrace.scheduler.config import EngineConfig
+from headrace.scheduler.errors import DeviceLostError, RankError
+from headrace.scheduler.model_loader import load_engine
 from raw_client import RawRequest
 from server_process import ServerProcess, serving
-from tiny_models import generate_with_hugging_face, tiny_llama
+from tiny_models import generate, generate_with_hugging_face, greedy, tiny_llama
 from waiting import until
 
 NUM_TOKENS = 12
 PROMPT = [(7 * i + 3) % VOCAB_SIZE for i in range(40)]
+# A server and its ranks import what they need one after the other.
+LONG = pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
+
+
+def tiny() -> Any:
+    return tiny_llama(seed=5, vocab_size=VOCAB_SIZE, max_position_embeddings=8192)
 
 
 def children(server: ServerProcess) -> list[int]:
@@ -31,22 +43,45 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[ServerProcess]:
-    model = tiny_llama(seed=5, vocab_size=VOCAB_SIZE, max_position_embeddings=8192)
-    model.save_pretrained(tmp_path)
+def folder(tmp_path: Path) -> Path:
+    tiny().save_pretrained(tmp_path)
     byte_tokenizer()._wrapper.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[ServerProcess]:
     flags = ("--device", "cpu", "--dtype", "float32", "--tensor-parallel-size", "2", "--kv-cache-bytes", "64MiB")
     # Half of the time is what the ranks have for each other.
-    with serving(str(tmp_path), *flags, "--watchdog-hard-s", "40") as process:
+    with serving(str(folder), *flags, "--watchdog-hard-s", "40") as process:
         yield process
 
 
+def test_two_processes_compute_what_hugging_face_does_and_the_end_of_one_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "share_threads", lambda *_: None)  # of this process, which goes on
+    config = EngineConfig(folder, dtype="float32", tensor_parallel_size=2, kv_cache_bytes=2**22)
+    scheduler, runner = load_engine(config)
+    [answer] = generate(scheduler, runner, [PROMPT], [greedy(NUM_TOKENS)])
+    assert answer == generate_with_hugging_face(tiny(), PROMPT, NUM_TOKENS)
+    backend: Any = runner.backend
+    [rank] = backend._followers._processes._processes
+    rank.kill()
+    with pytest.raises((RuntimeError, RankError)):
+        generate(scheduler, runner, [PROMPT], [greedy(NUM_TOKENS)])
+    with pytest.raises(DeviceLostError, match=r"the device is lost: rank 1: it has ended \(exit code -9\)"):
+        runner.recover()
+    backend._followers.close()
+    dist.destroy_process_group()
+
+
+@LONG
 def test_two_processes_answer_as_hugging_face_does_and_a_killed_one_ends_the_server(server: ServerProcess) -> None:
-    model = tiny_llama(seed=5, vocab_size=VOCAB_SIZE, max_position_embeddings=8192)
     url = f"{server.url()}/v1/completions"
     body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     answer = httpx.post(url, json=body, timeout=60).json()
-    assert answer["choices"][0]["token_ids"] == generate_with_hugging_face(model, PROMPT, NUM_TOKENS)
+    assert answer["choices"][0]["token_ids"] == generate_with_hugging_face(tiny(), PROMPT, NUM_TOKENS)
     [rank] = children(server)
     body = {"prompt": PROMPT, "max_tokens": 8000, "ignore_eos": True, "stream": True}
     with RawRequest(server.url(), "/v1/completions", body) as stream:
@@ -58,7 +93,7 @@ def test_two_processes_answer_as_hugging_face_does_and_a_killed_one_ends_the_ser
     assert not is_running(rank)
 
 
-@pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
+@LONG
 @pytest.mark.parametrize(("sig", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
 def test_a_server_that_ends_or_is_killed_leaves_no_rank(server: ServerProcess, sig: int, code: int) -> None:
     [rank] = children(server)
@@ -66,7 +101,7 @@ def test_a_server_that_ends_or_is_killed_leaves_no_rank(server: ServerProcess, s
     until(lambda: not is_running(rank), "the rank ends")
 
 
-@pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
+@LONG
 def test_a_rank_that_stands_still_ends_the_server_in_time(server: ServerProcess) -> None:
     [rank] = children(server)
     os.kill(rank, signal.SIGSTOP)
