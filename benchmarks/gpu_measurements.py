@@ -23,6 +23,7 @@ from headrace.kernels.gpu_linear import GpuLinear
 from headrace.kernels.ops import AttentionMetadata, Hidden
 from headrace.kernels.triton_linear import Weight, dequantise, pack_groups, quantise_fp8
 from headrace.scheduler.config import EngineConfig
+from headrace.scheduler.lockstep import LockstepBackend
 from headrace.scheduler.model_loader import load_engine
 
 _COPY_BYTES = 2**32
@@ -180,7 +181,8 @@ def _steps(
     matrix_tflop_per_s: float,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Time decode steps of (sequences, context) and prompt chunks of (tokens, context they end at)."""
+    """Time decode steps of (sequences, context) and prompt chunks of (tokens, context they end at). Of several ranks it
+    is the first one's share that is counted."""
     longest = max((context for _, context in decode + prefill), default=0) + 2 * _NUM_REPEATS
     widest = max((width for width, _ in decode), default=1)
     config = EngineConfig(
@@ -195,14 +197,15 @@ def _steps(
     )
     scheduler, runner = load_engine(config, lambda line: None)
     backend: Any = runner.backend
+    own: Any = backend.own if isinstance(backend, LockstepBackend) else backend
     num_blocks = scheduler.load().num_total_blocks
-    for layer in backend._cache.layers:
+    for layer in own._cache.layers:
         for cache in layer[:2]:
             _fill_with_noise(cache)
         for scales in layer[2:]:
             if scales is not None:
                 scales.fill_(1 / 64)
-    decoder = backend._decoder
+    decoder = own._decoder
     linears = [
         layer_part for layer in decoder._layers for layer_part in (layer.qkv, layer.out, layer.gate_up, layer.down)
     ]
@@ -210,7 +213,7 @@ def _steps(
     kv_bytes = (
         sum(
             tensor[0].numel() * tensor.element_size()
-            for layer in backend._cache.layers
+            for layer in own._cache.layers
             for tensor in layer
             if tensor is not None
         )
@@ -229,7 +232,7 @@ def _steps(
     chunks = []
     for num_tokens, context in prefill:
         step_s = _prefill_s(backend, num_tokens, context)
-        flop = _prefill_flop(backend, num_tokens, context)
+        flop = _prefill_flop(decoder, num_tokens, context)
         chunks.append(
             {
                 "tokens": num_tokens,
@@ -297,14 +300,14 @@ def _prefill_s(backend: Any, num_tokens: int, context: int) -> float:
     return float(statistics.median(times))
 
 
-def _prefill_flop(backend: Any, num_tokens: int, context: int) -> float:
+def _prefill_flop(decoder: Any, num_tokens: int, context: int) -> float:
     """Two per weight and token, the head's for one token only; four per query head, dimension and visible token."""
-    config = backend._decoder._config
+    config = decoder._config
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     per_layer = config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
     num_layers = len(config.windows)
     visible = sum(range(context - num_tokens + 1, context + 1))
-    head = config.hidden_size * config.vocab_size
+    head = decoder._embedding.numel()
     return float(2 * num_tokens * per_layer * num_layers + 4 * q_size * visible * num_layers + 2 * head)
 
 

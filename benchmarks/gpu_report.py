@@ -87,6 +87,7 @@ def main() -> int:
     parser.add_argument("--widths", default="1,32,128,256", help="streams over HTTP")
     parser.add_argument("--peers", default="transformers", help="measured beside the server, by comma; or none")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model")
     parser.add_argument("--minutes", type=float, default=10.0, help="when to stop")
     parser.add_argument("--out", type=Path, help="folder for the servers' logs")
     parser.add_argument("--device", default="cuda", help="of the server: cpu tries the report itself")
@@ -118,7 +119,8 @@ def main() -> int:
             if section in sections and not ceilings:
                 print(f"{title}: left out, as no ceilings are known")
             elif section in sections:
-                report[section] = _measured("steps", {"model": str(model), **ceilings, **given}, deadline_s)
+                given |= {"model": str(model), "tensor_parallel_size": options.tensor_parallel_size}
+                report[section] = _measured("steps", {**ceilings, **given}, deadline_s)
                 _print_steps(title, report[section])
         if "http" in sections:
             logs = options.out or Path(folder)
@@ -180,6 +182,7 @@ async def _over_http(options: argparse.Namespace, model: Path, logs: Path, deadl
         *(sys.executable, "-m", "headrace.server", str(model), "--port", "{port}", "--load-format", "dummy"),
         *("--device", options.device, "--max-num-seqs", "256", "--max-num-batched-tokens", "2048"),
         *("--max-model-len", "4096", "--kv-cache-bytes", f"{gib}GiB", "--enable-prefix-caching"),
+        *("--tensor-parallel-size", str(options.tensor_parallel_size)),
     )
     worker = (sys.executable, str(Path(__file__).with_name("peer_worker.py")), "transformers", str(model))
     recipes = [Recipe(name="headrace", command=server)]

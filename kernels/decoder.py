@@ -2,7 +2,7 @@
 
 Tensors in, tensors out: it knows no sequence, only token ids, positions, slots and an attention plan. The query, key
 and value projections are one product, as are gate and up. Where some rows have an adapter, what is added to products
-comes between ops that are else fused.
+comes between ops that are else fused; so does what a tensor-parallel rank hears of the others.
 Papers: Llama (Touvron et al., 2023), Mistral (Jiang et al., 2023), Qwen2 (2024) and Qwen3 (2025) as Hugging Face's
 classes compute them; norms, rotation and attention accumulate in float32.
 """
@@ -20,6 +20,7 @@ from headrace.kernels.linear import pack_linear
 from headrace.kernels.lora import Adapter, AdapterRows, LowRank, add_low_rank, merge
 from headrace.kernels.ops import HeadNorms, Hidden, LayerCache, Linear, Ops
 from headrace.kernels.quantised import QuantisedWeight
+from headrace.kernels.tensor_parallel import Group
 
 Weight = torch.Tensor | QuantisedWeight
 # Lays weights [out, in] out for the device, as one, with their bias; last the weight of the norm of their input.
@@ -176,7 +177,8 @@ class Decoder:
 
     `weights` maps Hugging Face's parameter names to tensors of one dtype on one device, or to quantised matrices where
     `make_linear` takes those; it is not kept: each is let go once laid out. A missing `lm_head.weight` means that it is
-    tied to the embedding. `adapters` are of any dtype.
+    tied to the embedding. `adapters` are of any dtype. With a `group` all are this rank's parts, and so are the numbers
+    of `config` but the vocabulary's.
     """
 
     def __init__(
@@ -187,10 +189,12 @@ class Decoder:
         make_linear: MakeLinear = pack_linear,
         make_head: MakeLinear = pack_linear,
         adapters: Sequence[Adapter] = (),
+        group: Group | None = None,
     ) -> None:
         self.shape = config.shape
         self._config = config
         self._ops = ops
+        self._group = group
         embedding, norm = weights["model.embed_tokens.weight"], weights["model.norm.weight"]
         assert isinstance(embedding, torch.Tensor), "a quantised embedding"
         assert isinstance(norm, torch.Tensor), "a quantised vector"
@@ -218,7 +222,7 @@ class Decoder:
         adapter_rows = batch.adapter_rows
         angles = batch.positions[:, None].float() * self._inv_freq
         cos, sin = angles.cos() * config.rope_scale, angles.sin() * config.rope_scale
-        hidden = Hidden(F.embedding(batch.token_ids, self._embedding))
+        hidden = Hidden(self._embed(batch.token_ids))
         for layer, window, layer_cache in zip(self._layers, config.windows, cache.layers, strict=True):
             qkv = self._of_norm(hidden, layer.input_norm, layer.qkv, adapter_rows).view(
                 -1, num_q + 2 * num_kv, config.head_dim
@@ -232,7 +236,19 @@ class Decoder:
                 activated = ops.norm_gate_up(hidden, layer.post_norm, eps, layer.gate_up.linear)
             hidden = self._added_to(hidden, activated, layer.down, adapter_rows)
         # Only the rows that are sampled pass the head, the largest product of all.
-        return ops.norm_linear(Hidden(hidden.values[batch.logit_rows]), self._norm, eps, self._head).float()
+        logits = ops.norm_linear(Hidden(hidden.values[batch.logit_rows]), self._norm, eps, self._head)
+        if self._group is not None:
+            logits = self._group.gather(logits)[:, : config.vocab_size]
+        return logits.float()
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        if self._group is None:
+            return F.embedding(token_ids, self._embedding)
+        num_own = len(self._embedding)
+        own = token_ids - self._group.rank * num_own
+        is_other = (own < 0) | (own >= num_own)
+        values = F.embedding(own.masked_fill(is_other, 0), self._embedding)
+        return self._group.sum(values.masked_fill_(is_other[:, None], 0))
 
     def _of_norm(
         self, hidden: Hidden, norm_weight: torch.Tensor, product: _Product, adapter_rows: Sequence[AdapterRows]
@@ -248,6 +264,10 @@ class Decoder:
         self, hidden: Hidden, x: torch.Tensor, product: _Product, adapter_rows: Sequence[AdapterRows]
     ) -> Hidden:
         """hidden + the product of x [T, in], with what adapters add to it."""
+        if self._group is not None:
+            y = product.linear(x)
+            add_low_rank(y, x, product.low_ranks, adapter_rows)
+            return Hidden(hidden.values + self._group.sum(y))
         hidden = self._ops.linear_add(x, product.linear, hidden)
         if not adapter_rows:
             return hidden

@@ -23,6 +23,7 @@ from headrace.kernels.hf_decoder import HuggingFaceDecoder
 from headrace.kernels.lora import AdapterRows, rows_by_adapter
 from headrace.kernels.sampling import SamplingBatch, modify_logits, uniforms, upload
 from headrace.kernels.step_times import StepTimes
+from headrace.kernels.tensor_parallel import Group
 from headrace.kernels.triton_attention import AttentionPlan
 
 # Steps whose input may still be on its way when the next one's is written: the one in flight and the one before.
@@ -111,7 +112,7 @@ def _record(is_cuda: bool) -> torch.cuda.Event | None:
 
 class GpuBackend:
     """A decoder and its cache on one GPU. `max_num_batched_tokens` tokens and `max_num_seqs` sequences in a step at
-    most, each of at most `max_num_blocks` blocks."""
+    most, each of at most `max_num_blocks` blocks. With a `group`, tokens are drawn on its rank 0 alone."""
 
     is_asynchronous = True
 
@@ -123,8 +124,9 @@ class GpuBackend:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_num_blocks: int,
+        group: Group | None = None,
     ) -> None:
-        self._decoder, self._cache = decoder, cache
+        self._decoder, self._cache, self._group = decoder, cache, group
         self._device = decoder.device
         self._is_cuda = self._device.type == "cuda"  # not so where Triton is interpreted
         self._max_num_seqs, self._max_num_blocks = max_num_seqs, max_num_blocks
@@ -209,6 +211,8 @@ class GpuBackend:
     def forward(self, batch: StepBatch) -> torch.Tensor:
         adapter_rows = rows_by_adapter(batch.adapters, batch.query_lens, self._device)
         size = self._padded_size(batch, has_adapters=bool(adapter_rows))
+        if self._group is not None and min(batch.token_ids) < 0:
+            self._group.share(self._drawn)
         self._prepare(batch, size)
         graph = None if adapter_rows else self._graphs.get(size)
         if graph is None:

@@ -31,11 +31,14 @@ class EngineConfig:
     """`kv_cache_bytes` None sizes the cache from free memory; `max_model_len` None takes the model's own limit.
 
     `tier_weights` and `itl_targets_s` are in the order of tiers; None takes the targets of the device. `lora_adapters`
-    are PEFT's directories by the names that requests have.
+    are PEFT's directories by the names that requests have. Tensor-parallel ranks wait `collective_timeout_s` for each
+    other.
     """
 
     model_path: Path
     device: str = "cpu"
+    tensor_parallel_size: int = 1
+    collective_timeout_s: float = 60.0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
     quantization: Literal["none", "fp8"] = "none"

@@ -19,3 +19,7 @@ class CapacityError(HeadraceError):
 
 class DeviceLostError(HeadraceError):
     """The device computes nothing any more, whatever it is given; only a new process can have it back."""
+
+
+class RankError(HeadraceError):
+    """A tensor-parallel rank beside this process could not start, or has ended; the message says which and why."""

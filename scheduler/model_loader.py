@@ -3,6 +3,7 @@
 Called once, on the engine thread. Weights are read straight from safetensors or GGUF, under Hugging Face's names either
 way. The families of the compact decoder are packed from them, since filling a Hugging Face model first takes several
 times as long; other families go the breadth path. Hugging Face's classes supply configs, RoPE maths, names and shapes.
+Each rank of a tensor-parallel group calls `load_model` in its process, and reads its own part of the weights.
 """
 
 import ctypes
@@ -11,13 +12,12 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -43,17 +43,20 @@ from headrace.kernels.linear import is_reordered
 from headrace.kernels.lora import Adapter
 from headrace.kernels.ops import Ops
 from headrace.kernels.quantised import GROUP_BYTES, QuantisedWeight
+from headrace.kernels.tensor_parallel import Group, Sharding, UnsupportedPlanError
 from headrace.kernels.torch_backend import TorchBackend
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.config import EngineConfig, SchedulingPolicy
-from headrace.scheduler.errors import CapacityError, ModelSourceError, UnsupportedModelError
+from headrace.scheduler.errors import CapacityError, HeadraceError, ModelSourceError, RankError, UnsupportedModelError
 from headrace.scheduler.gguf_config import gguf_config
 from headrace.scheduler.gguf_file import GGUFFile, open_gguf
+from headrace.scheduler.lockstep import LockstepBackend
 from headrace.scheduler.lora_adapter import read_adapter
 from headrace.scheduler.memory import available_bytes
 from headrace.scheduler.messages import Tier
 from headrace.scheduler.model_runner import ModelRunner
 from headrace.scheduler.model_source import cache_dir
+from headrace.scheduler.ranks import Peers, Ranks
 from headrace.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -80,7 +83,9 @@ _LINEARS = tuple(f".self_attn.{name}_proj.weight" for name in "qkvo") + tuple(
     f".mlp.{name}_proj.weight" for name in ("gate", "up", "down")
 )
 
-_Build = Callable[[dict[str, Weight], torch.dtype, torch.device, str, Sequence[Adapter]], Decoder | HuggingFaceDecoder]
+_Build = Callable[
+    [dict[str, Weight], torch.dtype, torch.device, str, Sequence[Adapter], Group | None], Decoder | HuggingFaceDecoder
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,8 @@ class ModelPlan:
     """What is to be known before the weights are read, and what checks them and turns them into a decoder.
 
     `linears` are the shapes of what adapters can change, by the modules' names. `decoder_config` is that of the compact
-    decoder and `expected` its weights' shapes by name, None for other families.
+    decoder and `expected` its weights' shapes by name, None for other families. `sharding` is what a rank has of the
+    weights; all but the linears is then of its part.
     """
 
     shape: ModelShape
@@ -97,6 +103,7 @@ class ModelPlan:
     build: _Build
     decoder_config: DecoderConfig | None = None
     expected: Mapping[str, torch.Size] | None = None
+    sharding: Sharding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +115,79 @@ class _Kernel:
     config: DecoderConfig
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that is ready to run, or a rank's part of one."""
+
+    backend: Backend
+    device: torch.device
+    vocab_size: int
+    num_blocks: int
+    max_context_tokens: int
+    description: str
+
+
 def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tuple[Scheduler, ModelRunner]:
     """Load the model and size the KV cache; `say` is told what takes long.
 
     Raises: UnsupportedModelError, ModelSourceError for the model; CapacityError where memory does not suffice, or the
-    settings ask for what this machine has not got.
+    settings ask for what this machine has not got; RankError for what another rank raised.
     """
-    device = choose_device(config.device)
+    if config.tensor_parallel_size == 1:
+        model = load_model(config, say)
+        backend = model.backend
+    else:
+        ranks = Ranks(config)
+        try:
+            model = load_model(config, say, ranks)
+            ranks.wait_loaded()
+        except Exception as error:
+            # What waits for a rank that goes fails with it.
+            reason = ranks.why_lost(timeout_s=0.0 if isinstance(error, HeadraceError) else 1.0)
+            ranks.close()
+            if reason is not None:
+                raise RankError(reason) from error
+            raise
+        backend = LockstepBackend(model.backend, ranks)
+    runner = ModelRunner(
+        backend,
+        vocab_size=model.vocab_size,
+        block_size=config.block_size,
+        max_context_tokens=model.max_context_tokens,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        description=model.description,
+        adapters=tuple(config.lora_adapters),
+        gpu_uuid=f"GPU-{torch.cuda.get_device_properties(model.device).uuid}" if model.device.type == "cuda" else None,
+    )
+    scheduler = Scheduler(
+        BlockPool(model.num_blocks),
+        block_size=config.block_size,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        has_prefix_cache=config.enable_prefix_caching,
+        policy=SchedulingPolicy(
+            tier_weights=dict(zip(Tier, config.tier_weights, strict=True)),
+            itl_targets_s=dict(zip(Tier, config.itl_targets_s or _ITL_TARGETS_S[model.device.type], strict=True)),
+            one_shot_share=config.one_shot_share,
+            # A device that is a step ahead does not know the tokens that a draft would follow.
+            num_speculative_tokens=0 if runner.is_asynchronous else config.speculative_tokens,
+            speculation_max_seqs=config.speculation_max_seqs,
+        ),
+    )
+    return scheduler, runner
+
+
+def load_model(config: EngineConfig, say: Callable[[str], None], peers: Peers | None = None) -> LoadedModel:
+    """Load the model, or this rank's part of it; `peers` are met before the weights are read. Raises: as `load_engine`,
+    and what `peers` do."""
+    device = choose_device(config.device) if peers is None else _device_of_rank(config, peers.rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of this thread: kernels are launched on the current one
     path = config.model_path
     file = open_gguf(path) if path.is_file() else None
     hf_config = _read_config(path) if file is None else gguf_config(file)
-    plan = plan_model(path, hf_config, None if file is None else _gguf_rope_factors(file))
+    rope_factors = None if file is None else _gguf_rope_factors(file)
+    plan = plan_model(path, hf_config, rope_factors, 0 if peers is None else peers.rank, config.tensor_parallel_size)
     kernel, why_not = _choose_kernel(config, device, plan, say)
     dtype = torch.bfloat16 if kernel is not None else _choose_dtype(config, device)
     max_model_len = config.max_model_len or plan.shape.max_position
@@ -136,14 +203,26 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
         _num_blocks(config, token_bytes, max_model_len, config.kv_cache_bytes)
 
     adapters = [read_adapter(folder, plan.linears) for folder in config.lora_adapters.values()]
+    if plan.sharding is not None:
+        adapters = [plan.sharding.take_adapter(adapter) for adapter in adapters]
+    group = None if peers is None else peers.meet(device)
     if config.load_format == "dummy":
         weights = _random_weights(plan, hf_config.tie_word_embeddings, dtype, device)
     else:
         keeps_quants = kernel is not None or (device.type == "cuda" and plan.decoder_config is not None)
-        weights = _read_directory(path) if file is None else read_gguf(file, dtype, keeps_quants=keeps_quants)
+        weights = (
+            _read_directory(path, plan.sharding)
+            if file is None
+            else read_gguf(file, dtype, keeps_quants=keeps_quants, sharding=plan.sharding)
+        )
     plan.check(weights)
-    decoder = plan.build(weights, dtype, device, config.quantization, adapters) if kernel is None else None
-    cache_bytes = _free_bytes(device) if config.kv_cache_bytes is None else config.kv_cache_bytes
+    decoder = plan.build(weights, dtype, device, config.quantization, adapters, group) if kernel is None else None
+    if config.kv_cache_bytes is not None:
+        cache_bytes = config.kv_cache_bytes
+    else:
+        cache_bytes = _free_bytes(device, config.tensor_parallel_size)
+        if peers is not None:
+            cache_bytes = peers.least(cache_bytes)
     num_blocks = _num_blocks(config, token_bytes, max_model_len, cache_bytes)
     what = f"{hf_config.model_type}, {len(plan.shape.kv_shapes)} layers in"
     backend: Backend
@@ -152,43 +231,19 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
     else:
         assert decoder is not None
         cache = KVCache.allocate(plan.shape, num_blocks, config.block_size, kv_dtype, device)
-        backend, how = _with_decoder(config, decoder, cache, max_model_len, what)
+        backend, how = _with_decoder(config, decoder, cache, max_model_len, what, group)
         how += f" (no C++ kernel: {why_not})" if why_not else ""
     max_context_tokens = min(max_model_len, num_blocks * config.block_size)
     cache_gib = num_blocks * config.block_size * token_bytes / 2**30
     kv_name = "" if config.kv_cache_dtype == "auto" else f" in {config.kv_cache_dtype}"
     noise = "random weights; " if config.load_format == "dummy" else ""
     added = f"; LoRA adapters: {', '.join(config.lora_adapters)}" if adapters else ""
+    ranks, each = ("", "") if group is None else (f"; {group.size} tensor-parallel ranks", " each")
     description = (
-        f"{noise}{how}{added}; KV cache {cache_gib:.2f} GiB{kv_name}, {num_blocks} blocks of "
+        f"{noise}{how}{added}{ranks}; KV cache {cache_gib:.2f} GiB{each}{kv_name}, {num_blocks} blocks of "
         f"{config.block_size} tokens; context {max_context_tokens} tokens"
     )
-    runner = ModelRunner(
-        backend,
-        vocab_size=plan.shape.vocab_size,
-        block_size=config.block_size,
-        max_context_tokens=max_context_tokens,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        description=description,
-        adapters=tuple(config.lora_adapters),
-        gpu_uuid=f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None,
-    )
-    scheduler = Scheduler(
-        BlockPool(num_blocks),
-        block_size=config.block_size,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_num_seqs=config.max_num_seqs,
-        has_prefix_cache=config.enable_prefix_caching,
-        policy=SchedulingPolicy(
-            tier_weights=dict(zip(Tier, config.tier_weights, strict=True)),
-            itl_targets_s=dict(zip(Tier, config.itl_targets_s or _ITL_TARGETS_S[device.type], strict=True)),
-            one_shot_share=config.one_shot_share,
-            # A device that is a step ahead does not know the tokens that a draft would follow.
-            num_speculative_tokens=0 if runner.is_asynchronous else config.speculative_tokens,
-            speculation_max_seqs=config.speculation_max_seqs,
-        ),
-    )
-    return scheduler, runner
+    return LoadedModel(backend, device, plan.shape.vocab_size, num_blocks, max_context_tokens, description)
 
 
 def _with_kernel(
@@ -235,7 +290,12 @@ def _with_kernel(
 
 
 def _with_decoder(
-    config: EngineConfig, decoder: Decoder | HuggingFaceDecoder, cache: KVCache, max_model_len: int, what: str
+    config: EngineConfig,
+    decoder: Decoder | HuggingFaceDecoder,
+    cache: KVCache,
+    max_model_len: int,
+    what: str,
+    group: Group | None,
 ) -> tuple[Backend, str]:
     """The backend of a decoder on its device, and what is said of it."""
     is_packed = isinstance(decoder, Decoder)
@@ -251,6 +311,7 @@ def _with_decoder(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_blocks=-(-max_model_len // config.block_size),
+            group=group,
         )
         if is_packed:  # what else runs in a forward of transformers cannot be known
             backend.capture()
@@ -285,6 +346,8 @@ def _choose_kernel(
         why_not = f"the device is {device}"
     elif plan.decoder_config is None:
         why_not = f"it is for {', '.join(sorted(_COMPACT_FAMILIES))}"
+    elif config.tensor_parallel_size > 1:
+        why_not = f"tensor_parallel_size is {config.tensor_parallel_size}"
     elif config.dtype not in ("auto", "bfloat16"):
         why_not = f"it computes in bfloat16, not {config.dtype}"
     else:
@@ -307,6 +370,20 @@ def choose_device(device: str) -> torch.device:
     if device.startswith("cuda") and not has_cuda:
         raise CapacityError(f"device {device} is set, but torch sees no GPU")
     return torch.device(("cuda" if has_cuda else "cpu") if device == "auto" else device)
+
+
+def _device_of_rank(config: EngineConfig, rank: int) -> torch.device:
+    """The GPUs of a group follow each other. Raises: CapacityError where there are too few."""
+    device = choose_device(config.device)
+    if device.type != "cuda":
+        return device
+    first, size = device.index or 0, config.tensor_parallel_size
+    if first + size > torch.cuda.device_count():
+        raise CapacityError(
+            f"tensor_parallel_size {size} needs GPUs {first} to {first + size - 1}, and torch sees "
+            f"{torch.cuda.device_count()}"
+        )
+    return torch.device("cuda", first + rank)
 
 
 def _check_settings(config: EngineConfig, device: torch.device, dtype: torch.dtype, *, is_gguf: bool) -> None:
@@ -343,11 +420,17 @@ def _read_config(folder: Path) -> Any:
         raise ModelSourceError(f"{folder}: the config cannot be read{hint}: {error}") from error
 
 
-def _read_directory(folder: Path) -> dict[str, Weight]:
+def _read_directory(folder: Path, sharding: Sharding | None) -> dict[str, Weight]:
     weights: dict[str, torch.Tensor] = {}
     for path in _weight_files(folder):
         try:
-            weights |= load_file(path)
+            with safe_open(path, "pt") as file:
+                names = file.keys()
+                for name in names:
+                    if sharding is None:
+                        weights[name] = file.get_tensor(name)
+                    else:
+                        weights[name] = sharding.take(name, file.get_slice(name))
         except (OSError, SafetensorError) as error:
             raise ModelSourceError(f"{path} cannot be read: {error}") from error
     for name, weight in weights.items():
@@ -401,8 +484,11 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ModelSourceError(f"{index} is no index of weight files: {error!r}") from error
 
 
-def read_gguf(file: GGUFFile, dtype: torch.dtype, *, keeps_quants: bool) -> dict[str, Weight]:
-    """The weights in `dtype`; with `keeps_quants` those as they are that the C++ kernel takes so.
+def read_gguf(
+    file: GGUFFile, dtype: torch.dtype, *, keeps_quants: bool, sharding: Sharding | None = None
+) -> dict[str, Weight]:
+    """The weights in `dtype`, or a rank's part of them; with `keeps_quants` those as they are that the C++ kernel takes
+    so.
 
     Raises: UnsupportedModelError, ModelSourceError.
     """
@@ -410,9 +496,12 @@ def read_gguf(file: GGUFFile, dtype: torch.dtype, *, keeps_quants: bool) -> dict
     def read(name: str) -> Weight:
         # Quantised vectors there are none; what is not a product's weight is small and wanted as numbers.
         if keeps_quants and (type_name := file.quantisation(name)) in GROUP_BYTES:
-            return QuantisedWeight(type_name, file.read_quantised(name))
+            return take(name, QuantisedWeight(type_name, file.read_quantised(name)))
         # Cast one by one: all of them in float32 would be twice the model.
-        return torch.from_numpy(file.read(name)).to(dtype)
+        return take(name, torch.from_numpy(file.read(name)).to(dtype))
+
+    def take(name: str, weight: Weight) -> Weight:
+        return weight if sharding is None else sharding.take(name, weight)
 
     try:
         return {name: read(name) for name in file.names if name != _ROPE_FACTORS}
@@ -425,12 +514,20 @@ def _gguf_rope_factors(file: GGUFFile) -> torch.Tensor | None:
     return torch.from_numpy(file.read(_ROPE_FACTORS)) if _ROPE_FACTORS in file.names else None
 
 
-def plan_model(path: Path, config: Any, rope_factors: torch.Tensor | None) -> ModelPlan:
-    """Raises: UnsupportedModelError, naming what is not supported; ModelSourceError for a config that cannot be."""
+def plan_model(
+    path: Path, config: Any, rope_factors: torch.Tensor | None, rank: int = 0, num_ranks: int = 1
+) -> ModelPlan:
+    """The plan of a whole model, or of one rank's part.
+
+    Raises: UnsupportedModelError, naming what is not supported; ModelSourceError for a config that cannot be.
+    """
     try:
         _check_config(config)
         if config.model_type in _COMPACT_FAMILIES:
-            return _plan_compact(path, config, rope_factors)
+            return _plan_compact(path, config, rope_factors, rank, num_ranks)
+        if num_ranks > 1:
+            families = ", ".join(sorted(_COMPACT_FAMILIES))
+            raise UnsupportedModelError(f"tensor_parallel_size is for {families}, and this is {config.model_type}")
         return _plan_breadth(path, config)
     except (UnsupportedModelError, UnsupportedConfigError) as error:
         raise UnsupportedModelError(f"{path}: {error}") from error
@@ -476,7 +573,7 @@ def _check_config(config: Any) -> None:
             )
 
 
-def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) -> ModelPlan:
+def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None, rank: int, num_ranks: int) -> ModelPlan:
     if config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act {config.hidden_act!r} is not supported; silu is")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -498,7 +595,19 @@ def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) ->
         inv_freq=rotary.inv_freq if rope_factors is None else rotary.inv_freq / rope_factors,
         rope_scale=rotary.attention_scaling,
     )
-    expected = {name: weight.shape for name, weight in empty_model(config).state_dict().items()}
+    model = empty_model(config)
+    expected = {name: weight.shape for name, weight in model.state_dict().items()}
+    linears = {name.removesuffix(".weight"): shape for name, shape in expected.items() if name.endswith(_LINEARS)}
+    sharding = None
+    if num_ranks > 1:
+        sharding = _shard(model.tp_plan, decoder_config, rank, num_ranks)
+        expected = {name: sharding.shape(name, shape) for name, shape in expected.items()}
+        decoder_config = replace(
+            decoder_config,
+            intermediate_size=decoder_config.intermediate_size // num_ranks,
+            num_heads=decoder_config.num_heads // num_ranks,
+            num_kv_heads=decoder_config.num_kv_heads // num_ranks,
+        )
 
     def check(weights: dict[str, Weight]) -> None:
         _check_weights(path, expected, weights, _is_tied(config, weights))
@@ -509,9 +618,11 @@ def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) ->
         device: torch.device,
         quantization: str,
         adapters: Sequence[Adapter],
+        group: Group | None,
     ) -> Decoder:
         if device.type != "cuda":
-            return Decoder(decoder_config, {**_take_tensors(weights, dtype, device)}, _ops(device), adapters=adapters)
+            tensors: dict[str, Weight] = {**_take_tensors(weights, dtype, device)}
+            return Decoder(decoder_config, tensors, _ops(device), adapters=adapters, group=group)
         from headrace.kernels.gpu_linear import dense, gpu_linear
 
         quantised = {name: weights.pop(name) for name in [*weights] if isinstance(weights[name], QuantisedWeight)}
@@ -521,10 +632,23 @@ def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None) ->
             taken[_EMBEDDING] = dense(embedding, dtype, device)
         make_head = functools.partial(gpu_linear, dtype=dtype, device=device)
         make_linear = functools.partial(make_head, is_fp8=quantization == "fp8")
-        return Decoder(decoder_config, taken, _ops(device), make_linear, make_head, adapters)
+        return Decoder(decoder_config, taken, _ops(device), make_linear, make_head, adapters, group)
 
-    linears = {name.removesuffix(".weight"): shape for name, shape in expected.items() if name.endswith(_LINEARS)}
-    return ModelPlan(decoder_config.shape, linears, check, build, decoder_config, expected)
+    return ModelPlan(decoder_config.shape, linears, check, build, decoder_config, expected, sharding)
+
+
+def _shard(plan: Mapping[str, str], config: DecoderConfig, rank: int, num_ranks: int) -> Sharding:
+    """Raises: UnsupportedModelError where the model cannot be split into so many parts."""
+    for count, what in (
+        (config.num_kv_heads, "key/value heads"),
+        (config.intermediate_size, "feed-forward inputs"),
+    ):
+        if count % num_ranks:
+            raise UnsupportedModelError(f"tensor_parallel_size {num_ranks} does not divide its {count} {what}")
+    try:
+        return Sharding.by_plan(plan, rank, num_ranks)
+    except UnsupportedPlanError as error:
+        raise UnsupportedModelError(f"tensor_parallel_size {num_ranks}: {error}") from error
 
 
 def _ops(device: torch.device) -> Ops:
@@ -544,7 +668,9 @@ def _plan_breadth(path: Path, config: Any) -> ModelPlan:
         device: torch.device,
         quantization: str,
         adapters: Sequence[Adapter],
+        group: Group | None,
     ) -> HuggingFaceDecoder:
+        assert group is None, "a rank's part"
         if quantization != "none":
             raise UnsupportedModelError(f"quantization is for {', '.join(sorted(_COMPACT_FAMILIES))}")
         try:
@@ -594,13 +720,13 @@ def _fits_wide_copy(weights: dict[str, Weight]) -> bool:
     return num_bytes > 0 and available is not None and num_bytes <= _WIDE_COPY_SHARE * available
 
 
-def _free_bytes(device: torch.device) -> int:
-    """What the KV cache may take of the memory that is free now."""
+def _free_bytes(device: torch.device, num_ranks: int) -> int:
+    """What the KV cache of a rank may take of the memory that is free now."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # of what loading held for a while
         return int(torch.cuda.mem_get_info(device)[0] * _KV_SHARE_CUDA)
     available = available_bytes()
-    return int((_ASSUMED_BYTES if available is None else available) * _KV_SHARE_CPU)
+    return int((_ASSUMED_BYTES if available is None else available) * _KV_SHARE_CPU / num_ranks)
 
 
 def _num_blocks(config: EngineConfig, token_bytes: int, max_model_len: int, cache_bytes: int) -> int:

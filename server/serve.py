@@ -327,6 +327,9 @@ def _load_engine(settings: Settings, source: ModelSource, adapters: Sequence[Mod
     config = EngineConfig(
         model_path=source.path,
         device=settings.device,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        # Before the watchdog ends the process: the streams are then told why.
+        collective_timeout_s=settings.watchdog_hard_s / 2,
         dtype=settings.dtype,
         kv_cache_dtype=settings.kv_cache_dtype,
         quantization=settings.quantization,

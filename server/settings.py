@@ -177,6 +177,9 @@ class Settings(ListenerSettings):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="cpu, cuda, cuda:N; auto takes a GPU where torch sees one",
     )
+    tensor_parallel_size: int = Field(
+        1, ge=1, le=64, description="GPUs, from the device on, that share the model, with a process for each"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights and KV cache; auto is bfloat16 where the hardware has it"
     )
@@ -203,7 +206,7 @@ class Settings(ListenerSettings):
     )
     block_size: int = Field(16, ge=1, le=256, description="tokens per KV cache block")
     kv_cache_bytes: Annotated[Bytes, Field(gt=0)] | Literal["auto"] = Field(
-        "auto", description="KV cache size; auto takes a share of free memory"
+        "auto", description="KV cache size, on each device; auto takes a share of free memory"
     )
     max_num_seqs: int = Field(256, ge=1, le=4096, description="most sequences in the running batch")
     max_num_batched_tokens: int = Field(256, ge=1, le=65536, description="token budget of one step")

@@ -41,7 +41,7 @@ def server(model: Path) -> Iterator[ServerProcess]:
 
 def benchmark(server: ServerProcess, model: Path, route: str, out: Path) -> list[dict[str, Any]]:
     """What guidellm reports, a benchmark for each count of streams."""
-    spec = {
+    spec: dict[str, Any] = {
         "backend": {"kind": "openai_http", "target": server.url(), "request_format": route},
         "tokenizer": {"kind": "huggingface_auto", "model": str(model)},
         "data": [
@@ -59,7 +59,7 @@ def benchmark(server: ServerProcess, model: Path, route: str, out: Path) -> list
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     # One process for its requests: each of them imports torch.
     environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(out), "GUIDELLM__MAX_WORKER_PROCESSES": "1"}
-    command = [GUIDELLM, "run", "--config", out / "run.json", "--disable-console"]
+    command = [str(GUIDELLM), "run", "--config", str(out / "run.json"), "--disable-console"]
     run = subprocess.run(command, cwd=out, env=environ, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stderr
     benchmarks: list[dict[str, Any]] = json.loads((out / "report.json").read_text())["benchmarks"]

@@ -20,10 +20,13 @@ FORBIDDEN = {
 MAY_IMPORT_TORCH = {
     "gguf_config.py",
     "keras_resnet.py",
+    "lockstep.py",
     "lora_adapter.py",
     "model_loader.py",
     "model_runner.py",
     "one_shot_model.py",
+    "rank.py",
+    "ranks.py",
     "step_tracer.py",
 }
 # Plain values, for whoever must not wait for torch.

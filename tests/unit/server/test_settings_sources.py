@@ -22,6 +22,7 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "log_level": ("info", "debug", "warning", "error"),
     "otlp_traces_endpoint": (None, "http://file", "http://env", "http://flag"),
     "device": ("auto", "cpu", "cuda", "cuda:1"),
+    "tensor_parallel_size": (1, 2, 3, 4),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "kv_cache_dtype": ("auto", "int8", "fp8", "int8"),
     "quantization": ("none", "fp8", "none", "fp8"),
