@@ -28,7 +28,7 @@ setup: $(VENV)/.installed
 
 setup-test: $(VENV)/.installed-test tests/e2e/node_modules/.installed
 
-setup-clients: $(patsubst %,$(CLIENT_VENVS)/%/.installed,openai2 langchain litellm vllm-bench mlserver locust gradio lm-eval guidellm) \
+setup-clients: $(patsubst %,$(CLIENT_VENVS)/%/.installed,openai2 langchain litellm vllm-bench mlserver locust gradio lm-eval guidellm router) \
 	$(CLIENT_VENVS)/vllm-bench/endpoint_request_func.py $(CLIENTS)/node_modules/.installed
 
 $(BIN)/python:

@@ -5,7 +5,8 @@ of the service it has had, in prompt tokens (or the batcher's unit), divided by 
 smallest counter among those with somebody waiting, inside it the tenant with the smallest, and of a tenant's requests
 the one with the earliest deadline, then the oldest. Whoever comes back from having nobody waiting is lifted to the
 smallest counter of those that have: idle time is not saved up. So no tier starves: with somebody waiting it gets its
-weight's share at least.
+weight's share at least. A tenant may be divided into flows, named behind a slash, which are as tenants of their own but
+have its weight together.
 Paper: VTC (OSDI 2024). Deviations: two levels; a prompt's tokens are charged as they are computed, not when it is
 picked.
 """
@@ -63,6 +64,7 @@ class _TierAccount(Generic[_Waiter]):
     served: float = 0.0
     tenants: "dict[str, TenantAccount[_Waiter]]" = field(default_factory=dict)
     backlogged: "dict[str, TenantAccount[_Waiter]]" = field(default_factory=dict)
+    num_flows: Counter[str] = field(default_factory=Counter)  # backlogged, by the tenant that they are of
     last_served: float = 0.0
 
 
@@ -82,7 +84,9 @@ class TenantAccount(Generic[_Waiter]):
 
     def charge(self, cost: float) -> None:
         """Count service: in prompt tokens' worth, or in a dynamic batcher's unit."""
-        self.served += cost / self.weight
+        # One of which nobody waits any more is served all the same.
+        num_flows = self.tier.num_flows[tenant_of(self.name)] + (self.num_waiting == 0)
+        self.served += cost * num_flows / self.weight
         self.tier.served += cost / self.tier.weight
 
     def push(self, waiter: _Waiter) -> None:
@@ -148,6 +152,7 @@ class FairQueue(Generic[_Waiter]):
             smallest = min((other.served for other in tier.backlogged.values()), default=tier.last_served)
             tenant.served = max(tenant.served, smallest)
             tier.backlogged[waiter.tenant] = tenant
+            tier.num_flows[tenant_of(waiter.tenant)] += 1
         tenant.num_waiting += 1
         self._buckets[waiter.bucket] += 1
         tenant.push(waiter)
@@ -163,6 +168,7 @@ class FairQueue(Generic[_Waiter]):
             del self._buckets[waiter.bucket]
         if tenant.num_waiting == 0:
             del tenant.tier.backlogged[tenant.name]
+            tenant.tier.num_flows[tenant_of(tenant.name)] -= 1
             tenant.heaps.clear()
             tenant.num_entries = 0
 
@@ -181,6 +187,11 @@ class FairQueue(Generic[_Waiter]):
                     self._last_served, tier.last_served = tier.served, tenant.served
                     return head
         return None
+
+
+def tenant_of(name: str) -> str:
+    """The tenant that a flow is of; a tenant's own name has no slash."""
+    return name.partition("/")[0]
 
 
 _served: Callable[[Any], float] = attrgetter("served")

@@ -21,8 +21,8 @@ _NEVER = float("inf")
 
 
 class Tier(StrEnum):
-    """A class of service, from the API key alone. The order is that of rank: the first goes first where two are
-    equal."""
+    """A class of service, from the API key, or what a trusted gateway makes of it. The order is that of rank: the first
+    goes first where two are equal."""
 
     PREMIUM = "premium"
     STANDARD = "standard"
@@ -84,10 +84,10 @@ class GenerationRequest:
 
     `leader_id` names an earlier request with the same prompt: this one waits until that prompt is computed, and then
     finds it in the prefix cache. `adapter` is the name of one, None for the model as it is. Only requests with equal
-    `cache_salt` and the same adapter share cached blocks. A tenant's `weight` is its
-    share among those of its tier. The first token should come by `target_s`; the request ends where the engine has not
-    begun it by `queue_deadline_s`, has no token by `first_token_deadline_s`, none in `stall_timeout_s` after the last,
-    or has not finished by `deadline_s`.
+    `cache_salt` and the same adapter share cached blocks. A tenant's `weight` is its share among those of its tier;
+    `tenant` may be one of its flows. The first token should come by `target_s`; the request ends where the engine has
+    not begun it by `queue_deadline_s`, has no token by `first_token_deadline_s`, none in `stall_timeout_s` after the
+    last, or has not finished by `deadline_s`.
     """
 
     request_id: int
@@ -256,6 +256,12 @@ class LoadSnapshot:
     idle_tokens_per_s: float = 0.0
     completions_per_s: float = 0.0
     step_s: float = 0.0
+
+    @property
+    def kv_usage(self) -> float:
+        """The share of KV blocks that are held."""
+        num_held = self.num_total_blocks - self.num_free_blocks
+        return num_held / self.num_total_blocks if self.num_total_blocks else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,11 @@ Sources: scheduling order of VTC (OSDI 2024) as a fluid; prediction of waiting a
 import itertools
 import math
 import random
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from headrace.scheduler.fair_queue import tenant_of
 from headrace.scheduler.messages import LoadSnapshot, Tier
 from headrace.server.errors import OverloadedError
 
@@ -54,13 +55,14 @@ _NUM_ITERATIONS = 6
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What a request asks for: `num_tokens` of prompts, which are computed once however many of the `num_sequences`
-    share them."""
+    share them. Its `tenant` may be a flow of one. Its own `ttft_target_s` stands in place of its tier's."""
 
     tier: Tier
     tenant: str
     weight: float
     num_tokens: int
     num_sequences: int = 1
+    ttft_target_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +157,9 @@ class Admission:
 
     def predict(self, load: LoadSnapshot, demand: Demand) -> Prediction:
         """How soon a request would have its first token if it were submitted now."""
+        most_s = self.targets_s[demand.tier] if demand.ttft_target_s is None else demand.ttft_target_s
         if load.prefill_tokens_per_s <= 0:  # no step has been seen
-            return Prediction(0.0, self.targets_s[demand.tier], 0.0)
+            return Prediction(0.0, most_s, 0.0)
         queue = self._queues[demand.tier].get(demand.tenant, _TenantQueue())
         num_tokens = demand.num_tokens * queue.uncached_share
         now = self._clock()
@@ -182,7 +185,7 @@ class Admission:
         raw_s += load.step_s
         own_s = num_tokens / load.prefill_tokens_per_s  # of which there is no doubt
         idle_s = num_tokens / load.idle_tokens_per_s if load.idle_tokens_per_s > 0 else own_s
-        target_s = _USED_SHARE * self.targets_s[demand.tier] + idle_s
+        target_s = _USED_SHARE * most_s + idle_s
         return Prediction(self.kappa * (raw_s - own_s) + own_s, target_s, raw_s)
 
     def predict_longest(self, load: LoadSnapshot, tier: Tier) -> float:
@@ -266,8 +269,14 @@ class Admission:
     ) -> float:
         """When fair queueing has served `own`, its tenant's work up to a request's end: others' work comes between it
         as far as it waits now or comes until then, and as their weights go; `first` is served before all."""
-        tenants = [q for name, q in self._queues[demand.tier].items() if name != demand.tenant]
-        others = [(waiting(q), rate(q), q.weight / demand.weight) for q in tenants]
+        queues = self._queues[demand.tier]
+        num_flows = _num_flows(queues, demand.tenant)
+        own_share = demand.weight / num_flows[tenant_of(demand.tenant)]
+        others = [
+            (waiting(q), rate(q), q.weight / max(1, num_flows[tenant_of(name)]) / own_share)
+            for name, q in queues.items()
+            if name != demand.tenant
+        ]
         own_weight = self._tier_weights[demand.tier]
         tiers = [
             (sum(map(waiting, queues.values())), sum(map(rate, queues.values())), self._tier_weights[tier] / own_weight)
@@ -287,11 +296,13 @@ class Admission:
         order: list[tuple[float, int, float]] = []  # of tiers: (served per weight, request, tokens)
         for tier, queues in self._queues.items():
             in_tier: list[tuple[float, int, float]] = []
-            for queue in queues.values():
+            num_flows = _num_flows(queues)
+            for name, queue in queues.items():
+                share = queue.weight / max(1, num_flows[tenant_of(name)])
                 served = 0.0
                 for request_id, num_tokens in queue.requests.items():
                     served += 1 + num_tokens * queue.uncached_share  # those without tokens have an order too
-                    in_tier.append((served / queue.weight, request_id, num_tokens * queue.uncached_share))
+                    in_tier.append((served / share, request_id, num_tokens * queue.uncached_share))
             served = 0.0
             for _, request_id, tokens in sorted(in_tier):
                 served += 1 + tokens
@@ -302,6 +313,19 @@ class Admission:
             total += tokens
             positions[request_id] = position, total
         return positions
+
+
+def queue_part(own: str, waiting: Iterable[str]) -> float:
+    """The part of a full queue that one of those that wait in it may hold: tenants have equal ones, and of a tenant's
+    its flows."""
+    num_flows = Counter(map(tenant_of, {own, *waiting}))
+    return 1 / (len(num_flows) * num_flows[tenant_of(own)])
+
+
+def _num_flows(queues: Mapping[str, _TenantQueue], own: str | None = None) -> Counter[str]:
+    """How many flows each tenant has that something waits of, and `own`. They have its weight together."""
+    waiting = {name for name, queue in queues.items() if queue.requests}
+    return Counter(map(tenant_of, waiting if own is None else waiting | {own}))
 
 
 def retry_after_s(wait_s: float) -> float:

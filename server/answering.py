@@ -50,7 +50,9 @@ class Answering:
     async def start(self, request: Request, params: GenerationParams, id: str, num_bytes: int) -> list[Generation]:
         """Start a request's generations, which end with its response. Raises: ApiError."""
         stages, tenant = Stages(request.state.received_s), request.state.tenant
-        generations = await self.generator.start(params, id, stages, tenant=tenant, num_bytes=num_bytes)
+        generations = await self.generator.start(
+            params, id, stages, tenant=tenant, hints=request.state.hints, num_bytes=num_bytes
+        )
         request.state.is_accepted = True
         self.end_with(request, generations)
         return generations

@@ -112,6 +112,32 @@ class RequestStates(TypedDict):
     one_shot_models: list[LaneState]
 
 
+class RankLoad(TypedDict):
+    """`num_tokens` and `num_total_tokens` are the same: those in the KV cache, and those of prompts that wait."""
+
+    dp_rank: Literal[0]
+    num_reqs: int
+    num_running_reqs: int
+    num_waiting_reqs: int
+    num_tokens: int
+    num_total_tokens: int
+    token_usage: float
+
+
+class RankLoads(TypedDict):
+    loads: list[RankLoad]
+
+
+class ServerInfo(TypedDict):
+    """`max_total_tokens` are what the KV cache holds. Both numbers are null until the model is loaded."""
+
+    served_model_name: str
+    version: str
+    dp_size: Literal[1]
+    max_total_tokens: int | None
+    max_running_requests: int | None
+
+
 class PromptTokensDetails(TypedDict):
     cached_tokens: int
 

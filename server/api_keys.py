@@ -85,12 +85,6 @@ class ApiKeys:
         return found
 
 
-def standing_of(keys: ApiKeys | None, tenant: str) -> tuple[Tier, float]:
-    """A tenant's tier and its weight inside of it; those of anybody where it has no entry."""
-    key = None if keys is None else keys.get(tenant)
-    return (Tier.STANDARD, 1.0) if key is None else (key.tier, key.weight)
-
-
 def reload_keys(keys: ApiKeys | None) -> bool:
     """Read the key file again, if there is one, and log how that went; returns whether it went well."""
     if keys is None:

@@ -40,6 +40,7 @@ from headrace.server.endpoint import (
 )
 from headrace.server.engine_client import EngineClient, QueueLimits
 from headrace.server.errors import ApiError, EngineFailedError, ShutdownError
+from headrace.server.gateway import Gateway
 from headrace.server.generation import Generation
 from headrace.server.generator import Generator
 from headrace.server.grammars import Grammars
@@ -60,6 +61,7 @@ from headrace.server.replicas import Replicas
 from headrace.server.request_log import declared_route, log_request, log_unaccepted
 from headrace.server.responses_api import ResponsesApi
 from headrace.server.restore import Shelf, restore_streams
+from headrace.server.router_api import RouterApi
 from headrace.server.settings import Settings
 from headrace.server.shared_journals import SharedJournals, open_own_journal
 from headrace.server.stream_registry import NativeStream, StreamRegistry
@@ -78,6 +80,7 @@ _LAG_INTERVAL_S = 0.1
 # A step takes well under a second.
 _STOP_TIMEOUT_S = 5.0
 _STATIC = Path(__file__).parent / "static"
+_EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class App:
@@ -123,7 +126,10 @@ class App:
             load_one_shots=load_one_shots,
             journal=self.journal,
         )
+        self.is_leaving = False
         self.metrics = self.client.metrics
+        self.metrics.describe(settings.block_size, tuple(adapters or ()))
+        self._gateway = Gateway(settings, self.metrics.load_report)
         # With keys and without an address for the operator alone every tenant may read the metrics.
         self.metrics.names_tenants = self.keys is not None and settings.admin_port is not None
         if (journal := self.journal) is not None:
@@ -168,6 +174,7 @@ class App:
         self.one_shots = OneShots(one_shots, self.client, settings, self.keys)
         self._answering = Answering(self.generator, self._report)
         self._ollama = OllamaApi(self._answering)
+        self._router_api = RouterApi(self.generator)
         self._admin_api = AdminApi(self.client, self.one_shots.models, self.watchdog)
         self._receiving = ReceivedBytes(settings.max_queue_bytes)
         self._shelves = [
@@ -203,7 +210,7 @@ class App:
         client = self.client
         has_engine = client.ready is not None and not client.stopped.is_set()
         has_inputs = self.generator.tokenizer is not None and self.one_shots.is_ready
-        can_go_on = not client.is_draining and self.watchdog.hung is None
+        can_go_on = not (self.is_leaving or client.is_draining) and self.watchdog.hung is None
         return has_engine and has_inputs and self.settled.is_set() and can_go_on
 
     @property
@@ -216,6 +223,10 @@ class App:
         if reload_keys(self.keys) and self.keys is not None:
             self.tickets.keep_only(self.keys.tenants)
             self.limits.keep_only(self.keys.tenants)
+
+    def leave(self) -> None:
+        """Be ready no more."""
+        self.is_leaving = True
 
     def stop_accepting(self) -> None:
         """Refuse requests from now on, and be ready no more."""
@@ -323,7 +334,13 @@ class App:
         return [Route("/health", self._health), Route("/ready", self._ready)]
 
     def _operators_routes(self) -> list[Route]:
-        return [Route("/metrics", self._metrics), Route("/dashboard", _page("dashboard.html"))]
+        return [
+            Route("/metrics", self._metrics),
+            Route("/metrics/load", self._load_metrics),
+            Route("/get_load", self._router_api.ranks),
+            Route("/v1/loads", self._router_api.loads),
+            Route("/dashboard", _page("dashboard.html")),
+        ]
 
     def _admin_routes(self) -> list[Route]:
         return [
@@ -350,6 +367,7 @@ class App:
             on_rejected=self.report_refusal,
             refuse=refuse,
             idempotency=idempotency,
+            gateway=self._gateway,
         )
 
     def _routes(self) -> list[Route | Mount]:
@@ -371,6 +389,7 @@ class App:
             *(self._admin_routes() if is_operators and self.settings.is_private else []),
             Route("/openapi.json", OpenApi(self.settings).get),
             Route("/version", self._version),
+            *(Route(path, self._router_api.server_info) for path in ("/server_info", "/get_server_info")),
             Route("/v1/models", openai.models),
             Route("/v1/models/{id:path}", endpoint(openai.model), methods=["GET"]),
             Route("/v1/chat/completions", generation_endpoint(openai.chat_completions), methods=["POST"]),
@@ -436,7 +455,7 @@ class App:
         """Ready: the model is loaded and warm, and the server is not draining."""
         if self.is_ready:
             return JSONResponse({"status": "ready"})
-        status = "draining" if self.client.is_draining else "loading"
+        status = "draining" if self.is_leaving or self.client.is_draining else "loading"
         return JSONResponse({"status": self._engine_fault or status}, 503)
 
     @property
@@ -453,7 +472,10 @@ class App:
         for part in self.metrics.expose_each():
             exposed += part
             await anyio.lowlevel.checkpoint()
-        return Response(bytes(exposed), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(bytes(exposed), media_type=_EXPOSITION)
+
+    async def _load_metrics(self, request: Request) -> Response:
+        return Response(self.metrics.expose_load(), media_type=_EXPOSITION)
 
 
 class _PageFiles(StaticFiles):

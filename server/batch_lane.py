@@ -16,7 +16,7 @@ import anyio
 from headrace.scheduler.dynamic_batcher import Batch, BatchItem, BatchPolicy, DynamicBatcher
 from headrace.scheduler.messages import Tier
 from headrace.scheduler.sequence import SequenceStatus
-from headrace.server.admission import retry_after_s
+from headrace.server.admission import queue_part, retry_after_s
 from headrace.server.errors import (
     ApiError,
     BadRequestError,
@@ -228,7 +228,7 @@ class BatchLane:
             return
         # Of a full queue each tenant that waits may hold its part: who floods it shuts himself out, and nobody else.
         num_own = self._waiting_of.get(asker.tenant, 0) + num_items
-        if num_own <= self._max_queue_size / len(self._waiting_of.keys() | {asker.tenant}):
+        if num_own <= self._max_queue_size * queue_part(asker.tenant, self._waiting_of):
             return
         self._metrics.items["refused"].inc(num_items)
         raise OverloadedError(

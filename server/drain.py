@@ -1,4 +1,4 @@
-"""The orderly end of what is served: refuse what comes, wait for what was accepted, end the rest.
+"""The orderly end of what is served: be ready no more, refuse what comes, wait for what was accepted, end the rest.
 
 Lives on the event loop, the same for a server and a proxy. When it is over nothing is left to be answered; connections
 are somebody else's to close.
@@ -16,11 +16,22 @@ class Drainable(Protocol):
     def num_unfinished(self) -> int:
         """Requests that are accepted and not answered yet."""
 
+    def leave(self) -> None:
+        """Be ready no more."""
+
     def stop_accepting(self) -> None:
         """Refuse requests from now on, and be ready no more."""
 
     def end_unfinished(self) -> None:
         """Give every request that is left its end."""
+
+
+async def take_leave(app: Drainable, delay_s: float, hurried: anyio.Event) -> None:
+    """Be ready no more and take requests for `delay_s` still, or until `hurried` is set: who routes them here has to
+    notice first."""
+    app.leave()
+    with anyio.move_on_after(delay_s):
+        await hurried.wait()
 
 
 async def drain(app: Drainable, grace_s: float, hurried: anyio.Event) -> None:

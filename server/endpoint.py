@@ -33,9 +33,11 @@ from headrace.server.errors import (
     UnavailableError,
     UnsupportedMediaTypeError,
 )
+from headrace.server.gateway import Gateway
 from headrace.server.idempotency import HEADER, REPLAYED_HEADER, Idempotency, Recording
 from headrace.server.request_log import OnRejected, declared_route, log_unaccepted
 from headrace.server.sse import EventStream, retry_frame
+from headrace.server.standing import NO_HINTS
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +68,9 @@ class Endpoint:
 
     `request.state` holds `id`, which goes out as x-request-id, `received_s`, `is_accepted`, which `respond` sets once
     the request is logged elsewhere, `has_failed`, which it sets where the answer ended otherwise than it should,
-    `stage`, which a client's departure is logged with, and `cleanup`, an ExitStack that is unwound after the response,
-    or in its place. `on_disconnect` is told of a client that left while its body was read, `on_rejected` of every
-    refusal; `refuse` makes the response of one.
+    `stage`, which a client's departure is logged with, `hints`, what the `gateway` says of the request, and `cleanup`,
+    an ExitStack that is unwound after the response, or in its place. `on_disconnect` is told of a client that left
+    while its body was read, `on_rejected` of every refusal; `refuse` makes the response of one.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Endpoint:
         refuse: Refuse,
         media_types: tuple[str, ...] = ("application/json",),
         idempotency: Idempotency | None = None,
+        gateway: Gateway | None = None,
     ) -> None:
         self._respond = respond
         self._max_body_bytes = max_body_bytes
@@ -93,6 +96,7 @@ class Endpoint:
         self._refuse = refuse
         self._media_types = media_types
         self._idempotency = idempotency
+        self._gateway = gateway
 
     @property
     def is_repeatable(self) -> bool:
@@ -109,6 +113,7 @@ class Endpoint:
         try:
             if request.method == "HEAD":  # which Starlette adds to every GET route, and which must not start anything
                 raise MethodNotAllowedError("HEAD is not allowed here", headers={"allow": "GET"})
+            request.state.hints = NO_HINTS if self._gateway is None else self._gateway.hints(request)
             body = await self._read_body(request) if request.method == "POST" else b""
             if self._idempotency is not None and (key := request.headers.get(HEADER)) is not None:
                 claim = await self._idempotency.claim(scope["path"], request.state.tenant, key, body)
@@ -127,15 +132,28 @@ class Endpoint:
             return
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_cancel_on_disconnect, receive, tasks.cancel_scope)
-            await self._respond_to(request, body, scope, receive, send)
+            await self._respond_to(request, body, partial(self._headers, request), scope, receive, send)
             tasks.cancel_scope.cancel()
 
-    async def _respond_to(self, request: Request, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+    def _headers(self, request: Request) -> dict[str, str]:
+        """What any answer has, and the load where that is asked for."""
+        load = {} if self._gateway is None else self._gateway.load_header(request)
+        return id_headers(request.scope["path"], request.state.id) | load
+
+    async def _respond_to(
+        self,
+        request: Request,
+        body: bytes,
+        headers: Callable[[], dict[str, str]],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
         # What `respond` starts it registers here, so that it ends with the response however that ends.
         with contextlib.ExitStack() as cleanup:
             request.state.cleanup = cleanup
             response = await self._answer(request, body)
-            response.headers.update(id_headers(scope["path"], request.state.id))
+            response.headers.update(headers())
             await response(scope, receive, send)
 
     async def _share(
@@ -143,12 +161,16 @@ class Endpoint:
     ) -> None:
         """Read a recording, which the first to ask makes too, until nobody is left to read it."""
         assert self._idempotency is not None
-        headers = id_headers(request.scope["path"], request.state.id) | ({} if is_first else {REPLAYED_HEADER: "true"})
+
+        def headers() -> dict[str, str]:
+            return self._headers(request) | ({} if is_first else {REPLAYED_HEADER: "true"})
+
         scope = {**request.scope, "extensions": {}}  # without a way past `send`
         try:
             async with anyio.create_task_group() as making:
                 if is_first:
-                    making.start_soon(recording.make, partial(self._respond_to, request, body, scope, receive))
+                    # What is each reader's own is not recorded.
+                    making.start_soon(recording.make, partial(self._respond_to, request, body, dict, scope, receive))
                 async with anyio.create_task_group() as reading:
                     reading.start_soon(_cancel_on_disconnect, receive, reading.cancel_scope)
                     await recording.read(send, headers)

@@ -20,6 +20,7 @@ import anyio.to_thread
 
 from headrace.scheduler.config import SchedulingPolicy
 from headrace.scheduler.engine_core import Engine, EngineCore, Publication, Runner
+from headrace.scheduler.fair_queue import tenant_of
 from headrace.scheduler.messages import (
     DescribeSequences,
     EngineReady,
@@ -39,7 +40,7 @@ from headrace.scheduler.messages import (
 )
 from headrace.scheduler.one_shot_runner import OneShotModel
 from headrace.scheduler.scheduler import Scheduler
-from headrace.server.admission import Admission, Demand, Prediction, retry_after_s
+from headrace.server.admission import Admission, Demand, Prediction, queue_part, retry_after_s
 from headrace.server.errors import (
     ApiError,
     BadRequestError,
@@ -193,10 +194,10 @@ class EngineClient:
         num_own, num_own_tokens = self.admission.num_queued_of(demand)
         num_own += self._num_reserved[demand.tenant] + num_sequences
         # Of a full queue each tenant that waits may hold its part: who floods it shuts himself out, and nobody else.
-        num_tenants = len(self.admission.waiting_tenants() | {demand.tenant} | self._num_reserved.keys())
-        if is_full and num_own > limits.num_requests / num_tenants:
+        part = queue_part(demand.tenant, self.admission.waiting_tenants() | self._num_reserved.keys())
+        if is_full and num_own > limits.num_requests * part:
             full = f"{self.num_waiting} requests are waiting already"
-        elif self.admission.num_queued_tokens > limits.num_tokens and num_own_tokens > limits.num_tokens / num_tenants:
+        elif self.admission.num_queued_tokens > limits.num_tokens and num_own_tokens > limits.num_tokens * part:
             full = f"{self.admission.num_queued_tokens} prompt tokens are waiting already"
         elif self._num_reserved_bytes and self._num_reserved_bytes + num_bytes > limits.num_bytes:
             full = f"{self._num_reserved_bytes} bytes of requests are being read already"
@@ -243,7 +244,7 @@ class EngineClient:
         self.check_accepting()
         if generation.num_output_tokens == 0:  # else an earlier process was asked first
             generation.stages.submitted_s = self.clock()
-        generation.tenant = request.tenant
+        generation.tenant = tenant_of(request.tenant)
         generation.on_end.insert(0, self._forget)
         self._generations[request.request_id] = generation
         num_tokens = generation.num_prompt_tokens if request.leader_id is None else 0
@@ -251,7 +252,7 @@ class EngineClient:
         self.admission.enter(request.request_id, demand)
         self._num_submitted += 1
         if generation.choice == 0:
-            self.metrics.count_prompt(request.tenant, generation.num_prompt_tokens)
+            self.metrics.count_prompt(generation.tenant, generation.num_prompt_tokens)
         self._engine.submit(request)
 
     async def compute(self, model: str, inputs: Sequence[Any]) -> OneShotOutput:

@@ -20,7 +20,7 @@ from headrace.scheduler.grammar import Grammar
 from headrace.scheduler.messages import EngineReady, GenerationRequest, SamplingParams, Tier, TokenLogprobs
 from headrace.server.admission import Demand
 from headrace.server.answer_parser import begins_in_reasoning, kept_token_ids
-from headrace.server.api_keys import ApiKeys, standing_of
+from headrace.server.api_keys import ApiKeys
 from headrace.server.detokenizer import Detokenizer
 from headrace.server.engine_client import EngineClient
 from headrace.server.errors import (
@@ -33,6 +33,7 @@ from headrace.server.generation import Generation, Recipe, Stages
 from headrace.server.grammars import Grammars, GrammarSource
 from headrace.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationParams
 from headrace.server.settings import Settings
+from headrace.server.standing import NO_HINTS, Hints, standing_of
 from headrace.server.tenant_limits import TenantLimits
 from headrace.server.tokenizer import Tokenizer
 from headrace.server.tool_calls import answer_schemas, call_grammar, parameter_schemas, template_input
@@ -68,17 +69,19 @@ class Generator:
         on_end: Callable[[Generation], None] | None = None,
         on_accept: Callable[[Generation, Recipe], None] | None = None,
         tenant: str = "",
+        hints: Hints = NO_HINTS,
         num_bytes: int = 0,
     ) -> list[Generation]:
         """Tokenize and submit: one generation per prompt and choice, in the order of OpenAI's indices.
 
         The caller cancels them when its client leaves; `on_end` hears of each one's end, and `on_accept` of each before
-        the engine does. Only requests of one tenant share cached prefixes. `num_bytes` is what the request's body holds
-        until then.
+        the engine does. Only requests of one tenant share cached prefixes, whatever `hints` say. `num_bytes` is what
+        the request's body holds until then.
 
         Raises: ApiError. A cancellation while tokenizing is counted as a client that left.
         """
-        with self._place(request.model, tenant, request.num_sequences, num_bytes) as (demand, tokenizer, ready):
+        place = self._place(request.model, tenant, request.num_sequences, num_bytes, hints)
+        with place as (demand, tokenizer, ready):
             prompts = await self._on_worker(lambda: tokenize(tokenizer, request, ready.max_context_tokens))
             source, grammar = request.grammar_source, None
             if isinstance(request, ChatCompletionRequest) and request.has_call_grammar:
@@ -114,6 +117,7 @@ class Generator:
                         generation,
                         demand,
                         arrival_s=stages.received_s,
+                        tenant=tenant,
                         target_s=prediction.target_s,
                         leader=leader,
                         grammar=grammar,
@@ -137,15 +141,17 @@ class Generator:
 
     @contextmanager
     def _place(
-        self, model: str | None, tenant: str, num_sequences: int, num_bytes: int
+        self, model: str | None, tenant: str, num_sequences: int, num_bytes: int, hints: Hints = NO_HINTS
     ) -> Iterator[tuple[Demand, Tokenizer, EngineReady]]:
         """Hold a request's places while it is read. Raises: ApiError. A cancellation inside is counted as a client that
         left."""
         if model is not None and model != self.model_name and model not in self.adapters:
             raise ModelNotFoundError(f"the model `{model}` does not exist", param="model")
-        tier, weight = standing_of(self.keys, tenant)
-        demand = Demand(tier, tenant, weight, 0, num_sequences)
-        with self.client.reserve(demand, num_bytes), self._within_limits(demand):
+        standing = standing_of(self.keys, tenant, hints)
+        demand = Demand(
+            standing.tier, standing.tenant, standing.weight, 0, num_sequences, ttft_target_s=standing.ttft_target_s
+        )
+        with self.client.reserve(demand, num_bytes), self._within_limits(tenant, demand):
             if self.client.ready is None or self.tokenizer is None:
                 raise UnavailableError("the model is still loading", "loading")
             try:
@@ -213,7 +219,7 @@ class Generator:
             self.client.check_accepting()
         if output_token_ids:  # of whose first the prompt's log probabilities came before
             recipe = replace(recipe, sampling=replace(recipe.sampling, num_prompt_logprobs=None))
-        tier, weight = standing_of(self.keys, tenant)
+        tier, _, weight, _ = standing_of(self.keys, tenant)
         demand = Demand(tier, tenant, weight, generation.num_prompt_tokens)
         target_s = self.client.admission.targets_s[tier]
         now = self.client.clock()
@@ -222,6 +228,7 @@ class Generator:
             generation,
             demand,
             arrival_s=now,
+            tenant=tenant,
             target_s=target_s,
             grammar=grammar,
             output_token_ids=output_token_ids,
@@ -232,9 +239,9 @@ class Generator:
         return await self._on_worker(lambda: self.grammars.get(source, tokenizer, ready.vocab_size))
 
     @contextmanager
-    def _within_limits(self, demand: Demand) -> Iterator[None]:
+    def _within_limits(self, tenant: str, demand: Demand) -> Iterator[None]:
         """Raises: RateLimitError, which is counted; BadRequestError."""
-        with self.client.metrics.counting_shed(demand.tier), self.limits.within(demand.tenant, demand.num_sequences):
+        with self.client.metrics.counting_shed(demand.tier), self.limits.within(tenant, demand.num_sequences):
             yield
 
     def _release(self, tenant: str, generation: Generation) -> None:
@@ -276,13 +283,14 @@ class Generator:
         demand: Demand,
         *,
         arrival_s: float,
+        tenant: str,
         target_s: float,
         leader: Generation | None = None,
         grammar: Grammar | None = None,
         output_token_ids: tuple[int, ...] = (),
     ) -> None:
-        """Submit one sequence, whose first token should come in `target_s`. With a `leader` it waits for that one's
-        prompt, which is its own too."""
+        """Submit one sequence, whose first token should come in `target_s`. Its `tenant` pays for it, the one of the
+        `demand` may be one of its flows. With a `leader` it waits for that one's prompt, which is its own too."""
         self.client.submit(
             GenerationRequest(
                 generation.request_id,
@@ -305,8 +313,8 @@ class Generator:
             ),
             generation,
         )
-        self.limits.begin(demand.tenant)
-        generation.on_end.append(partial(self._release, demand.tenant))
+        self.limits.begin(tenant)
+        generation.on_end.append(partial(self._release, tenant))
 
 
 def _check_fits(

@@ -27,11 +27,13 @@ _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # Probes, the pages and their files, and a stream's events, where the stream's id is what one must know. GET /v1/stream
 # asks for a ticket by itself.
 _OPEN_PATHS = re.compile(r"/|/classify|/dashboard|/docs|/health|/ready|/static/.*|/v1/stream|/v1/streams/[^/]+/events")
+# All of them, and the few that routers ask for many times a second.
+METRICS_PATHS = ("/metrics", "/metrics/load")
 
 
 def is_open(path: str, *, has_open_metrics: bool) -> bool:
     """Whether a path needs no key where there are keys."""
-    return _OPEN_PATHS.fullmatch(path) is not None or (has_open_metrics and path == "/metrics")
+    return _OPEN_PATHS.fullmatch(path) is not None or (has_open_metrics and path in METRICS_PATHS)
 
 
 class _Guard:
@@ -143,7 +145,7 @@ class ProbeGuard(_Guard):
         return (refuse_event_source if is_event_source else error_response)(error, scope["path"], id)
 
     def _check(self, scope: Scope) -> None:
-        if scope["method"] != "GET" or scope["path"] not in ("/health", "/ready", "/metrics"):
+        if scope["method"] != "GET" or scope["path"] not in ("/health", "/ready", *METRICS_PATHS):
             raise UnavailableError("all of this server's connections are in use", "too_many_connections")
 
 

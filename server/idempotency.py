@@ -59,14 +59,14 @@ class Recording:
             self._is_over = True
             self._wake()
 
-    async def read(self, send: Send, headers: dict[str, str]) -> None:
-        """Send all of it, as it comes, with these headers over the answer's own."""
+    async def read(self, send: Send, headers: Callable[[], dict[str, str]]) -> None:
+        """Send all of it, as it comes, with these headers over the answer's own, made when it begins."""
         self._num_readers += 1
         try:
             cursor, has_started = 0, False
             while True:
                 if self._start is not None and not has_started:
-                    await send({**self._start, "headers": _with(self._start["headers"], headers)})
+                    await send({**self._start, "headers": _with(self._start["headers"], headers())})
                     has_started = True
                 # Looked at before the wait, since sending lets others run.
                 changed, is_over, end = self._changed, self._is_over, len(self._chunks)

@@ -1,11 +1,13 @@
 """Prometheus metrics: counters and histograms of the event loop, gauges read off the engine's last snapshot.
 
-Lives on the event loop. Every metric is also exposed under the `vllm:` name that dashboards and routers read, with
-vLLM's `model_name` label. Labels come from closed sets; of tenants, which have names, so many at most have their own.
+Lives on the event loop. Many are also exposed under the `vllm:` names that dashboards and routers read, older ones
+among them, with vLLM's `model_name` label (docs/routers.md says who reads which). Labels come from closed sets; of
+tenants, which have names, so many at most have their own.
 """
 
+import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -36,22 +38,24 @@ MAX_TENANTS = 100
 OTHER_TENANTS = "(others)"  # no key can be called so
 
 _VLLM_NAMES = {
-    "headrace_num_requests_running": "vllm:num_requests_running",
-    "headrace_num_requests_waiting": "vllm:num_requests_waiting",
-    "headrace_kv_cache_usage_ratio": "vllm:kv_cache_usage_perc",
-    "headrace_num_preemptions": "vllm:num_preemptions",
-    "headrace_prompt_tokens": "vllm:prompt_tokens",
-    "headrace_generation_tokens": "vllm:generation_tokens",
-    "headrace_prefix_cache_queries": "vllm:prefix_cache_queries",
-    "headrace_prefix_cache_hits": "vllm:prefix_cache_hits",
-    "headrace_drafted_tokens": "vllm:spec_decode_num_draft_tokens",
-    "headrace_accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
-    "headrace_requests_finished": "vllm:request_success",
-    "headrace_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
-    "headrace_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
-    "headrace_request_queue_time_seconds": "vllm:request_queue_time_seconds",
-    "headrace_e2e_request_latency_seconds": "vllm:e2e_request_latency_seconds",
+    "headrace_num_requests_running": ("vllm:num_requests_running",),
+    "headrace_num_requests_waiting": ("vllm:num_requests_waiting",),
+    "headrace_kv_cache_usage_ratio": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
+    "headrace_num_preemptions": ("vllm:num_preemptions",),
+    "headrace_prompt_tokens": ("vllm:prompt_tokens",),
+    "headrace_generation_tokens": ("vllm:generation_tokens",),
+    "headrace_prefix_cache_queries": ("vllm:prefix_cache_queries", "vllm:gpu_prefix_cache_queries"),
+    "headrace_prefix_cache_hits": ("vllm:prefix_cache_hits", "vllm:gpu_prefix_cache_hits"),
+    "headrace_drafted_tokens": ("vllm:spec_decode_num_draft_tokens",),
+    "headrace_accepted_tokens": ("vllm:spec_decode_num_accepted_tokens",),
+    "headrace_requests_finished": ("vllm:request_success",),
+    "headrace_time_to_first_token_seconds": ("vllm:time_to_first_token_seconds",),
+    "headrace_inter_token_latency_seconds": ("vllm:inter_token_latency_seconds",),
+    "headrace_request_queue_time_seconds": ("vllm:request_queue_time_seconds",),
+    "headrace_e2e_request_latency_seconds": ("vllm:e2e_request_latency_seconds",),
 }
+
+_LOAD_GAUGES = ("headrace_num_requests_running", "headrace_num_requests_waiting", "headrace_kv_cache_usage_ratio")
 
 # Dashboards add vLLM's reasons up to requests that succeeded: what failed is in none of them.
 _VLLM_REASONS = {"stop": "stop", "length": "length", "cancelled": "abort"}
@@ -170,15 +174,43 @@ class Metrics(RequestMetrics):
             "predicted_ttft_seconds", "First token of the next request, without its prompt's own time, by tier", "tier"
         )
         self._model_bytes = self._gauge("model_bytes", "Memory of a one-shot model's weights", "model")
-        gauges = _LoadCollector(load, num_waiting)
-        self.registry.register(gauges)
+        self._load = load
+        self._num_waiting = num_waiting
+        self._load_collectors: list[Collector] = [_LoadCollector(load, num_waiting)]
+        self.registry.register(self._load_collectors[0])
         self._model_name = model_name
 
     def expose_each(self) -> Iterator[bytes]:
         for metric in self.registry.collect():
             yield generate_latest(_Collected(metric))
-            if metric.name in _VLLM_NAMES:
-                yield generate_latest(_Collected(_as_vllms(metric, self._model_name)))
+            yield from self._as_vllms(metric)
+
+    def _as_vllms(self, metric: Metric) -> Iterator[bytes]:
+        for name in _VLLM_NAMES.get(metric.name, ()):
+            yield generate_latest(_Collected(_renamed(metric, name, self._model_name)))
+
+    def describe(self, block_size: int, adapters: Sequence[str]) -> None:
+        """Add what routers want to know of an engine beside its load."""
+        self._load_collectors.append(_EngineCollector(self._load, self._model_name, block_size, adapters))
+        self.registry.register(self._load_collectors[-1])
+
+    def expose_load(self) -> bytes:
+        """What routers read of all metrics, under the names that they read: a tenth of them, for who asks often."""
+        parts: list[bytes] = []
+        for collector in self._load_collectors:
+            for metric in collector.collect():
+                if metric.name in _LOAD_GAUGES:
+                    parts += self._as_vllms(metric)
+                elif metric.name.startswith("vllm:"):
+                    parts.append(generate_latest(_Collected(metric)))
+        return b"".join(parts)
+
+    def load_report(self) -> dict[str, float]:
+        """The load in the few numbers that a router is told beside an answer, by vLLM's names."""
+        return {
+            "kv_cache_usage_perc": self._load().kv_usage,
+            "num_requests_waiting": float(self._num_waiting()),
+        }
 
     def watch_tier(
         self,
@@ -300,12 +332,10 @@ class _LoadCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         load = self._load()
-        num_held = load.num_total_blocks - load.num_free_blocks
-        usage = num_held / load.num_total_blocks if load.num_total_blocks else 0.0
         for name, text, value in (
             ("num_requests_running", "Sequences in the running batch", load.num_running),
             ("num_requests_waiting", "Requests accepted and not yet running", self._num_waiting()),
-            ("kv_cache_usage_ratio", "Share of KV cache blocks held", usage),
+            ("kv_cache_usage_ratio", "Share of KV cache blocks held", load.kv_usage),
             ("kv_cache_free_blocks", "KV cache blocks free", load.num_free_blocks),
             ("kv_cache_cached_blocks", "Free blocks that hold a reusable prefix", load.num_cached_blocks),
             ("kv_cache_total_blocks", "KV cache blocks in all", load.num_total_blocks),
@@ -323,6 +353,42 @@ class _LoadCollector(Collector):
             yield CounterMetricFamily(f"headrace_{name}", text, value=count)
 
 
+class _EngineCollector(Collector):
+    """What routers read in vLLM's words alone: the cache's shape, its hit rate, and the adapters.
+
+    All adapters are loaded and can be in one batch, so that all run and none waits for a place; the value is when that
+    was so, as the Inference Extension wants it.
+    """
+
+    def __init__(
+        self, load: Callable[[], LoadSnapshot], model_name: str, block_size: int, adapters: Sequence[str]
+    ) -> None:
+        self._load = load
+        self._model = {"model_name": model_name}
+        self._block_size = block_size
+        self._adapters = adapters
+
+    def collect(self) -> Iterable[Metric]:
+        load = self._load()
+        blocks = {"block_size": str(self._block_size), "num_gpu_blocks": str(load.num_total_blocks)}
+        yield self._gauge("vllm:cache_config_info", "The KV cache's blocks", 1, blocks)
+        hit_rate = load.num_prefix_hits / load.num_prefix_queries if load.num_prefix_queries else 0.0
+        yield self._gauge("vllm:gpu_prefix_cache_hit_rate", "Share of prompt tokens found cached", hit_rate, {})
+        if self._adapters:
+            adapters = {
+                "max_lora": str(len(self._adapters)),
+                "running_lora_adapters": ",".join(self._adapters),
+                "waiting_lora_adapters": "",
+            }
+            yield self._gauge("vllm:lora_requests_info", "The adapters, at this time", time.time(), adapters)
+
+    def _gauge(self, name: str, text: str, value: float, labels: dict[str, str]) -> Metric:
+        labels = labels | self._model
+        family = GaugeMetricFamily(name, text, labels=list(labels))
+        family.add_metric(list(labels.values()), value)
+        return family
+
+
 class _Collected(Collector):
     """A metric that has been collected, as the library writes it out."""
 
@@ -333,9 +399,8 @@ class _Collected(Collector):
         return [self._metric]
 
 
-def _as_vllms(metric: Metric, model_name: str) -> Metric:
-    """The same numbers under vLLM's name, of all tiers together."""
-    name = _VLLM_NAMES[metric.name]
+def _renamed(metric: Metric, name: str, model_name: str) -> Metric:
+    """The same numbers under a name of vLLM's, of all tiers together."""
     renamed = Metric(name, metric.documentation, metric.type)
     sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
     for sample in metric.samples:

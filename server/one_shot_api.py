@@ -145,10 +145,10 @@ class OneShotApi:
     ) -> Response:
         """Read the inputs, have the model compute them, write the answer. Raises: ApiError."""
         state = request.state
-        asker = self._models.asker(state.tenant)
+        asker = self._models.asker(state.tenant, state.hints)
         deadline_s = state.received_s + min(timeout_s or self._request_timeout_s, self._request_timeout_s)
         stages = {"received_s": state.received_s}
-        with self._metrics.counting_shed(asker.tier), self._limits.within(asker.tenant, 1):
+        with self._metrics.counting_shed(asker.tier), self._limits.within(state.tenant, 1):
             try:
                 arrays = await self._models.read(read, len(body), asker)
                 stages["tokenized_s"] = time.monotonic()
@@ -191,7 +191,7 @@ class OneShotApi:
             raise
         finally:
             if is_let_in:
-                self._limits.charge(asker.tenant, num_tokens)
+                self._limits.charge(request.state.tenant, num_tokens)
 
 
 class _FormParser(MultiPartParser):

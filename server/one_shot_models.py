@@ -22,7 +22,7 @@ import numpy as np
 from headrace.scheduler.config import OneShotTask
 from headrace.scheduler.dynamic_batcher import BatchPolicy
 from headrace.scheduler.messages import Tier
-from headrace.server.api_keys import ApiKeys, standing_of
+from headrace.server.api_keys import ApiKeys
 from headrace.server.batch_lane import Asker, BatchLane, Computed, LaneInput
 from headrace.server.engine_client import EngineClient
 from headrace.server.errors import (
@@ -33,6 +33,7 @@ from headrace.server.errors import (
 )
 from headrace.server.image_input import ImageReader
 from headrace.server.settings import OneShotModelSettings, Settings
+from headrace.server.standing import Hints, standing_of
 from headrace.server.text_input import TextReader
 
 _T = TypeVar("_T")
@@ -149,8 +150,8 @@ class OneShots:
             raise UnavailableError("the model is still loading", "loading")
         return model
 
-    def asker(self, tenant: str) -> Asker:
-        tier, weight = standing_of(self._keys, tenant)
+    def asker(self, tenant: str, hints: Hints) -> Asker:
+        tier, tenant, weight, _ = standing_of(self._keys, tenant, hints)
         return Asker(tier, tenant, weight)
 
     async def read(self, read: Callable[[], _T], num_bytes: int, asker: Asker) -> _T:

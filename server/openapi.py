@@ -20,7 +20,8 @@ from starlette.responses import Response
 from headrace.server import answers
 from headrace.server.admin_api import ProfileRequest
 from headrace.server.error_forms import is_anthropic, is_ollama
-from headrace.server.guard import is_open
+from headrace.server.gateway import FORMAT_HEADER, LOAD_HEADER
+from headrace.server.guard import METRICS_PATHS, is_open
 from headrace.server.idempotency import HEADER
 from headrace.server.messages_protocol import CountTokensRequest, MessagesRequest
 from headrace.server.native_api import QUERY_TEXTS, StreamChatRequest, StreamCompletionRequest
@@ -89,6 +90,9 @@ _ANSWERS: tuple[type[Any], ...] = (
     answers.Status,
     answers.Health,
     answers.RequestStates,
+    answers.RankLoad,
+    answers.RankLoads,
+    answers.ServerInfo,
     answers.ChatCompletion,
     answers.ChatCompletionChunk,
     answers.Completion,
@@ -161,7 +165,18 @@ _ELSEWHERE = (307, 421)
 # On any route: what is refused before the route is known, and what may always go wrong.
 _ALWAYS = (400, 408, 431, 500, 503)
 
-_REPEATABLE = [{"name": HEADER, "in": "header", "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"}}]
+# Headers of what generates.
+_GENERATING = [
+    {"name": HEADER, "in": "header", "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"}},
+    {
+        "name": FORMAT_HEADER,
+        "in": "header",
+        "description": f"TEXT, JSON or BIN: in which of them {LOAD_HEADER} tells the load beside the answer.",
+        "schema": {"type": "string"},
+    },
+]
+# What clients do not have where there is an address of the operator's own.
+_OPERATORS_PATHS = (*METRICS_PATHS, "/get_load", "/v1/loads")
 _STREAM_ID = "([a-z0-9-]{1,32}-)?[0-9a-f]{32}"
 # What follows it in an event's id: the place, and the restarts of the server behind it.
 _PLACE = "[0-9]{1,11}(-[0-9]{1,9})?"
@@ -229,7 +244,7 @@ class OpenApi:
         """Whether clients have it: what is the operator's they may not."""
         if path.startswith("/admin/"):
             return self._settings.admin_port is None and self._settings.is_private
-        return path != "/metrics" or self._settings.admin_port is None
+        return path not in _OPERATORS_PATHS or self._settings.admin_port is None
 
     def _described(self, operation: _Operation) -> dict[str, Any]:
         refusals = {*_ALWAYS, *operation.refusals, 401 if self._has_keys else 403} - operation.answers.keys()
@@ -444,7 +459,7 @@ def _response_operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         {200: {**_answer("The response, or its events.", media_types), "links": links}},
         (404, 413, 415, 421, 422, 429, 504),
         _body(ResponsesRequest, {"input": "Hello", "max_output_tokens": 8}),
-        _REPEATABLE,
+        _GENERATING,
     )
     yield _Operation(
         "get",
@@ -482,6 +497,14 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
     yield _Operation("get", "/ready", "ready", "Whether the server is ready", _probe(answers.Status))
     metrics = _answer("The metrics.", {"text/plain": {"type": "string"}}, has_id=False)
     yield _Operation("get", "/metrics", "metrics", "Metrics in Prometheus' format", {200: metrics})
+    yield _Operation("get", "/metrics/load", "load_metrics", "Those of them that routers read", {200: metrics})
+    load = _answer("The load.", {"application/json": {"type": "array", "items": _ref(answers.RankLoad)}}, has_id=False)
+    yield _Operation("get", "/get_load", "get_load", "How much there is to do, in SGLang's form", {200: load})
+    loads = _json("The load.", answers.RankLoads, has_id=False)
+    yield _Operation("get", "/v1/loads", "loads", "The same in its newer form", {200: loads})
+    for path in ("/server_info", "/get_server_info"):
+        server = _json("The server.", answers.ServerInfo, has_id=False)
+        yield _Operation("get", path, path[1:], "What this server is, in SGLang's form", {200: server})
     trace = _answer("The trace.", {"application/gzip": {"type": "string", "format": "binary"}})
     yield _Operation(
         "post",
@@ -521,7 +544,7 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         {200: _completion(answers.ChatCompletion, answers.ChatCompletionChunk)},
         (*refusals, 422),
         _body(ChatCompletionRequest, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}),
-        _REPEATABLE,
+        _GENERATING,
     )
     yield _Operation(
         "post",
@@ -531,7 +554,7 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         {200: _completion(answers.Completion, answers.CompletionChunk)},
         (*refusals, 422),
         _body(CompletionRequest, {"prompt": "Once upon a time", "max_tokens": 8}),
-        _REPEATABLE,
+        _GENERATING,
     )
     yield from _response_operations(schemas)
     yield _Operation(
@@ -565,7 +588,7 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         },
         (*refusals, 422),
         _body(MessagesRequest, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}),
-        _REPEATABLE,
+        _GENERATING,
     )
     yield _Operation(
         "post",
@@ -585,7 +608,7 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         {200: _lines(answers.OllamaChatAnswer)},
         (*refusals, 422),
         _body(OllamaChatRequest, {**ollama_example, "messages": [{"role": "user", "content": "Hello"}]}),
-        _REPEATABLE,
+        _GENERATING,
     )
     yield _Operation(
         "post",
@@ -595,7 +618,7 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         {200: _lines(answers.OllamaGenerateAnswer)},
         (*refusals, 422),
         _body(OllamaGenerateRequest, {**ollama_example, "prompt": "Hello"}),
-        _REPEATABLE,
+        _GENERATING,
     )
     yield _Operation(
         "post",
@@ -690,7 +713,7 @@ def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
         {201: {**_json("Where it is read.", answers.StreamCreated), "links": links}},
         (404, 413, 415, 422, 429),
         _body_of_either(StreamChatRequest, StreamCompletionRequest, {"prompt": "Once upon a time", "max_tokens": 8}),
-        _REPEATABLE,
+        _GENERATING,
     )
     snapshot = {200: _json("The stream.", answers.StreamSnapshot)}
     path = "/v1/streams/{id}"

@@ -32,7 +32,7 @@ from headrace.scheduler.config import SchedulingPolicy
 from headrace.scheduler.dynamic_batcher import BatchPolicy
 from headrace.scheduler.errors import HeadraceError
 from headrace.server.admin import admin_app
-from headrace.server.api_keys import ApiKeys, reload_keys, standing_of
+from headrace.server.api_keys import ApiKeys, reload_keys
 from headrace.server.batch_lane import Asker, BatchLane, Computed, LaneInput
 from headrace.server.circuit_breaker import CircuitBreaker
 from headrace.server.endpoint import Endpoint, ReceivedBytes, error_response, exception_handlers
@@ -66,6 +66,7 @@ from headrace.server.request_log import declared_route, log_unaccepted
 from headrace.server.serve import DrainingServer, listen, say, start_logging, within_descriptors
 from headrace.server.settings import is_loopback
 from headrace.server.sse import EventStream, data_frame
+from headrace.server.standing import standing_of
 from headrace.server.tenant_limits import TenantLimits
 from headrace.server.upstream import (
     BAD_ANSWER,
@@ -145,7 +146,7 @@ class Proxy:
         """Raises: ApiKeysError, UpstreamKeyError."""
         self.settings = settings
         self.keys = None if settings.api_keys_file is None else ApiKeys(Path(settings.api_keys_file))
-        self.is_draining = False
+        self.is_leaving = self.is_draining = False
         self.num_unfinished = 0
         self._num_bytes = 0  # of their bodies
         self.metrics = RequestMetrics()
@@ -185,6 +186,10 @@ class Proxy:
         """Count and log a request that was refused, wherever that was."""
         self.metrics.rejected.labels(str(status)).inc()
         log_unaccepted(id, declared_route(path, self.asgi.routes), received_s, f"refused: {status}")
+
+    def leave(self) -> None:
+        """Be ready no more."""
+        self.is_leaving = True
 
     def stop_accepting(self) -> None:
         """Refuse requests from now on, and be ready no more."""
@@ -391,8 +396,7 @@ class Proxy:
         return received_s + timeout_s
 
     def _asker(self, request: Request) -> Asker:
-        tenant = request.state.tenant
-        tier, weight = standing_of(self.keys, tenant)
+        tier, tenant, weight, _ = standing_of(self.keys, request.state.tenant)
         return Asker(tier, tenant, weight)
 
     def _lane(self, protocol: MergedProtocol, path: str, model: str) -> _OpenLane:
@@ -450,7 +454,7 @@ class Proxy:
 
     async def _ready(self, request: Request) -> Response:
         """Ready: the upstream answers and is not left alone for failing, and the proxy is not draining."""
-        if self.is_draining:
+        if self.is_leaving or self.is_draining:
             return JSONResponse({"status": "draining"}, 503)
         now = time.monotonic()
         if self.upstream.breaker.retry_in_s(now) > 0:

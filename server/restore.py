@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import anyio
 import anyio.lowlevel
 
-from headrace.server.api_keys import standing_of
 from headrace.server.engine_client import EngineClient
 from headrace.server.errors import BadRequestError, ContextLengthError, EngineFailedError, UnavailableError
 from headrace.server.generation import Generation, Stages
 from headrace.server.generator import Generator
 from headrace.server.journal import Journal, Recording
 from headrace.server.journal_rows import RecordedOutput, RecordedStream, StreamRecord
+from headrace.server.standing import standing_of
 from headrace.server.stream_registry import KeptStream, StreamRegistry
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def tenants_of(generator: Generator) -> frozenset[str]:
 def begun(generator: Generator, record: StreamRecord, shelves: Sequence[Shelf]) -> KeptStream:
     """A recorded stream of which nothing has come yet. Raises: BadRequestError where it asks for what this version has
     not."""
-    tier, _ = standing_of(generator.keys, record.tenant)
+    tier = standing_of(generator.keys, record.tenant).tier
     stages = Stages(record.received_s, record.submitted_s, record.submitted_s)
     generation = generator.make(record.recipe, record.log_id, stages, tier)
     return shelf_of(record.id, shelves).kind.from_record(record, generation, generator.client.clock())

@@ -32,7 +32,7 @@ from headrace.server.admin import ByPort
 from headrace.server.api_keys import ApiKeys
 from headrace.server.app import App
 from headrace.server.connection_limit import ConnectionLimit, affordable_connections
-from headrace.server.drain import Drainable, drain
+from headrace.server.drain import Drainable, drain, take_leave
 from headrace.server.http_protocol import HttpProtocol, watch_peers
 from headrace.server.log_format import LogFormatter, log_loop_error
 from headrace.server.metrics import RequestMetrics
@@ -157,7 +157,9 @@ class DrainingServer(uvicorn.Server):
         self._listeners = list(listeners)
         self.url, self.admin_url, *_ = [*(_url(listener, tls) for listener in listeners), None]
         self._drained = app
+        self._delay_s = settings.drain_delay_s
         self._grace_s = settings.drain_grace_s
+        self._is_asked_to_end = False
         self._hurried = anyio.Event()
         self._is_closing = False
         limit = ConnectionLimit(settings.max_connections, app.metrics)
@@ -176,6 +178,7 @@ class DrainingServer(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # a peer is who it is, whatever its X-Forwarded-For says
             timeout_keep_alive=settings.keep_alive_s,
             timeout_graceful_shutdown=2 * _CLOSE_TIMEOUT_S,  # never reached: see _cut_connections
         )
@@ -203,11 +206,14 @@ class DrainingServer(uvicorn.Server):
             self._cut_connections()
         elif self.should_exit:
             self._hurried.set()
-        self.should_exit = True
+        self.should_exit = self._is_asked_to_end = True
 
     async def main_loop(self) -> None:
         await super().main_loop()
         # The listener is still open: who asks now is told that the server is going, and /ready says so.
+        if self._is_asked_to_end and self._delay_s:
+            say(f"ready no more; taking requests for another {self._delay_s:g} s")
+            await take_leave(self._drained, self._delay_s, self._hurried)
         if self._drained.num_unfinished:
             say(f"draining {self._drained.num_unfinished} requests; a second signal cuts this short")
         await drain(self._drained, self._grace_s, self._hurried)

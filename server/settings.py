@@ -26,6 +26,7 @@ from pydantic_settings import (
 )
 
 from headrace.scheduler.config import OneShotTask
+from headrace.scheduler.messages import Tier
 
 ENV_PREFIX = "HEADRACE_"
 PROXY_ENV_PREFIX = "HEADRACE_PROXY_"
@@ -51,6 +52,15 @@ def _parse_bytes(value: Any) -> Any:
         raise ValueError('expected a number of bytes such as 1073741824, "512MiB" or "2GiB"') from None
 
 
+def _check_network(value: str) -> str:
+    try:
+        ipaddress.ip_network(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is no network such as 10.0.0.0/8 or fd00::/8, nor an address") from None
+    return value
+
+
+_Network = Annotated[str, AfterValidator(_check_network)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Share = Annotated[float, Field(ge=1e-3, le=1e3)]
 _PerTier = tuple[_Positive, _Positive, _Positive]
@@ -70,6 +80,7 @@ _BaseUrl = Annotated[
     Field(pattern=r"^(https?://[A-Za-z0-9.:\[\]_-]+(/[A-Za-z0-9._~/-]*)?)?$"),
     AfterValidator(lambda url: url.rstrip("/")),
 ]
+_ObjectiveName = Annotated[str, Field(min_length=1, max_length=253)]
 
 
 def is_loopback(host: str) -> bool:
@@ -119,7 +130,10 @@ class ListenerSettings(BaseSettings):
         description="how long a client may not acknowledge what it is sent, or read less than 1 KiB of what waits",
     )
     keep_alive_s: int = Field(75, ge=1, description="how long an idle connection is kept")
-    drain_grace_s: float = Field(30, ge=0, description="on SIGTERM, how long running requests may go on")
+    drain_delay_s: float = Field(
+        0, ge=0, description="on SIGTERM, how long requests are still taken while /ready fails, for routers to notice"
+    )
+    drain_grace_s: float = Field(30, ge=0, description="after that, how long running requests may go on")
     api_keys_file: str | None = Field(
         None,
         min_length=1,
@@ -304,6 +318,14 @@ class Settings(ListenerSettings):
     peers: dict[_ReplicaName, _BaseUrl] = Field(
         {},
         description="the replicas by their names, each with the URL that clients are sent to, or an empty one",
+    )
+
+    trusted_proxies: tuple[_Network, ...] = Field(
+        (),
+        description="networks whose gateways are believed what they say of requests: objective, fairness, TTFT target",
+    )
+    objectives: dict[_ObjectiveName, Tier] = Field(
+        {}, description="tiers by the names of a gateway's objectives; the tiers' own names are some by themselves"
     )
 
     @property

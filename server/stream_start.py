@@ -43,8 +43,9 @@ async def start_stream(
             journal.accept(generation.request_id, record, partial(client.call_soon, is_recorded.set))
 
     stages = Stages(request.state.received_s)
-    tenant = request.state.tenant
-    await generator.start(params, request.state.id, stages, on_end, accept, tenant=tenant, num_bytes=num_bytes)
+    tenant, hints = request.state.tenant, request.state.hints
+    id = request.state.id
+    await generator.start(params, id, stages, on_end, accept, tenant=tenant, hints=hints, num_bytes=num_bytes)
     request.state.is_accepted = True
     [stream] = streams
     registry.add(stream)

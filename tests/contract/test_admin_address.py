@@ -49,7 +49,7 @@ async def test_metrics_and_probes_need_no_key_there(keys: dict[str, Any]) -> Non
             assert (await ask(app, CLIENTS_PORT, path)).status == 200
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/dashboard"])
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/load", "/get_load", "/v1/loads", "/dashboard"])
 async def test_clients_have_none_of_it_then_whatever_they_present(keys: dict[str, Any], path: str) -> None:
     async with live_app(admin_port=ADMIN_PORT, api_keys_file=keys["file"], open_metrics=True) as app:
         assert (await ask(app, CLIENTS_PORT, path, headers=keys["headers"])).status == 404

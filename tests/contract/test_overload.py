@@ -385,7 +385,8 @@ async def test_metrics_tell_tiers_apart_and_nothing_finer(tmp_path: Path) -> Non
                     labels.setdefault(name, set()).add(value)
         assert labels["tier"] == set(Tier)
         assert labels["reason"] == set(SHED_REASONS)
-        assert labels.keys() <= {"tier", "reason", "phase", "finished_reason", "status", "le", "model_name"}
+        cache = {"block_size", "num_gpu_blocks"}
+        assert labels.keys() <= {"tier", "reason", "phase", "finished_reason", "status", "le", "model_name"} | cache
 
 
 # What a key allows

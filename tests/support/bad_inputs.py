@@ -876,6 +876,8 @@ def _operators() -> Iterator[BadInput]:
     yield target("stacks that are posted", "POST", "/admin/stacks", 405)
     yield target("requests by HEAD", "HEAD", "/admin/requests", 405)
     yield target("requests with a query", "GET", f"/admin/requests?id={CANARY}", 200)
+    yield target("a load that is posted", "POST", "/get_load", 405)
+    yield target("a load with a query", "GET", f"/v1/loads?include={CANARY}", 200)
     yield target("no such page of the operator's", "GET", "/admin/", 404, code="not_found")
     yield target("stacks for a foreign page", "GET", "/admin/stacks", 403, None, None, "origin: http://evil.example")
 
@@ -891,6 +893,7 @@ def _without_keys() -> Iterator[BadInput]:
     for said, lines in auths.items():
         yield _keyless(said, "POST", "/v1/completions", *lines)
         yield _keyless(said, "GET", "/metrics", *lines)
+        yield _keyless(said, "GET", "/get_load", *lines)
     for path in (
         "/v1/chat/completions",
         "/v1/responses",
@@ -907,6 +910,10 @@ def _without_keys() -> Iterator[BadInput]:
         "/v1/models",
         "/v1/models/x",
         "/version",
+        "/v1/loads",
+        "/metrics/load",
+        "/server_info",
+        "/get_server_info",
         _STREAM,
         "/openapi.json",
         "/docs/",

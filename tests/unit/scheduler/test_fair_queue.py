@@ -268,3 +268,23 @@ class QueueMachine(RuleBasedStateMachine):
 
 TestQueueMachine: Any = QueueMachine.TestCase
 TestQueueMachine.settings = settings(max_examples=100, stateful_step_count=40, derandomize=True, deadline=None)
+
+
+@pytest.mark.parametrize("num_waiting", [2, 5])
+def test_a_tenants_flows_have_its_weight_together_and_equal_parts_of_it(num_waiting: int) -> None:
+    weights = {"alice/1": 2.0, "alice/17": 2.0, "alice/200": 2.0, "bob": 1.0}
+    queue = queue_of(*(sequence(tenant=name, weight=weights[name]) for name in list(weights) * num_waiting))
+    served = dict.fromkeys(weights, 0)
+    for _ in range(900):
+        request = take(queue, cost=10).request
+        served[request.tenant] += 1
+        queue.push(sequence(tenant=request.tenant, weight=request.weight))
+    assert served == pytest.approx({"alice/1": 200, "alice/17": 200, "alice/200": 200, "bob": 300}, abs=2)
+
+
+def test_a_flow_has_what_its_tenants_others_leave() -> None:
+    queue = queue_of(*(sequence(tenant="alice/1") for _ in range(20)), *(sequence(tenant="bob") for _ in range(20)))
+    queue.push(sequence(tenant="alice/2"))
+    order = [take(queue, cost=10).request.tenant for _ in range(21)]
+    assert order.count("alice/2") == 1
+    assert abs(order.count("bob") - order.count("alice/1")) <= 2

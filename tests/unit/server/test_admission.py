@@ -4,13 +4,13 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from headrace.scheduler.messages import LoadSnapshot, Tier
-from headrace.server.admission import Admission, Demand, Prediction, retry_after_s
+from headrace.server.admission import Admission, Demand, Prediction, queue_part, retry_after_s
 from headrace.server.errors import OverloadedError
 
 WEIGHTS = {Tier.PREMIUM: 8.0, Tier.STANDARD: 3.0, Tier.BATCH: 1.0}
@@ -550,3 +550,46 @@ def test_when_to_come_back_is_spread_out_and_within_what_clients_wait(wait_s: fl
     assert 0.75 * middle <= min(drawn) < 0.8 * middle
     assert 1.2 * middle < max(drawn) <= 1.25 * middle
     assert max(drawn) <= 120
+
+
+def test_a_requests_own_target_stands_in_place_of_its_tiers() -> None:
+    clocked = Clocked()
+    clocked.enter("b", 40)
+    clocked.stop_arriving()
+    demand = Demand(Tier.STANDARD, "a", 1.0, 100)
+    assert clocked.is_admitted(demand)
+    for target_s in (0.5, 20.0):
+        prediction = clocked.predict(replace(demand, ttft_target_s=target_s))
+        assert prediction.target_s == pytest.approx(0.8 * target_s + 0.25)  # its own prompt's time when idle
+        assert prediction.ttft_s == clocked.predict(demand).ttft_s
+    assert not clocked.is_admitted(replace(demand, ttft_target_s=0.5))
+    slow = replace(demand, num_tokens=1000)
+    for _ in range(4):
+        clocked.enter("a", 1000)
+    clocked.stop_arriving()
+    assert not clocked.is_admitted(slow)
+    assert clocked.is_admitted(replace(slow, ttft_target_s=100.0))
+
+
+def test_a_tenants_flows_wait_as_if_it_were_one_beside_others_and_by_turns_among_themselves() -> None:
+    def raw_s(own: str, waiting: dict[str, int]) -> float:
+        clocked = Clocked()
+        for tenant, num_tokens in waiting.items():
+            clocked.enter(tenant, num_tokens)
+        clocked.stop_arriving()
+        return clocked.predict(Demand(Tier.STANDARD, own, 1.0, 100), ROOMY).raw_s
+
+    many = 10_000
+    # Beside bob, who has as much weight as all of alice's flows, a flow's 100 tokens come among twice all flows' 100.
+    assert raw_s("alice", {"bob": many}) == pytest.approx(2.0)
+    assert raw_s("alice/1", {"alice/2": many}) == pytest.approx(2.0)
+    assert raw_s("alice/1", {"alice/2": many, "bob": many}) == pytest.approx(4.0)
+    assert raw_s("bob", {"alice/1": many, "alice/2": many}) == pytest.approx(2.0)
+    assert raw_s("bob", {"alice": many, "carol": many}) == pytest.approx(3.0)
+
+
+def test_of_a_full_queue_tenants_have_equal_parts_and_a_tenants_flows_share_its_own() -> None:
+    assert queue_part("a", set()) == 1
+    assert queue_part("a", {"a", "b"}) == queue_part("c", {"a/1", "a/2"}) == 1 / 2
+    assert queue_part("a/1", {"a/2", "b"}) == queue_part("a", {"a/2", "b"}) == 1 / 4
+    assert queue_part("/1", {"/2", "/3"}) == 1 / 3

@@ -3,7 +3,7 @@
 import anyio
 import pytest
 
-from headrace.server.drain import drain
+from headrace.server.drain import drain, take_leave
 
 pytestmark = pytest.mark.anyio
 
@@ -14,6 +14,9 @@ class Served:
     def __init__(self, num_unfinished: int) -> None:
         self.num_unfinished = num_unfinished
         self.calls: list[tuple[str, int]] = []
+
+    def leave(self) -> None:
+        self.calls.append(("leave", self.num_unfinished))
 
     def stop_accepting(self) -> None:
         self.calls.append(("stop accepting", self.num_unfinished))
@@ -45,3 +48,14 @@ async def test_a_drain_that_is_hurried_waits_no_longer() -> None:
         await anyio.wait_all_tasks_blocked()
         hurried.set()
     assert served.calls == [("stop accepting", 2), ("end", 2)]
+
+
+async def test_who_takes_leave_is_ready_no_more_and_takes_requests_until_the_delay_is_over_or_cut_short() -> None:
+    for delay_s, is_hurried in ((0, False), (60, True)):
+        served, hurried = Served(2), anyio.Event()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(take_leave, served, delay_s, hurried)
+            if is_hurried:
+                await anyio.wait_all_tasks_blocked()
+                hurried.set()
+        assert served.calls == [("leave", 2)]

@@ -134,7 +134,16 @@ async def test_the_lifespan_passes() -> None:
     assert passed == ["lifespan"]
 
 
-CLOSED = ["/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/streams", "/v1/streams/x", "/metrics", "/none"]
+CLOSED = [
+    "/v1/models",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/streams",
+    "/v1/streams/x",
+    "/metrics",
+    "/metrics/load",
+    "/none",
+]
 # What looks like an open path and is none.
 CLOSED += ["", "//", "/healthy", "/health/", "/static", "/v1/stream/tickets", "/v1/stream/", "/v1/streams//events"]
 CLOSED += ["/v1/streams/a/b/events", "/v1/streams/x/events/", "/x/v1/streams/x/events", "/v1/streams/x/events\n"]
@@ -202,7 +211,8 @@ async def test_an_open_path_needs_no_key_and_minds_no_wrong_one(tmp_path: Path, 
 
 async def test_metrics_are_open_where_the_operator_says_so(tmp_path: Path) -> None:
     keyed = Keyed(tmp_path, has_open_metrics=True)
-    assert await keyed.tenant("/metrics") == ""
+    for path in ("/metrics", "/metrics/load"):
+        assert await keyed.tenant(path) == ""
     assert await keyed.tenant("/metrics/x") is None
 
 

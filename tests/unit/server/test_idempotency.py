@@ -41,7 +41,7 @@ async def answered(
     if is_first:
         await recording.make(respond)
         idempotency.settle(recording, has_failed=has_failed)
-    await recording.read(send_nowhere, {})
+    await recording.read(send_nowhere, dict)
     return not is_first
 
 
@@ -115,7 +115,7 @@ async def test_every_reader_gets_everything_whenever_it_comes_and_however_slowly
             for _ in range(num_waits):
                 await anyio.lowlevel.checkpoint()
 
-        await recording.read(send, {"x-request-id": "own"})
+        await recording.read(send, lambda: {"x-request-id": "own"})
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(recording.make, respond)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -35,21 +36,21 @@ LOAD = LoadSnapshot(
 )
 # The names that vLLM's dashboards and the routers in front of it read.
 VLLM_NAMES = {
-    "headrace_num_requests_running": "vllm:num_requests_running",
-    "headrace_num_requests_waiting": "vllm:num_requests_waiting",
-    "headrace_kv_cache_usage_ratio": "vllm:kv_cache_usage_perc",
-    "headrace_num_preemptions": "vllm:num_preemptions",
-    "headrace_prompt_tokens": "vllm:prompt_tokens",
-    "headrace_generation_tokens": "vllm:generation_tokens",
-    "headrace_prefix_cache_queries": "vllm:prefix_cache_queries",
-    "headrace_prefix_cache_hits": "vllm:prefix_cache_hits",
-    "headrace_drafted_tokens": "vllm:spec_decode_num_draft_tokens",
-    "headrace_accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
-    "headrace_requests_finished": "vllm:request_success",
-    "headrace_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
-    "headrace_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
-    "headrace_request_queue_time_seconds": "vllm:request_queue_time_seconds",
-    "headrace_e2e_request_latency_seconds": "vllm:e2e_request_latency_seconds",
+    "headrace_num_requests_running": ("vllm:num_requests_running",),
+    "headrace_num_requests_waiting": ("vllm:num_requests_waiting",),
+    "headrace_kv_cache_usage_ratio": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
+    "headrace_num_preemptions": ("vllm:num_preemptions",),
+    "headrace_prompt_tokens": ("vllm:prompt_tokens",),
+    "headrace_generation_tokens": ("vllm:generation_tokens",),
+    "headrace_prefix_cache_queries": ("vllm:prefix_cache_queries", "vllm:gpu_prefix_cache_queries"),
+    "headrace_prefix_cache_hits": ("vllm:prefix_cache_hits", "vllm:gpu_prefix_cache_hits"),
+    "headrace_drafted_tokens": ("vllm:spec_decode_num_draft_tokens",),
+    "headrace_accepted_tokens": ("vllm:spec_decode_num_accepted_tokens",),
+    "headrace_requests_finished": ("vllm:request_success",),
+    "headrace_time_to_first_token_seconds": ("vllm:time_to_first_token_seconds",),
+    "headrace_inter_token_latency_seconds": ("vllm:inter_token_latency_seconds",),
+    "headrace_request_queue_time_seconds": ("vllm:request_queue_time_seconds",),
+    "headrace_e2e_request_latency_seconds": ("vllm:e2e_request_latency_seconds",),
 }
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -125,7 +126,7 @@ def test_every_vllm_metric_has_the_values_of_its_own_and_the_models_name(model_n
     found = families(metrics)
     by_name = {family.name: family for family in found}
     own = samples(family for family in found if family.name.startswith("headrace_"))
-    for ours, theirs in VLLM_NAMES.items():
+    for ours, theirs in ((ours, name) for ours, names in VLLM_NAMES.items() for name in names):
         assert by_name[theirs].type == by_name[ours].type
         assert by_name[theirs].documentation == by_name[ours].documentation
         renamed = samples([by_name[theirs]])
@@ -141,7 +142,7 @@ def test_every_vllm_metric_has_the_values_of_its_own_and_the_models_name(model_n
                 sums[key] = sums.get(key, 0) + number
         assert renamed == sums
         assert len(renamed) > 0
-    assert {name for name in by_name if not name.startswith("headrace_")} == set(VLLM_NAMES.values())
+    assert {name for name in by_name if not name.startswith("headrace_")} == set(chain(*VLLM_NAMES.values()))
 
 
 def test_under_vllms_name_only_its_own_reasons_count_as_success() -> None:

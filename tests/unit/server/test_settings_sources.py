@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from pydantic_core import PydanticUndefined
 
+from headrace.scheduler.messages import Tier
 from headrace.server.settings import Settings, SettingsError, load_settings
 
 CONFIGS = sorted(path for path in (Path(__file__).parents[3] / "configs").glob("*.toml") if path.name != "proxy.toml")
@@ -65,6 +66,7 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "watchdog_hard_s": (120.0, 11.5, 12.5, 13.5),
     "heartbeat_s": (15.0, 1.5, 2.5, 3.5),
     "keep_alive_s": (75, 1, 2, 3),
+    "drain_delay_s": (0.0, 1.5, 2.5, 3.5),
     "drain_grace_s": (30.0, 1.5, 2.5, 3.5),
     "idempotency_ttl_s": (600.0, 1.5, 2.5, 3.5),
     "idempotency_bytes": (16 * 2**20, 1, 2, 3),
@@ -85,15 +87,17 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "admin_host": ("127.0.0.1", "file", "env", "flag"),
     "cors_origins": ((), ("file",), ("env",), ("flag",)),
     "allowed_hosts": ((), ("file",), ("env",), ("flag",)),
+    "trusted_proxies": ((), ("10.0.0.0/8",), ("fd00::/8", "::1"), ("127.0.0.1",)),
 }
 
 
 def test_every_setting_is_tried_here() -> None:
-    # `workers` has one value only, and the TLS files are of no use one by one.
+    # `workers` has one value only, the TLS files are of no use one by one, and tables have tests of their own.
     tls = {name for name in Settings.model_fields if name.startswith("tls_")}
     # The folder and the peers are of no use without a name.
-    others = {"workers", "one_shot_models", "lora_adapters", "journal_dir", "peers"}
-    assert set(VALUES) == set(Settings.model_fields) - others - tls
+    others = {"workers", "journal_dir"}
+    tables = {"one_shot_models", "lora_adapters", "objectives", "peers"}
+    assert set(VALUES) == set(Settings.model_fields) - others - tables - tls
 
 
 def test_one_shot_models_are_tables_of_the_file_and_json_elsewhere(tmp_path: Path) -> None:
@@ -173,6 +177,25 @@ def test_replicas_need_a_name_and_one_journal(flag: str) -> None:
     load_settings([flag, "--replica-name", "a"], {})
     with pytest.raises(SettingsError, match="journal_dir: is in place of journal_file"):
         load_settings(["--journal-dir=x", "--journal-file=y", "--replica-name=a"], {})
+
+
+def test_objectives_are_a_table_of_the_file_json_in_the_environment_and_pairs_in_flags(tmp_path: Path) -> None:
+    path = tmp_path / "headrace.toml"
+    path.write_text('[objectives]\n"best-effort" = "batch"\ngold = "premium"\n')
+    expected = {"best-effort": Tier.BATCH, "gold": Tier.PREMIUM}
+    assert load_settings(["--config", str(path)], {}).objectives == expected
+    assert load_settings([], {"HEADRACE_OBJECTIVES": json.dumps(expected)}).objectives == expected
+    flags = ["--objectives", "best-effort=batch", "--objectives=gold=premium"]
+    assert load_settings(flags, {}).objectives == expected
+    path.write_text('[objectives]\ngold = "golden"\n')
+    with pytest.raises(SettingsError, match=r"objectives: .*'premium'"):
+        load_settings(["--config", str(path)], {})
+
+
+@pytest.mark.parametrize("network", ["", "10.0.0.1/8", "10.0.0.0/33", "gateway.example", "*", "10.0.0"])
+def test_what_is_no_network_is_refused_by_name(network: str) -> None:
+    with pytest.raises(SettingsError, match=r"trusted_proxies: .* is no network"):
+        load_settings([], {"HEADRACE_TRUSTED_PROXIES": json.dumps([network])})
 
 
 @pytest.mark.parametrize(
