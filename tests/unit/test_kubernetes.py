@@ -74,8 +74,17 @@ def container_of(resources: list[Resource]) -> Resource:
     return container
 
 
-def environ_of(container: Resource) -> dict[str, str]:
-    return {variable["name"]: variable["value"] for variable in container["env"] if "value" in variable}
+def environ_of(resources: list[Resource]) -> dict[str, str]:
+    """The first replica's variables, of those that are settings."""
+    [replicas] = of_kind(resources, "StatefulSet")
+    fields = {"metadata.name": f"{replicas['metadata']['name']}-0"}
+    return {
+        variable["name"]: variable["value"]
+        if "value" in variable
+        else fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
+        for variable in container_of(resources)["env"]
+        if variable["name"].startswith("HEADRACE_")
+    }
 
 
 def settings_of(resources: list[Resource], folder: Path) -> Settings:
@@ -89,7 +98,7 @@ def settings_of(resources: list[Resource], folder: Path) -> Settings:
     assert volume["configMap"]["name"] == config_map["metadata"]["name"]
     read = folder / "headrace.toml"
     read.write_text(config_map["data"][path.removeprefix(mount["mountPath"] + "/")])
-    return load_settings([flag, str(read)], environ_of(container))
+    return load_settings([flag, str(read)], environ_of(resources))
 
 
 # The files
@@ -296,8 +305,19 @@ def test_probes_and_scrapes_ask_routes_that_exist(resources: list[Resource]) -> 
 
 def test_there_is_time_to_drain(resources: list[Resource], tmp_path: Path) -> None:
     pause_s = container_of(resources)["lifecycle"]["preStop"]["sleep"]["seconds"]
-    grace_s = settings_of(resources, tmp_path).drain_grace_s
+    settings = settings_of(resources, tmp_path)
+    grace_s = settings.drain_delay_s + settings.drain_grace_s
     assert pod_of(resources)["spec"]["terminationGracePeriodSeconds"] > pause_s + grace_s + CLOSING_S
+
+
+def test_every_replica_that_there_may_be_is_a_peer_by_its_pods_name(resources: list[Resource], tmp_path: Path) -> None:
+    [replicas] = of_kind(resources, "StatefulSet")
+    most = [replicas["spec"].get("replicas", 0)]
+    most += [scaler["spec"]["maxReplicas"] for scaler in of_kind(resources, "HorizontalPodAutoscaler")]
+    most += [scaler["spec"]["maxReplicaCount"] for scaler in of_kind(resources, "ScaledObject")]
+    settings = settings_of(resources, tmp_path)
+    assert settings.replica_name in settings.peers
+    assert {f"{replicas['metadata']['name']}-{number}" for number in range(max(most))} <= settings.peers.keys()
 
 
 def test_there_are_as_many_threads_as_cores_are_asked_for(resources: list[Resource]) -> None:
@@ -352,7 +372,9 @@ def assert_exposed(expressions: Iterable[str]) -> None:
 # The gateway
 
 
-def test_the_gateways_resources_name_the_pool_and_the_tiers(rendered: Mapping[str, list[Resource]]) -> None:
+def test_the_gateways_resources_name_the_pool_and_the_tiers(
+    rendered: Mapping[str, list[Resource]], tmp_path: Path
+) -> None:
     resources = rendered["gpu-behind-gateway"]
     [pool] = of_kind(resources, "InferencePool")
     reference = {
@@ -364,5 +386,6 @@ def test_the_gateways_resources_name_the_pool_and_the_tiers(rendered: Mapping[st
     assert all(objective["poolRef"] == reference for objective in objectives.values())
     by_priority = sorted(objectives, key=lambda name: -objectives[name]["priority"])
     assert by_priority == [tier.value for tier in Tier], "highest first"
+    assert settings_of(resources, tmp_path).trusted_proxies, "else the server does not believe what the gateway says"
     [route] = of_kind(resources, "HTTPRoute")
     assert [backend for rule in route["spec"]["rules"] for backend in rule["backendRefs"]] == [reference]
