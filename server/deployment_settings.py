@@ -36,8 +36,6 @@ class DeploymentSettings(Settings):
         for name in _OF_ONE_SERVER:
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: replicas cannot share it")
-        if not self.port:
-            raise ValueError("port: Serve's proxies need one that is named")
         return self
 
 

@@ -9,11 +9,12 @@ Source: Ray Serve's API reference, 2.60 (request router, autoscaling policy, `se
 
 import asyncio
 import signal
+import socket
 import sys
 import threading
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import anyio
 import ray
@@ -22,7 +23,7 @@ from ray.exceptions import RayError
 from ray.serve.config import AutoscalingContext
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.lifespan.on import LifespanOn
@@ -34,7 +35,7 @@ from headrace.server.drain import drain
 from headrace.server.replica_calls import Head, ReplicaRequest, Results, answer, ingress_app, replica_lost
 from headrace.server.replica_routing import ReplicaLoad, ReplicaRouting
 from headrace.server.replica_scaling import ReplicaPressure, desired_replicas
-from headrace.server.serve import SWITCH_INTERVAL_S, make_app, say, settle_garbage_collector, start_logging
+from headrace.server.serve import SWITCH_INTERVAL_S, LoadEngine, make_app, say, settle_garbage_collector, start_logging
 from headrace.server.settings import Settings
 from headrace.server.tracing import open_tracing
 
@@ -49,20 +50,23 @@ _PROBE = Demand(Tier.STANDARD, tenant="", weight=1.0, num_tokens=0)
 
 
 class Replica:
-    """A server in a replica's process, on its event loop."""
+    """A server in a replica's process, on its event loop. `load_engine` is for one without a model, to measure with."""
+
+    load_engine: ClassVar[LoadEngine | None] = None
 
     async def __init__(self, settings: dict[str, Any]) -> None:
         """Returns once requests can be served. Raises: HeadraceError."""
         context = serve.get_replica_context()
         # Ids begin with it, by which the router brings who asks for one back to its maker.
-        self._settings = Settings(**settings).model_copy(update={"replica_name": context.replica_id.unique_id})
+        self._name = context.replica_id.unique_id
+        self._settings = Settings(**settings).model_copy(update={"replica_name": self._name})
         start_logging(self._settings)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         endpoint = self._settings.otlp_traces_endpoint
         self._tracing = None if endpoint is None else open_tracing(endpoint)
         self._error: Exception | None = None
         self._num_reports = 0
-        self._app = make_app(self._settings, self._note_engine, self._tracing)
+        self._app = make_app(self._settings, self._note_engine, self._tracing, self.load_engine)
         self._lifespan = LifespanOn(Config(self._app.asgi, lifespan="on", log_config=None))
         await self._lifespan.startup()
         await self._app.settled.wait()
@@ -70,13 +74,14 @@ class Replica:
             await self._lifespan.shutdown()
             raise self._error
         settle_garbage_collector()
+        say(f"replica {self._name} is ready: {self._app.generator.model_name}")
 
     def _note_engine(self, error: Exception | None) -> None:
         self._error = error
 
     async def answer(self, request: ReplicaRequest) -> AsyncGenerator[Head | bytes, None]:
         """What the ingress calls."""
-        async for result in answer(self._app.asgi, request):
+        async for result in answer(self._app.asgi, self._name, request):
             yield result
 
     def check_health(self) -> None:
@@ -109,7 +114,7 @@ class Replica:
             await asyncio.to_thread(self._tracing.close)
 
 
-class PrefixAwareRouter(FIFOMixin, RequestRouter):
+class PrefixAwareRouter(RequestRouter):
     """Serve's interface to `ReplicaRouting`; lives on the event loop of an ingress's router."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -178,16 +183,17 @@ class Ingress:
                 yield result
         except (RayError, RayServeException) as error:
             raise replica_lost() from error
-        finally:
+        except BaseException:  # the client has left
             results.cancel()
+            raise
 
 
 def build(args: dict[str, Any]) -> serve.Application:
     """The application; `args` are settings of a deployment, as a Serve config has them. Raises: ValueError."""
-    return _application(DeploymentSettings(**args))
+    return _application(DeploymentSettings(**args), Replica)
 
 
-def _application(settings: DeploymentSettings) -> serve.Application:
+def _application(settings: DeploymentSettings, replica_class: type[Replica]) -> serve.Application:
     values = settings.model_dump(mode="json", include=set(Settings.model_fields))
     count: dict[str, Any] = {"num_replicas": settings.replicas}
     if settings.max_replicas is not None:
@@ -205,7 +211,8 @@ def _application(settings: DeploymentSettings) -> serve.Application:
     }
     # One bundle: the processes of a tensor-parallel group are children of the replica's, and see the GPUs that it sees.
     bundle = {"CPU": settings.replica_cpus} | ({"GPU": settings.replica_gpus} if settings.replica_gpus else {})
-    replica = serve.deployment(Replica).options(
+    replica = serve.deployment(replica_class).options(
+        name="Replica",
         ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": settings.replica_gpus},
         placement_group_bundles=[bundle],
         placement_group_strategy="STRICT_PACK",
@@ -224,26 +231,23 @@ def _application(settings: DeploymentSettings) -> serve.Application:
     return ingress.bind(values, replica.bind(values))
 
 
-def deploy(settings: DeploymentSettings) -> int:
+def deploy(settings: DeploymentSettings, replica_class: type[Replica] = Replica) -> int:
     """Run the application until a signal ends it; returns the process's exit code."""
     ray.init(address=settings.ray_address, include_dashboard=False, log_to_driver=True)
     told = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: told.set())
     try:
+        port = settings.port or _free_port(settings.host)
         serve.start(
-            http_options={
-                "host": settings.host,
-                "port": settings.port,
-                "keep_alive_timeout_s": settings.keep_alive_s,
-            }
+            http_options={"host": settings.host, "port": port, "keep_alive_timeout_s": settings.keep_alive_s}
         )
         try:
-            serve.run(_application(settings), name=_APPLICATION)
+            serve.run(_application(settings, replica_class), name=_APPLICATION)
         except (RayError, RayServeException, RuntimeError) as error:
             print(f"headrace: {error}", file=sys.stderr)
             return 1
-        say(f"{settings.replicas} replicas are ready; chat page: http://{settings.host}:{settings.port}/")
+        say(f"{settings.replicas} replicas are ready; chat page: http://{settings.host}:{port}/")
         told.wait()
         say("draining")
         serve.delete(_APPLICATION)
@@ -251,3 +255,10 @@ def deploy(settings: DeploymentSettings) -> int:
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _free_port(host: str) -> int:
+    """Serve's proxies open their own listeners, and need to be told where."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as listener:
+        return int(listener.getsockname()[1])

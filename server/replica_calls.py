@@ -19,7 +19,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headrace.server.endpoint import Endpoint, ReceivedBytes, error_response, exception_handlers
+from headrace.server.endpoint import (
+    Endpoint,
+    ReceivedBytes,
+    error_response,
+    exception_handlers,
+    refuse_event_source,
+)
 from headrace.server.error_forms import error_form, is_anthropic, is_ollama
 from headrace.server.errors import ApiError, UnavailableError
 from headrace.server.idempotency import HEADER as IDEMPOTENCY_HEADER
@@ -28,9 +34,12 @@ from headrace.server.request_log import log_unaccepted
 from headrace.server.settings import Settings
 from headrace.server.sse import data_frame, event_frame, line_frame
 
+# By which a response tells who has made it, and a request asks for one replica: for its metrics, say.
+REPLICA_HEADER = "x-headrace-replica"
 # What of a scope travels; the rest are this process's own objects.
 _SCOPE_KEYS = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
 _ROUTE = "/{path:path}"
+_EVENT_SOURCES = re.compile(r"/v1/stream|/v1/streams/[^/]+/events")
 # An id, or a ticket, that says which replica has made it.
 _OWNED = re.compile(rb"([a-z0-9-]{1,32})(?:-[0-9a-f]{32}|\.[\w-]{43})(?![\w-])")
 _PREVIOUS = re.compile(rb'"previous_response_id"\s*:\s*"([^"\\]{1,128})"')
@@ -58,6 +67,10 @@ def ingress_app(settings: Settings, call: Callable[[ReplicaRequest], Results]) -
     def report_refusal(id: str, path: str, received_s: float, status: int) -> None:
         log_unaccepted(id, _ROUTE, received_s, f"refused: {status}")
 
+    def refuse(error: ApiError, path: str, id: str) -> Response:
+        is_event_source = _EVENT_SOURCES.fullmatch(path) is not None
+        return (refuse_event_source if is_event_source else error_response)(error, path, id)
+
     async def respond(request: Request, body: bytes) -> Response:
         results = call(_replica_request(request, body))
         try:
@@ -76,7 +89,7 @@ def ingress_app(settings: Settings, call: Callable[[ReplicaRequest], Results]) -
         receiving=ReceivedBytes(settings.max_queue_bytes),
         on_disconnect=lambda: None,
         on_rejected=report_refusal,
-        refuse=error_response,
+        refuse=refuse,
     )
     return Starlette(routes=[Route(_ROUTE, endpoint)], exception_handlers=exception_handlers(report_refusal))
 
@@ -97,6 +110,8 @@ def destination(scope: Scope, headers: Headers, body: bytes) -> Destination:
     names = [scope["path"].encode(), scope["query_string"], headers.get("last-event-id", "").encode("latin-1")]
     names += _PREVIOUS.findall(body)
     owners = [owner.decode() for name in names for owner in _OWNED.findall(name)]
+    if (wanted := headers.get(REPLICA_HEADER)) is not None:
+        owners.insert(0, wanted)
     key = prompt_key(scope["path"], scope["query_string"], body)
     return Destination(key, tuple(owners), headers.get(IDEMPOTENCY_HEADER))
 
@@ -140,8 +155,9 @@ def replica_lost() -> ApiError:
     return UnavailableError("the replica that had this request has ended", "replica_lost")
 
 
-async def answer(asgi: ASGIApp, request: ReplicaRequest) -> Results:
-    """Have an app answer a call, in a task of its own; what it sends while the caller is busy comes as one piece.
+async def answer(asgi: ASGIApp, name: str, request: ReplicaRequest) -> Results:
+    """Have the app of the replica of this name answer a call, in a task of its own; what it sends while the caller is
+    busy comes as one piece.
 
     Closed or cancelled, it tells the app that the client has left, and waits until the app is through.
     """
@@ -161,8 +177,7 @@ async def answer(asgi: ASGIApp, request: ReplicaRequest) -> Results:
         sent.append(message)
         has_news.set()
 
-    # The app may write into its scope.
-    app = asyncio.ensure_future(asgi({**request.scope, "extensions": {}}, receive, send))
+    app = asyncio.ensure_future(asgi({**request.scope, "extensions": {}, "state": {}}, receive, send))
     app.add_done_callback(lambda _: has_news.set())
     try:
         is_over = False
@@ -172,7 +187,7 @@ async def answer(asgi: ASGIApp, request: ReplicaRequest) -> Results:
             is_over = app.done()
             messages, sent = sent, []
             if messages and messages[0]["type"] == "http.response.start":
-                yield messages[0]["status"], list(messages[0]["headers"])
+                yield messages[0]["status"], [*messages[0]["headers"], (REPLICA_HEADER.encode(), name.encode())]
             if body := b"".join(message.get("body", b"") for message in messages):
                 yield body
         app.result()
