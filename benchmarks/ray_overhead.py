@@ -1,8 +1,8 @@
 """What Ray Serve between client and server costs: `python -m headrace.benchmarks.ray_overhead`.
 
 A server, and a deployment of one replica beside it, each on an engine that computes nothing and gives every stream a
-token on the beat. A token says when it was made (its number is the time, as far as a vocabulary goes), and clocks of one
-machine agree, so an event's delay is known when it arrives. The sides take turns. The figures are of one event: its
+token on the beat. A token says when it was made (its number is the time, as far as a vocabulary goes), and clocks of
+one machine agree, so an event's delay is known when it arrives. The sides take turns. The figures are of one event: its
 delay, and the CPU time of all processes of a side beyond what they take while nothing streams; and how long a request
 takes that needs no model. Prints a table, and as the last line of stdout one JSON object.
 """
@@ -138,9 +138,7 @@ class Side:
         if not delays:
             raise SystemExit(f"ray_overhead: {self.name} streams nothing")
         p99 = delays[int(0.99 * len(delays))]
-        return Reading(
-            self.name, num_streams, len(delays), statistics.median(delays), p99, 1e6 * cpu_s / len(delays)
-        )
+        return Reading(self.name, num_streams, len(delays), statistics.median(delays), p99, 1e6 * cpu_s / len(delays))
 
 
 def _delays(selector: selectors.BaseSelector, seconds: float) -> list[float]:

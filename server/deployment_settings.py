@@ -39,8 +39,6 @@ class DeploymentSettings(Settings):
         return self
 
 
-def load_deployment_settings(
-    args: Sequence[str] = (), environ: Mapping[str, str] | None = None
-) -> DeploymentSettings:
+def load_deployment_settings(args: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> DeploymentSettings:
     """Read the settings; `args` are the flags behind `headrace deploy`. Raises: SettingsError."""
     return read_settings(DeploymentSettings, "Serve replicas of a model on Ray.", args, environ)

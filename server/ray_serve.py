@@ -1,4 +1,4 @@
-"""`headrace deploy`: replicas of the server as an application of Ray Serve, which places, restarts, scales and drains them.
+"""`headrace deploy`: replicas of the server as an application of Ray Serve, which places, restarts and drains them.
 
 An ingress reads each request and calls a replica, which Serve's request router picks by what the request says, and the
 replica is an App with its lifespan on Serve's event loop. What a proxy of Serve's shows its router is a request's head
@@ -239,9 +239,7 @@ def deploy(settings: DeploymentSettings, replica_class: type[Replica] = Replica)
         signal.signal(number, lambda *_: told.set())
     try:
         port = settings.port or _free_port(settings.host)
-        serve.start(
-            http_options={"host": settings.host, "port": port, "keep_alive_timeout_s": settings.keep_alive_s}
-        )
+        serve.start(http_options={"host": settings.host, "port": port, "keep_alive_timeout_s": settings.keep_alive_s})
         try:
             serve.run(_application(settings, replica_class), name=_APPLICATION)
         except (RayError, RayServeException, RuntimeError) as error:

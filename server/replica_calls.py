@@ -1,8 +1,9 @@
 """A request as a call to a replica: the side that takes it from a client, and the side that answers it.
 
-Each lives on the event loop of its own process, and neither knows how a call travels: what comes back is the head of the
-response, then pieces of its body. The client's departure closes the call, and there the app hears of it as of a
-disconnect. A replica that is lost in the middle of a stream leaves it to this side to end it, in the form of its route.
+Each lives on the event loop of its own process, and neither knows how a call travels: what comes back is the head of
+the response, then pieces of its body. The client's departure closes the call, and there the app hears of it as of a
+disconnect. A stream whose replica is lost half-way is ended by the first side, in the form of its route. What one side
+sends before the other takes it waits in memory, which an answer's length bounds.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -193,4 +195,5 @@ async def answer(asgi: ASGIApp, name: str, request: ReplicaRequest) -> Results:
         app.result()
     finally:
         has_left.set()
-        await asyncio.wait([app])
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([app])

@@ -1,11 +1,11 @@
 """Which of several replicas a request goes to: the one that has made what it names, or that answers all with the same
 idempotency key; else where its first token is predicted soonest, with what a replica's prefix cache saves.
 
-Pure: knows neither Ray nor sockets nor clocks. It reads no prompt. Requests that share the beginning of their messages
-share the bytes of it, so a prompt is known by hashes of its first bytes, piece by piece, each over all before it, and a
-replica by the pieces that it was sent, as many as its KV cache may hold, least recently sent out first. A wrong guess costs
-time alone. What a replica tells of its load is a second old; what it was sent since then is added.
-Sources: preble (Srivatsa et al., 2024) weighs prefix hits against load; the hashes are as those of KV blocks in vLLM.
+Pure: knows neither Ray nor sockets nor clocks. Requests that share the beginning of their messages share its bytes, so
+a prompt is known by hashes of its first bytes, piece by piece, each over all before it, and a replica by the pieces
+that it was sent, as many as its KV cache may hold, least recently sent out first. A wrong guess costs time alone. What
+a replica tells of its load is a second old; what it was sent since then is added.
+Source: Preble (Srivatsa et al., 2024), which weighs hits in the prefix cache against load.
 """
 
 import random
@@ -20,8 +20,8 @@ PIECE_BYTES = 512
 _MAX_PIECES = 128
 # What English has; only how prompts compare with each other matters.
 _BYTES_PER_TOKEN = 4
-# Where what a model reads begins in a body: clients write other fields before it that change with every request. A quote
-# within a string has a backslash before it.
+# Where what a model reads begins in a body: before it clients write fields that change with every request. A quote in
+# a string has a backslash before it.
 _PROMPT_KEY = re.compile(rb'"(?:system|instructions|messages|prompt|input)"\s*:')
 _MODEL = re.compile(rb'"model"\s*:\s*"([^"\\]*)"')
 _MAX_HEAD_BYTES = 64 * 2**10

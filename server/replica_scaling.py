@@ -1,6 +1,6 @@
 """How many replicas there should be, for how much is asked of those that are there.
 
-Pure. A replica's pressure is the larger one of two shares: of its running batch, what runs and what waits, and of what a
+Pure. A replica's pressure is the larger of two shares: of its running batch, what runs and what waits, and of what a
 first token may take, what is predicted. Replicas are added or taken until the mean of it comes to what is aimed for.
 Source: the rule of Kubernetes' HorizontalPodAutoscaler, its tolerance included.
 """
@@ -16,8 +16,8 @@ _TOLERANCE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPressure:
-    """`batch_share` of the running batch are running and waiting, beyond 1 where they do not fit; `ttft_share` of what a
-    first token may take is predicted."""
+    """`batch_share` of the running batch run and wait, more than 1 where they do not fit; `ttft_share` of what a first
+    token may take is predicted."""
 
     batch_share: float
     ttft_share: float

@@ -41,7 +41,7 @@ from headrace.server.one_shot_models import OneShotSource
 from headrace.server.settings import ListenerSettings, OneShotModelSettings, Settings, is_loopback
 from headrace.server.tls import load_tls
 from headrace.server.tokenizer import Tokenizer, load_tokenizer
-from headrace.server.tracing import open_tracing
+from headrace.server.tracing import Tracing, open_tracing
 from headrace.server.version import VERSION
 
 # How long a client that reads nothing may hold up the end, once its last event is written.

@@ -14,7 +14,6 @@ from starlette.types import ASGIApp
 from asgi_client import Exchange, call, chunks, exchange, parse_events
 from fake_engine import expected_text
 from headrace.server.replica_calls import ReplicaRequest, Results, answer, ingress_app, replica_lost
-from headrace.server.settings import load_settings
 from live_app import LiveApp, live_app
 
 pytestmark = pytest.mark.anyio
@@ -87,7 +86,7 @@ async def test_a_client_that_leaves_takes_its_sequence_along_in_the_replica(is_s
     async with replica() as setting, anyio.create_task_group() as tasks:
         app = setting.app
         with app.runner.held():
-            request = started(setting.ingress, "/v1/completions", tasks, stream=is_stream, max_tokens=1000)
+            request = started(setting.ingress, "/v1/completions", tasks, stream=is_stream, max_tokens=100)
             app.runner.allow(3)
             await app.until(lambda: app.client.load.num_steps >= 3)
             request.disconnect()
@@ -181,10 +180,12 @@ async def test_ollamas_stream_ends_with_a_line_and_what_is_no_stream_is_cut() ->
     async with replica(lose=lambda num_results: num_results == 2) as setting:
         lost = await call(setting.ingress, "POST", "/api/chat", chat)
         assert "error" in json.loads(lost.body.splitlines()[-1])
+    async with replica(lose=lambda num_results: num_results == 1) as setting:
         whole = exchange(setting.ingress, "POST", "/v1/completions")
         whole.send_body(json.dumps(BODY).encode())
-        await whole.run()
-        assert whole.is_complete  # its two results were all
+        with pytest.raises(ExceptionGroup):
+            await whole.run()
+        assert not whole.is_complete
 
 
 async def test_an_id_names_the_replica_that_made_it_wherever_a_request_has_it() -> None:

@@ -39,7 +39,9 @@ class Deployment(ServerProcess):
 
     def pids(self) -> dict[str, int]:
         """Of the replicas that were ever ready, by their names."""
-        found = re.findall(r"\(ServeReplica:headrace:Replica pid=(\d+)\).*headrace: replica (\w+) is ready", self.output)
+        found = re.findall(
+            r"\(ServeReplica:headrace:Replica pid=(\d+)\).*headrace: replica (\w+) is ready", self.output
+        )
         return {name: int(pid) for pid, name in found}
 
     def num_generated(self, replica: str) -> float:
@@ -102,7 +104,9 @@ def test_a_client_that_leaves_at_the_proxy_is_cancelled_in_its_replica_within_st
     for _ in range(5):
         replica = complete(deployment, "hi").headers[REPLICA]
         before = deployment.num_generated(replica)
-        with httpx.stream("POST", f"{deployment.url()}/v1/completions", json=LONG, headers={REPLICA: replica}) as stream:
+        with httpx.stream(
+            "POST", f"{deployment.url()}/v1/completions", json=LONG, headers={REPLICA: replica}
+        ) as stream:
             assert stream.headers[REPLICA] == replica
             num_read = 0
             for frame in frames(stream):
