@@ -162,23 +162,27 @@ async def test_a_stream_whose_replica_is_lost_ends_with_one_error_of_its_routes_
 ) -> None:
     if body is None:
         body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 20}
-    async with replica(lose=lambda num_results: num_results == 3) as setting:
-        if path == "/v1/stream":
-            accept = {"accept": "text/event-stream"}
-            lost = await call(setting.ingress, "GET", path, query="prompt=hi&max_tokens=20", headers=accept)
-        else:
-            lost = await call(setting.ingress, "POST", path, body | {"stream": True})
-        assert lost.status == 200
-        assert lost.is_complete
-        events = list(parse_events(lost.body))
-        assert len(events) > 1
-        assert ended(events)
+    async with replica(lose=lambda num_results: num_results == 2) as setting:
+        with setting.app.runner.held():
+            setting.app.runner.allow(2)
+            if path == "/v1/stream":
+                accept = {"accept": "text/event-stream"}
+                lost = await call(setting.ingress, "GET", path, query="prompt=hi&max_tokens=20", headers=accept)
+            else:
+                lost = await call(setting.ingress, "POST", path, body | {"stream": True})
+    assert lost.status == 200
+    assert lost.is_complete
+    events = list(parse_events(lost.body))
+    assert len(events) > 1
+    assert ended(events)
 
 
 async def test_ollamas_stream_ends_with_a_line_and_what_is_no_stream_is_cut() -> None:
     chat = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
     async with replica(lose=lambda num_results: num_results == 2) as setting:
-        lost = await call(setting.ingress, "POST", "/api/chat", chat)
+        with setting.app.runner.held():
+            setting.app.runner.allow(2)
+            lost = await call(setting.ingress, "POST", "/api/chat", chat)
         assert "error" in json.loads(lost.body.splitlines()[-1])
     async with replica(lose=lambda num_results: num_results == 1) as setting:
         whole = exchange(setting.ingress, "POST", "/v1/completions")
