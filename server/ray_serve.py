@@ -91,9 +91,9 @@ class Replica:
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Serve's hook: what the router hears of this replica."""
-        load = self._app.client.load
+        client, load = self._app.client, self._app.client.load
         self._num_reports += 1
-        wait_s = self._app.client.admission.predict(load, _PROBE).ttft_s
+        wait_s = client.admission.predict(load, _PROBE).ttft_s if client.num_unfinished else 0.0
         num_tokens = load.num_total_blocks * self._settings.block_size
         return asdict(ReplicaLoad(self._num_reports, wait_s, load.prefill_tokens_per_s, num_tokens))
 
@@ -131,11 +131,18 @@ class PrefixAwareRouter(RequestRouter):
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         loads = {name: ReplicaLoad(**replica.routing_stats) for name, replica in replicas.items()}
         request: ReplicaRequest = pending_request.args[0]
-        return [[replicas[name]] for name in self._routing.rank(request.destination, loads)]
+        request_id = pending_request.metadata.internal_request_id
+        return [[replicas[name]] for name in self._routing.route(request_id, request.destination, loads)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         super().on_request_routed(pending_request, replica_id, result)
-        self._routing.send(pending_request.args[0].destination.prompt, replica_id.unique_id)
+        request: ReplicaRequest = pending_request.args[0]
+        request_id = pending_request.metadata.internal_request_id
+        self._routing.send(request_id, request.destination.prompt, replica_id.unique_id)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        super().on_request_completed(replica_id, internal_request_id)
+        self._routing.end(internal_request_id, replica_id.unique_id)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
@@ -205,7 +212,8 @@ def _application(settings: DeploymentSettings, replica_class: type[Replica]) -> 
                 "policy": {"policy_function": "headrace.server.ray_serve:scale_by_pressure"},
             }
         }
-    draining = {
+    both = {
+        "logging_config": {"enable_access_log": False},  # replicas write a line for each request
         "graceful_shutdown_wait_loop_s": _DRAIN_PERIOD_S,
         "graceful_shutdown_timeout_s": settings.drain_grace_s + _CLOSING_S,
     }
@@ -223,10 +231,10 @@ def _application(settings: DeploymentSettings, replica_class: type[Replica]) -> 
             "request_routing_stats_period_s": _STATS_PERIOD_S,
         },
         **count,
-        **draining,
+        **both,
     )
     ingress = serve.deployment(Ingress).options(
-        ray_actor_options={"num_cpus": 0}, max_ongoing_requests=settings.max_connections, **draining
+        ray_actor_options={"num_cpus": 0}, max_ongoing_requests=settings.max_connections, **both
     )
     return ingress.bind(values, replica.bind(values))
 

@@ -4,7 +4,8 @@ idempotency key; else where its first token is predicted soonest, with what a re
 Pure: knows neither Ray nor sockets nor clocks. Requests that share the beginning of their messages share its bytes, so
 a prompt is known by hashes of its first bytes, piece by piece, each over all before it, and a replica by the pieces
 that it was sent, as many as its KV cache may hold, least recently sent out first. A wrong guess costs time alone. What
-a replica tells of its load is a second old; what it was sent since then is added.
+a replica tells of its load is a second old: prompts that it was sent since then are added, and what each request that
+is not over costs the others.
 Source: Preble (Srivatsa et al., 2024), which weighs hits in the prefix cache against load.
 """
 
@@ -18,6 +19,8 @@ from hashlib import blake2b
 # Some eight KV blocks of English.
 PIECE_BYTES = 512
 _MAX_PIECES = 128
+# What a request that is not over costs those who come, as tokens of a prompt: its answer shares every step with them.
+_REQUEST_TOKENS = 64
 # What English has; only how prompts compare with each other matters.
 _BYTES_PER_TOKEN = 4
 # Where what a model reads begins in a body: before it clients write fields that change with every request. A quote in
@@ -69,27 +72,48 @@ def prompt_key(path: str, query: bytes, body: bytes) -> PromptKey:
     return PromptKey(len(prompt), tuple(pieces))
 
 
+@dataclass(slots=True)
+class _Request:
+    """A request that is not over: the tokens of its prompt that its replica has not told of yet, and whether it is there
+    or only on its way."""
+
+    num_untold_tokens: float
+    is_sent: bool = False
+
+
 class _Replica:
-    """What one replica was sent: the pieces it may hold, and how many tokens since it last told of its load."""
+    """What one replica was sent: its requests, and the pieces it may hold."""
 
     def __init__(self) -> None:
         self.load = ReplicaLoad()
-        self.num_sent_tokens = 0.0
+        self.requests: dict[str, _Request] = {}
         self._pieces: OrderedDict[bytes, None] = OrderedDict()
 
     def hear(self, load: ReplicaLoad) -> None:
         """Take what it has told of its load, once."""
         if load.number != self.load.number:
             self.load = load
-            self.num_sent_tokens = 0.0
+            # What has not arrived within a second went elsewhere, or nowhere.
+            self.requests = {id: _Request(0.0, True) for id, request in self.requests.items() if request.is_sent}
 
-    def num_uncached_tokens(self, key: PromptKey) -> float:
-        num_held = next((n for n, piece in enumerate(key.pieces) if piece not in self._pieces), len(key.pieces))
-        return (key.num_bytes - num_held * PIECE_BYTES) / _BYTES_PER_TOKEN
+    def num_uncached_tokens(self, prompt: PromptKey) -> float:
+        num_held = next((n for n, piece in enumerate(prompt.pieces) if piece not in self._pieces), len(prompt.pieces))
+        return (prompt.num_bytes - num_held * PIECE_BYTES) / _BYTES_PER_TOKEN
 
-    def send(self, key: PromptKey) -> None:
-        self.num_sent_tokens += self.num_uncached_tokens(key)
-        for piece in reversed(key.pieces):  # the first ones are of use the longest
+    def cost_tokens(self, prompt: PromptKey) -> float:
+        """What stands between a prompt and its first token, as tokens of prompts; its own count once more for those who
+        wait behind them."""
+        num_untold = sum(request.num_untold_tokens for request in self.requests.values())
+        return num_untold + _REQUEST_TOKENS * len(self.requests) + 2 * self.num_uncached_tokens(prompt)
+
+    def expect(self, request_id: str, prompt: PromptKey) -> None:
+        self.requests[request_id] = _Request(self.num_uncached_tokens(prompt))
+
+    def receive(self, request_id: str, prompt: PromptKey) -> None:
+        if request_id not in self.requests:
+            self.expect(request_id, prompt)
+        self.requests[request_id].is_sent = True
+        for piece in reversed(prompt.pieces):  # the first ones are of use the longest
             self._pieces[piece] = None
             self._pieces.move_to_end(piece)
         max_pieces = max(_MAX_PIECES, self.load.kv_cache_tokens * _BYTES_PER_TOKEN // PIECE_BYTES)
@@ -98,35 +122,53 @@ class _Replica:
 
 
 class ReplicaRouting:
-    """Ranks replicas for requests. Replicas are known by their names."""
+    """Ranks replicas for requests. Replicas are known by their names, requests by ids."""
 
     def __init__(self) -> None:
         self._replicas: dict[str, _Replica] = {}
 
-    def rank(self, destination: Destination, loads: Mapping[str, ReplicaLoad]) -> Sequence[str]:
-        """The names in `loads`, best first, at random where they are equal."""
-        if owners := [name for name in destination.owners if name in loads]:
-            return owners
-        if (key := destination.idempotency_key) is not None:
-            return sorted(loads, key=lambda name: blake2b(f"{key}\0{name}".encode()).digest())
+    def route(self, request_id: str, destination: Destination, loads: Mapping[str, ReplicaLoad]) -> Sequence[str]:
+        """The names in `loads`, best first. Whoever comes next counts the request to the first one, until `send`."""
         for name, load in loads.items():
             self._replicas.setdefault(name, _Replica()).hear(load)
-        # One that has computed nothing yet is taken for as fast as the others.
-        rates = [load.prefill_tokens_per_s for load in loads.values() if load.prefill_tokens_per_s > 0]
-        usual_rate = sum(rates) / len(rates) if rates else 1.0
+        self._forget(request_id)
+        names = self._rank(destination, loads)
+        self._replicas[names[0]].expect(request_id, destination.prompt)
+        return names
 
-        def predicted_ttft_s(name: str) -> float:
-            replica = self._replicas[name]
-            num_tokens = replica.num_sent_tokens + replica.num_uncached_tokens(destination.prompt)
-            return replica.load.wait_s + num_tokens / (replica.load.prefill_tokens_per_s or usual_rate)
+    def send(self, request_id: str, prompt: PromptKey, name: str) -> None:
+        """Note which replica has taken a request, with this prompt."""
+        replica = self._replicas.setdefault(name, _Replica())
+        if request_id not in replica.requests:
+            self._forget(request_id)
+        replica.receive(request_id, prompt)
 
-        return sorted(random.sample(list(loads), len(loads)), key=predicted_ttft_s)
-
-    def send(self, prompt: PromptKey, name: str) -> None:
-        """Note that a request with this prompt has gone to a replica."""
-        self._replicas.setdefault(name, _Replica()).send(prompt)
+    def end(self, request_id: str, name: str) -> None:
+        """Note that a request is over."""
+        if (replica := self._replicas.get(name)) is not None:
+            replica.requests.pop(request_id, None)
 
     def keep_only(self, names: Iterable[str]) -> None:
         """Forget all other replicas."""
         kept = set(names)
         self._replicas = {name: replica for name, replica in self._replicas.items() if name in kept}
+
+    def _forget(self, request_id: str) -> None:
+        for replica in self._replicas.values():
+            replica.requests.pop(request_id, None)
+
+    def _rank(self, destination: Destination, loads: Mapping[str, ReplicaLoad]) -> Sequence[str]:
+        if owners := [name for name in destination.owners if name in loads]:
+            return owners
+        if (key := destination.idempotency_key) is not None:
+            return sorted(loads, key=lambda name: blake2b(f"{key}\0{name}".encode()).digest())
+        # One that has computed nothing yet is taken for as fast as the others.
+        rates = [load.prefill_tokens_per_s for load in loads.values() if load.prefill_tokens_per_s > 0]
+        usual_rate = sum(rates) / len(rates) if rates else 1.0
+
+        def cost_s(name: str) -> float:
+            replica, load = self._replicas[name], loads[name]
+            return load.wait_s + replica.cost_tokens(destination.prompt) / (load.prefill_tokens_per_s or usual_rate)
+
+        # At random where they are equal.
+        return sorted(random.sample(list(loads), len(loads)), key=cost_s)

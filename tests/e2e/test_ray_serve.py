@@ -23,7 +23,6 @@ PYTHON = Path(__file__).parent / "clients" / ".venvs" / "ray" / "bin" / "python"
 REPLICA = "x-headrace-replica"
 # A step takes some ten milliseconds: several steps long is what a departure may take.
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 24, "intermediate_size": 768, "max_position_embeddings": 8192}
-LONG = {"prompt": "The mill", "max_tokens": 4000, "ignore_eos": True, "stream": True}
 
 pytestmark = [
     pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="an environment of `make test-all`"),
@@ -44,9 +43,9 @@ class Deployment(ServerProcess):
         )
         return {name: int(pid) for pid, name in found}
 
-    def num_generated(self, replica: str) -> float:
+    def metric(self, replica: str, name: str) -> float:
         text = httpx.get(f"{self.url()}/metrics", headers={REPLICA: replica}).text
-        return float(re.findall(r"^headrace_generation_tokens_total (\S+)$", text, re.M)[0])
+        return float(re.findall(rf"^headrace_{name} (\S+)$", text, re.M)[0])
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def deployed(model: Path, *args: str) -> Iterator[Deployment]:
     need(PYTHON.exists(), "what `make setup-clients` installs")
-    flags = ["--dtype", "float32", "--cpu-kernel", "torch", "--kv-cache-bytes", "64MiB", "--replica-cpus", "0.5"]
+    flags = ["--dtype", "float32", "--cpu-kernel", "torch", "--kv-cache-bytes", "256MiB", "--replica-cpus", "0.5"]
     deployment = Deployment([str(model), *flags, *args], {"RAY_DEDUP_LOGS": "0"})
     try:
         deployment.wait_for(deployment.ready, 180)
@@ -82,6 +81,18 @@ def complete(deployment: Deployment, prompt: str, **fields: Any) -> httpx.Respon
     return answer
 
 
+@contextmanager
+def stream(
+    deployment: Deployment, headers: dict[str, str] | None = None, max_tokens: int = 4000
+) -> Iterator[httpx.Response]:
+    body = {"prompt": "The mill", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    body["return_token_ids"] = True
+    url = f"{deployment.url()}/v1/completions"
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as response:
+        assert response.status_code == 200
+        yield response
+
+
 def frames(response: httpx.Response) -> Iterator[Any]:
     for line in response.iter_lines():
         if line.startswith("data: ") and line != "data: [DONE]":
@@ -100,27 +111,20 @@ def test_what_comes_at_once_is_shared_and_what_begins_alike_stays_together(deplo
 
 
 def test_a_client_that_leaves_at_the_proxy_is_cancelled_in_its_replica_within_steps(deployment: Deployment) -> None:
+    replica = complete(deployment, "hi").headers[REPLICA]
     surplus = []
     for _ in range(5):
-        replica = complete(deployment, "hi").headers[REPLICA]
-        before = deployment.num_generated(replica)
-        with httpx.stream(
-            "POST", f"{deployment.url()}/v1/completions", json=LONG, headers={REPLICA: replica}
-        ) as stream:
-            assert stream.headers[REPLICA] == replica
-            num_read = 0
-            for frame in frames(stream):
-                num_read += len(frame["choices"][0]["text"].encode()) > 0
-                if num_read == 50:
+        before = deployment.metric(replica, "generation_tokens_total")
+        num_read = 0
+        with stream(deployment, {REPLICA: replica}) as response:
+            for frame in frames(response):
+                num_read += len(frame["choices"][0]["token_ids"])
+                if num_read >= 50:
                     break
-        counts = [-1.0, deployment.num_generated(replica)]
-
-        def is_still(counts: list[float] = counts, replica: str = replica) -> bool:
-            counts.append(deployment.num_generated(replica))
-            return counts[-1] == counts[-2] == counts[-3]
-
-        until(is_still, "the sequence is cancelled")
-        surplus.append(counts[-1] - before - num_read)
+        assert response.headers[REPLICA] == replica
+        assert num_read >= 50
+        until(lambda: deployment.metric(replica, "num_requests_running") == 0, "the sequence is cancelled")
+        surplus.append(deployment.metric(replica, "generation_tokens_total") - before - num_read)
     print(f"tokens computed beyond those that were read: {surplus}")
     assert sorted(surplus)[2] <= 3
 
@@ -128,10 +132,10 @@ def test_a_client_that_leaves_at_the_proxy_is_cancelled_in_its_replica_within_st
 def test_a_stream_whose_replica_is_killed_ends_with_one_error_and_the_other_replica_goes_on(
     deployment: Deployment,
 ) -> None:
-    with httpx.stream("POST", f"{deployment.url()}/v1/completions", json=LONG, timeout=60) as stream:
-        events = frames(stream)
+    with stream(deployment) as response:
+        events = frames(response)
         next(events)
-        victim = stream.headers[REPLICA]
+        victim = response.headers[REPLICA]
         os.kill(deployment.pids()[victim], signal.SIGKILL)
         *_, last = events
     assert last["error"]["code"] == "replica_lost"
@@ -140,8 +144,8 @@ def test_a_stream_whose_replica_is_killed_ends_with_one_error_and_the_other_repl
 
 def test_the_end_waits_for_what_runs(model: Path) -> None:
     with deployed(model, "--replicas", "1") as deployment:
-        with httpx.stream("POST", f"{deployment.url()}/v1/completions", json=LONG | {"max_tokens": 300}) as stream:
-            events = frames(stream)
+        with stream(deployment, max_tokens=300) as response:
+            events = frames(response)
             next(events)
             deployment.process.send_signal(signal.SIGTERM)
             *_, last = events

@@ -26,7 +26,10 @@ def chat_key(*messages: str, path: str = CHAT, **fields: object) -> PromptKey:
 
 
 def best(routing: ReplicaRouting, prompt: PromptKey, loads: dict[str, ReplicaLoad]) -> str:
-    return routing.rank(Destination(prompt), loads)[0]
+    """Where a request would go that then does not come."""
+    name = routing.route("asked", Destination(prompt), loads)[0]
+    routing.end("asked", name)
+    return name
 
 
 def num_common(one: PromptKey, other: PromptKey) -> int:
@@ -68,32 +71,57 @@ def test_a_request_goes_where_its_prefix_is_until_the_wait_there_costs_more_than
     routing = ReplicaRouting()
     loads = {"a": IDLE, "b": IDLE}
     first = chat_key("What is a headrace?")
-    routing.send(first, "b")
-    for number in (2, 3):  # news: what was sent is in it
-        loads = {name: ReplicaLoad(number, 0.001, 1000, 100_000) for name in loads}
-        assert best(routing, chat_key("And a tailrace?"), loads) == "b"
-    saved_s = len(first.pieces) * PIECE_BYTES / 4 / 1000
-    for number, wait_s, expected in ((4, 0.9 * saved_s, "b"), (5, 1.1 * saved_s, "a")):
+    routing.send("1", first, "b")
+    routing.end("1", "b")
+    assert best(routing, chat_key("And a tailrace?"), loads) == "b"
+    saved_s = 2 * len(first.pieces) * PIECE_BYTES / 4 / 1000  # for itself, and for others
+    for number, wait_s, expected in ((2, 0.9 * saved_s, "b"), (3, 1.1 * saved_s, "a")):
         loads["b"] = ReplicaLoad(number, wait_s, 1000, 100_000)
         assert best(routing, chat_key("And a tailrace?"), loads) == expected
 
 
 def test_requests_without_a_prefix_go_where_the_first_token_is_predicted_soonest() -> None:
     loads = {"slow": ReplicaLoad(1, 0.1, 10), "busy": ReplicaLoad(1, 2.0, 1000), "free": ReplicaLoad(1, 0.5, 1000)}
-    assert list(ReplicaRouting().rank(Destination(PromptKey(400, ())), loads)) == ["free", "busy", "slow"]
+    assert list(ReplicaRouting().route("1", Destination(PromptKey(400, ())), loads)) == ["free", "busy", "slow"]
 
 
-def test_what_was_sent_since_a_replica_told_of_its_load_counts_and_afterwards_no_more() -> None:
+def test_prompts_that_were_sent_since_a_replica_told_of_its_load_count_and_afterwards_no_more() -> None:
     routing = ReplicaRouting()
-    loads = {"a": ReplicaLoad(1, 0.0, 1000), "b": ReplicaLoad(1, 0.3, 1000)}
+    loads = {"a": ReplicaLoad(1, 0.0, 1000), "b": ReplicaLoad(1, 1.0, 1000)}
+    prompt = PromptKey(8000, ())  # two seconds
+    best(routing, prompt, loads)
+    routing.send("1", prompt, "a")
+    assert best(routing, prompt, loads) == "b"
+    assert best(routing, prompt, {"a": ReplicaLoad(2, 0.5, 1000), "b": ReplicaLoad(2, 1.0, 1000)}) == "a"
+
+
+@pytest.mark.parametrize("has_arrived", [False, True], ids=["on their way", "arrived"])
+def test_requests_that_are_not_over_count_each_and_are_shared(has_arrived: bool) -> None:
+    routing = ReplicaRouting()
+    prompt, loads = PromptKey(40, ()), {"a": IDLE, "b": IDLE}
     chosen = Counter[str]()
-    for _ in range(10):
-        key = PromptKey(800, ())  # 0.2 s each
-        name = best(routing, key, loads)
-        routing.send(key, name)
+    for n in range(20):
+        name = routing.route(str(n), Destination(prompt), loads)[0]
+        if has_arrived:
+            routing.send(str(n), prompt, name)
         chosen[name] += 1
-    assert chosen == {"a": 6, "b": 4} or chosen == {"a": 5, "b": 5}
-    assert best(routing, PromptKey(0, ()), {"a": ReplicaLoad(2, 0.01, 1000), "b": ReplicaLoad(2, 0.3, 1000)}) == "a"
+    assert chosen == {"a": 10, "b": 10}
+    for n in range(20):
+        routing.end(str(n), "a")
+    routing.end("of a replica that is gone", "c")
+    assert best(routing, prompt, loads) == "a"
+
+
+def test_a_request_counts_where_it_has_gone_and_nowhere_else_and_no_longer_where_it_never_came() -> None:
+    routing = ReplicaRouting()
+    prompt, loads = PromptKey(40, ()), {"a": IDLE, "b": ReplicaLoad(1, 0.01, 1000)}
+    assert routing.route("full", Destination(prompt), loads)[0] == "a"
+    routing.send("full", prompt, "b")  # "a" had no room
+    assert best(routing, prompt, loads) == "a"
+    routing.route("gave up", Destination(prompt), loads)
+    routing.end("full", "b")
+    assert best(routing, prompt, loads) == "b"
+    assert best(routing, prompt, {name: ReplicaLoad(2, load.wait_s, 1000) for name, load in loads.items()}) == "a"
 
 
 def test_replicas_that_are_alike_share_what_comes() -> None:
@@ -113,9 +141,9 @@ def test_what_a_replica_may_hold_is_bounded_by_its_cache_and_the_oldest_goes_fir
     loads = {"a": small, "b": small}
     old, *later = [prompt_key(CHAT, b"", b'{"prompt":' + bytes([65 + n]) * 64 * PIECE_BYTES) for n in range(3)]
     best(routing, old, loads)
-    routing.send(old, "a")
-    for key in later:
-        routing.send(key, "a")
+    for key in (old, *later):
+        routing.send("", key, "a")
+    routing.end("", "a")
     told = {"a": ReplicaLoad(2, 0.001, 1000, 1), "b": small}  # a little worse, but for what it holds
     for key, is_held in ((old, False), (later[1], True)):
         assert (best(routing, key, told) == "a") is is_held
@@ -124,7 +152,7 @@ def test_what_a_replica_may_hold_is_bounded_by_its_cache_and_the_oldest_goes_fir
 def test_a_replica_that_is_gone_is_forgotten() -> None:
     routing = ReplicaRouting()
     key = chat_key("Hello")
-    routing.send(key, "a")
+    routing.send("1", key, "a")
     routing.keep_only(["b"])
     chosen = Counter(best(routing, key, {"a": IDLE, "b": IDLE}) for _ in range(200))
     assert min(chosen["a"], chosen["b"]) > 50
@@ -133,8 +161,8 @@ def test_a_replica_that_is_gone_is_forgotten() -> None:
 def test_what_names_a_replica_goes_to_it_while_it_is_there() -> None:
     busy = {"a": ReplicaLoad(1, 60.0, 10), "b": IDLE}
     named = Destination(PromptKey(0, ()), owners=("gone", "a"))
-    assert list(ReplicaRouting().rank(named, busy)) == ["a"]
-    assert list(ReplicaRouting().rank(named, {"b": IDLE})) == ["b"]
+    assert list(ReplicaRouting().route("1", named, busy)) == ["a"]
+    assert list(ReplicaRouting().route("1", named, {"b": IDLE})) == ["b"]
 
 
 def test_requests_with_one_idempotency_key_meet_in_one_replica_whatever_its_load() -> None:
@@ -143,7 +171,7 @@ def test_requests_with_one_idempotency_key_meet_in_one_replica_whatever_its_load
     for n in range(30):
         keyed = Destination(PromptKey(n, ()), idempotency_key=f"key-{n}")
         orders = {
-            tuple(ReplicaRouting().rank(keyed, {name: ReplicaLoad(1, wait_s, 10) for name in names}))
+            tuple(ReplicaRouting().route("1", keyed, {name: ReplicaLoad(1, wait_s, 10) for name in names}))
             for wait_s in (0.0, 1.0)
         }
         [order] = orders
