@@ -43,6 +43,9 @@ _APPLICATION = "headrace"
 # How often a replica tells of its load, and is asked whether it is alive.
 _STATS_PERIOD_S = 1.0
 _HEALTH_PERIOD_S = 5.0
+# How long a replica's pressure is averaged, and has to last before others are added, or taken.
+_LOOK_BACK_S = 10.0
+_DOWNSCALE_DELAY_S = 300.0
 # How often a replica that is to end looks whether its requests are over, and what it needs beyond their grace time.
 _DRAIN_PERIOD_S = 0.25
 _CLOSING_S = 15.0
@@ -209,6 +212,9 @@ def _application(settings: DeploymentSettings, replica_class: type[Replica]) -> 
                 "min_replicas": settings.replicas,
                 "max_replicas": settings.max_replicas,
                 "metrics_interval_s": _STATS_PERIOD_S,
+                "look_back_period_s": _LOOK_BACK_S,
+                "upscale_delay_s": _LOOK_BACK_S,
+                "downscale_delay_s": _DOWNSCALE_DELAY_S,
                 "policy": {"policy_function": "headrace.server.ray_serve:scale_by_pressure"},
             }
         }
