@@ -41,12 +41,12 @@ _MAX_TOKENS = 4000
 _VOCAB_SIZE = 49_152  # the demo model's
 _SETTLING_S = 1.0
 _NUM_REQUESTS = 100
-_TOKEN_ID = re.compile(rb'"token_ids":\[(\d+)\]')
+_TOKEN_IDS = re.compile(rb'"token_ids":\[([\d,]+)\]')
 _READY = {"serve": "try: curl", "deploy": "replicas are ready"}
 
 
 @cache
-def _words() -> tuple[int, ...]:
+def words() -> tuple[int, ...]:
     """The tokens that tell time: those that are words, of which no text is held back."""
     tokenizer = load_tokenizer(resolve_model(None))
     texts = ((id, tokenizer.decode([id])) for id in range(_VOCAB_SIZE))
@@ -58,15 +58,14 @@ class StampingRunner(PacedRunner):
 
     def launch(self, output: SchedulerOutput) -> ComputedStep:
         times: StepTimes = super().launch(output).times
-        token_id = _words()[int(time.monotonic() / _TICK_S) % len(_words())]
+        token_id = words()[int(time.monotonic() / _TICK_S) % len(words())]
         return ComputedStep([RowResult(token_id) if row.is_sampled else RowResult() for row in output.rows], times)
 
 
 def load_engine() -> tuple[Scheduler, StampingRunner]:
-    words = _words()
     pool = BlockPool(_MAX_STREAMS * _MAX_TOKENS // 16 * 2)
     scheduler = Scheduler(pool, block_size=16, max_num_batched_tokens=1024, max_num_seqs=_MAX_STREAMS)
-    return scheduler, StampingRunner(words[:1], _VOCAB_SIZE, 2 * _MAX_TOKENS, _STEP_S)
+    return scheduler, StampingRunner(words()[:1], _VOCAB_SIZE, 2 * _MAX_TOKENS, _STEP_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +74,7 @@ class Reading:
 
     side: str
     num_streams: int
+    num_tokens: int
     num_events: int
     delay_ms: float
     delay_p99_ms: float
@@ -133,18 +133,19 @@ class Side:
                 selector.register(connection, selectors.EVENT_READ)
             _delays(selector, _SETTLING_S)
             before_s = self.cpu_s()
-            delays = sorted(_delays(selector, seconds))
+            num_events, delays = _delays(selector, seconds)
             cpu_s = self.cpu_s() - before_s - idle_share * seconds
         if not delays:
             raise SystemExit(f"ray_overhead: {self.name} streams nothing")
-        p99 = delays[int(0.99 * len(delays))]
-        return Reading(self.name, num_streams, len(delays), statistics.median(delays), p99, 1e6 * cpu_s / len(delays))
+        p99 = sorted(delays)[int(0.99 * len(delays))]
+        cpu_us = 1e6 * cpu_s / num_events
+        return Reading(self.name, num_streams, len(delays), num_events, statistics.median(delays), p99, cpu_us)
 
 
-def _delays(selector: selectors.BaseSelector, seconds: float) -> list[float]:
-    """Read for so long; in milliseconds, how long ago each token was made that came."""
-    places = {id: place for place, id in enumerate(_words())}
-    delays, end_s = [], time.monotonic() + seconds
+def _delays(selector: selectors.BaseSelector, seconds: float) -> tuple[int, list[float]]:
+    """Read for so long: how many events came, and in milliseconds how long ago each of their tokens was made."""
+    places = {id: place for place, id in enumerate(words())}
+    num_events, delays, end_s = 0, list[float](), time.monotonic() + seconds
     while (left_s := end_s - time.monotonic()) > 0:
         for key, _ in selector.select(left_s):
             assert isinstance(key.fileobj, socket.socket)
@@ -152,9 +153,11 @@ def _delays(selector: selectors.BaseSelector, seconds: float) -> list[float]:
             now = int(time.monotonic() / _TICK_S)
             if not received:
                 raise SystemExit("ray_overhead: a stream has ended")
-            for found in _TOKEN_ID.findall(received):
-                delays.append((now - places[int(found)]) % len(places) * _TICK_S * 1e3)
-    return delays
+            for found in _TOKEN_IDS.findall(received):
+                num_events += 1
+                made = [places[int(token_id)] for token_id in found.split(b",")]
+                delays += [(now - tick) % len(places) * _TICK_S * 1e3 for tick in made]
+    return num_events, delays
 
 
 def _descendants(pid: int) -> list[int]:
@@ -195,6 +198,7 @@ def _run(name: str, port: int) -> int:
     flags = ["--port", str(port), "--log-level", "warning", "--ttft-targets-s", "[1e6,1e6,1e6]", "--drain-grace-s", "0"]
     settings = load_deployment_settings(flags, {})
     if name == "serve":
+        words()  # before there are threads: two of them cannot load from transformers at once
         return serve(settings, load_engine)
     from headrace.benchmarks.ray_replica import StampingReplica
     from headrace.server.ray_serve import deploy
@@ -222,16 +226,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 readings += [side.read(num_streams, options.seconds, idle[side.name]) for side in sides]
     for name in _READY:
         print(f"{name}: a request without a model {request_ms[name]:.1f} ms, idle {100 * idle[name]:.1f} % of a core")
-    print("streams  side     events/s  delay ms     p99  CPU us/event")
+    print("streams  side     tokens/s  events/s  delay ms     p99  CPU us/event")
     for num_streams in options.streams:
         for name in _READY:
             found = [each for each in readings if (each.num_streams, each.side) == (num_streams, name)]
-            rate = statistics.median(each.num_events for each in found) / options.seconds
+            rates = [
+                statistics.median(counts) / options.seconds
+                for counts in zip(*((e.num_tokens, e.num_events) for e in found), strict=True)
+            ]
             medians = [
                 statistics.median(values)
                 for values in zip(*((e.delay_ms, e.delay_p99_ms, e.cpu_us_per_event) for e in found), strict=True)
             ]
-            print(f"{num_streams:7} {name:7} {rate:9.0f} {medians[0]:9.2f} {medians[1]:7.2f} {medians[2]:13.0f}")
+            print(
+                f"{num_streams:7} {name:7} {rates[0]:9.0f} {rates[1]:9.0f} {medians[0]:9.2f} {medians[1]:7.2f} {medians[2]:13.0f}"
+            )
     print(json.dumps({"idle_share": idle, "request_ms": request_ms, "readings": [asdict(each) for each in readings]}))
     return 0
 

@@ -43,6 +43,9 @@ _APPLICATION = "headrace"
 # How often a replica tells of its load, and is asked whether it is alive.
 _STATS_PERIOD_S = 1.0
 _HEALTH_PERIOD_S = 5.0
+# What a piece of a stream takes of the process that all of them pass through: where there are many streams, each has
+# fewer and larger ones.
+_PIECE_S = 0.001
 # How long a replica's pressure is averaged, and has to last before others are added, or taken.
 _LOOK_BACK_S = 10.0
 _DOWNSCALE_DELAY_S = 300.0
@@ -57,8 +60,10 @@ class Replica:
 
     load_engine: ClassVar[LoadEngine | None] = None
 
-    async def __init__(self, settings: dict[str, Any]) -> None:
+    async def __init__(self, settings: dict[str, Any], num_replicas: int) -> None:
         """Returns once requests can be served. Raises: HeadraceError."""
+        self._pause_s = _PIECE_S * num_replicas
+        self._num_open = 0
         context = serve.get_replica_context()
         # Ids begin with it, by which the router brings who asks for one back to its maker.
         self._name = context.replica_id.unique_id
@@ -84,8 +89,12 @@ class Replica:
 
     async def answer(self, request: ReplicaRequest) -> AsyncGenerator[Head | bytes, None]:
         """What the ingress calls."""
-        async for result in answer(self._app.asgi, self._name, request):
-            yield result
+        self._num_open += 1
+        try:
+            async for result in answer(self._app.asgi, self._name, request, lambda: self._num_open * self._pause_s):
+                yield result
+        finally:
+            self._num_open -= 1
 
     def check_health(self) -> None:
         """Serve's hook; one that fails it is replaced. Raises: RuntimeError."""
@@ -242,7 +251,7 @@ def _application(settings: DeploymentSettings, replica_class: type[Replica]) -> 
     ingress = serve.deployment(Ingress).options(
         ray_actor_options={"num_cpus": 0}, max_ongoing_requests=settings.max_connections, **both
     )
-    return ingress.bind(values, replica.bind(values))
+    return ingress.bind(values, replica.bind(values, settings.max_replicas or settings.replicas))
 
 
 def deploy(settings: DeploymentSettings, replica_class: type[Replica] = Replica) -> int:

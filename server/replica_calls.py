@@ -157,11 +157,13 @@ def replica_lost() -> ApiError:
     return UnavailableError("the replica that had this request has ended", "replica_lost")
 
 
-async def answer(asgi: ASGIApp, name: str, request: ReplicaRequest) -> Results:
-    """Have the app of the replica of this name answer a call, in a task of its own; what it sends while the caller is
-    busy comes as one piece.
+async def answer(
+    asgi: ASGIApp, name: str, request: ReplicaRequest, pause_s: Callable[[], float] = lambda: 0.0
+) -> Results:
+    """Have the app of the replica of this name answer a call, in a task of its own.
 
-    Closed or cancelled, it tells the app that the client has left, and waits until the app is through.
+    Between two pieces of a body are at least `pause_s`, and what the app sends meanwhile comes as one. Closed or
+    cancelled, it tells the app that the client has left, and waits until the app is through.
     """
     sent: list[Message] = []
     has_news, has_left = asyncio.Event(), asyncio.Event()
@@ -182,9 +184,11 @@ async def answer(asgi: ASGIApp, name: str, request: ReplicaRequest) -> Results:
     app = asyncio.ensure_future(asgi({**request.scope, "extensions": {}, "state": {}}, receive, send))
     app.add_done_callback(lambda _: has_news.set())
     try:
-        is_over = False
+        is_over, is_first = False, True
         while not is_over:
             await has_news.wait()
+            if not is_first and (pause := pause_s()) > 0:
+                await asyncio.wait([app], timeout=pause)
             has_news.clear()
             is_over = app.done()
             messages, sent = sent, []
@@ -192,6 +196,7 @@ async def answer(asgi: ASGIApp, name: str, request: ReplicaRequest) -> Results:
                 yield messages[0]["status"], [*messages[0]["headers"], (REPLICA_HEADER.encode(), name.encode())]
             if body := b"".join(message.get("body", b"") for message in messages):
                 yield body
+                is_first = False
         app.result()
     finally:
         has_left.set()

@@ -74,8 +74,8 @@ def prompt_key(path: str, query: bytes, body: bytes) -> PromptKey:
 
 @dataclass(slots=True)
 class _Request:
-    """A request that is not over: the tokens of its prompt that its replica has not told of yet, and whether it is there
-    or only on its way."""
+    """A request that is not over: the tokens of its prompt that its replica has not told of yet, and whether it has
+    arrived there."""
 
     num_untold_tokens: float
     is_sent: bool = False

@@ -21,7 +21,6 @@ from waiting import until
 
 PYTHON = Path(__file__).parent / "clients" / ".venvs" / "ray" / "bin" / "python"
 REPLICA = "x-headrace-replica"
-PATIENT = ["--ttft-targets-s", "[1e6,1e6,1e6]"]
 # A step takes some ten milliseconds: several steps long is what a departure may take.
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 24, "intermediate_size": 768, "max_position_embeddings": 8192}
 
@@ -155,8 +154,8 @@ def test_the_end_waits_for_what_runs(model: Path) -> None:
 
 
 def test_replicas_are_added_while_requests_wait(model: Path) -> None:
-    with deployed(model, "--replicas", "1", "--max-replicas", "2", "--max-num-seqs", "2", *PATIENT) as deployment:
-        with ExitStack() as streams:
-            for _ in range(6):
-                streams.enter_context(stream(deployment))
-            until(lambda: len(deployment.pids()) == 2, "a second replica", 120)
+    flags = ["--replicas", "1", "--max-replicas", "2", "--max-num-seqs", "2", "--ttft-targets-s", "[1e6,1e6,1e6]"]
+    with deployed(model, *flags) as deployment, ExitStack() as streams:
+        for _ in range(6):
+            streams.enter_context(stream(deployment))
+        until(lambda: len(deployment.pids()) == 2, "a second replica", 120)
