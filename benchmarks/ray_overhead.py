@@ -24,7 +24,6 @@ from functools import cache
 from pathlib import Path
 
 from headrace.benchmarks.http_bench import PacedRunner
-from headrace.kernels.step_times import StepTimes
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.engine_core import ComputedStep
 from headrace.scheduler.messages import RowResult
@@ -57,7 +56,7 @@ class StampingRunner(PacedRunner):
     """Every row's next token is the time at the end of the step."""
 
     def launch(self, output: SchedulerOutput) -> ComputedStep:
-        times: StepTimes = super().launch(output).times
+        times = super().launch(output).times
         token_id = words()[int(time.monotonic() / _TICK_S) % len(words())]
         return ComputedStep([RowResult(token_id) if row.is_sampled else RowResult() for row in output.rows], times)
 
@@ -238,9 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 statistics.median(values)
                 for values in zip(*((e.delay_ms, e.delay_p99_ms, e.cpu_us_per_event) for e in found), strict=True)
             ]
-            print(
-                f"{num_streams:7} {name:7} {rates[0]:9.0f} {rates[1]:9.0f} {medians[0]:9.2f} {medians[1]:7.2f} {medians[2]:13.0f}"
-            )
+            print(f"{num_streams:7} {name:7} {rates[0]:9.0f} {rates[1]:9.0f}", end="")
+            print(f" {medians[0]:9.2f} {medians[1]:7.2f} {medians[2]:13.0f}")
     print(json.dumps({"idle_share": idle, "request_ms": request_ms, "readings": [asdict(each) for each in readings]}))
     return 0
 

@@ -60,7 +60,7 @@ class Replica:
 
     load_engine: ClassVar[LoadEngine | None] = None
 
-    async def __init__(self, settings: dict[str, Any], num_replicas: int) -> None:
+    async def __init__(self, settings: dict[str, Any], num_replicas: int) -> None:  # type: ignore[misc]  # Serve awaits it
         """Returns once requests can be served. Raises: HeadraceError."""
         self._pause_s = _PIECE_S * num_replicas
         self._num_open = 0
@@ -74,7 +74,7 @@ class Replica:
         self._tracing = None if endpoint is None else open_tracing(endpoint)
         self._error: Exception | None = None
         self._num_reports = 0
-        self._app = make_app(self._settings, self._note_engine, self._tracing, self.load_engine)
+        self._app = make_app(self._settings, self._note_engine, self._tracing, type(self).load_engine)
         self._lifespan = LifespanOn(Config(self._app.asgi, lifespan="on", log_config=None))
         await self._lifespan.startup()
         await self._app.settled.wait()
