@@ -29,7 +29,6 @@ from uvicorn import Config
 from uvicorn.lifespan.on import LifespanOn
 
 from headrace.scheduler.messages import Tier
-from headrace.server.admission import Demand
 from headrace.server.deployment_settings import DeploymentSettings
 from headrace.server.drain import drain
 from headrace.server.replica_calls import Head, ReplicaRequest, Results, answer, ingress_app, replica_lost
@@ -52,7 +51,6 @@ _DOWNSCALE_DELAY_S = 300.0
 # How often a replica that is to end looks whether its requests are over, and what it needs beyond their grace time.
 _DRAIN_PERIOD_S = 0.25
 _CLOSING_S = 15.0
-_PROBE = Demand(Tier.STANDARD, tenant="", weight=1.0, num_tokens=0)
 
 
 class Replica:
@@ -103,9 +101,9 @@ class Replica:
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Serve's hook: what the router hears of this replica."""
-        client, load = self._app.client, self._app.client.load
+        load = self._app.client.load
         self._num_reports += 1
-        wait_s = client.admission.predict(load, _PROBE).ttft_s if client.num_unfinished else 0.0
+        wait_s = self._app.client.admission.predict_longest(load, Tier.STANDARD)
         num_tokens = load.num_total_blocks * self._settings.block_size
         return asdict(ReplicaLoad(self._num_reports, wait_s, load.prefill_tokens_per_s, num_tokens))
 
@@ -113,9 +111,9 @@ class Replica:
         """Serve's hook: what the autoscaling policy hears of this replica."""
         client = self._app.client
         assert client.ready is not None
-        prediction = client.admission.predict(client.load, _PROBE)
+        wait_s = client.admission.predict_longest(client.load, Tier.STANDARD)
         batch_share = (client.load.num_running + client.num_waiting) / client.ready.max_num_seqs
-        return asdict(ReplicaPressure(batch_share, prediction.ttft_s / prediction.target_s))
+        return asdict(ReplicaPressure(batch_share, wait_s / client.admission.targets_s[Tier.STANDARD]))
 
     async def __del__(self) -> None:
         """Serve's hook, when it has sent the replica's last request and waited for it: what runs without a reader is
