@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from headrace.server.deployment_settings import DeploymentSettings, load_deployment_settings
 from headrace.server.settings import Settings, SettingsError
