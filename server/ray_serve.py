@@ -65,7 +65,7 @@ class Replica:
         context = serve.get_replica_context()
         # Ids begin with it, by which the router brings who asks for one back to its maker.
         self._name = context.replica_id.unique_id
-        self._settings = Settings(**settings).model_copy(update={"replica_name": self._name})
+        self._settings = Settings(**settings | {"replica_name": self._name})
         start_logging(self._settings)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         endpoint = self._settings.otlp_traces_endpoint

@@ -25,7 +25,11 @@ def test_a_deployment_has_a_servers_settings_and_its_own() -> None:
         (["--journal-file", "streams.db"], "journal_file"),
         (["--admin-port", "9000"], "admin_port"),
         (["--tls-cert-file", "a", "--tls-key-file", "b"], "tls_cert_file"),
+        (["--journal-dir", "journals"], "journal_dir"),
+        (["--replica-name", "mill"], "replica_name"),
         (["--replica-cpus", "0"], "replica_cpus"),
+        (["--replica-gpus", "2"], "replica_gpus"),
+        (["--replica-gpus", "1", "--tensor-parallel-size", "2"], "replica_gpus"),
     ],
 )
 def test_what_replicas_cannot_be_is_refused_by_its_name(flags: list[str], named: str) -> None:
