@@ -34,7 +34,7 @@ class DeploymentSettings(Settings):
         None, ge=1, description="most servers; their number follows what waits and when first tokens are predicted"
     )
     replica_cpus: float = Field(1, gt=0, description="CPUs that Ray sets aside for each; torch has as many threads")
-    replica_gpus: int = Field(0, ge=0, description="GPUs that Ray gives each: 0, or tensor_parallel_size, of one machine")
+    replica_gpus: int = Field(0, ge=0, description="GPUs that Ray gives each: none, or tensor_parallel_size")
     ray_address: str | None = Field(
         None, min_length=1, description="of a cluster that runs, or auto; otherwise Ray is started on this machine"
     )
