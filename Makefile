@@ -28,7 +28,7 @@ setup: $(VENV)/.installed
 
 setup-test: $(VENV)/.installed-test tests/e2e/node_modules/.installed
 
-setup-clients: $(patsubst %,$(CLIENT_VENVS)/%/.installed,openai2 langchain litellm vllm-bench mlserver locust gradio lm-eval guidellm router) \
+setup-clients: $(patsubst %,$(CLIENT_VENVS)/%/.installed,openai2 langchain litellm vllm-bench mlserver locust gradio lm-eval guidellm router ray) \
 	$(CLIENT_VENVS)/vllm-bench/endpoint_request_func.py $(CLIENTS)/node_modules/.installed
 
 $(BIN)/python:
@@ -56,6 +56,15 @@ $(CLIENT_VENVS)/%/.installed: $(CLIENTS)/%.txt
 	@echo "headrace: installing the test client $*"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python -m pip install --disable-pip-version-check -qq -r $<
+	@touch $@
+
+# Ray beside what is installed for the server.
+$(CLIENT_VENVS)/ray/.installed: $(CLIENTS)/ray.txt $(VENV)/.installed-test
+	@echo "headrace: installing Ray"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/headrace.pth
+	@$(@D)/bin/python -m pip install --disable-pip-version-check -qq --no-deps -r $<
 	@touch $@
 
 $(CLIENT_VENVS)/vllm-bench/endpoint_request_func.py: $(CLIENTS)/vllm-source.txt $(CLIENT_VENVS)/vllm-bench/.installed

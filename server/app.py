@@ -447,7 +447,7 @@ class App:
 
     async def _health(self, request: Request) -> Response:
         """Alive: the loop answers, and the engine thread neither has ended nor hangs in a step."""
-        fault = self._engine_fault
+        fault = self.engine_fault
         content = {"status": fault or "ok", "step_age_s": round(self.watchdog.step_age_s, 3)}
         return JSONResponse(content, 503 if fault else 200)
 
@@ -456,10 +456,11 @@ class App:
         if self.is_ready:
             return JSONResponse({"status": "ready"})
         status = "draining" if self.is_leaving or self.client.is_draining else "loading"
-        return JSONResponse({"status": self._engine_fault or status}, 503)
+        return JSONResponse({"status": self.engine_fault or status}, 503)
 
     @property
-    def _engine_fault(self) -> str | None:
+    def engine_fault(self) -> str | None:
+        """Why this process serves nothing any more; None while it does."""
         if self.client.stopped.is_set():
             return "engine_dead"
         return None if self.watchdog.hung is None else f"{self.watchdog.hung}_hung"

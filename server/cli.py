@@ -1,4 +1,4 @@
-"""The `headrace` command: `serve`, `proxy`, `bench` and `create-key`."""
+"""The `headrace` command: `serve`, `deploy`, `proxy`, `bench` and `create-key`."""
 
 import argparse
 import signal
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 USAGE = """usage: headrace serve [MODEL] [--config FILE] [--port PORT ...]   serve a model; see headrace serve --help
+       headrace deploy [MODEL] [--replicas N ...]                  serve replicas on Ray; see headrace deploy --help
        headrace proxy --upstream URL [--port PORT ...]             merge requests to a server; see headrace proxy --help
        headrace bench [--url URL ...]                              measure a server; see headrace bench --help
        headrace create-key NAME [--tier TIER] [--file FILE]        make an API key; see headrace create-key --help"""
@@ -31,6 +32,8 @@ def _run(args: Sequence[str] | None) -> int:
         except SettingsError as error:
             return _refuse_settings(error)
         return serve(settings)
+    if command == "deploy":
+        return _deploy(rest)
     if command == "proxy":
         from headrace.server.proxy import serve_proxy
         from headrace.server.proxy_settings import load_proxy_settings
@@ -52,6 +55,24 @@ def _run(args: Sequence[str] | None) -> int:
         USAGE if is_help else f"headrace: no command {command!r}\n{USAGE}", file=sys.stdout if is_help else sys.stderr
     )
     return 0 if is_help else 2
+
+
+def _deploy(args: Sequence[str]) -> int:
+    from headrace.server.deployment_settings import load_deployment_settings
+    from headrace.server.settings import SettingsError
+
+    try:
+        settings = load_deployment_settings(args)
+    except SettingsError as error:
+        return _refuse_settings(error)
+    try:
+        from headrace.server.ray_serve import deploy
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        print("headrace: deploy needs Ray: pip install 'headrace[ray]'", file=sys.stderr)
+        return 1
+    return deploy(settings)
 
 
 def _refuse_settings(error: Exception) -> int:

@@ -70,7 +70,8 @@ class Endpoint:
     the request is logged elsewhere, `has_failed`, which it sets where the answer ended otherwise than it should,
     `stage`, which a client's departure is logged with, `hints`, what the `gateway` says of the request, and `cleanup`,
     an ExitStack that is unwound after the response, or in its place. `on_disconnect` is told of a client that left
-    while its body was read, `on_rejected` of every refusal; `refuse` makes the response of one.
+    while its body was read, `on_rejected` of every refusal; `refuse` makes the response of one. `media_types` None
+    takes bodies of any type.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Endpoint:
         on_disconnect: Callable[[], None],
         on_rejected: OnRejected,
         refuse: Refuse,
-        media_types: tuple[str, ...] = ("application/json",),
+        media_types: tuple[str, ...] | None = ("application/json",),
         idempotency: Idempotency | None = None,
         gateway: Gateway | None = None,
     ) -> None:
@@ -212,7 +213,7 @@ class Endpoint:
         all others leave no room for."""
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         # A page on another origin can send some other types without asking first, so this also stops drive-by requests.
-        if media_type not in self._media_types:
+        if self._media_types is not None and media_type not in self._media_types:
             raise UnsupportedMediaTypeError(f"content-type must be {' or '.join(self._media_types)}")
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise UnsupportedMediaTypeError("compressed bodies are not accepted")

@@ -41,7 +41,7 @@ from headrace.server.one_shot_models import OneShotSource
 from headrace.server.settings import ListenerSettings, OneShotModelSettings, Settings, is_loopback
 from headrace.server.tls import load_tls
 from headrace.server.tokenizer import Tokenizer, load_tokenizer
-from headrace.server.tracing import open_tracing
+from headrace.server.tracing import Tracing, open_tracing
 from headrace.server.version import VERSION
 
 # How long a client that reads nothing may hold up the end, once its last event is written.
@@ -49,7 +49,7 @@ _CLOSE_TIMEOUT_S = 5
 _BACKLOG = 2048
 # How long the event loop may keep the interpreter's lock when the engine wants it. The default of 5 ms is as long as a
 # step; far below 1 ms both slow each other down.
-_SWITCH_INTERVAL_S = 0.001
+SWITCH_INTERVAL_S = 0.001
 # transformers imports its parts when they are first named, and fails where two threads do so at once.
 _LOADING = threading.Lock()
 # How often torch's threads look for work before they sleep: by default for milliseconds, on the cores that the next
@@ -76,19 +76,40 @@ def serve(settings: Settings, load_engine: LoadEngine | None = None) -> int:
         tls = load_tls(settings)
         listeners = listen(settings)
         settings = within_descriptors(settings)
-        source = resolve_model(settings.model, say)
-        one_shots = [_resolve_one_shot(one_shot) for one_shot in settings.one_shot_models]
-        if one_shots:
-            os.environ.setdefault("GOMP_SPINCOUNT", _OPENMP_SPINS)  # read when torch is imported
-        adapters = [_find_adapter(name, folder) for name, folder in settings.lora_adapters.items()]
-        beside = [*(one_shot.name for one_shot in one_shots), *(adapter.name for adapter in adapters)]
-        _check_names([settings.served_model_name or source.name, *beside])
-        load_engine = load_engine or partial(_load_engine, settings, source, adapters)
-        server = _Server(settings, source, one_shots, adapters, load_engine, listeners, tls, started_s)
+        server = _Server(settings, load_engine, listeners, tls, started_s)
     except HeadraceError as error:
         print(f"headrace: {error}", file=sys.stderr)
         return 1
     return server.serve_until_signal()
+
+
+def make_app(
+    settings: Settings,
+    on_engine_change: Callable[[Exception | None], None],
+    tracing: Tracing | None = None,
+    load_engine: LoadEngine | None = None,
+) -> App:
+    """The App of the settings' models, which are found, and fetched, and not loaded yet. Raises: HeadraceError."""
+    source = resolve_model(settings.model, say)
+    one_shots = [_resolve_one_shot(one_shot) for one_shot in settings.one_shot_models]
+    if one_shots:
+        os.environ.setdefault("GOMP_SPINCOUNT", _OPENMP_SPINS)  # read when torch is imported
+    adapters = [_find_adapter(name, folder) for name, folder in settings.lora_adapters.items()]
+    name = settings.served_model_name or source.name
+    _check_names([name, *(one_shot.name for one_shot in one_shots), *(adapter.name for adapter in adapters)])
+    return App(
+        settings,
+        name,
+        load_engine=load_engine or partial(_load_engine, settings, source, adapters),
+        load_tokenizer=lambda: _load_tokenizer(settings, source),
+        on_engine_change=on_engine_change,
+        tracing=tracing,
+        one_shots=one_shots,
+        load_one_shots=partial(_load_one_shots, settings, one_shots),
+        model_fingerprint=source.fingerprint() if settings.has_journal else "",
+        read_details=partial(read_model_details, source),
+        adapters={each.name: each.fingerprint() if settings.has_journal else "" for each in adapters},
+    )
 
 
 def start_logging(settings: ListenerSettings) -> None:
@@ -241,40 +262,25 @@ class _Server(DrainingServer):
     def __init__(
         self,
         settings: Settings,
-        source: ModelSource,
-        one_shots: Sequence[OneShotSource],
-        adapters: Sequence[ModelSource],
-        load_engine: LoadEngine,
+        load_engine: LoadEngine | None,
         listeners: Sequence[socket.socket],
         tls: ssl.SSLContext | None,
         started_s: float,
     ) -> None:
+        """Raises: HeadraceError."""
         self._started_s = started_s
         self._settings = settings
         self._error: Exception | None = None
-        name = settings.served_model_name or source.name
         endpoint = settings.otlp_traces_endpoint
         self._tracing = None if endpoint is None else open_tracing(endpoint)
-        self._app = App(
-            settings,
-            name,
-            load_engine=load_engine,
-            load_tokenizer=lambda: _load_tokenizer(settings, source),
-            on_engine_change=self._report,
-            tracing=self._tracing,
-            one_shots=one_shots,
-            load_one_shots=partial(_load_one_shots, settings, one_shots),
-            model_fingerprint=source.fingerprint() if settings.has_journal else "",
-            read_details=partial(read_model_details, source),
-            adapters={each.name: each.fingerprint() if settings.has_journal else "" for each in adapters},
-        )
+        self._app = make_app(settings, self._report, self._tracing, load_engine)
         super().__init__(self._app, settings, listeners, tls)
 
     def serve_until_signal(self) -> int:
         if self._app.keys is None and not is_loopback(self._settings.host):
             say("anyone who reaches this address may use it: there are no keys (see api_keys_file)")
         say(f"version {VERSION}, loading {self._app.generator.model_name}, listening on {self.url}")
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self.run(self._listeners)
         if self._tracing is not None:
             self._tracing.close()
@@ -299,7 +305,7 @@ class _Server(DrainingServer):
             self.should_exit = True
             return
         open_gguf.cache_clear()  # the engine and the tokenizer have both read it
-        _settle_garbage_collector()
+        settle_garbage_collector()
         assert self._app.client.ready is not None
         name = self._app.generator.model_name
         url = self.url
@@ -316,7 +322,7 @@ class _Server(DrainingServer):
         say(f"try: curl -N {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'")
 
 
-def _settle_garbage_collector() -> None:
+def settle_garbage_collector() -> None:
     """Keep what loading made out of every later collection, and collect seldom.
 
     A full one walks the libraries' half a million objects, and all streams stand meanwhile. With the default threshold

@@ -16,6 +16,7 @@ import httpx
 class ServerProcess:
     """The process and its address. `wait_for` waits for a line of its output."""
 
+    python: str | Path = sys.executable
     command: tuple[str, ...] = ("-m", "headrace.server")
     ready = r"chat page: (https?://\S+)/"
 
@@ -23,7 +24,7 @@ class ServerProcess:
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self.process = subprocess.Popen(
-            [sys.executable, *self.command, "--port", "0", *args],
+            [self.python, *self.command, "--port", "0", *args],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

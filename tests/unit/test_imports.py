@@ -43,6 +43,8 @@ FREE = {
     "overload.py",
     "peer_worker.py",
     "peers.py",
+    "ray_overhead.py",
+    "ray_replica.py",
     "scheduler_bench.py",
     "simulate.py",
     "simulated_server.py",

@@ -1,0 +1,283 @@
+"""`headrace deploy`: replicas of the server as an application of Ray Serve, which places, restarts and drains them.
+
+An ingress reads each request and calls a replica, which Serve's request router picks by what the request says, and the
+replica is an App with its lifespan on Serve's event loop. What a proxy of Serve's shows its router is a request's head
+alone; prompts are in bodies, and therefore the ingress. Choosing, scaling and calling are in modules that know nothing
+of Ray.
+Source: Ray Serve's API reference, 2.60 (request router, autoscaling policy, `serve.ingress`).
+"""
+
+import asyncio
+import signal
+import socket
+import sys
+import threading
+from collections.abc import AsyncGenerator
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import anyio
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import AutoscalingContext
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn import Config
+from uvicorn.lifespan.on import LifespanOn
+
+from headrace.scheduler.messages import Tier
+from headrace.server.deployment_settings import DeploymentSettings
+from headrace.server.drain import drain
+from headrace.server.replica_calls import Head, ReplicaRequest, Results, answer, ingress_app, replica_lost
+from headrace.server.replica_routing import ReplicaLoad, ReplicaRouting
+from headrace.server.replica_scaling import ReplicaPressure, desired_replicas
+from headrace.server.serve import SWITCH_INTERVAL_S, LoadEngine, make_app, say, settle_garbage_collector, start_logging
+from headrace.server.settings import Settings
+from headrace.server.tracing import open_tracing
+
+_APPLICATION = "headrace"
+# How often a replica tells of its load, and is asked whether it is alive.
+_STATS_PERIOD_S = 1.0
+_HEALTH_PERIOD_S = 5.0
+# What a piece of a stream takes of the process that all of them pass through: where there are many streams, each has
+# fewer and larger ones.
+_PIECE_S = 0.001
+# How long a replica's pressure is averaged, and has to last before others are added, or taken.
+_LOOK_BACK_S = 10.0
+_DOWNSCALE_DELAY_S = 300.0
+# How often a replica that is to end looks whether its requests are over, and what it needs beyond their grace time.
+_DRAIN_PERIOD_S = 0.25
+_CLOSING_S = 15.0
+
+
+class Replica:
+    """A server in a replica's process, on its event loop. `load_engine` is for one without a model, to measure with."""
+
+    load_engine: ClassVar[LoadEngine | None] = None
+
+    async def __init__(self, settings: dict[str, Any], num_replicas: int) -> None:  # type: ignore[misc]  # Serve awaits it
+        """Returns once requests can be served. Raises: HeadraceError."""
+        self._pause_s = _PIECE_S * num_replicas
+        self._num_open = 0
+        context = serve.get_replica_context()
+        # Ids begin with it, by which the router brings who asks for one back to its maker.
+        self._name = context.replica_id.unique_id
+        self._settings = Settings(**settings | {"replica_name": self._name})
+        start_logging(self._settings)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        endpoint = self._settings.otlp_traces_endpoint
+        self._tracing = None if endpoint is None else open_tracing(endpoint)
+        self._error: Exception | None = None
+        self._num_reports = 0
+        self._app = make_app(self._settings, self._note_engine, self._tracing, type(self).load_engine)
+        self._lifespan = LifespanOn(Config(self._app.asgi, lifespan="on", log_config=None))
+        await self._lifespan.startup()
+        await self._app.settled.wait()
+        if self._error is not None:
+            await self._lifespan.shutdown()
+            raise self._error
+        settle_garbage_collector()
+        say(f"replica {self._name} is ready: {self._app.generator.model_name}")
+
+    def _note_engine(self, error: Exception | None) -> None:
+        self._error = error
+
+    async def answer(self, request: ReplicaRequest) -> AsyncGenerator[Head | bytes, None]:
+        """What the ingress calls."""
+        self._num_open += 1
+        try:
+            async for result in answer(self._app.asgi, self._name, request, lambda: self._num_open * self._pause_s):
+                yield result
+        finally:
+            self._num_open -= 1
+
+    def check_health(self) -> None:
+        """Serve's hook; one that fails it is replaced. Raises: RuntimeError."""
+        if (fault := self._app.engine_fault) is not None:
+            raise RuntimeError(fault)
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Serve's hook: what the router hears of this replica."""
+        load = self._app.client.load
+        self._num_reports += 1
+        wait_s = self._app.client.admission.predict_longest(load, Tier.STANDARD)
+        num_tokens = load.num_total_blocks * self._settings.block_size
+        return asdict(ReplicaLoad(self._num_reports, wait_s, load.prefill_tokens_per_s, num_tokens))
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's hook: what the autoscaling policy hears of this replica."""
+        client = self._app.client
+        assert client.ready is not None
+        wait_s = client.admission.predict_longest(client.load, Tier.STANDARD)
+        batch_share = (client.load.num_running + client.num_waiting) / client.ready.max_num_seqs
+        return asdict(ReplicaPressure(batch_share, wait_s / client.admission.targets_s[Tier.STANDARD]))
+
+    async def __del__(self) -> None:
+        """Serve's hook, when it has sent the replica's last request and waited for it: what runs without a reader is
+        waited for here."""
+        await drain(self._app, self._settings.drain_grace_s, anyio.Event())
+        await self._lifespan.shutdown()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
+
+
+class PrefixAwareRouter(RequestRouter):
+    """Serve's interface to `ReplicaRouting`; lives on the event loop of an ingress's router."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._routing = ReplicaRouting()
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The replicas in the order in which they are to be asked."""
+        if pending_request is None:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True  # where all of them are full
+        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        loads = {name: ReplicaLoad(**replica.routing_stats) for name, replica in replicas.items()}
+        request: ReplicaRequest = pending_request.args[0]
+        request_id = pending_request.metadata.internal_request_id
+        return [[replicas[name]] for name in self._routing.route(request_id, request.destination, loads)]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        super().on_request_routed(pending_request, replica_id, result)
+        request: ReplicaRequest = pending_request.args[0]
+        request_id = pending_request.metadata.internal_request_id
+        self._routing.send(request_id, request.destination.prompt, replica_id.unique_id)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        super().on_request_completed(replica_id, internal_request_id)
+        self._routing.end(internal_request_id, replica_id.unique_id)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        self._routing.keep_only(replica.replica_id.unique_id for replica in replicas)
+
+
+def scale_by_pressure(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+    """Serve's interface to `desired_replicas`; runs in its controller, which applies bounds and delays."""
+    metrics = context.aggregated_metrics or {}
+    ttft_shares = metrics.get("ttft_share", {})
+    pressures = [
+        ReplicaPressure(share, ttft_shares.get(replica_id, 0.0))
+        for replica_id, share in metrics.get("batch_share", {}).items()
+    ]
+    return desired_replicas(context.current_num_replicas, pressures), {}
+
+
+@serve.ingress()
+class Ingress:
+    """Takes requests from Serve's proxies, and calls the replicas."""
+
+    def __init__(self, settings: dict[str, Any], replicas: DeploymentHandle) -> None:
+        self._settings = Settings(**settings)
+        self._answer = replicas.options(method_name="answer", stream=True)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        start_logging(self._settings)
+        app = ingress_app(self._settings, self._call)
+
+        async def ingress(scope: Scope, receive: Receive, send: Send) -> None:
+            async def send_without_id(message: Message) -> None:
+                if message["type"] == "http.response.start":  # Serve's proxy adds the request's id to every head
+                    headers = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
+                    message = {**message, "headers": headers}
+                await send(message)
+
+            await app(scope, receive, send_without_id)
+
+        return ingress
+
+    async def _call(self, request: ReplicaRequest) -> Results:
+        results = self._answer.remote(request)
+        try:
+            async for result in results:
+                yield result
+        except (RayError, RayServeException) as error:
+            raise replica_lost() from error
+        except BaseException:  # the client has left
+            results.cancel()
+            raise
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application; `args` are settings of a deployment, as a Serve config has them. Raises: ValueError."""
+    return _application(DeploymentSettings(**args), Replica)
+
+
+def _application(settings: DeploymentSettings, replica_class: type[Replica]) -> serve.Application:
+    values = settings.model_dump(mode="json", include=set(Settings.model_fields))
+    count: dict[str, Any] = {"num_replicas": settings.replicas}
+    if settings.max_replicas is not None:
+        count = {
+            "autoscaling_config": {
+                "min_replicas": settings.replicas,
+                "max_replicas": settings.max_replicas,
+                "metrics_interval_s": _STATS_PERIOD_S,
+                "look_back_period_s": _LOOK_BACK_S,
+                "upscale_delay_s": _LOOK_BACK_S,
+                "downscale_delay_s": _DOWNSCALE_DELAY_S,
+                "policy": {"policy_function": "headrace.server.ray_serve:scale_by_pressure"},
+            }
+        }
+    both = {
+        "logging_config": {"enable_access_log": False},  # replicas write a line for each request
+        "graceful_shutdown_wait_loop_s": _DRAIN_PERIOD_S,
+        "graceful_shutdown_timeout_s": settings.drain_grace_s + _CLOSING_S,
+    }
+    # One bundle: the processes of a tensor-parallel group are children of the replica's, and see the GPUs that it sees.
+    bundle = {"CPU": settings.replica_cpus} | ({"GPU": settings.replica_gpus} if settings.replica_gpus else {})
+    replica = serve.deployment(replica_class).options(
+        name="Replica",
+        ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": settings.replica_gpus},
+        placement_group_bundles=[bundle],
+        placement_group_strategy="STRICT_PACK",
+        max_ongoing_requests=settings.max_connections,  # the server itself says whom it has no room for
+        health_check_period_s=_HEALTH_PERIOD_S,
+        request_router_config={
+            "request_router_class": "headrace.server.ray_serve:PrefixAwareRouter",
+            "request_routing_stats_period_s": _STATS_PERIOD_S,
+        },
+        **count,
+        **both,
+    )
+    ingress = serve.deployment(Ingress).options(
+        ray_actor_options={"num_cpus": 0}, max_ongoing_requests=settings.max_connections, **both
+    )
+    return ingress.bind(values, replica.bind(values, settings.max_replicas or settings.replicas))
+
+
+def deploy(settings: DeploymentSettings, replica_class: type[Replica] = Replica) -> int:
+    """Run the application until a signal ends it; returns the process's exit code."""
+    ray.init(address=settings.ray_address, include_dashboard=False, log_to_driver=True)
+    told = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: told.set())
+    try:
+        port = settings.port or _free_port(settings.host)
+        serve.start(http_options={"host": settings.host, "port": port, "keep_alive_timeout_s": settings.keep_alive_s})
+        try:
+            serve.run(_application(settings, replica_class), name=_APPLICATION)
+        except (RayError, RayServeException, RuntimeError) as error:
+            print(f"headrace: {error}", file=sys.stderr)
+            return 1
+        say(f"{settings.replicas} replicas are ready; chat page: http://{settings.host}:{port}/")
+        told.wait()
+        say("draining")
+        serve.delete(_APPLICATION)
+        return 0
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _free_port(host: str) -> int:
+    """Serve's proxies open their own listeners, and need to be told where."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as listener:
+        return int(listener.getsockname()[1])

@@ -1,0 +1,161 @@
+"""Two replicas on Ray Serve, as `headrace deploy` starts them: routing, streams, departures, deaths and the end."""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from fake_engine import VOCAB_SIZE, byte_wrapper
+from requirements import need
+from server_process import ServerProcess
+from tiny_models import tiny_llama
+from waiting import until
+
+PYTHON = Path(__file__).parent / "clients" / ".venvs" / "ray" / "bin" / "python"
+REPLICA = "x-headrace-replica"
+# A step takes some ten milliseconds: several steps long is what a departure may take.
+SHAPE = {"hidden_size": 256, "num_hidden_layers": 24, "intermediate_size": 768, "max_position_embeddings": 8192}
+
+pytestmark = [
+    pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="an environment of `make test-all`"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+class Deployment(ServerProcess):
+    """`headrace deploy`, and all that it starts."""
+
+    python = PYTHON
+    command = ("-c", "import sys; from headrace.server.cli import main; sys.exit(main())", "deploy")
+
+    def pids(self) -> dict[str, int]:
+        """Of the replicas that were ever ready, by their names."""
+        found = re.findall(
+            r"\(ServeReplica:headrace:Replica pid=(\d+)\).*headrace: replica (\w+) is ready", self.output
+        )
+        return {name: int(pid) for pid, name in found}
+
+    def metric(self, replica: str, name: str) -> float:
+        text = httpx.get(f"{self.url()}/metrics", headers={REPLICA: replica}).text
+        return float(re.findall(rf"^headrace_{name} (\S+)$", text, re.M)[0])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_llama(vocab_size=VOCAB_SIZE, **SHAPE).save_pretrained(path)
+    byte_wrapper().save_pretrained(path)
+    return path
+
+
+@contextmanager
+def deployed(model: Path, *args: str) -> Iterator[Deployment]:
+    need(PYTHON.exists(), "what `make setup-clients` installs")
+    flags = ["--dtype", "float32", "--cpu-kernel", "torch", "--kv-cache-bytes", "256MiB", "--replica-cpus", "0.5"]
+    deployment = Deployment([str(model), *flags, *args], {"RAY_DEDUP_LOGS": "0"})
+    try:
+        deployment.wait_for(deployment.ready, 180)
+        yield deployment
+    finally:
+        deployment.stop(timeout_s=120)
+
+
+@pytest.fixture(scope="module")
+def deployment(model: Path) -> Iterator[Deployment]:
+    with deployed(model, "--replicas", "2", "--drain-grace-s", "60") as deployment:
+        yield deployment
+
+
+def complete(deployment: Deployment, prompt: str, **fields: Any) -> httpx.Response:
+    body = {"prompt": prompt, "max_tokens": 4, "ignore_eos": True} | fields
+    answer = httpx.post(f"{deployment.url()}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+@contextmanager
+def stream(
+    deployment: Deployment, headers: dict[str, str] | None = None, max_tokens: int = 4000
+) -> Iterator[httpx.Response]:
+    body = {"prompt": "The mill", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    body["return_token_ids"] = True
+    url = f"{deployment.url()}/v1/completions"
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as response:
+        assert response.status_code == 200
+        yield response
+
+
+def frames(response: httpx.Response) -> Iterator[Any]:
+    for line in response.iter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))
+
+
+def test_what_comes_at_once_is_shared_and_what_begins_alike_stays_together(deployment: Deployment) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda n: complete(deployment, f"{n} mill wheels", max_tokens=50), range(16)))
+    assert len({answer.headers[REPLICA] for answer in answers}) == 2
+    system = "You mend mill wheels, and nothing else. " * 60
+    first, *others = (complete(deployment, f"{system}{n}") for n in range(6))
+    assert {answer.headers[REPLICA] for answer in others} == {first.headers[REPLICA]}
+    cached = [answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in others]
+    assert min(cached) > 2000
+
+
+def test_a_client_that_leaves_at_the_proxy_is_cancelled_in_its_replica_within_steps(deployment: Deployment) -> None:
+    replica = complete(deployment, "hi").headers[REPLICA]
+    surplus = []
+    for _ in range(5):
+        before = deployment.metric(replica, "generation_tokens_total")
+        num_read = 0
+        with stream(deployment, {REPLICA: replica}) as response:
+            for frame in frames(response):
+                num_read += len(frame["choices"][0].get("token_ids", ()))
+                if num_read >= 50:
+                    break
+        assert response.headers[REPLICA] == replica
+        assert num_read >= 50
+        until(lambda: deployment.metric(replica, "num_requests_running") == 0, "the sequence is cancelled")
+        surplus.append(deployment.metric(replica, "generation_tokens_total") - before - num_read)
+    print(f"tokens computed beyond those that were read: {surplus}")
+    assert sorted(surplus)[2] <= 3
+
+
+def test_a_stream_whose_replica_is_killed_ends_with_one_error_and_the_other_replica_goes_on(
+    deployment: Deployment,
+) -> None:
+    with stream(deployment) as response:
+        events = frames(response)
+        next(events)
+        victim = response.headers[REPLICA]
+        os.kill(deployment.pids()[victim], signal.SIGKILL)
+        *_, last = events
+    assert last["error"]["code"] == "replica_lost"
+    assert complete(deployment, "hi").headers[REPLICA] != victim
+
+
+def test_the_end_waits_for_what_runs(model: Path) -> None:
+    with deployed(model, "--replicas", "1") as deployment:
+        with stream(deployment, max_tokens=300) as response:
+            events = frames(response)
+            next(events)
+            deployment.process.send_signal(signal.SIGTERM)
+            *_, last = events
+        assert last["choices"][0]["finish_reason"] == "length"
+        assert deployment.stop(timeout_s=120) == 0
+
+
+def test_replicas_are_added_while_requests_wait(model: Path) -> None:
+    flags = ["--replicas", "1", "--max-replicas", "2", "--max-num-seqs", "2", "--ttft-targets-s", "[1e6,1e6,1e6]"]
+    with deployed(model, *flags) as deployment, ExitStack() as streams:
+        for _ in range(6):
+            streams.enter_context(stream(deployment))
+        until(lambda: len(deployment.pids()) == 2, "a second replica", 120)

@@ -1,0 +1,180 @@
+"""Which replica a request goes to, from what replicas tell and what they were sent."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from headrace.server.replica_routing import (
+    PIECE_BYTES,
+    Destination,
+    PromptKey,
+    ReplicaLoad,
+    ReplicaRouting,
+    prompt_key,
+)
+
+IDLE = ReplicaLoad(1, wait_s=0.0, prefill_tokens_per_s=1000, kv_cache_tokens=100_000)
+CHAT = "/v1/chat/completions"
+SYSTEM = {"role": "system", "content": "You mend mill wheels. " * 200}
+
+
+def chat_key(*messages: str, path: str = CHAT, **fields: object) -> PromptKey:
+    turns = [{"role": "user", "content": text} for text in messages]
+    body = {**fields, "messages": [SYSTEM, *turns], "stream": True}
+    return prompt_key(path, b"", json.dumps(body).encode())
+
+
+def best(routing: ReplicaRouting, prompt: PromptKey, loads: dict[str, ReplicaLoad]) -> str:
+    """Where a request would go that then does not come."""
+    name = routing.route("asked", Destination(prompt), loads)[0]
+    routing.end("asked", name)
+    return name
+
+
+def num_common(one: PromptKey, other: PromptKey) -> int:
+    return sum(a == b for a, b in zip(one.pieces, other.pieces, strict=False))
+
+
+def test_prompts_that_begin_alike_have_their_first_pieces_in_common() -> None:
+    one, other = chat_key("What is a headrace?"), chat_key("And a tailrace? " * 100)
+    num_shared = len(json.dumps(SYSTEM)) // PIECE_BYTES
+    assert num_common(one, other) == num_shared > 5
+    assert len(set(one.pieces)) == len(one.pieces)
+
+
+def test_fields_that_stand_before_the_messages_do_not_matter_but_the_model_does() -> None:
+    key = chat_key("Hello", model="mill", seed=1, user="a")
+    assert key == chat_key("Hello", model="mill", seed=23, user="somebody")
+    assert num_common(key, chat_key("Hello", model="other")) == 0
+    assert num_common(key, chat_key("Hello", model="mill", path="/v1/completions")) == 0
+
+
+def test_a_message_that_spells_a_field_begins_no_prompt() -> None:
+    quoted = [{"role": "user", "content": '"messages": [] ' * 100}]
+    one, other = (json.dumps({"seed": seed, "messages": quoted}).encode() for seed in (1, 2))
+    assert prompt_key(CHAT, b"", one) == prompt_key(CHAT, b"", other)
+
+
+def test_the_prompt_of_a_request_without_a_body_is_its_query() -> None:
+    query = b"prompt=" + b"The+mill+wheel+" * 100
+    assert len(prompt_key("/v1/stream", query, b"").pieces) == len(query) // PIECE_BYTES
+    assert prompt_key("/v1/models", b"", b"") == PromptKey(0, ())
+
+
+@pytest.mark.parametrize("body", [b"\xff\x00{", b'"prompt":', b"null", b'{"prompt": ' * 10_000])
+def test_what_is_no_json_has_a_key_too(body: bytes) -> None:
+    assert prompt_key(CHAT, b"", body).num_bytes <= len(body)
+
+
+def test_a_request_goes_where_its_prefix_is_until_the_wait_there_costs_more_than_the_prefix_saves() -> None:
+    routing = ReplicaRouting()
+    loads = {"a": IDLE, "b": IDLE}
+    first = chat_key("What is a headrace?")
+    routing.send("1", first, "b")
+    routing.end("1", "b")
+    assert best(routing, chat_key("And a tailrace?"), loads) == "b"
+    saved_s = 2 * len(first.pieces) * PIECE_BYTES / 4 / 1000  # for itself, and for others
+    for number, wait_s, expected in ((2, 0.9 * saved_s, "b"), (3, 1.1 * saved_s, "a")):
+        loads["b"] = ReplicaLoad(number, wait_s, 1000, 100_000)
+        assert best(routing, chat_key("And a tailrace?"), loads) == expected
+
+
+def test_requests_without_a_prefix_go_where_the_first_token_is_predicted_soonest() -> None:
+    loads = {"slow": ReplicaLoad(1, 0.1, 10), "busy": ReplicaLoad(1, 2.0, 1000), "free": ReplicaLoad(1, 0.5, 1000)}
+    assert list(ReplicaRouting().route("1", Destination(PromptKey(400, ())), loads)) == ["free", "busy", "slow"]
+
+
+def test_prompts_that_were_sent_since_a_replica_told_of_its_load_count_and_afterwards_no_more() -> None:
+    routing = ReplicaRouting()
+    loads = {"a": ReplicaLoad(1, 0.0, 1000), "b": ReplicaLoad(1, 1.0, 1000)}
+    prompt = PromptKey(8000, ())  # two seconds
+    best(routing, prompt, loads)
+    routing.send("1", prompt, "a")
+    assert best(routing, prompt, loads) == "b"
+    assert best(routing, prompt, {"a": ReplicaLoad(2, 0.5, 1000), "b": ReplicaLoad(2, 1.0, 1000)}) == "a"
+
+
+@pytest.mark.parametrize("has_arrived", [False, True], ids=["on their way", "arrived"])
+def test_requests_that_are_not_over_count_each_and_are_shared(has_arrived: bool) -> None:
+    routing = ReplicaRouting()
+    prompt, loads = PromptKey(40, ()), {"a": IDLE, "b": IDLE}
+    chosen = Counter[str]()
+    for n in range(20):
+        name = routing.route(str(n), Destination(prompt), loads)[0]
+        if has_arrived:
+            routing.send(str(n), prompt, name)
+        chosen[name] += 1
+    assert chosen == {"a": 10, "b": 10}
+    for n in range(20):
+        routing.end(str(n), "a")
+    routing.end("of a replica that is gone", "c")
+    assert best(routing, prompt, loads) == "a"
+
+
+def test_a_request_counts_where_it_has_gone_and_nowhere_else_and_no_longer_where_it_never_came() -> None:
+    routing = ReplicaRouting()
+    prompt, loads = PromptKey(40, ()), {"a": IDLE, "b": ReplicaLoad(1, 0.01, 1000)}
+    assert routing.route("full", Destination(prompt), loads)[0] == "a"
+    routing.send("full", prompt, "b")  # "a" had no room
+    assert best(routing, prompt, loads) == "a"
+    routing.route("gave up", Destination(prompt), loads)
+    routing.end("full", "b")
+    assert best(routing, prompt, loads) == "b"
+    assert best(routing, prompt, {name: ReplicaLoad(2, load.wait_s, 1000) for name, load in loads.items()}) == "a"
+
+
+def test_replicas_that_are_alike_share_what_comes() -> None:
+    routing = ReplicaRouting()
+    chosen = Counter(best(routing, PromptKey(0, ()), {"a": IDLE, "b": IDLE}) for _ in range(200))
+    assert min(chosen["a"], chosen["b"]) > 50
+
+
+def test_one_that_has_computed_nothing_is_taken_for_as_fast_as_the_others() -> None:
+    loads = {"new": ReplicaLoad(), "busy": ReplicaLoad(1, 1.0, 500)}
+    assert best(ReplicaRouting(), PromptKey(4000, ()), loads) == "new"
+
+
+def test_what_a_replica_may_hold_is_bounded_by_its_cache_and_the_oldest_goes_first() -> None:
+    routing = ReplicaRouting()
+    small = ReplicaLoad(1, 0.0, 1000, kv_cache_tokens=1)  # but a prompt's pieces fit always
+    loads = {"a": small, "b": small}
+    old, *later = [prompt_key(CHAT, b"", b'{"prompt":' + bytes([65 + n]) * 64 * PIECE_BYTES) for n in range(3)]
+    best(routing, old, loads)
+    for key in (old, *later):
+        routing.send("", key, "a")
+    routing.end("", "a")
+    told = {"a": ReplicaLoad(2, 0.001, 1000, 1), "b": small}  # a little worse, but for what it holds
+    for key, is_held in ((old, False), (later[1], True)):
+        assert (best(routing, key, told) == "a") is is_held
+
+
+def test_a_replica_that_is_gone_is_forgotten() -> None:
+    routing = ReplicaRouting()
+    key = chat_key("Hello")
+    routing.send("1", key, "a")
+    routing.keep_only(["b"])
+    chosen = Counter(best(routing, key, {"a": IDLE, "b": IDLE}) for _ in range(200))
+    assert min(chosen["a"], chosen["b"]) > 50
+
+
+def test_what_names_a_replica_goes_to_it_while_it_is_there() -> None:
+    busy = {"a": ReplicaLoad(1, 60.0, 10), "b": IDLE}
+    named = Destination(PromptKey(0, ()), owners=("gone", "a"))
+    assert list(ReplicaRouting().route("1", named, busy)) == ["a"]
+    assert list(ReplicaRouting().route("1", named, {"b": IDLE})) == ["b"]
+
+
+def test_requests_with_one_idempotency_key_meet_in_one_replica_whatever_its_load() -> None:
+    names = ["a", "b", "c"]
+    first = set()
+    for n in range(30):
+        keyed = Destination(PromptKey(n, ()), idempotency_key=f"key-{n}")
+        orders = {
+            tuple(ReplicaRouting().route("1", keyed, {name: ReplicaLoad(1, wait_s, 10) for name in names}))
+            for wait_s in (0.0, 1.0)
+        }
+        [order] = orders
+        assert sorted(order) == names
+        first.add(order[0])
+    assert first == set(names)
