@@ -1,0 +1,575 @@
+"""`python -m headrace.benchmarks.fleet`: how cost grows from 1 to 1,000 replicas, on the simulator.
+
+Each replica is a whole simulated server (the production scheduler, admission and engine client), all on one clock. A
+thousand users to a replica talk with it: a conversation begins with one of a few instructions, each turn has all before
+it as its prompt, and between turns its user thinks. Lengths are the Azure conversation trace's. Routers in front choose
+by `routing`'s policies; they ask each replica for its gauges in every interval, one after the other. The same seed has
+the same users ask the same, whatever the policy. What is counted are the turns that are asked in the window behind the
+warm-up, in which caches fill; then nobody asks any more, and all are waited for. A refused user asks again, after as
+long a thought as another turn would have taken. What breaks first is `fleet_costs`' to measure.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import math
+import multiprocessing
+import random
+import sys
+import time
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from headrace.benchmarks.arrivals import Arrival, read_trace
+from headrace.benchmarks.fleet_costs import BreakingPoint, Rates, breaking_points, measure
+from headrace.benchmarks.routing import PIECE_TOKENS, POLICIES, Gauges, PrefixTable, Prompt
+from headrace.benchmarks.simulated_server import (
+    END_TOKEN,
+    CostModel,
+    EventQueue,
+    Job,
+    Life,
+    ServerSettings,
+    SimulatedServer,
+)
+from headrace.scheduler.config import SchedulingPolicy
+from headrace.scheduler.messages import LoadSnapshot, Tier
+from headrace.server.admission import Demand
+
+_TRACE = Path(__file__).parent / "traces" / "azure_2023_conversation.csv"
+_NUM_ARRIVALS = 2000
+_LENGTH_SCALE = 0.25
+USERS_PER_REPLICA = 1000
+# A conversation's turns, in the mean of a geometric distribution, and the thought before the next one: lognormal.
+_MEAN_TURNS = 4.0
+_THOUGHT_MEDIAN_S, _THOUGHT_SIGMA = 20.0, 1.0
+_MAX_CONVERSATION_TOKENS = 2048
+# Instructions, the first the most used (Zipf), of 32 to 512 tokens.
+_NUM_INSTRUCTIONS = 64
+_INSTRUCTION_TOKENS = (32, 64, 128, 256, 512)
+_MAX_TOKENS = 1024
+# A prompt's own tokens: which conversation it is, then the same text in all.
+_TEXT = tuple(ord("a") + (i * 3 + i // 5) % 26 for i in range(2**14))
+_FIRST_OWN_TOKEN = 10_000
+_SETTINGS = ServerSettings(
+    num_blocks=4096,
+    max_num_batched_tokens=1024,
+    policy=SchedulingPolicy(itl_targets_s=dict.fromkeys(Tier, 0.15)),
+)
+_NO_PROMPT = Demand(Tier.STANDARD, "", 1.0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Of a run. `rate_per_s` are turns asked per replica, were none refused; `window_s` comes after `warm_up_s`."""
+
+    policy: str
+    num_replicas: int
+    rate_per_s: float = 9.0
+    interval_s: float = 1.0
+    counts_sent: bool = True
+    num_routers: int = 1
+    warm_up_s: float = 20.0
+    window_s: float = 30.0
+    seed: int = 1
+
+    @property
+    def end_s(self) -> float:
+        return self.warm_up_s + self.window_s
+
+    @property
+    def cycle_s(self) -> float:
+        """From one conversation of a user to the next, in the mean."""
+        return USERS_PER_REPLICA * _MEAN_TURNS / self.rate_per_s
+
+    @property
+    def thinking_s(self) -> float:
+        """Of that, in thoughts between turns."""
+        return (_MEAN_TURNS - 1) * _THOUGHT_MEDIAN_S * math.exp(_THOUGHT_SIGMA**2 / 2)
+
+    @property
+    def away_s(self) -> float:
+        return self.cycle_s - self.thinking_s
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of a run. Turns and times are those of the window; `imbalance` is the standard deviation over replicas of their
+    output tokens, over the mean; `num_streams` is how many are open at a replica in the mean. `run_s` is what the run
+    took here."""
+
+    setting: Setting
+    num_users_seen: int
+    num_turns: int
+    refused_share: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    itl_p99_s: float
+    hit_share: float
+    tokens_per_s: float  # of a replica
+    imbalance: float
+    num_streams: float
+    num_table_pieces: int
+    run_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Turn(Job):
+    """A request of a conversation: its group's instruction and all said before are the prompt's beginning."""
+
+    conversation: int = 0
+
+    def prompt(self) -> tuple[int, ...]:
+        num_own = self.num_prompt_tokens - self.num_shared_tokens
+        instruction = (1000 + self.group,) * self.num_shared_tokens
+        return (*instruction, _FIRST_OWN_TOKEN + self.conversation, *_TEXT[1:num_own])
+
+    def token(self, index: int) -> int:
+        if index >= self.num_answer_tokens:
+            return END_TOKEN
+        return _TEXT[self.num_prompt_tokens - self.num_shared_tokens + index]
+
+    def known_as(self) -> Prompt:
+        """The prompt as routers know it. A number stands for a hash: the instruction's, or the conversation's."""
+        num_pieces = self.num_prompt_tokens // PIECE_TOKENS
+        num_shared = min(num_pieces, self.num_shared_tokens // PIECE_TOKENS)
+        shared = (-1 - self.group * 2**8 - i for i in range(num_shared))
+        own = (self.conversation * 2**8 + i for i in range(num_shared, num_pieces))
+        return Prompt(self.num_prompt_tokens, (*shared, *own))
+
+
+class _Drawn(NamedTuple):
+    """What a user's turn is like: its message, where the conversation begins with it and where it goes on, its answer,
+    whether another turn follows, and after how long; else after how long another conversation."""
+
+    num_first_tokens: int
+    num_next_tokens: int
+    num_answer_tokens: int
+    goes_on: bool
+    thought_s: float
+    away_s: float
+
+
+@dataclass(slots=True)
+class _User:
+    """Somebody who is in a conversation, or about to begin one. `num_tokens` are those of the conversation so far."""
+
+    number: int
+    drawn: _Drawn
+    num_asked: int = 0
+    num_conversations: int = 0
+    num_tokens: int = 0
+
+
+class Fleet:
+    """The replicas, the routers and the users of a run."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self._queue = EventQueue()
+        # A refusal's advice on when to come back, which nobody here follows, is drawn by everybody's generator.
+        random.seed(setting.seed)
+        self.servers = [
+            SimulatedServer(
+                _SETTINGS,
+                CostModel(),
+                queue=self._queue,
+                on_published=partial(self._note_published, replica),
+            )
+            for replica in range(setting.num_replicas)
+        ]
+        self._draws = random.Random(setting.seed)
+        max_pieces = setting.num_replicas * _SETTINGS.num_blocks * _SETTINGS.block_size // PIECE_TOKENS
+        self._gauges = [
+            Gauges(setting.num_replicas, counts_sent=setting.counts_sent) for _ in range(setting.num_routers)
+        ]
+        self._tables = [PrefixTable(max_pieces) for _ in range(setting.num_routers)]
+        self._policies = [
+            POLICIES[setting.policy](gauges, table, random.Random(setting.seed * 1000 + i))
+            for i, (gauges, table) in enumerate(zip(self._gauges, self._tables, strict=True))
+        ]
+        self._users: dict[int, _User] = {}  # by the turn that is being answered
+        self._turn_numbers = itertools.count()
+        self._loads: list[LoadSnapshot] = []  # when the window began
+        self._window_loads: list[LoadSnapshot] = []  # when it ended
+        self._seen: set[int] = set()
+        self._num_turns = 0
+        self._num_refused = 0
+        self._ttfts_s = array("f")
+        self._gaps_s = array("f")
+        self._num_tokens = [0] * setting.num_replicas
+        self._stream_s = 0.0
+
+    def play(self) -> Figures:
+        """Play the run to its end, at which nothing is left of it."""
+        began_s = time.perf_counter()
+        setting, queue = self.setting, self._queue
+        for i, gauges in enumerate(self._gauges):
+            for replica in range(setting.num_replicas):
+                place = (replica + i / setting.num_routers) / setting.num_replicas
+                queue.at(place * setting.interval_s, partial(self._ask_gauges, gauges, replica))
+        for user, at_s in self._first_turns():
+            queue.at(at_s, partial(self._ask, user))
+        queue.run(setting.warm_up_s)
+        self._loads = [server.client.load for server in self.servers]
+        queue.run(setting.end_s)
+        self._window_loads = [server.client.load for server in self.servers]
+        queue.run()
+        for server in self.servers:
+            load = server.scheduler.load()
+            assert not server.scheduler.has_work
+            assert load.num_free_blocks == load.num_total_blocks
+        assert not self._users
+        return self._figures(time.perf_counter() - began_s)
+
+    def _first_turns(self) -> Iterator[tuple[_User, float]]:
+        """Who comes before the end, and when first: each user is found thinking within a conversation, or away."""
+        setting = self.setting
+        draws = np.random.default_rng(setting.seed)
+        num_users = setting.num_replicas * USERS_PER_REPLICA
+        is_thinking = draws.random(num_users) < setting.thinking_s / setting.cycle_s
+        # Who is found within a thought is rather in a long one; what is left of it is any part.
+        left_s = _THOUGHT_MEDIAN_S * draws.lognormal(_THOUGHT_SIGMA**2, _THOUGHT_SIGMA, num_users)
+        left_s *= draws.random(num_users)
+        away_s = draws.exponential(setting.away_s, num_users)
+        num_past = np.where(is_thinking, draws.geometric(1 / _MEAN_TURNS, num_users), 0)
+        first_s = np.where(is_thinking, left_s, away_s)
+        for number in np.flatnonzero(first_s < setting.end_s).tolist():
+            user = _User(number, _draw(setting, number, 0))
+            for _ in range(num_past[number]):
+                self._note_answered(user, self._next_turn(user))
+                self._go_on(user)
+            yield user, float(first_s[number])
+
+    def _next_turn(self, user: _User) -> Turn:
+        instruction = _instruction_of(user.number)
+        num_shared = _INSTRUCTION_TOKENS[instruction % len(_INSTRUCTION_TOKENS)]
+        drawn = user.drawn
+        num_tokens = user.num_tokens + drawn.num_next_tokens if user.num_tokens else num_shared + drawn.num_first_tokens
+        return Turn(
+            next(self._turn_numbers),
+            self._queue.now,
+            num_tokens,
+            drawn.num_answer_tokens,
+            _MAX_TOKENS,
+            group=instruction,
+            num_shared_tokens=num_shared,
+            conversation=user.number * 2**10 + user.num_conversations,
+        )
+
+    def _ask(self, user: _User) -> None:
+        setting, now = self.setting, self._queue.now
+        if now >= setting.end_s:
+            return
+        turn = self._next_turn(user)
+        policy = self._policies[self._draws.randrange(setting.num_routers)]
+        replica = policy.choose(turn.known_as())
+        life = self.servers[replica].submit(turn)
+        if now >= setting.warm_up_s:
+            self._seen.add(user.number)
+            self._num_turns += 1
+            self._num_refused += life.refusal is not None
+        if life.refusal is None:
+            self._users[turn.number] = user
+            return
+        self.servers[replica].forget(life)
+        self._queue.at(now + user.drawn.thought_s, partial(self._ask, user))
+        self._go_on(user)
+
+    def _go_on(self, user: _User) -> None:
+        """Draw what a user asks next."""
+        user.num_asked += 1
+        user.drawn = _draw(self.setting, user.number, user.num_asked)
+
+    def _note_answered(self, user: _User, turn: Turn) -> None:
+        user.num_tokens = turn.num_prompt_tokens + turn.num_answer_tokens
+        if user.num_tokens > _MAX_CONVERSATION_TOKENS:
+            self._end_conversation(user)
+
+    def _end_conversation(self, user: _User) -> None:
+        user.num_conversations += 1
+        user.num_tokens = 0
+
+    def _note_published(self, replica: int, lives: list[Life]) -> None:
+        for life in lives:
+            assert life.generation is not None
+            if life.generation.is_over:
+                self._note_end(replica, life)
+                self.servers[replica].forget(life)
+
+    def _note_end(self, replica: int, life: Life) -> None:
+        setting, turn, tokens_s = self.setting, life.job, life.token_s
+        assert isinstance(turn, Turn)
+        first = bisect_left(tokens_s, setting.warm_up_s)
+        self._num_tokens[replica] += bisect_left(tokens_s, setting.end_s) - first
+        self._stream_s += max(0.0, min(tokens_s[-1], setting.end_s) - max(turn.at_s, setting.warm_up_s))
+        if setting.warm_up_s <= turn.at_s:
+            self._ttfts_s.append(tokens_s[0] - turn.at_s)
+            self._gaps_s.extend(later - earlier for earlier, later in itertools.pairwise(tokens_s))
+        user = self._users.pop(turn.number)
+        drawn = user.drawn
+        self._note_answered(user, turn)
+        if not drawn.goes_on:
+            self._end_conversation(user)
+        wait_s = drawn.thought_s if drawn.goes_on else drawn.away_s
+        self._queue.at(self._queue.now + wait_s, partial(self._ask, user))
+        self._go_on(user)
+
+    def _ask_gauges(self, gauges: Gauges, replica: int) -> None:
+        client = self.servers[replica].client
+        load = client.load
+        wait_s = client.admission.predict(load, _NO_PROMPT).ttft_s
+        token_s = 1 / load.prefill_tokens_per_s if load.prefill_tokens_per_s > 0 else 0.0
+        gauges.hear(replica, load.num_running + client.num_waiting, wait_s, token_s)
+        if self._queue.now < self.setting.end_s:
+            self._queue.at(self._queue.now + self.setting.interval_s, partial(self._ask_gauges, gauges, replica))
+
+    def _figures(self, run_s: float) -> Figures:
+        setting = self.setting
+        tokens = np.array(self._num_tokens, np.float64)
+        pairs = list(zip(self._loads, self._window_loads, strict=True))
+        num_queries = sum(after.num_prefix_queries - before.num_prefix_queries for before, after in pairs)
+        num_hits = sum(after.num_prefix_hits - before.num_prefix_hits for before, after in pairs)
+        return Figures(
+            setting,
+            num_users_seen=len(self._seen),
+            num_turns=self._num_turns,
+            refused_share=self._num_refused / max(1, self._num_turns),
+            ttft_p50_s=_percentile(self._ttfts_s, 50),
+            ttft_p99_s=_percentile(self._ttfts_s, 99),
+            itl_p99_s=_percentile(self._gaps_s, 99),
+            hit_share=num_hits / max(1, num_queries),
+            tokens_per_s=float(tokens.mean()) / setting.window_s,
+            imbalance=float(tokens.std() / max(1.0, tokens.mean())),
+            num_streams=self._stream_s / setting.window_s / setting.num_replicas,
+            num_table_pieces=len(self._tables[0]),
+            run_s=run_s,
+        )
+
+
+def _draw(setting: Setting, user: int, num_asked: int) -> _Drawn:
+    """The same under every policy."""
+    draws = random.Random((setting.seed * 2**40 + user) * 2**16 + num_asked)
+    arrivals = _arrivals()
+    return _Drawn(
+        num_first_tokens=draws.choice(arrivals).prompt_tokens,
+        num_next_tokens=draws.choice(arrivals).output_tokens,  # what follows is as long as what is answered
+        num_answer_tokens=draws.choice(arrivals).output_tokens,
+        goes_on=draws.random() >= 1 / _MEAN_TURNS,
+        thought_s=draws.lognormvariate(math.log(_THOUGHT_MEDIAN_S), _THOUGHT_SIGMA),
+        away_s=draws.expovariate(1 / setting.away_s),
+    )
+
+
+@cache
+def _arrivals() -> list[Arrival]:
+    return read_trace(_TRACE, _NUM_ARRIVALS, _LENGTH_SCALE)
+
+
+@cache
+def _shares() -> list[float]:
+    """Of instructions, running totals."""
+    weights = [1 / (1 + i) for i in range(_NUM_INSTRUCTIONS)]
+    return list(itertools.accumulate(weight / sum(weights) for weight in weights))
+
+
+def _instruction_of(user: int) -> int:
+    # Multiples of an irrational number are spread evenly (Weyl).
+    return min(bisect_left(_shares(), user * 0.6180339887498949 % 1), _NUM_INSTRUCTIONS - 1)
+
+
+def _percentile(samples: Sequence[float], percentile: float) -> float:
+    return float(np.percentile(np.asarray(samples), percentile)) if len(samples) else float("nan")
+
+
+def play(setting: Setting) -> Figures:
+    """Play one run."""
+    # Without cycles to find, looking for them is a fifth of the time.
+    gc.disable()
+    try:
+        return Fleet(setting).play()
+    finally:
+        gc.enable()
+        gc.collect()
+
+
+
+# The runs
+
+_COUNTS = (1, 10, 100, 1000)
+_GROWTH_POLICIES = ("round robin", "least queue", "prefix-aware", "predicted TTFT", "prefix and TTFT")
+# (Policy, whether routers count what they have sent, how many there are).
+_STALENESS_KINDS = (
+    ("least queue", False, 1),
+    ("least queue", True, 1),
+    ("least queue", True, 8),
+    ("two choices", False, 1),
+    ("predicted TTFT", False, 1),
+    ("predicted TTFT", True, 1),
+    ("prefix and TTFT", True, 1),
+    ("prefix and TTFT", True, 8),
+)
+_STALENESS_REPLICAS = 32
+_INTERVALS_S = (0.1, 1.0, 5.0, 15.0)
+_WARM_UP_S = 15.0
+# A window has so many seconds of replicas in it, within these bounds.
+_WINDOW_REPLICA_S, _MIN_WINDOW_S, _MAX_WINDOW_S = 3000.0, 10.0, 300.0
+
+
+def growth_settings(counts: Sequence[int], scale: float, seed: int) -> list[Setting]:
+    """Each policy at each number of replicas, and those that go by gauges alone without counting what was sent."""
+    kinds = [(policy, True) for policy in _GROWTH_POLICIES] + [("least queue", False), ("predicted TTFT", False)]
+    return [
+        Setting(
+            policy,
+            count,
+            counts_sent=counts_sent,
+            warm_up_s=_WARM_UP_S * scale,
+            window_s=min(_MAX_WINDOW_S, max(_MIN_WINDOW_S, _WINDOW_REPLICA_S / count)) * scale,
+            seed=seed,
+        )
+        for policy, counts_sent in kinds
+        for count in counts
+    ]
+
+
+def staleness_settings(scale: float, seed: int) -> list[Setting]:
+    """How often gauges are asked for, whether what was sent counts, and by how many routers."""
+    return [
+        Setting(
+            policy,
+            _STALENESS_REPLICAS,
+            interval_s=interval_s,
+            counts_sent=counts_sent,
+            num_routers=num_routers,
+            warm_up_s=_WARM_UP_S * scale,
+            window_s=2 * _INTERVALS_S[-1] * scale,
+            seed=seed,
+        )
+        for policy, counts_sent, num_routers in _STALENESS_KINDS
+        for interval_s in _INTERVALS_S
+    ]
+
+
+def name_of(setting: Setting) -> str:
+    """The policy, and how it goes by its gauges."""
+    name = setting.policy
+    if not setting.counts_sent:
+        name += ", gauges alone"
+    if setting.num_routers > 1:
+        name += f", {setting.num_routers} routers"
+    return name
+
+
+def growth_lines(runs: Sequence[Figures]) -> list[str]:
+    lines = [
+        "| policy | replicas | users seen | turns | refused % | TTFT p50, p99 s | ITL p99 ms | prefix hits % "
+        "| tokens/s of a replica | imbalance |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name_of(run.setting)} | {run.setting.num_replicas:,} | {run.num_users_seen:,} | {run.num_turns:,} | "
+        f"{100 * run.refused_share:.1f} | {run.ttft_p50_s:.2f}, {run.ttft_p99_s:.2f} | {1e3 * run.itl_p99_s:.0f} | "
+        f"{100 * run.hit_share:.0f} | {run.tokens_per_s:.0f} | {run.imbalance:.2f} |"
+        for run in runs
+    ]
+    return lines
+
+
+def staleness_lines(runs: Sequence[Figures]) -> list[str]:
+    """TTFT p99 and the share that was refused, by the interval."""
+    heads = " | ".join(f"{interval_s:g} s" for interval_s in _INTERVALS_S)
+    lines = [f"| TTFT p99 s, refused % | {heads} |", "|---|" + "---|" * len(_INTERVALS_S)]
+    for name, row in _by_name(runs).items():
+        cells = " | ".join(f"{run.ttft_p99_s:.2f}, {100 * run.refused_share:.1f}" for run in row)
+        lines.append(f"| {name} | {cells} |")
+    return lines
+
+
+def breaking_lines(points: Sequence[BreakingPoint]) -> list[str]:
+    counts = list(points[0].used)
+    heads = " | ".join(f"{count:,}" for count in counts)
+    lines = [f"| what grows | one costs | its bound | {heads} | full at replicas |", "|---|---|---|" + "---|" * len(counts) + "---|"]
+    for point in points:
+        cells = " | ".join(f"{100 * used:.2g} %" for used in point.used.values())
+        full = f"{point.num_replicas:,.0f}" if math.isfinite(point.num_replicas) else "over a million"
+        lines.append(f"| {point.what} | {point.unit} | {point.bound} | {cells} | {full} |")
+    return lines
+
+
+def _play_all(settings: Sequence[Setting], num_processes: int) -> list[Figures]:
+    """Play runs, the longest first, and return their figures in the order of their settings."""
+    ordered = sorted(settings, key=lambda setting: -setting.num_replicas * setting.end_s)
+    figures = {}
+    # Not forked: a copy of a process with threads can hang in a lock that one of them held.
+    with multiprocessing.get_context("spawn").Pool(num_processes, maxtasksperchild=8) as pool:
+        for run in pool.imap_unordered(play, ordered):
+            figures[run.setting] = run
+            print(f"{run.setting.num_replicas} replicas, {name_of(run.setting)}: {run.run_s:.0f} s", file=sys.stderr)
+    return [figures[setting] for setting in settings]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("headrace.benchmarks.fleet", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--replicas", default=",".join(map(str, _COUNTS)), help="how many, one run of each")
+    parser.add_argument("--scale", type=float, default=1.0, help="of warm-ups and windows: 0.1 for a first look")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--num-processes", type=int, default=2)
+    parser.add_argument("--plot", type=Path, help="write a figure, in the format of the file's suffix")
+    options = parser.parse_args(arguments)
+    counts = [int(count) for count in options.replicas.split(",")]
+    growth = growth_settings(counts, options.scale, options.seed)
+    staleness = staleness_settings(options.scale, options.seed)
+    began_s = time.perf_counter()
+    runs = _play_all([*growth, *staleness], options.num_processes)
+    growth_runs, staleness_runs = runs[: len(growth)], runs[len(growth) :]
+    run_s, all_s = sum(run.run_s for run in runs), time.perf_counter() - began_s
+    costs = measure(counts)
+    # Where nobody is refused for want of a cache, a replica does most.
+    best = next(run for run in growth_runs if run.setting.policy == "prefix and TTFT")
+    rates = Rates(
+        best.num_turns / best.setting.window_s / best.setting.num_replicas,
+        best.tokens_per_s,
+        best.num_streams,
+        best.setting.interval_s,
+    )
+    points = breaking_points(costs, rates, counts)
+    for lines in (growth_lines(growth_runs), staleness_lines(staleness_runs), breaking_lines(points)):
+        print("\n".join(lines) + "\n")
+    print(f"{sum(run.num_turns for run in runs):,} turns counted; {run_s:.0f} s of {options.num_processes} processes, {all_s:.0f} s in all\n")
+    if options.plot is not None:
+        from headrace.benchmarks import charts
+
+        charts.draw_fleet(
+            options.plot,
+            {
+                name: [(run.setting.num_replicas, run.ttft_p99_s, 100 * run.refused_share) for run in group]
+                for name, group in _by_name(growth_runs).items()
+            },
+            {
+                name: [(run.setting.interval_s, run.ttft_p99_s) for run in group]
+                for name, group in _by_name(staleness_runs).items()
+            },
+            {point.what: list(point.used.items()) for point in points},
+        )
+    print(json.dumps({"runs": [asdict(run) for run in runs], "costs": asdict(costs), "rates": asdict(rates)}))
+    return 0
+
+
+def _by_name(runs: Sequence[Figures]) -> dict[str, list[Figures]]:
+    groups: dict[str, list[Figures]] = {}
+    for run in runs:
+        groups.setdefault(name_of(run.setting), []).append(run)
+    return groups
+
+
+if __name__ == "__main__":
+    sys.exit(main())
