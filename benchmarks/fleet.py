@@ -5,8 +5,8 @@ thousand users to a replica talk with it: a conversation begins with one of a fe
 it as its prompt, and between turns its user thinks. Lengths are the Azure conversation trace's. Routers in front choose
 by `routing`'s policies; they ask each replica for its gauges in every interval, one after the other. The same seed has
 the same users ask the same, whatever the policy. What is counted are the turns that are asked in the window behind the
-warm-up, in which caches fill; then nobody asks any more, and all are waited for. A refused user asks again, after as
-long a thought as another turn would have taken. What breaks first is `fleet_costs`' to measure.
+warm-up; then nobody asks any more, and when all have their first tokens everybody leaves. A refused user asks again,
+after as long a thought as another turn would have taken. What breaks first is `fleet_costs`' to measure.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import time
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +41,8 @@ from headrace.benchmarks.simulated_server import (
     SimulatedServer,
 )
 from headrace.scheduler.config import SchedulingPolicy
-from headrace.scheduler.messages import LoadSnapshot, Tier
+from headrace.scheduler.messages import GenerationRequest, SamplingParams, Tier
+from headrace.scheduler.sequence import Sequence as EngineSequence
 from headrace.server.admission import Demand
 
 _TRACE = Path(__file__).parent / "traces" / "azure_2023_conversation.csv"
@@ -60,25 +61,35 @@ _MAX_TOKENS = 1024
 _TEXT = tuple(ord("a") + (i * 3 + i // 5) % 26 for i in range(2**14))
 _FIRST_OWN_TOKEN = 10_000
 _SETTINGS = ServerSettings(
-    num_blocks=4096,
+    num_blocks=8192,
     max_num_batched_tokens=1024,
     policy=SchedulingPolicy(itl_targets_s=dict.fromkeys(Tier, 0.15)),
+    ttft_targets_s=(0.5, 2.0, 30.0),
 )
+# As of a large model whose weights take their time to read, whoever decodes beside: batches are wide, steps are few.
+_COSTS = CostModel(3e-2, 2e-4, 5e-4, 2e-7, 2e-8)
+_WARM_UP_S, _WINDOW_S = 7.0, 4.0
+# First tokens that are missing at a window's end are waited for so much longer, again and again.
+_GRACE_S = 0.5
+# Who was answered so lately is in a replica's cache when a run begins.
+_CACHED_S = 60.0
 _NO_PROMPT = Demand(Tier.STANDARD, "", 1.0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Of a run. `rate_per_s` are turns asked per replica, were none refused; `window_s` comes after `warm_up_s`."""
+    """Of a run. `rate_per_s` are turns asked per replica, were none refused; `window_s` comes after `warm_up_s`.
+    `num_fleets` of them, each with users of its own, are counted as one."""
 
     policy: str
     num_replicas: int
-    rate_per_s: float = 9.0
+    rate_per_s: float = 5.0
     interval_s: float = 1.0
     counts_sent: bool = True
     num_routers: int = 1
-    warm_up_s: float = 20.0
-    window_s: float = 30.0
+    num_fleets: int = 1
+    warm_up_s: float = _WARM_UP_S
+    window_s: float = _WINDOW_S
     seed: int = 1
 
     @property
@@ -103,7 +114,7 @@ class Setting:
 @dataclass(frozen=True, slots=True)
 class Figures:
     """Of a run. Turns and times are those of the window; `imbalance` is the standard deviation over replicas of their
-    output tokens, over the mean; `num_streams` is how many are open at a replica in the mean. `run_s` is what the run
+    output tokens, over the mean; `num_streams` is how many are open at a replica in the mean. `cpu_s` is what the run
     took here."""
 
     setting: Setting
@@ -118,7 +129,7 @@ class Figures:
     imbalance: float
     num_streams: float
     num_table_pieces: int
-    run_s: float
+    cpu_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,18 +180,35 @@ class _User:
     num_tokens: int = 0
 
 
+@dataclass(slots=True)
+class _Tally:
+    """What is counted of a run; `tokens` are of each replica."""
+
+    num_seen: int = 0
+    num_turns: int = 0
+    num_refused: int = 0
+    ttfts_s: "array[float]" = field(default_factory=lambda: array("f"))
+    gaps_s: "array[float]" = field(default_factory=lambda: array("f"))
+    stream_s: float = 0.0
+    num_prefix_queries: int = 0
+    num_prefix_hits: int = 0
+    tokens: list[int] = field(default_factory=list)
+    num_table_pieces: int = 0
+
+
 class Fleet:
     """The replicas, the routers and the users of a run."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, tally: _Tally) -> None:
         self.setting = setting
+        self._tally = tally
         self._queue = EventQueue()
         # A refusal's advice on when to come back, which nobody here follows, is drawn by everybody's generator.
         random.seed(setting.seed)
         self.servers = [
             SimulatedServer(
                 _SETTINGS,
-                CostModel(),
+                _COSTS,
                 queue=self._queue,
                 on_published=partial(self._note_published, replica),
             )
@@ -198,19 +226,11 @@ class Fleet:
         ]
         self._users: dict[int, _User] = {}  # by the turn that is being answered
         self._turn_numbers = itertools.count()
-        self._loads: list[LoadSnapshot] = []  # when the window began
-        self._window_loads: list[LoadSnapshot] = []  # when it ended
         self._seen: set[int] = set()
-        self._num_turns = 0
-        self._num_refused = 0
-        self._ttfts_s = array("f")
-        self._gaps_s = array("f")
         self._num_tokens = [0] * setting.num_replicas
-        self._stream_s = 0.0
 
-    def play(self) -> Figures:
+    def play(self) -> None:
         """Play the run to its end, at which nothing is left of it."""
-        began_s = time.perf_counter()
         setting, queue = self.setting, self._queue
         for i, gauges in enumerate(self._gauges):
             for replica in range(setting.num_replicas):
@@ -219,16 +239,28 @@ class Fleet:
         for user, at_s in self._first_turns():
             queue.at(at_s, partial(self._ask, user))
         queue.run(setting.warm_up_s)
-        self._loads = [server.client.load for server in self.servers]
+        before = [server.client.load for server in self.servers]
         queue.run(setting.end_s)
-        self._window_loads = [server.client.load for server in self.servers]
+        after = [server.client.load for server in self.servers]
+        while any(self._is_awaited(life) for server in self.servers for life in server.lives):
+            queue.run(queue.now + _GRACE_S)
+        for replica, server in enumerate(self.servers):
+            for life in list(server.lives):
+                self._leave(replica, life)
         queue.run()
         for server in self.servers:
             load = server.scheduler.load()
             assert not server.scheduler.has_work
+            assert not server.lives
             assert load.num_free_blocks == load.num_total_blocks
-        assert not self._users
-        return self._figures(time.perf_counter() - began_s)
+        tally = self._tally
+        tally.num_seen += len(self._seen)
+        tally.num_prefix_queries += sum(load.num_prefix_queries for load in after)
+        tally.num_prefix_queries -= sum(load.num_prefix_queries for load in before)
+        tally.num_prefix_hits += sum(load.num_prefix_hits for load in after)
+        tally.num_prefix_hits -= sum(load.num_prefix_hits for load in before)
+        tally.tokens += self._num_tokens
+        tally.num_table_pieces = max(map(len, self._tables))
 
     def _first_turns(self) -> Iterator[tuple[_User, float]]:
         """Who comes before the end, and when first: each user is found thinking within a conversation, or away."""
@@ -237,17 +269,36 @@ class Fleet:
         num_users = setting.num_replicas * USERS_PER_REPLICA
         is_thinking = draws.random(num_users) < setting.thinking_s / setting.cycle_s
         # Who is found within a thought is rather in a long one; what is left of it is any part.
-        left_s = _THOUGHT_MEDIAN_S * draws.lognormal(_THOUGHT_SIGMA**2, _THOUGHT_SIGMA, num_users)
-        left_s *= draws.random(num_users)
+        thought_s = _THOUGHT_MEDIAN_S * draws.lognormal(_THOUGHT_SIGMA**2, _THOUGHT_SIGMA, num_users)
+        left_s = thought_s * draws.random(num_users)
         away_s = draws.exponential(setting.away_s, num_users)
         num_past = np.where(is_thinking, draws.geometric(1 / _MEAN_TURNS, num_users), 0)
         first_s = np.where(is_thinking, left_s, away_s)
-        for number in np.flatnonzero(first_s < setting.end_s).tolist():
+        # Those come first that were answered first, whose blocks are the next to go.
+        coming = np.flatnonzero(first_s < setting.end_s)
+        for number in coming[np.argsort((left_s - thought_s)[coming])].tolist():
             user = _User(number, _draw(setting, number, 0))
             for _ in range(num_past[number]):
-                self._note_answered(user, self._next_turn(user))
+                turn = self._next_turn(user)
+                self._note_answered(user, turn)
                 self._go_on(user)
+            if user.num_tokens and thought_s[number] - left_s[number] < _CACHED_S:
+                self._put_into_cache(turn)
             yield user, float(first_s[number])
+
+    def _put_into_cache(self, turn: Turn) -> None:
+        """Have some replica know a turn as if it had answered it, and the routers that it has."""
+        replica = self._draws.randrange(self.setting.num_replicas)
+        pool = self.servers[replica].scheduler._pool
+        answer = tuple(turn.token(i) for i in range(turn.num_answer_tokens))
+        request = GenerationRequest(-1, turn.prompt(), SamplingParams(), 0.0, output_token_ids=answer)
+        sequence = EngineSequence(request)
+        block_ids = pool.allocate(len(sequence.token_ids) // _SETTINGS.block_size)
+        for index, block_id in enumerate(block_ids):
+            pool.register(block_id, sequence.block_hash(index, _SETTINGS.block_size))
+        pool.free(block_ids)
+        for table in self._tables:
+            table.note_sent(replica, turn.known_as().pieces)
 
     def _next_turn(self, user: _User) -> Turn:
         instruction = _instruction_of(user.number)
@@ -275,8 +326,8 @@ class Fleet:
         life = self.servers[replica].submit(turn)
         if now >= setting.warm_up_s:
             self._seen.add(user.number)
-            self._num_turns += 1
-            self._num_refused += life.refusal is not None
+            self._tally.num_turns += 1
+            self._tally.num_refused += life.refusal is not None
         if life.refusal is None:
             self._users[turn.number] = user
             return
@@ -305,15 +356,34 @@ class Fleet:
                 self._note_end(replica, life)
                 self.servers[replica].forget(life)
 
-    def _note_end(self, replica: int, life: Life) -> None:
+    def _is_awaited(self, life: Life) -> bool:
+        return not life.token_s and life.job.at_s >= self.setting.warm_up_s
+
+    def _leave(self, replica: int, life: Life) -> None:
+        """Have a user leave who is being answered."""
+        server = self.servers[replica]
+        assert life.generation is not None
+        server.client.cancel(life.generation)
+        self._count(replica, life)
+        server.lives.remove(life)
+        del self._users[life.job.number]
+
+    def _count(self, replica: int, life: Life) -> None:
+        """Count an answer, whole or in part."""
         setting, turn, tokens_s = self.setting, life.job, life.token_s
-        assert isinstance(turn, Turn)
+        if not tokens_s:
+            return
         first = bisect_left(tokens_s, setting.warm_up_s)
         self._num_tokens[replica] += bisect_left(tokens_s, setting.end_s) - first
-        self._stream_s += max(0.0, min(tokens_s[-1], setting.end_s) - max(turn.at_s, setting.warm_up_s))
+        self._tally.stream_s += max(0.0, min(tokens_s[-1], setting.end_s) - max(turn.at_s, setting.warm_up_s))
         if setting.warm_up_s <= turn.at_s:
-            self._ttfts_s.append(tokens_s[0] - turn.at_s)
-            self._gaps_s.extend(later - earlier for earlier, later in itertools.pairwise(tokens_s))
+            self._tally.ttfts_s.append(tokens_s[0] - turn.at_s)
+            self._tally.gaps_s.extend(later - earlier for earlier, later in itertools.pairwise(tokens_s))
+
+    def _note_end(self, replica: int, life: Life) -> None:
+        turn = life.job
+        assert isinstance(turn, Turn)
+        self._count(replica, life)
         user = self._users.pop(turn.number)
         drawn = user.drawn
         self._note_answered(user, turn)
@@ -331,28 +401,6 @@ class Fleet:
         gauges.hear(replica, load.num_running + client.num_waiting, wait_s, token_s)
         if self._queue.now < self.setting.end_s:
             self._queue.at(self._queue.now + self.setting.interval_s, partial(self._ask_gauges, gauges, replica))
-
-    def _figures(self, run_s: float) -> Figures:
-        setting = self.setting
-        tokens = np.array(self._num_tokens, np.float64)
-        pairs = list(zip(self._loads, self._window_loads, strict=True))
-        num_queries = sum(after.num_prefix_queries - before.num_prefix_queries for before, after in pairs)
-        num_hits = sum(after.num_prefix_hits - before.num_prefix_hits for before, after in pairs)
-        return Figures(
-            setting,
-            num_users_seen=len(self._seen),
-            num_turns=self._num_turns,
-            refused_share=self._num_refused / max(1, self._num_turns),
-            ttft_p50_s=_percentile(self._ttfts_s, 50),
-            ttft_p99_s=_percentile(self._ttfts_s, 99),
-            itl_p99_s=_percentile(self._gaps_s, 99),
-            hit_share=num_hits / max(1, num_queries),
-            tokens_per_s=float(tokens.mean()) / setting.window_s,
-            imbalance=float(tokens.std() / max(1.0, tokens.mean())),
-            num_streams=self._stream_s / setting.window_s / setting.num_replicas,
-            num_table_pieces=len(self._tables[0]),
-            run_s=run_s,
-        )
 
 
 def _draw(setting: Setting, user: int, num_asked: int) -> _Drawn:
@@ -392,52 +440,78 @@ def _percentile(samples: Sequence[float], percentile: float) -> float:
 
 def play(setting: Setting) -> Figures:
     """Play one run."""
-    # Without cycles to find, looking for them is a fifth of the time.
-    gc.disable()
+    began_s = time.process_time()
+    tally = _Tally()
+    gc.disable()  # there is nothing to find before a fleet's end, and looking takes long
     try:
-        return Fleet(setting).play()
+        for number in range(setting.num_fleets):
+            Fleet(replace(setting, seed=setting.seed * 1000 + number), tally).play()
+            gc.collect()
     finally:
         gc.enable()
-        gc.collect()
-
+    tokens = np.array(tally.tokens, np.float64).reshape(setting.num_fleets, setting.num_replicas)
+    return Figures(
+        setting,
+        num_users_seen=tally.num_seen,
+        num_turns=tally.num_turns,
+        refused_share=tally.num_refused / max(1, tally.num_turns),
+        ttft_p50_s=_percentile(tally.ttfts_s, 50),
+        ttft_p99_s=_percentile(tally.ttfts_s, 99),
+        itl_p99_s=_percentile(tally.gaps_s, 99),
+        hit_share=tally.num_prefix_hits / max(1, tally.num_prefix_queries),
+        tokens_per_s=float(tokens.mean()) / setting.window_s,
+        imbalance=float((tokens.std(axis=1) / np.maximum(1.0, tokens.mean(axis=1))).mean()),
+        num_streams=tally.stream_s / setting.window_s / tokens.size,
+        num_table_pieces=tally.num_table_pieces,
+        cpu_s=time.process_time() - began_s,
+    )
 
 
 # The runs
 
 _COUNTS = (1, 10, 100, 1000)
-_GROWTH_POLICIES = ("round robin", "least queue", "prefix-aware", "predicted TTFT", "prefix and TTFT")
+# (Policy, whether routers count what they have sent, with how many replicas at most).
+_GROWTH_KINDS = (
+    ("round robin", True, 1000),
+    ("least queue", True, 1000),
+    ("prefix-aware", True, 1000),
+    ("predicted TTFT", True, 1000),
+    ("prefix and TTFT", True, 1000),
+    ("least queue", False, 1000),
+    ("predicted TTFT", False, 100),
+)
 # (Policy, whether routers count what they have sent, how many there are).
 _STALENESS_KINDS = (
     ("least queue", False, 1),
     ("least queue", True, 1),
-    ("least queue", True, 8),
     ("two choices", False, 1),
     ("predicted TTFT", False, 1),
     ("predicted TTFT", True, 1),
+    ("predicted TTFT", True, 8),
     ("prefix and TTFT", True, 1),
-    ("prefix and TTFT", True, 8),
 )
-_STALENESS_REPLICAS = 32
-_INTERVALS_S = (0.1, 1.0, 5.0, 15.0)
-_WARM_UP_S = 15.0
-# A window has so many seconds of replicas in it, within these bounds.
-_WINDOW_REPLICA_S, _MIN_WINDOW_S, _MAX_WINDOW_S = 3000.0, 10.0, 300.0
+_STALENESS_REPLICAS = 20
+_INTERVALS_S = (0.1, 1.0, 5.0)
+_STALENESS_WINDOW_S = 10.0
+# Of fewer than so many replicas several fleets are counted as one, which see the same warm-up and window.
+_ENOUGH_REPLICAS, _MOST_FLEETS = 60, 30
 
 
 def growth_settings(counts: Sequence[int], scale: float, seed: int) -> list[Setting]:
-    """Each policy at each number of replicas, and those that go by gauges alone without counting what was sent."""
-    kinds = [(policy, True) for policy in _GROWTH_POLICIES] + [("least queue", False), ("predicted TTFT", False)]
+    """Each policy at each number of replicas."""
     return [
         Setting(
             policy,
             count,
             counts_sent=counts_sent,
+            num_fleets=min(_MOST_FLEETS, -(-_ENOUGH_REPLICAS // count)),
             warm_up_s=_WARM_UP_S * scale,
-            window_s=min(_MAX_WINDOW_S, max(_MIN_WINDOW_S, _WINDOW_REPLICA_S / count)) * scale,
+            window_s=_WINDOW_S * scale,
             seed=seed,
         )
-        for policy, counts_sent in kinds
+        for policy, counts_sent, most in _GROWTH_KINDS
         for count in counts
+        if count <= most
     ]
 
 
@@ -451,7 +525,7 @@ def staleness_settings(scale: float, seed: int) -> list[Setting]:
             counts_sent=counts_sent,
             num_routers=num_routers,
             warm_up_s=_WARM_UP_S * scale,
-            window_s=2 * _INTERVALS_S[-1] * scale,
+            window_s=_STALENESS_WINDOW_S * scale,
             seed=seed,
         )
         for policy, counts_sent, num_routers in _STALENESS_KINDS
@@ -475,13 +549,15 @@ def growth_lines(runs: Sequence[Figures]) -> list[str]:
         "| tokens/s of a replica | imbalance |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
+    return [*lines, *map(_growth_line, runs)]
+
+
+def _growth_line(run: Figures) -> str:
+    return (
         f"| {name_of(run.setting)} | {run.setting.num_replicas:,} | {run.num_users_seen:,} | {run.num_turns:,} | "
         f"{100 * run.refused_share:.1f} | {run.ttft_p50_s:.2f}, {run.ttft_p99_s:.2f} | {1e3 * run.itl_p99_s:.0f} | "
         f"{100 * run.hit_share:.0f} | {run.tokens_per_s:.0f} | {run.imbalance:.2f} |"
-        for run in runs
-    ]
-    return lines
+    )
 
 
 def staleness_lines(runs: Sequence[Figures]) -> list[str]:
@@ -497,7 +573,10 @@ def staleness_lines(runs: Sequence[Figures]) -> list[str]:
 def breaking_lines(points: Sequence[BreakingPoint]) -> list[str]:
     counts = list(points[0].used)
     heads = " | ".join(f"{count:,}" for count in counts)
-    lines = [f"| what grows | one costs | its bound | {heads} | full at replicas |", "|---|---|---|" + "---|" * len(counts) + "---|"]
+    lines = [
+        f"| what grows | one costs | its bound | {heads} | full at replicas |",
+        "|---|---|---|" + "---|" * len(counts) + "---|",
+    ]
     for point in points:
         cells = " | ".join(f"{100 * used:.2g} %" for used in point.used.values())
         full = f"{point.num_replicas:,.0f}" if math.isfinite(point.num_replicas) else "over a million"
@@ -507,13 +586,13 @@ def breaking_lines(points: Sequence[BreakingPoint]) -> list[str]:
 
 def _play_all(settings: Sequence[Setting], num_processes: int) -> list[Figures]:
     """Play runs, the longest first, and return their figures in the order of their settings."""
-    ordered = sorted(settings, key=lambda setting: -setting.num_replicas * setting.end_s)
+    ordered = sorted(settings, key=lambda setting: -setting.num_fleets * setting.num_replicas * setting.end_s)
     figures = {}
     # Not forked: a copy of a process with threads can hang in a lock that one of them held.
     with multiprocessing.get_context("spawn").Pool(num_processes, maxtasksperchild=8) as pool:
         for run in pool.imap_unordered(play, ordered):
             figures[run.setting] = run
-            print(f"{run.setting.num_replicas} replicas, {name_of(run.setting)}: {run.run_s:.0f} s", file=sys.stderr)
+            print(f"{_growth_line(run)} {run.setting.interval_s:g} s, {run.cpu_s:.0f} s of CPU", file=sys.stderr)
     return [figures[setting] for setting in settings]
 
 
@@ -531,7 +610,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began_s = time.perf_counter()
     runs = _play_all([*growth, *staleness], options.num_processes)
     growth_runs, staleness_runs = runs[: len(growth)], runs[len(growth) :]
-    run_s, all_s = sum(run.run_s for run in runs), time.perf_counter() - began_s
+    cpu_s, all_s = sum(run.cpu_s for run in runs), time.perf_counter() - began_s
     costs = measure(counts)
     # Where nobody is refused for want of a cache, a replica does most.
     best = next(run for run in growth_runs if run.setting.policy == "prefix and TTFT")
@@ -544,7 +623,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     points = breaking_points(costs, rates, counts)
     for lines in (growth_lines(growth_runs), staleness_lines(staleness_runs), breaking_lines(points)):
         print("\n".join(lines) + "\n")
-    print(f"{sum(run.num_turns for run in runs):,} turns counted; {run_s:.0f} s of {options.num_processes} processes, {all_s:.0f} s in all\n")
+    num_turns = sum(run.num_turns for run in runs)
+    print(f"{num_turns:,} turns counted; {cpu_s:.0f} s of CPU, {all_s:.0f} s in all\n")
     if options.plot is not None:
         from headrace.benchmarks import charts
 

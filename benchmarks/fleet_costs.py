@@ -2,8 +2,8 @@
 
 `measure` takes the costs of one of each: a router's decision, written in Python as `routing` is, a replica's gauges
 rendered and read, an event relayed, an open stream, an entry of the prefix table, a token in the journal.
-`breaking_points` multiplies them with the rates of a replica and finds how many replicas fill a bound. CPU times are the
-measuring thread's own.
+`breaking_points` multiplies them with the rates of a replica and finds how many replicas fill a bound. CPU times are
+the measuring thread's own.
 """
 
 import asyncio
@@ -44,7 +44,8 @@ _GIBI = 2.0**30
 @dataclass(frozen=True, slots=True)
 class UnitCosts:
     """`decision_s` by policy, then by how many replicas there are. Of /metrics: rendering it, its size, how many series
-    it has, and reading it. Of an event: passing it on. Of memory: a stream that is passed on, and a piece of a prompt."""
+    it has, and reading it. An event that is passed on, memory of a stream that is, and of a prompt's piece; what of a
+    token is written to a journal."""
 
     decision_s: Mapping[str, Mapping[int, float]]
     render_s: float
@@ -186,9 +187,7 @@ def _median_s(call: Callable[[], object], num_times: int) -> float:
 
 
 def _prompt(number: int) -> Prompt:
-    return Prompt(
-        64 * _PIECES_PER_PROMPT, tuple(number * _PIECES_PER_PROMPT + i for i in range(_PIECES_PER_PROMPT))
-    )
+    return Prompt(64 * _PIECES_PER_PROMPT, tuple(number * _PIECES_PER_PROMPT + i for i in range(_PIECES_PER_PROMPT)))
 
 
 def _decision_s(policy: str, num_replicas: int) -> float:
@@ -260,10 +259,7 @@ def _relaying() -> tuple[float, float]:
                 transports += [upper, reading.other]
             memory.append(_resident_bytes() - before)
             began_s = time.thread_time()
-            feeder = threading.Thread(target=_feed, args=(sources, sinks))
-            feeder.start()
-            while feeder.is_alive():
-                await asyncio.sleep(0.01)
+            await asyncio.to_thread(_feed, sources, sinks)
             spent.append(time.thread_time() - began_s)
             for transport in transports:
                 transport.close()

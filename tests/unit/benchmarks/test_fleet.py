@@ -1,11 +1,11 @@
-"""The simulated fleet: the same seed is the same run, whoever asks does so under every policy, and what breaks first."""
+"""The simulated fleet: the same seed is the same run, nothing is left over, and what fills first comes first."""
 
 import math
 from dataclasses import replace
 
 import pytest
 
-from headrace.benchmarks.fleet import Figures, Fleet, Setting, Turn, breaking_lines, growth_lines, name_of, play
+from headrace.benchmarks.fleet import Figures, Setting, Turn, breaking_lines, growth_lines, name_of, play
 from headrace.benchmarks.fleet_costs import Rates, UnitCosts, breaking_points
 from headrace.benchmarks.routing import PIECE_TOKENS, POLICIES
 
@@ -22,17 +22,21 @@ def figures() -> Figures:
 
 
 def test_a_seed_is_one_run(figures: Figures) -> None:
-    assert replace(play(SMALL), run_s=figures.run_s) == figures
+    assert replace(play(SMALL), cpu_s=figures.cpu_s) == figures
     assert play(replace(SMALL, seed=2)).ttft_p50_s != figures.ttft_p50_s
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_each_policy_answers_every_turn_that_is_let_in_and_leaves_nothing(policy: str) -> None:
-    fleet = Fleet(replace(SMALL, policy=policy, window_s=1.0, num_routers=2))
-    figures = fleet.play()
+def test_each_policy_has_every_turn_that_is_let_in_answered_and_leaves_nothing(policy: str) -> None:
+    figures = play(replace(SMALL, policy=policy, window_s=1.0, num_routers=2))  # asserts that nothing is left
     assert figures.num_turns > 5
     assert figures.ttft_p99_s > 0
-    assert all(server.lives == [] and server.client.num_unfinished == 0 for server in fleet.servers)
+
+
+def test_fleets_that_are_counted_as_one_have_users_of_their_own(figures: Figures) -> None:
+    both = play(replace(SMALL, num_fleets=2))
+    assert both.num_turns > figures.num_turns
+    assert both.ttft_p99_s >= figures.ttft_p99_s or both.ttft_p50_s != figures.ttft_p50_s
 
 
 def test_a_turns_prompt_is_all_that_was_said_before_and_a_message() -> None:
@@ -56,7 +60,7 @@ def test_routers_know_a_prompt_by_what_its_replica_could_have_cached() -> None:
 
 
 def test_conversations_find_their_prefixes_where_they_were_before() -> None:
-    setting = Setting("round robin", 6, rate_per_s=4.0, warm_up_s=10.0, window_s=10.0)
+    setting = Setting("round robin", 4, warm_up_s=1.0, window_s=3.0)
     assert play(replace(setting, policy="prefix and TTFT")).hit_share > play(setting).hit_share + 0.1
 
 
@@ -73,5 +77,7 @@ def test_what_fills_its_bound_first_comes_first() -> None:
 
 def test_a_run_is_told_with_how_it_goes_by_its_gauges(figures: Figures) -> None:
     assert name_of(SMALL) == "round robin"
-    assert name_of(Setting("least queue", 8, counts_sent=False, num_routers=2)) == "least queue, gauges alone, 2 routers"
+    assert (
+        name_of(Setting("least queue", 8, counts_sent=False, num_routers=2)) == "least queue, gauges alone, 2 routers"
+    )
     assert growth_lines([figures])[-1].startswith("| round robin | 2 |")
