@@ -32,7 +32,7 @@ from headrace.server.journal import Journal, StreamRecord
 _NUM_DECISIONS = 2000
 _PIECES_PER_REPLICA = 1024
 _PIECES_PER_PROMPT = 8
-_NUM_RELAYED = 128
+_NUM_RELAYED = 200
 _NUM_BEATS = 200
 _EVENT = b"x" * 220
 _NUM_JOURNALED = 64
@@ -60,11 +60,13 @@ class UnitCosts:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Of a replica: turns and tokens per second, open streams, and the seconds between two scrapes."""
+    """Of a replica: turns and tokens per second, open streams, pieces of prompts that it may hold, and the seconds
+    between two scrapes."""
 
     turns_per_s: float
     tokens_per_s: float
     num_streams: float
+    num_pieces: float
     interval_s: float
 
 
@@ -112,7 +114,7 @@ def breaking_points(costs: UnitCosts, rates: Rates, counts: Sequence[int]) -> li
             return rates.turns_per_s * count * (constant_s + replica_s * count)
 
         most = max(costs.decision_s[policy])
-        unit = f"{costs.decision_s[policy][most] * 1e6:.0f} us at {most}"
+        unit = f"{costs.decision_s[policy][most] * 1e6:.2g} us at {most:,}"
         add(f"a router's decisions, {policy}", unit, "a core", decide)
     add(
         "tokens passed on by a router",
@@ -148,7 +150,7 @@ def breaking_points(costs: UnitCosts, rates: Rates, counts: Sequence[int]) -> li
         "the table of prefixes",
         f"{costs.piece_bytes:.0f} bytes a piece",
         "1 GiB",
-        lambda count: _PIECES_PER_REPLICA * count * costs.piece_bytes / _GIBI,
+        lambda count: rates.num_pieces * count * costs.piece_bytes / _GIBI,
     )
     add(
         "a journal on one shared disk",

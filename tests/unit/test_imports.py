@@ -47,6 +47,7 @@ FREE = {
     "peers.py",
     "scheduler_bench.py",
     "simulate.py",
+    "simulated_fleet.py",
     "simulated_server.py",
     "speculation.py",
     "unbatched_server.py",

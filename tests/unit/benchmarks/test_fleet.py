@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from headrace.benchmarks.fleet import Figures, Setting, Turn, breaking_lines, growth_lines, name_of, play
+from headrace.benchmarks.fleet import breaking_lines, growth_lines, name_of
 from headrace.benchmarks.fleet_costs import Rates, UnitCosts, breaking_points
 from headrace.benchmarks.routing import PIECE_TOKENS, POLICIES
+from headrace.benchmarks.simulated_fleet import Figures, Setting, Turn, play
 
 SMALL = Setting("round robin", 2, warm_up_s=2.0, window_s=3.0)
 COSTS = UnitCosts(
     {policy: {1: 1e-5, 1000: 1e-4} for policy in POLICIES}, 1e-3, 50_000, 500, 5e-3, 1e-5, 4000.0, 150.0, 1000.0
 )
-RATES = Rates(turns_per_s=10.0, tokens_per_s=500.0, num_streams=20.0, interval_s=1.0)
+RATES = Rates(turns_per_s=10.0, tokens_per_s=500.0, num_streams=20.0, num_pieces=1024, interval_s=1.0)
 
 
 @pytest.fixture(scope="module")
