@@ -63,10 +63,10 @@ def draw_fleet(
     staleness: Mapping[str, Sequence[tuple[float, float]]],
     bounds: Mapping[str, Sequence[tuple[int, float]]],
 ) -> None:
-    """Write what routing policies do to first tokens as replicas are added and gauges grow old, and which bounds fill.
+    """Write what routing policies do as replicas are added and gauges grow old, and which bounds fill.
 
-    `growth` are (replicas, TTFT p99 in s, percent refused) by policy, `staleness` (seconds between scrapes, TTFT p99 in
-    s), `bounds` (replicas, share of the bound).
+    `growth` are (replicas, TTFT p99 in s, percent refused) by policy, `staleness` (seconds between scrapes, percent
+    refused), `bounds` (replicas, share of the bound).
 
     Raises:
         OSError: the file cannot be written.
@@ -84,7 +84,7 @@ def draw_fleet(
     used.axhline(1.0, color="black", linestyle="--")
     ttft.set(xlabel="replicas", ylabel="TTFT p99 (s)", title="First tokens, gauges scraped every second")
     refused.set(xlabel="replicas", ylabel="refused (%)", title="Refused")
-    stale.set(xlabel="seconds between scrapes", ylabel="TTFT p99 (s)", title="First tokens by the gauges' age")
+    stale.set(xlabel="seconds between scrapes", ylabel="refused (%)", title="Refused, by the gauges' age")
     used.set(xlabel="replicas", ylabel="share of its bound", title="What breaks first", yscale="log")
     for axes in (ttft, refused, stale, used):
         axes.set_xscale("log")

@@ -64,7 +64,7 @@ _SETTINGS = ServerSettings(
 PIECES_PER_REPLICA = _SETTINGS.num_blocks * _SETTINGS.block_size // PIECE_TOKENS
 # As of a large model whose weights take their time to read, whoever decodes beside: batches are wide, steps are few.
 _COSTS = CostModel(3e-2, 2e-4, 5e-4, 2e-7, 2e-8)
-WARM_UP_S, WINDOW_S = 7.0, 4.0
+WARM_UP_S, WINDOW_S = 5.0, 2.0
 # First tokens that are missing at a window's end are waited for so much longer, again and again.
 _GRACE_S = 0.5
 # Who was answered so lately is in a replica's cache when a run begins.
@@ -126,6 +126,12 @@ class Figures:
     num_streams: float
     num_table_pieces: int
     cpu_s: float
+
+    @property
+    def turns_per_s(self) -> float:
+        """That a replica is asked, those that it refuses included."""
+        setting = self.setting
+        return self.num_turns / (setting.window_s * setting.num_replicas * setting.num_fleets)
 
 
 @dataclass(frozen=True, slots=True)
