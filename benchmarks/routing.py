@@ -55,7 +55,8 @@ class Gauges:
 
 
 class PrefixTable:
-    """Which replicas were sent which pieces; of `max_pieces` those go first that were sent least lately."""
+    """Which replicas were sent which pieces, and so all before each. Of more than `max_pieces` those go that were sent
+    least lately."""
 
     def __init__(self, max_pieces: int) -> None:
         self._max_pieces = max_pieces
@@ -65,13 +66,11 @@ class PrefixTable:
         return len(self._holders)
 
     def find(self, pieces: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Who was sent each of the first pieces and all before it, as far as anybody was."""
+        """Who was sent each of the first pieces, as far as anybody was."""
         found: list[tuple[int, ...]] = []
         for piece in pieces:
-            holders = self._holders.get(piece, ())
-            if found:
-                holders = tuple(replica for replica in holders if replica in found[-1])
-            if not holders:
+            holders = self._holders.get(piece)
+            if holders is None:
                 break
             found.append(holders)
         return found
@@ -173,13 +172,16 @@ class PrefixTtft:
     def choose(self, prompt: Prompt) -> int:
         gauges = self._gauges
         ttft_s = gauges.wait_s + prompt.num_tokens * gauges.token_s
-        found = self._table.find(prompt.pieces)
-        for holders in found:
-            for replica in holders:
-                ttft_s[replica] -= PIECE_TOKENS * gauges.token_s[replica]
+        # Who is among the newest holders of a later piece has those before it, among whose newest it need not be.
+        num_known = {
+            replica: num_pieces * PIECE_TOKENS
+            for num_pieces, holders in enumerate(self._table.find(prompt.pieces), start=1)
+            for replica in holders
+        }
+        for replica, num_tokens in num_known.items():
+            ttft_s[replica] -= num_tokens * gauges.token_s[replica]
         replica = _least(ttft_s, self._draws)
-        num_known = sum(replica in holders for holders in found) * PIECE_TOKENS
-        gauges.note_sent(replica, prompt.num_tokens - num_known)
+        gauges.note_sent(replica, prompt.num_tokens - num_known.get(replica, 0))
         self._table.note_sent(replica, prompt.pieces)
         return replica
 

@@ -78,11 +78,18 @@ def test_a_short_prefix_is_not_worth_a_way() -> None:
     assert len(chosen | {first}) > 10
 
 
-def test_only_who_was_sent_all_before_a_piece_has_it() -> None:
-    table = PrefixTable(1000)
-    table.note_sent(0, (1, 2, 3))
-    table.note_sent(1, (9, 2))
-    assert table.find((1, 2, 3, 4)) == [(0,), (0,), (0,)]
+@pytest.mark.parametrize("policy", ["prefix-aware", "prefix and TTFT"])
+def test_a_conversation_is_found_although_many_others_begin_as_it_does(policy: str) -> None:
+    gauges = gauges_of(*[0] * 32)
+    chooser = router(policy, gauges)
+    replica = chooser.choose(Prompt(300, (1, 70, 71, 72)))
+    for other in range(32):
+        gauges.hear(other, 0.0 if other != replica else 9.0, 0.0 if other != replica else 9.0, 0.01)
+    for i in range(40):
+        chooser.choose(Prompt(300, (1, 100 + i)))
+    for other in range(32):
+        gauges.hear(other, 0.0, 0.0, 0.01)
+    assert chooser.choose(Prompt(300, (1, 70, 71, 72, 73))) == replica
 
 
 def test_the_table_keeps_what_was_sent_last_and_the_beginnings_of_prompts_longest() -> None:
