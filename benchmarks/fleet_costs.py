@@ -23,7 +23,7 @@ from pathlib import Path
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
-from headrace.benchmarks.routing import POLICIES, Gauges, PrefixTable, Prompt
+from headrace.benchmarks.routing import PIECE_TOKENS, POLICIES, Gauges, PrefixTable, Prompt
 from headrace.benchmarks.simulated_server import CostModel, Job, ServerSettings, SimulatedServer
 from headrace.scheduler.messages import FinishReason, SamplingParams, SequenceOutput
 from headrace.server.generation import Recipe
@@ -189,7 +189,9 @@ def _median_s(call: Callable[[], object], num_times: int) -> float:
 
 
 def _prompt(number: int) -> Prompt:
-    return Prompt(64 * _PIECES_PER_PROMPT, tuple(number * _PIECES_PER_PROMPT + i for i in range(_PIECES_PER_PROMPT)))
+    return Prompt(
+        PIECE_TOKENS * _PIECES_PER_PROMPT, tuple(number * _PIECES_PER_PROMPT + i for i in range(_PIECES_PER_PROMPT))
+    )
 
 
 def _decision_s(policy: str, num_replicas: int) -> float:
@@ -259,10 +261,10 @@ def _relaying() -> tuple[float, float]:
                 upper, reading = await loop.create_connection(_Relay, sock=source)
                 reading.other, _ = await loop.create_connection(asyncio.Protocol, sock=sink)
                 transports += [upper, reading.other]
-            memory.append(_resident_bytes() - before)
             began_s = time.thread_time()
             await asyncio.to_thread(_feed, sources, sinks)
             spent.append(time.thread_time() - began_s)
+            memory.append(_resident_bytes() - before)
             for transport in transports:
                 transport.close()
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.benchmarks import fleet_costs
 from headrace.benchmarks.fleet import breaking_lines, growth_lines, name_of
 from headrace.benchmarks.fleet_costs import Rates, UnitCosts, breaking_points
 from headrace.benchmarks.routing import PIECE_TOKENS, POLICIES
@@ -74,6 +75,16 @@ def test_what_fills_its_bound_first_comes_first() -> None:
     free = breaking_points(replace(COSTS, piece_bytes=0.0), RATES, [1, 1000])
     assert math.isinf(free[-1].num_replicas)
     assert "over a million" in breaking_lines(free)[-1]
+
+
+def test_what_one_of_everything_costs_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_NUM_RELAYED", "_NUM_BEATS", "_NUM_JOURNALED", "_NUM_JOURNAL_STEPS"):
+        monkeypatch.setattr(fleet_costs, name, 3)
+    monkeypatch.setattr(fleet_costs, "_NUM_DECISIONS", 50)
+    costs = fleet_costs.measure([1, 2])
+    assert min(costs.render_s, costs.parse_s, costs.relay_s, costs.piece_bytes, costs.journal_bytes) > 0
+    assert all(seconds > 0 for by_count in costs.decision_s.values() for seconds in by_count.values())
+    assert costs.metrics_bytes > costs.num_series > 100
 
 
 def test_a_run_is_told_with_how_it_goes_by_its_gauges(figures: Figures) -> None:
