@@ -128,7 +128,7 @@ def breaking_lines(points: Sequence[BreakingPoint]) -> list[str]:
         "|---|---|---|" + "---|" * len(counts) + "---|",
     ]
     for point in points:
-        cells = " | ".join(f"{100 * used:.2g} %" if used >= 1e-3 else "-" for used in point.used.values())
+        cells = " | ".join("-" if used < 1e-3 else f"{100 * used:,.1f} %" for used in point.used.values())
         full = f"{point.num_replicas:,.0f}" if math.isfinite(point.num_replicas) else "over a million"
         lines.append(f"| {point.what} | {point.unit} | {point.bound} | {cells} | {full} |")
     return lines
