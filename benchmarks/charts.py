@@ -57,6 +57,42 @@ def draw_comparison(path: Path, title: str, curves: Mapping[str, Sequence[Pareto
     figure.savefig(path)
 
 
+def draw_fleet(
+    path: Path,
+    growth: Mapping[str, Sequence[tuple[int, float, float]]],
+    staleness: Mapping[str, Sequence[tuple[float, float]]],
+    bounds: Mapping[str, Sequence[tuple[int, float]]],
+) -> None:
+    """Write what routing policies do as replicas are added and gauges grow old, and which bounds fill.
+
+    `growth` are (replicas, TTFT p99 in s, percent refused) by policy, `staleness` (seconds between scrapes, percent
+    refused), `bounds` (replicas, share of the bound).
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    (ttft, refused), (stale, used) = figure.subplots(2, 2)
+    for label, by_count in growth.items():
+        counts = [point[0] for point in by_count]
+        ttft.plot(counts, [point[1] for point in by_count], marker="o", label=label)
+        refused.plot(counts, [point[2] for point in by_count], marker="o", label=label)
+    for label, by_interval in staleness.items():
+        stale.plot(*zip(*by_interval, strict=True), marker="o", label=label)
+    for label, by_bound in bounds.items():
+        used.plot(*zip(*by_bound, strict=True), marker="o", label=label)
+    used.axhline(1.0, color="black", linestyle="--")
+    ttft.set(xlabel="replicas", ylabel="TTFT p99 (s)", title="First tokens, gauges scraped every second")
+    refused.set(xlabel="replicas", ylabel="refused (%)", title="Refused")
+    stale.set(xlabel="seconds between scrapes", ylabel="refused (%)", title="Refused, by the gauges' age")
+    used.set(xlabel="replicas", ylabel="share of its bound", title="What breaks first", yscale="log")
+    for axes in (ttft, refused, stale, used):
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
 def _draw_pareto(axes: Axes, curves: Mapping[str, Sequence[ParetoPoint]]) -> None:
     for label, points in curves.items():
         axes.plot([point[0] for point in points], [point[1] for point in points], marker="o", label=label)

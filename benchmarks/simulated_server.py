@@ -292,11 +292,13 @@ class SimulatedServer:
         settings: ServerSettings,
         costs: CostModel,
         *,
+        queue: EventQueue | None = None,
         step_fault: Callable[[int], float | None] = lambda number: 1.0,
         on_step: Callable[[SchedulerOutput, float], None] = lambda output, seconds: None,
         on_published: Callable[[list[Life]], None] = lambda lives: None,
     ) -> None:
-        self.queue = EventQueue()
+        """Servers that share a `queue` share its clock."""
+        self.queue = EventQueue() if queue is None else queue
         self.lives: list[Life] = []
         self.scheduler = Scheduler(
             BlockPool(settings.num_blocks),
@@ -378,6 +380,14 @@ class SimulatedServer:
         except ApiError as error:
             life.refusal = error
         return life
+
+    def forget(self, life: Life) -> None:
+        """Let go of one that was refused or is over: of a long run not all fit in memory."""
+        self.lives.remove(life)
+        if life.generation is not None:
+            assert life.generation.is_over
+            assert not self._settings.is_asynchronous, "a step in flight may still have a row of it"
+            del self._lives_by_id[life.generation.request_id], self._jobs[life.generation.request_id]
 
     def _receive(self, publication: Publication) -> None:
         touched = []

@@ -36,6 +36,8 @@ TORCH_FREE = "headrace.kernels.step_times"
 # that is served by default, and one file is run by their Python.
 FREE = {
     "ablation.py",
+    "fleet.py",
+    "fleet_costs.py",
     "gpu_measurements.py",
     "http_bench.py",
     "kernel_bench.py",
@@ -47,6 +49,7 @@ FREE = {
     "ray_replica.py",
     "scheduler_bench.py",
     "simulate.py",
+    "simulated_fleet.py",
     "simulated_server.py",
     "speculation.py",
     "unbatched_server.py",
