@@ -27,7 +27,8 @@ from headrace.benchmarks.routing import PIECE_TOKENS, POLICIES, Gauges, PrefixTa
 from headrace.benchmarks.simulated_server import CostModel, Job, ServerSettings, SimulatedServer
 from headrace.scheduler.messages import FinishReason, SamplingParams, SequenceOutput
 from headrace.server.generation import Recipe
-from headrace.server.journal import Journal, StreamRecord
+from headrace.server.journal import Journal
+from headrace.server.journal_rows import StreamRecord
 
 _NUM_DECISIONS = 2000
 _PIECES_PER_REPLICA = 1024
