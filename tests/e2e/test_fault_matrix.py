@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -69,6 +70,7 @@ class Watched:
             self.reference = alone.text()
         self._quiet = self._state()
         self._resident_kib = 0
+        until(self._has_settled, "what an idle server prepares is prepared")
 
     def __enter__(self) -> Self:
         return self
@@ -96,6 +98,12 @@ class Watched:
     def growth_mib(self) -> float:
         """How far the process's memory has grown, at most, since `forget_growth`."""
         return (self._status("VmHWM") - self._resident_kib) / 1024
+
+    def _has_settled(self) -> bool:
+        """Whether no memory was taken for a while."""
+        before = self._status("VmRSS")
+        time.sleep(0.5)
+        return self._status("VmRSS") <= before + 256
 
     def forget_growth(self) -> None:
         Path(f"/proc/{self.server.pid}/clear_refs").write_text("5")

@@ -27,7 +27,11 @@ from requirements import need_packaged_model
 from server_process import ServerProcess, serving
 
 NAME = "gemma3-270m"
-SETTINGS = ("--dtype", "float32", "--kv-cache-bytes", "256MiB", "--max-model-len", "1024")
+# However long a busy machine takes, nobody is refused for it.
+SETTINGS = (
+    *("--dtype", "float32", "--kv-cache-bytes", "256MiB", "--max-model-len", "1024"),
+    "--ttft-targets-s=1e6,1e6,1e6",
+)
 NUM_TOKENS = 8
 TEXTS = [
     "Q: What is the capital of France?\nA: Paris.\nQ: What is the capital of Italy?\nA:",
