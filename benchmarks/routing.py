@@ -10,6 +10,7 @@ Sources: the harm of old gauges and what two random choices do about it, Mitzenm
 import random
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -103,26 +104,20 @@ class RoundRobin:
         return self._next
 
 
-class LeastQueue:
-    """The one with the fewest requests."""
+class FewestRequests:
+    """The one with the fewest requests, as `least` finds it: of all, or of two at random."""
 
-    def __init__(self, gauges: Gauges, table: PrefixTable, draws: random.Random) -> None:
-        self._gauges, self._draws = gauges, draws
-
-    def choose(self, prompt: Prompt) -> int:
-        replica = _least(self._gauges.num_requests, self._draws)
-        self._gauges.note_sent(replica, prompt.num_tokens)
-        return replica
-
-
-class TwoChoices:
-    """Of two at random the one with fewer requests."""
-
-    def __init__(self, gauges: Gauges, table: PrefixTable, draws: random.Random) -> None:
-        self._gauges, self._draws = gauges, draws
+    def __init__(
+        self,
+        least: Callable[[np.ndarray, random.Random], int],
+        gauges: Gauges,
+        table: PrefixTable,
+        draws: random.Random,
+    ) -> None:
+        self._least, self._gauges, self._draws = least, gauges, draws
 
     def choose(self, prompt: Prompt) -> int:
-        replica = _better_of_two(self._gauges.num_requests, self._draws)
+        replica = self._least(self._gauges.num_requests, self._draws)
         self._gauges.note_sent(replica, prompt.num_tokens)
         return replica
 
@@ -186,16 +181,6 @@ class PrefixTtft:
         return replica
 
 
-POLICIES: dict[str, Callable[[Gauges, PrefixTable, random.Random], Policy]] = {
-    "round robin": RoundRobin,
-    "least queue": LeastQueue,
-    "two choices": TwoChoices,
-    "prefix-aware": PrefixAware,
-    "predicted TTFT": PredictedTtft,
-    "prefix and TTFT": PrefixTtft,
-}
-
-
 def _least(values: np.ndarray, draws: random.Random) -> int:
     best = np.flatnonzero(values == values.min())
     return int(best[draws.randrange(len(best))])
@@ -204,3 +189,13 @@ def _least(values: np.ndarray, draws: random.Random) -> int:
 def _better_of_two(values: np.ndarray, draws: random.Random) -> int:
     first, second = draws.randrange(len(values)), draws.randrange(len(values))
     return first if values[first] <= values[second] else second
+
+
+POLICIES: dict[str, Callable[[Gauges, PrefixTable, random.Random], Policy]] = {
+    "round robin": RoundRobin,
+    "least queue": partial(FewestRequests, _least),
+    "two choices": partial(FewestRequests, _better_of_two),
+    "prefix-aware": PrefixAware,
+    "predicted TTFT": PredictedTtft,
+    "prefix and TTFT": PrefixTtft,
+}

@@ -303,8 +303,7 @@ class Scheduler:
                 outputs.append(_new(SequenceOutput, fields))
             if finish_reason is not None:
                 self._remove(sequence)
-        if moves:
-            advance(moves)
+        advance(moves)
         self._lengths.count_tokens(num_tokens)
         return outputs
 

@@ -120,7 +120,7 @@ class EngineClient:
             self.metrics.watch_tier(
                 tier,
                 partial(admission.num_queued, tier),
-                partial(self._predicted_ttft_s, tier),
+                partial(self.predicted_ttft_s, tier),
                 partial(self._ttft_target_s, tier),
             )
         self.metrics.watch("queued_prompt_tokens", "Prompt tokens not begun", lambda: admission.num_queued_tokens)
@@ -144,7 +144,8 @@ class EngineClient:
     def unfinished(self) -> list[Generation]:
         return list(self._generations.values())
 
-    def _predicted_ttft_s(self, tier: Tier) -> float:
+    def predicted_ttft_s(self, tier: Tier) -> float:
+        """See `Admission.predict_longest`."""
         return self.admission.predict_longest(self.load, tier)
 
     def _ttft_target_s(self, tier: Tier) -> float:

@@ -34,7 +34,7 @@ from headrace.server.drain import drain
 from headrace.server.replica_calls import Head, ReplicaRequest, Results, answer, ingress_app, replica_lost
 from headrace.server.replica_routing import ReplicaLoad, ReplicaRouting
 from headrace.server.replica_scaling import ReplicaPressure, desired_replicas
-from headrace.server.serve import SWITCH_INTERVAL_S, LoadEngine, make_app, say, settle_garbage_collector, start_logging
+from headrace.server.serve import SWITCH_INTERVAL_S, LoadEngine, make_app, say, settle_memory, start_logging
 from headrace.server.settings import Settings
 from headrace.server.tracing import open_tracing
 
@@ -79,7 +79,7 @@ class Replica:
         if self._error is not None:
             await self._lifespan.shutdown()
             raise self._error
-        settle_garbage_collector()
+        settle_memory()
         say(f"replica {self._name} is ready: {self._app.generator.model_name}")
 
     def _note_engine(self, error: Exception | None) -> None:
@@ -101,9 +101,9 @@ class Replica:
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Serve's hook: what the router hears of this replica."""
-        load = self._app.client.load
+        client = self._app.client
+        load, wait_s = client.load, client.predicted_ttft_s(Tier.STANDARD)
         self._num_reports += 1
-        wait_s = self._app.client.admission.predict_longest(load, Tier.STANDARD)
         num_tokens = load.num_total_blocks * self._settings.block_size
         return asdict(ReplicaLoad(self._num_reports, wait_s, load.prefill_tokens_per_s, num_tokens))
 
@@ -111,9 +111,9 @@ class Replica:
         """Serve's hook: what the autoscaling policy hears of this replica."""
         client = self._app.client
         assert client.ready is not None
-        wait_s = client.admission.predict_longest(client.load, Tier.STANDARD)
         batch_share = (client.load.num_running + client.num_waiting) / client.ready.max_num_seqs
-        return asdict(ReplicaPressure(batch_share, wait_s / client.admission.targets_s[Tier.STANDARD]))
+        ttft_share = client.predicted_ttft_s(Tier.STANDARD) / client.admission.targets_s[Tier.STANDARD]
+        return asdict(ReplicaPressure(batch_share, ttft_share))
 
     async def __del__(self) -> None:
         """Serve's hook, when it has sent the replica's last request and waited for it: what runs without a reader is

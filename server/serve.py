@@ -304,8 +304,7 @@ class _Server(DrainingServer):
             print(f"headrace: {error}", file=sys.stderr, flush=True)
             self.should_exit = True
             return
-        open_gguf.cache_clear()  # the engine and the tokenizer have both read it
-        settle_garbage_collector()
+        settle_memory()
         assert self._app.client.ready is not None
         name = self._app.generator.model_name
         url = self.url
@@ -322,13 +321,14 @@ class _Server(DrainingServer):
         say(f"try: curl -N {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'")
 
 
-def settle_garbage_collector() -> None:
-    """Keep what loading made out of every later collection, and collect seldom.
+def settle_memory() -> None:
+    """Let go of what only loading needs, keep what it made out of every later collection, and collect seldom.
 
     A full one walks the libraries' half a million objects, and all streams stand meanwhile. With the default threshold
     of 700 every step of a few hundred streams sets off a small one, which finds next to nothing: reference counts free
     all but the hundred objects of a stream whose client left (a cancelled task's exception refers to itself).
     """
+    open_gguf.cache_clear()  # the engine and the tokenizer have both read it
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)

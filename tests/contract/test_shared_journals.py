@@ -4,7 +4,8 @@ import json
 import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fake_engine import FakeRunner, expected_text
 from headrace.server.api_keys import append_key, create_key
 from headrace.server.generation import Generation
 from headrace.server.journal import JournalError
+from killed_app import app_until
 from live_app import LiveApp, live_app
 
 pytestmark = pytest.mark.anyio
@@ -42,16 +44,9 @@ async def replica(name: str, folder: Path, **settings: Any) -> AsyncIterator[Liv
 @asynccontextmanager
 async def dead_replica(name: str, folder: Path, copy: Path, num_steps: int) -> AsyncIterator[LiveApp]:
     """One whose runner makes so many steps; when the block is left `copy` is the folder as a kill would leave it."""
-    runner = FakeRunner()
-    with ExitStack() as held:
-        held.enter_context(runner.held())
-        runner.allow(num_steps)
-        async with replica(name, folder, runner=runner) as app:
-            try:
-                yield app
-                shutil.copytree(folder, copy)
-            finally:
-                held.close()
+    kill = partial(shutil.copytree, folder, copy)
+    async with app_until(kill, num_steps, runner=FakeRunner(), replica_name=name, journal_dir=folder) as app:
+        yield app
 
 
 async def create(app: LiveApp, **fields: Any) -> str:
