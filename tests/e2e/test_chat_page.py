@@ -1,6 +1,5 @@
 """The chat page on the real model, in a real browser: it streams, stops, and loses nothing to a reload or a cut."""
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +9,11 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from chat_page import ChatPage, open_chat_page
+from requirements import IS_LONG
 from server_process import ServerProcess, serving
 from tcp_relay import TcpRelay
 
-CUTS_S = [10, 60] if os.environ.get("TESTS_LONG") else [10]
+CUTS_S = [10, 60] if IS_LONG else [10]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ others, in environments of their own, join in `make test-all`.
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from openai import OpenAI
 
 from client_driver import ClientDriver, Seen
 from raw_client import RawRequest
-from requirements import need, need_program
+from requirements import IS_LONG, need, need_program
 from server_process import ServerProcess, serving
 from tcp_relay import Passage, TcpRelay
 from waiting import until
@@ -56,7 +55,7 @@ class Client:
     def command(self) -> list[str]:
         """How to start it; skips where it is not to be run or not installed."""
         script = HERE / "clients" / self.script
-        if self.is_long and not os.environ.get("TESTS_LONG"):
+        if self.is_long and not IS_LONG:
             pytest.skip("a client of `make test-all`")
         if script.suffix == ".mjs":
             need((script.parent / "node_modules").is_dir(), "what `make setup-clients` installs with npm")
@@ -404,7 +403,7 @@ def narrow(demo_model: Path) -> Iterator[ServerProcess]:
 
 @_matrix("chat", error="overload")
 def test_a_client_comes_back_after_an_overload(narrow: ServerProcess, drive: Drive, client: Client, way: str) -> None:
-    if way.startswith("async") and not os.environ.get("TESTS_LONG"):
+    if way.startswith("async") and not IS_LONG:
         pytest.skip("long: it waits for as long as it is told; runs in make test-all")
     driver = drive(client, narrow)
     body = _pick(way, *ASKED["length"][1:])

@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,12 @@ from headrace.scheduler.gguf_file import open_gguf
 from headrace.scheduler.model_loader import load_engine, read_gguf
 from headrace.scheduler.model_source import ModelSource
 from headrace.server.tokenizer import load_tokenizer
-from requirements import lack, need_program
+from requirements import IS_LONG, lack, long, need_program
 from server_process import ServerProcess, serving
 
 TEXT = Path(__file__).parent / "texts" / "mill.txt"
-is_long = pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
 
-NUM_TOKENS = 600 if os.environ.get("TESTS_LONG") else 300
+NUM_TOKENS = 600 if IS_LONG else 300
 MAX_TOKENS = 1024
 
 
@@ -147,7 +145,7 @@ def test_activations_of_8_bits_stay_close_to_float32(
 @pytest.mark.parametrize(
     "chunks",
     [
-        pytest.param([1], marks=is_long),
+        pytest.param([1], marks=long),
         [7, 1, 33, 64, 5, 1, 1, 100, 13],
         [NUM_TOKENS - 20, 1],
         [256, 3],
@@ -165,7 +163,7 @@ def test_however_a_text_is_cut_its_logits_agree_with_one_prefill(
         assert torch.equal(whole, cut) or (has_amx() and divergence(whole, cut) < 0.005)
 
 
-@is_long
+@long
 def test_it_agrees_up_to_the_full_context(demo_model: Path, bfloat16_model: Path, text: list[int]) -> None:
     tokens = (text * 14)[:8192]
     assert len(tokens) == 8192

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from headrace.server.settings import Settings
-from requirements import lack, need_program
+from requirements import lack, long, need_program
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -157,7 +157,7 @@ def test_only_what_the_dockerfile_copies_is_sent_to_docker() -> None:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="takes minutes: make test-all")
+@long
 def test_the_dockerfiles_steps_make_a_server_that_runs_without_root(image: _Image) -> None:
     python = need_program("/usr/bin/python3")
     subprocess.run([python, "-m", "venv", str(image.root / "venv")], check=True)

@@ -1,6 +1,5 @@
 """Greedy tokens equal Hugging Face's `generate()` in float32, however the scheduler cuts and mixes the work."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,12 @@ from headrace.scheduler.model_runner import ModelRunner
 from headrace.scheduler.model_source import ModelSource
 from headrace.scheduler.scheduler import Scheduler
 from headrace.server.tokenizer import Tokenizer, load_tokenizer
+from requirements import IS_LONG
 
-NUM_OUTPUT_TOKENS = 20
+NUM_OUTPUT_TOKENS = 20 if IS_LONG else 16
 BLOCK_SIZE = 16
 NUM_BLOCKS = 512
-_NUM_FOUND = 8 if os.environ.get("TESTS_LONG") else 4
+_NUM_FOUND = 8 if IS_LONG else 4
 
 _CHATS = [
     "What is the capital of France?",
@@ -150,7 +150,7 @@ def test_tokens_equal_generate_when_some_are_drafted(
     assert load.num_accepted_tokens > 0
 
 
-@pytest.mark.parametrize("chunk", [3, 7, 33] if os.environ.get("TESTS_LONG") else [7])
+@pytest.mark.parametrize("chunk", [3, 7, 33] if IS_LONG else [7])
 def test_tokens_equal_generate_when_prompts_are_chunked_at_awkward_sizes(
     runner: ModelRunner, prompts: list[list[int]], reference: list[list[int]], tokenizer: Tokenizer, chunk: int
 ) -> None:
@@ -167,7 +167,7 @@ def test_tokens_equal_generate_after_preemption(
     assert load.num_free_blocks == 24
 
 
-@pytest.mark.parametrize("chunk", [5, 17, 256] if os.environ.get("TESTS_LONG") else [5])
+@pytest.mark.parametrize("chunk", [5, 17, 256] if IS_LONG else [5])
 def test_tokens_equal_generate_when_prompts_are_found_in_the_prefix_cache(
     runner: ModelRunner, prompts: list[list[int]], reference: list[list[int]], tokenizer: Tokenizer, chunk: int
 ) -> None:

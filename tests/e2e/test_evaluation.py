@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fake_engine import EOS
-from requirements import need
+from requirements import IS_LONG, need
 from scored_model import loglikelihood, write_scored_model
 from server_process import serving
 from tiny_models import generate_with_hugging_face
@@ -62,7 +62,7 @@ def evaluate(url: str, model: Path, out: Path) -> dict[str, list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, dict[str, list[dict[str, Any]]]]]:
     """The model, and what the harness found."""
-    if not os.environ.get("TESTS_LONG"):
+    if not IS_LONG:
         pytest.skip("a client of `make test-all`")
     need(PYTHON.exists(), "what `make setup-clients` installs")
     path = tmp_path_factory.mktemp("evaluation") / "scored"

@@ -9,19 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import pytest
 from playwright.sync_api import Browser, expect
 
 from fake_engine import expected_text
 from live_server import live_server
-from requirements import need
+from requirements import long, need
 from waiting import until
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "gradio_chat.py"
 PYTHON = Path(__file__).parent / "clients" / ".venvs" / "gradio" / "bin" / "python"
 TIMEOUT_MS = 60_000
 
-pytestmark = pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="a client of `make test-all`")
+pytestmark = long
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from requirements import need
+from requirements import long, need
 from scored_model import write_scored_model
 from server_process import ServerProcess, serving
 
@@ -23,7 +23,7 @@ NUM_REQUESTS = 24
 NUM_STREAMS = [1, 4]
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 48, 20
 
-pytestmark = pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="a client of `make test-all`")
+pytestmark = long
 
 
 @pytest.fixture(scope="module")

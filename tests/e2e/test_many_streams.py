@@ -1,7 +1,6 @@
 """Two hundred streams at once, merged into one running batch, each with the text it has alone."""
 
 import json
-import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from raw_client import RawRequest
+from requirements import IS_LONG
 from server_process import ServerProcess, serving
 
 NUM_STREAMS = 200
 # `make test` compares a fixed sample of the texts with those alone, `make test-all` every one.
-COMPARED = range(0, NUM_STREAMS, 1 if os.environ.get("TESTS_LONG") else 20)
+COMPARED = range(0, NUM_STREAMS, 1 if IS_LONG else 20)
 NUM_TOKENS = 24
 KV_BYTES = 1 << 30
 SUBJECTS = ["a mill", "the sea", "an old clock", "two foxes", "winter", "a bridge", "the moon", "a blue train"]

@@ -5,7 +5,6 @@ One server for all of them; the last test ends it.
 
 import base64
 import json
-import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from openai import OpenAI
 from playwright.sync_api import Browser, Page, expect
 from transformers import AutoModel, AutoTokenizer
 
-from requirements import need, need_packaged_model
+from requirements import long, need, need_packaged_model
 from server_process import ServerProcess, serving
 from waiting import until
 
@@ -213,7 +212,7 @@ def test_pictures_can_be_chosen_by_keyboard(page: Page, photographs: Path) -> No
     expect(page.locator("#pictures ol > li").first).to_contain_text("espresso", timeout=30_000)
 
 
-@pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
+@long
 def test_locusts_users_load_every_lane_that_the_server_has(server: ServerProcess) -> None:
     locust = Path(__file__).parent / "clients" / ".venvs" / "locust" / "bin" / "locust"
     need(locust.exists(), "what `make setup-clients` installs")

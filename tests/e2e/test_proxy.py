@@ -5,7 +5,6 @@ setup-clients`, and joins in `make test-all`.
 """
 
 import json
-import os
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from requirements import need
+from requirements import long, need
 from server_process import ProxyProcess, ServerProcess, proxying
 from waiting import until
 
@@ -151,7 +150,7 @@ def mlserver(folder: Path) -> Iterator[str]:
         process.wait(60)
 
 
-@pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
+@long
 def test_tensors_for_mlserver_are_merged(tmp_path: Path) -> None:
     need(MLSERVER.exists(), "what `make setup-clients` installs")
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from fake_engine import VOCAB_SIZE, byte_wrapper
-from requirements import need
+from requirements import long, need
 from server_process import ServerProcess
 from tiny_models import tiny_llama
 from waiting import until
@@ -25,7 +25,7 @@ REPLICA = "x-headrace-replica"
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 24, "intermediate_size": 768, "max_position_embeddings": 8192}
 
 pytestmark = [
-    pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="an environment of `make test-all`"),
+    long,
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 

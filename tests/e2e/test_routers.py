@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from fake_engine import expected_text
-from requirements import need
+from requirements import long, need
 from server_process import ScriptedServer, serving_script
 from waiting import until
 
@@ -28,7 +28,7 @@ SHORT = {"model": "fake", "prompt": "river", "max_tokens": 8, "temperature": 0}
 # A step of ten milliseconds for each token.
 SLOW = {"model": "fake", "prompt": "slow river", "max_tokens": 400, "temperature": 0, "stream": True}
 
-pytestmark = pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="a client of `make test-all`")
+pytestmark = long
 
 
 def free_ports(num: int) -> list[int]:

@@ -4,7 +4,6 @@ Windows of 512 tokens, norms of queries and keys, SentencePiece, a vocabulary of
 has no chat template.
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from headrace.scheduler.gguf_config import gguf_config
 from headrace.scheduler.gguf_file import GGUFFile, open_gguf
 from headrace.scheduler.model_source import ModelSource
 from headrace.server.tokenizer import Tokenizer, load_tokenizer
-from requirements import need_packaged_model
+from requirements import long, need_packaged_model
 from server_process import ServerProcess, serving
 
 NAME = "gemma3-270m"
@@ -40,7 +39,6 @@ TEXTS = [
     "The water that drives the wheel comes down a channel called a headrace. " * 36,
 ]
 PROGRAM = '#include <stdio.h>\nint main(void) {\n    printf("hi\\n");\n    return 0;\n}\n'
-is_long = pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +129,7 @@ def test_a_base_model_has_no_chat(gemma: ServerProcess) -> None:
         client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "Hi"}])
 
 
-@is_long
+@long
 def test_transformers_reads_the_same_model_and_text_out_of_the_file(
     path: Path, weights: dict[str, torch.Tensor], tokenizer: Tokenizer
 ) -> None:
@@ -153,7 +151,7 @@ def test_transformers_reads_the_same_model_and_text_out_of_the_file(
         assert tokenizer.decode(token_ids) == their_tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
-@is_long
+@long
 def test_with_a_template_in_its_file_it_chats(path: Path, reference: Any, tmp_path: Path) -> None:
     template = (
         "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"

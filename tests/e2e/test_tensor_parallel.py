@@ -16,6 +16,7 @@ from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import DeviceLostError, RankError
 from headrace.scheduler.model_loader import load_engine
 from raw_client import RawRequest
+from requirements import long
 from server_process import ServerProcess, serving
 from tiny_models import generate, generate_with_hugging_face, greedy, tiny_llama
 from waiting import until
@@ -23,7 +24,6 @@ from waiting import until
 NUM_TOKENS = 12
 PROMPT = [(7 * i + 3) % VOCAB_SIZE for i in range(40)]
 # A server and its ranks import what they need one after the other.
-LONG = pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
 
 
 def tiny() -> Any:
@@ -76,7 +76,7 @@ def test_two_processes_compute_what_hugging_face_does_and_the_end_of_one_is_told
     dist.destroy_process_group()
 
 
-@LONG
+@long
 def test_two_processes_answer_as_hugging_face_does_and_a_killed_one_ends_the_server(server: ServerProcess) -> None:
     url = f"{server.url()}/v1/completions"
     body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
@@ -93,7 +93,7 @@ def test_two_processes_answer_as_hugging_face_does_and_a_killed_one_ends_the_ser
     assert not is_running(rank)
 
 
-@LONG
+@long
 @pytest.mark.parametrize(("sig", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
 def test_a_server_that_ends_or_is_killed_leaves_no_rank(server: ServerProcess, sig: int, code: int) -> None:
     [rank] = children(server)
@@ -101,7 +101,7 @@ def test_a_server_that_ends_or_is_killed_leaves_no_rank(server: ServerProcess, s
     until(lambda: not is_running(rank), "the rank ends")
 
 
-@LONG
+@long
 def test_a_rank_that_stands_still_ends_the_server_in_time(server: ServerProcess) -> None:
     [rank] = children(server)
     os.kill(rank, signal.SIGSTOP)

@@ -34,12 +34,13 @@ from footprint import Footprint, settle
 from headrace.scheduler.model_source import fetch_packaged_model
 from headrace.server.settings import Settings
 from nemesis import Nemesis, check_native_stream, create_native, exchange, read_native, read_openai_stream
+from requirements import IS_LONG
 from server_process import ServerProcess
 from waiting import until
 
 CONFIG = Path(__file__).parents[2] / "configs" / "soak.toml"
-DURATION_S = float(os.environ.get("TESTS_SOAK_S") or (600 if os.environ.get("TESTS_LONG") else 8))
-IS_LONG = DURATION_S >= 60
+DURATION_S = float(os.environ.get("TESTS_SOAK_S") or (600 if IS_LONG else 8))
+IS_SOAK = DURATION_S >= 60
 # The same load before anything is measured: threads start, allocators and caches fill.
 WARM_UP_S = DURATION_S / 4
 SEED = int(os.environ.get("TESTS_SEED") or random.randrange(2**32))
@@ -50,8 +51,8 @@ MAX_CLIENTS = 24
 CLIENT_TIMEOUT_S = 300
 NUMS_TOKENS = (1, 8, 20, 40)
 # In a long run more than the queue's 64 places and the batch's 16.
-BURST = 100 if IS_LONG else 20
-LONGEST_STOP_S = 12 if IS_LONG else 2
+BURST = 100 if IS_SOAK else 20
+LONGEST_STOP_S = 12 if IS_SOAK else 2
 NUM_TRIES = 200  # of a client behind a bad network
 # oneDNN keeps a kernel for each of the last 1024 shapes it met, which comes to some 60 MiB and is not all there after
 # the warm-up; the allocator keeps some too. A task, a descriptor or a block shows as one too many; of memory, what is
@@ -473,7 +474,7 @@ def test_a_server_ends_a_soak_where_it_began() -> None:
         soak = Soak(httpx.URL(server.url()), nemesis.url, random.Random(SEED))
         warm_bytes = anyio.run(_run_and_watch, server, soak, WARM_UP_S)
         say("warm")
-        if IS_LONG:
+        if IS_SOAK:
             anyio.run(soak.fill_cache)
         before = _settle(server, soak)
         say(f"settled: {before}")
@@ -488,19 +489,19 @@ def test_a_server_ends_a_soak_where_it_began() -> None:
         leaks = after.leaks(before, num_idle_threads=Settings().tokenizer_threads)
         # Of what a large body took, the allocator gives back some, and takes it again.
         growth_bytes = after.resident_bytes - max(before.resident_bytes, *warm_bytes)
-        if IS_LONG and growth_bytes > RESIDENT_MARGIN_BYTES:
+        if IS_SOAK and growth_bytes > RESIDENT_MARGIN_BYTES:
             leaks["resident_bytes"] = growth_bytes
         print(json.dumps(_report(server, soak, nemesis, before, after, leaks)), flush=True)
         assert leaks == {}
 
         rejected = {name: value for name, value in server.metrics().items() if "_requests_rejected_" in name}
         assert soak.outcomes["refused"] <= sum(rejected.values()) - soak.outcomes["wrong"]
-        if IS_LONG:
+        if IS_SOAK:
             assert len(soak.outcomes) >= 20, "what can happen has happened"
         _check_log(server, num_second_choices=soak.outcomes["chat"])
         # In a short run some of the texts, in a long one all.
         keys = sorted(soak.texts.keys() | soak.parts.keys())
-        for prompt, max_tokens in keys if IS_LONG else random.Random(SEED).sample(keys, min(4, len(keys))):
+        for prompt, max_tokens in keys if IS_SOAK else random.Random(SEED).sample(keys, min(4, len(keys))):
             alone = _alone(server, prompt, max_tokens)
             assert soak.texts.get((prompt, max_tokens), {alone}) == {alone}
             assert all(alone.startswith(part) for part in soak.parts.get((prompt, max_tokens), ()))

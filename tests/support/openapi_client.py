@@ -15,9 +15,10 @@ from schemathesis.engine import Status, events, from_schema
 from schemathesis.engine.recorder import ScenarioRecorder
 
 from headrace.server import answers
+from requirements import IS_LONG
 
 # Per operation, beside some thousand at the edges; in `make test-all` other ones each time.
-NUM_EXAMPLES = int(os.environ.get("TESTS_EXAMPLES") or (300 if os.environ.get("TESTS_LONG") else 5))
+NUM_EXAMPLES = int(os.environ.get("TESTS_EXAMPLES") or (300 if IS_LONG else 5))
 # What JSON Schema cannot say: what is a grammar, how many tokens a text has and a model takes, how two values or
 # parameters of a query compare, that a number is written without a point, what is a picture, and what was named before.
 BEYOND_SCHEMA = re.compile(
@@ -70,7 +71,7 @@ def try_everything(url: str, secret: str) -> Outcome:
             "headers": {"Authorization": f"Bearer {secret}", "Accept": "text/event-stream, */*"},
             "generation": {
                 "max-examples": NUM_EXAMPLES,
-                "deterministic": not os.environ.get("TESTS_LONG"),
+                "deterministic": not IS_LONG,
                 "database": "none",
             },
             "base-url": url,

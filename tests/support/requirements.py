@@ -1,4 +1,7 @@
-"""What a test needs from the machine: missing, it is skipped aloud, or fails where everything must run (CI)."""
+"""What a test needs from the machine: missing, it is skipped aloud, or fails where everything must run (CI).
+
+And from who runs it: time. `make test-all` sets TESTS_LONG.
+"""
 
 import os
 import shutil
@@ -9,6 +12,9 @@ import pytest
 
 from headrace.scheduler.errors import ModelSourceError
 from headrace.scheduler.model_source import fetch_packaged_model
+
+IS_LONG = bool(os.environ.get("TESTS_LONG"))
+long = pytest.mark.skipif(not IS_LONG, reason="long: runs in make test-all")
 
 
 def need(is_there: bool, what: str) -> None:

@@ -1,7 +1,6 @@
 """The simulator: hundreds of seeds hold, the same seed is the same run, and what is broken is found and made small."""
 
 import dataclasses
-import os
 from typing import Any
 
 import pytest
@@ -13,9 +12,10 @@ from headrace.scheduler.messages import SequenceOutput
 from headrace.scheduler.scheduler import Scheduler
 from headrace.scheduler.sequence import Sequence
 from headrace.server.stream_log import LogSlice, StreamLog
+from requirements import IS_LONG
 
 
-@pytest.mark.parametrize("first", range(0, 200 if os.environ.get("TESTS_LONG") else 100, 50))
+@pytest.mark.parametrize("first", range(0, 200 if IS_LONG else 100, 50))
 def test_every_invariant_holds_whatever_the_seed(first: int) -> None:
     failures = {seed: failure for seed in range(first, first + 50) if (failure := play(make_scenario(seed)))}
     assert failures == {}

@@ -17,7 +17,7 @@ from headrace.kernels.cpu_library import (
     choose_instruction_set,
     load_library,
 )
-from requirements import lack
+from requirements import IS_LONG, lack
 
 SETS = {each.name: each for each in (*INSTRUCTION_SETS, EMULATED_AMX)}
 
@@ -51,7 +51,7 @@ def load_once(instruction_set: InstructionSet, folder: Path) -> ctypes.CDLL:
 @pytest.fixture(scope="session")
 def libraries(kernel_folder: Path) -> dict[str, ctypes.CDLL]:
     runnable = [each for each in SETS.values() if why_not(each) is None]
-    if not os.environ.get("TESTS_LONG"):
+    if not IS_LONG:
         native = [each for each in runnable if each is not EMULATED_AMX]
         runnable = [each for each in runnable if each in (*native[:1], *native[-1:], EMULATED_AMX)]
     with ThreadPoolExecutor(2) as pool:

@@ -17,7 +17,7 @@ from headrace.kernels.cpu_library import (
     KernelUnavailableError,
     choose_instruction_set,
 )
-from requirements import need
+from requirements import IS_LONG, long, need
 
 SCRIPT = Path(__file__).parents[2] / "support" / "sanitized_kernel.py"
 # Unoptimised, they find the most and compile the fastest.
@@ -69,12 +69,12 @@ def test_no_memory_is_misused_and_nothing_undefined_computed(tmp_path: Path) -> 
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     }
     sets = runnable_sets()
-    if not os.environ.get("TESTS_LONG"):
+    if not IS_LONG:
         sets = sets[:1]  # what serves here
     check(tmp_path, sets, ADDRESS_FLAGS, environment)
 
 
-@pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
+@long
 def test_threads_do_not_race(tmp_path: Path) -> None:
     """One instruction set tells: all share their memory in the same places."""
     environment = {

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from headrace.kernels.gpu_backend import GpuBackend
 from headrace.kernels.gpu_linear import gpu_linear
 from headrace.kernels.quantised import QuantisedWeight
 from headrace.kernels.sampling import SamplingBatch
+import requirements
 from sampling_batches import make_batch
 
 # What padding rows hold is nobody's, and may overflow.
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Interpreted, each of its runs takes seconds.
-IS_LONG = DEVICE.type == "cuda" or bool(os.environ.get("TESTS_LONG"))
+IS_LONG = DEVICE.type == "cuda" or requirements.IS_LONG
 EMBEDDING = "model.embed_tokens.weight"
 MODELS = {
     "llama": TinyModel(),

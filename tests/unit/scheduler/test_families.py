@@ -4,7 +4,6 @@ The weights are tiny and random, in float32; sliding windows are shorter than th
 in the hardest way, `make test-all` in all ways.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from headrace.scheduler.messages import LoadSnapshot
 from headrace.scheduler.model_loader import _COMPACT_FAMILIES, load_engine
 from headrace.scheduler.model_runner import ModelRunner
 from headrace.scheduler.scheduler import Scheduler
+from requirements import long
 from tiny_models import VOCAB_SIZE, generate, generate_with_hugging_face, greedy, tiny_model
 
 NUM_TOKENS, BLOCK_SIZE = 10, 4
@@ -203,7 +203,7 @@ def test_staggered_in_chunks_and_preempted_it_continues_as_generate_does(
     assert load.num_preemptions > 0
 
 
-@pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
+@long
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("family", "fields"), VARIANTS)
 def test_in_any_other_way_it_continues_as_generate_does(
