@@ -81,13 +81,13 @@ class Gateway:
 
 def _name(headers: Headers, names: tuple[str, ...]) -> str:
     """Which of a header's names is used."""
-    return next((name for name in names if headers.get(name)), names[0])
+    return next((name for name in names if any(headers.getlist(name))), names[0])
 
 
 def _said(headers: Headers, names: tuple[str, ...], pattern: re.Pattern[str], expected: str) -> str | None:
     """A header's value, None where it is absent or empty. Raises: BadRequestError for one that is not as `expected`."""
     name = _name(headers, names)
-    value = headers.get(name, "").strip()
+    value = ", ".join(headers.getlist(name)).strip()  # of two the first may be a client's own
     if value and pattern.fullmatch(value) is None:
         raise _refused(name, expected)
     return value or None

@@ -179,6 +179,14 @@ async def test_a_header_that_no_gateway_writes_is_refused_by_its_name_and_ignore
                 assert answer.json()["error"]["param"] == name
 
 
+async def test_of_a_header_that_is_there_twice_none_is_believed() -> None:
+    async with live_app(**TRUSTING) as app:
+        request = exchange(app.asgi, "POST", "/v1/completions", headers={"x-gateway-inference-objective": "premium"})
+        request.scope["headers"].append((b"x-gateway-inference-objective", b"batch"))  # the gateway's own
+        await request.run()
+    assert (request.status, request.json()["error"]["param"]) == (400, "x-gateway-inference-objective")
+
+
 async def test_what_a_key_allows_holds_for_all_its_flows_together(tmp_path: Path) -> None:
     secret, key = create_key("alice", Tier.STANDARD)
     append_key(tmp_path / "keys.toml", key.model_copy(update={"max_concurrent": 2}))
