@@ -69,8 +69,12 @@ class JournalFolder:
         descriptor = _lock(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
         if descriptor is None:
             return None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, self.name.encode(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, self.name.encode(), 0)
+        except OSError:  # of a full disk: who cannot write lets others
+            os.close(descriptor)
+            raise
         return Claim(path, descriptor)
 
     def holder_of(self, path: Path) -> str:
