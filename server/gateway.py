@@ -2,7 +2,7 @@
 
 Lives on the event loop. A gateway is believed by the address of its own connection alone, where `trusted_proxies` has
 it: X-Forwarded-For is written by anybody. What others say in these headers is as good as unsaid. The load is told to
-whoever asks in its own header, but where /metrics are the operator's alone, only to a gateway.
+whoever may read /metrics and asks in its own header; where those are the operator's alone, only to a gateway.
 Sources: Gateway API Inference Extension and llm-d's router for the names, of which the older one counts where the newer
 is absent; for the load, ORCA as Envoy reads it (xds.data.orca.v3.OrcaLoadReport), with vLLM's names.
 """
@@ -44,6 +44,7 @@ class Gateway:
         self._networks = [ipaddress.ip_network(network) for network in settings.trusted_proxies]
         self._tiers = {**{tier.value: tier for tier in Tier}, **settings.objectives}
         self._is_load_open = settings.admin_port is None
+        self._needs_key = settings.api_keys_file is not None and not settings.open_metrics
         self._load = load
 
     def hints(self, connection: HTTPConnection) -> Hints:
@@ -64,7 +65,8 @@ class Gateway:
     def load_header(self, connection: HTTPConnection) -> dict[str, str]:
         """The load, in the form that is asked for; nothing where none is, or one that does not exist."""
         form = connection.headers.get(FORMAT_HEADER, "").upper()
-        if form not in _FORMS or not (self._is_load_open or self._is_trusted(connection)):
+        has_key = not self._needs_key or bool(connection.state.tenant)
+        if form not in _FORMS or not ((self._is_load_open and has_key) or self._is_trusted(connection)):
             return {}
         return {LOAD_HEADER: f"{form} {_FORMS[form](self._load())}"}
 
@@ -81,13 +83,13 @@ class Gateway:
 
 def _name(headers: Headers, names: tuple[str, ...]) -> str:
     """Which of a header's names is used."""
-    return next((name for name in names if headers.get(name)), names[0])
+    return next((name for name in names if any(headers.getlist(name))), names[0])
 
 
 def _said(headers: Headers, names: tuple[str, ...], pattern: re.Pattern[str], expected: str) -> str | None:
     """A header's value, None where it is absent or empty. Raises: BadRequestError for one that is not as `expected`."""
     name = _name(headers, names)
-    value = headers.get(name, "").strip()
+    value = ", ".join(headers.getlist(name)).strip()  # of two the first may be a client's own
     if value and pattern.fullmatch(value) is None:
         raise _refused(name, expected)
     return value or None

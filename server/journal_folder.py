@@ -69,24 +69,41 @@ class JournalFolder:
         descriptor = _lock(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
         if descriptor is None:
             return None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, self.name.encode(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, self.name.encode(), 0)
+        except OSError:  # of a full disk: who cannot write lets others
+            os.close(descriptor)
+            raise
         return Claim(path, descriptor)
 
     def holder_of(self, path: Path) -> str:
-        """The replica that holds a file, or was the last to."""
-        return path.with_suffix(".lock").read_text()
+        """The replica that holds a file, or was the last to; where that cannot be told, the one whose file it is."""
+        with suppress(OSError, ValueError):
+            if name := path.with_suffix(".lock").read_text():
+                return name
+        return path.parent.name
 
     def files_of(self, name: str) -> list[Path]:
         """The files of a replica but for this process's own; none where it has never been."""
         return sorted(path for path in (self._root / name).glob("[0-9]*.db") if path != self._own)
 
     def find(self, name: str, id: str) -> tuple[Path, Rows] | None:
-        """The file that a stream of a replica's is in, and all its rows; what cannot be read now is not found."""
+        """The file that a stream of a replica's is in, and all its rows; what is damaged is not found.
+
+        Raises: sqlite3.OperationalError, OSError where it may be in a file that cannot be read now.
+        """
+        unread: Exception | None = None
         for path in self.files_of(name):
-            with suppress(sqlite3.Error):
+            try:
                 if rows := read_rows(path, {id: 0}).get(id):
                     return path, rows
+            except (sqlite3.OperationalError, OSError) as error:
+                unread = error
+            except sqlite3.DatabaseError:
+                continue
+        if unread is not None:
+            raise unread
         return None
 
 

@@ -39,12 +39,14 @@ class Replicas:
         return f"{self._name}-{bits}" if self._name else bits
 
     async def reach(self, registry: StreamRegistry[Any], request: Request, id: str, param: str | None = None) -> None:
-        """Bring what another replica makes into the registry, or say where it is; nothing to do where `id`, which the
-        field `param` holds, names no other.
+        """Bring what another replica makes into the registry, up to now, or say where it is; nothing to do where `id`,
+        which the field `param` holds, names no other.
 
-        Raises: OtherReplicaError; UnavailableError where it is to be taken over, and the server is about to end.
+        Raises: OtherReplicaError; UnavailableError where it cannot be read for now, or is to be taken over, and the
+        server is about to end.
         """
-        if id in registry or (found := _NAMED_ID.fullmatch(id)) is None:
+        is_here = id in registry and not registry.is_followed(id)
+        if is_here or (found := _NAMED_ID.fullmatch(id)) is None:
             return
         if self._journals is not None and registry.is_whole and await self._journals.bring(found[1], id):
             return

@@ -75,7 +75,8 @@ def serve(settings: Settings, load_engine: LoadEngine | None = None) -> int:
         # First what is quickly told: a port that is taken should not cost the time a model takes to load.
         tls = load_tls(settings)
         listeners = listen(settings)
-        settings = within_descriptors(settings)
+        # Who reads another replica's stream may cost a second descriptor, which tells its writer so.
+        settings = within_descriptors(settings, 1 if settings.journal_dir is None else 2)
         server = _Server(settings, load_engine, listeners, tls, started_s)
     except HeadraceError as error:
         print(f"headrace: {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
@@ -74,11 +75,23 @@ _AdapterName = Annotated[str, Field(min_length=1, max_length=512)]  # as `model`
 _AdapterFolder = Annotated[str, Field(min_length=1)]
 _REPLICA_NAME = r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?"
 _ReplicaName = Annotated[str, Field(pattern=f"^{_REPLICA_NAME}$")]
+
+
+def _check_base_url(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        if value and not (parts.hostname and parts.port != 0):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"{value!r} has no host, or a port that is none") from None
+    return value.rstrip("/")
+
+
 # As it goes into a Location: no user, no query, nothing that would have to be encoded.
 _BaseUrl = Annotated[
     str,
     Field(pattern=r"^(https?://[A-Za-z0-9.:\[\]_-]+(/[A-Za-z0-9._~/-]*)?)?$"),
-    AfterValidator(lambda url: url.rstrip("/")),
+    AfterValidator(_check_base_url),
 ]
 _ObjectiveName = Annotated[str, Field(min_length=1, max_length=253)]
 

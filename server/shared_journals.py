@@ -83,26 +83,38 @@ class SharedJournals:
         self._unreadable: set[Path] = set()
 
     async def bring(self, name: str, id: str) -> bool:
-        """Have a stream in its registry that a process of the replica `name` has made; False where there is none.
+        """Have a stream in its registry that a process of the replica `name` has made, with all that has come of it:
+        who was at that replica a moment ago may have seen it all. False where there is none.
 
-        Raises: UnavailableError where it is to be taken over, and this server is about to end.
+        Raises: UnavailableError where it cannot be read for now, or is to be taken over, and this server is about to
+        end.
         """
         # Not to be left half-way where a client leaves: others wait for what is taken over.
         with anyio.CancelScope(shield=True):
             async with self._lock:
-                if id in shelf_of(id, self._shelves).registry:
-                    return True
-                found = await self._on_worker(partial(self._find, name, id))
-                if found is None or found.model != self._model:
-                    return False
-                self._client.check_accepting()
-                if not await self._follow(id, found):
-                    return False
-                await self._take_if_free(found.path)
+                try:
+                    await self._bring(name, id)
+                except (sqlite3.Error, OSError) as error:
+                    logger.warning("another replica's journal cannot be read for now: %s", type(error).__name__)
+                    raise UnavailableError("the replica's journal cannot be read for now", "journal_busy") from None
         return id in shelf_of(id, self._shelves).registry
 
+    async def _bring(self, name: str, id: str) -> None:
+        """Raises: as `bring`, but sqlite3.Error or OSError for what cannot be read."""
+        if (followed := self._followed.get(id)) is not None:
+            await self._look_into(followed.path, {id: followed})
+            return
+        if id in shelf_of(id, self._shelves).registry:
+            return
+        found = await self._on_worker(partial(self._find, name, id))
+        if found is None or found.model != self._model:
+            return
+        self._client.check_accepting()
+        if await self._follow(id, found):
+            await self._take_if_free(found.path)
+
     def holder_of(self, id: str) -> str:
-        """The replica that makes a stream which is followed. Raises: OSError."""
+        """The replica that makes a stream which is followed."""
         return self._folder.holder_of(self._followed[id].path)
 
     async def take_over_own(self) -> None:
@@ -133,7 +145,7 @@ class SharedJournals:
             self._let_go(id, ShutdownError(is_resumable=True))
 
     def _find(self, name: str, id: str) -> _Found | None:
-        """Runs on a worker thread."""
+        """Runs on a worker thread. Raises: sqlite3.OperationalError, OSError for what cannot be read now."""
         try:
             if (found := self._folder.find(name, id)) is None:
                 return None
@@ -171,24 +183,25 @@ class SharedJournals:
             if now - followed.asked_s >= _KEPT_S:
                 self._let_go(id)
         for path in {followed.path for followed in self._followed.values()}:
-            await self._look_into(path)
+            streams = {id: each for id, each in self._followed.items() if each.path == path}
+            try:
+                await self._look_into(path, streams)
+            except (sqlite3.Error, OSError) as error:
+                if path not in self._unreadable:
+                    logger.warning("another replica's journal cannot be read for now: %s", type(error).__name__)
+                self._unreadable.add(path)
+            else:
+                self._unreadable.discard(path)
         if not self._followed:
             self._has_work = anyio.Event()
 
-    async def _look_into(self, path: Path) -> None:
+    async def _look_into(self, path: Path, streams: Mapping[str, _Followed]) -> None:
+        """Feed these streams of a file what is new of each. Raises: sqlite3.Error, OSError."""
         if await self._take_if_free(path):
             return
-        streams = {id: each for id, each in self._followed.items() if each.path == path}
         unmarked = [id for id, each in streams.items() if each.has_readers and each.mark is None]
         positions = {id: each.num_rows for id, each in streams.items()}
-        try:
-            marks, found = await self._on_worker(partial(self._read, path, unmarked, positions))
-        except (sqlite3.Error, OSError) as error:
-            if path not in self._unreadable:
-                logger.warning("another replica's journal cannot be read for now: %s", type(error).__name__)
-            self._unreadable.add(path)
-            return
-        self._unreadable.discard(path)
+        marks, found = await self._on_worker(partial(self._read, path, unmarked, positions))
         for id, mark in marks.items():
             streams[id].mark = mark
         for id, followed in streams.items():

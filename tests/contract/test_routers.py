@@ -132,6 +132,21 @@ async def test_a_refusal_tells_the_load_too_and_a_replay_only_its_own_reader() -
         assert first.body == second.body == third.body
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_told"), [({}, False), ({"open_metrics": True}, True), (TRUSTING, True)], ids=str
+)
+async def test_the_load_is_told_to_those_who_may_read_the_metrics(
+    tmp_path: Path, settings: dict[str, Any], is_told: bool
+) -> None:
+    secret, key = create_key("alice", Tier.STANDARD)
+    append_key(tmp_path / "keys.toml", key)
+    path = "/v1/streams/none/events"  # which needs no key
+    async with live_app(api_keys_file=tmp_path / "keys.toml", **settings) as app:
+        for headers, is_told_here in ((ASKED, is_told), (ASKED | {"authorization": f"Bearer {secret}"}, True)):
+            answer = await call(app.asgi, "GET", path, headers=headers)
+            assert (answer.status, "endpoint-load-metrics" in answer.headers) == (404, is_told_here)
+
+
 async def held_requests(app: LiveApp, tasks: Any, *headers: dict[str, str]) -> list[Exchange]:
     """Requests with these headers that the engine has and cannot go on with."""
     requests = [exchange(app.asgi, "POST", "/v1/completions", headers=each) for each in headers]
@@ -177,6 +192,14 @@ async def test_a_header_that_no_gateway_writes_is_refused_by_its_name_and_ignore
             assert answer.status == status
             if status == 400:
                 assert answer.json()["error"]["param"] == name
+
+
+async def test_of_a_header_that_is_there_twice_none_is_believed() -> None:
+    async with live_app(**TRUSTING) as app:
+        request = exchange(app.asgi, "POST", "/v1/completions", headers={"x-gateway-inference-objective": "premium"})
+        request.scope["headers"].append((b"x-gateway-inference-objective", b"batch"))  # the gateway's own
+        await request.run()
+    assert (request.status, request.json()["error"]["param"]) == (400, "x-gateway-inference-objective")
 
 
 async def test_what_a_key_allows_holds_for_all_its_flows_together(tmp_path: Path) -> None:

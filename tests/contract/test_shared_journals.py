@@ -134,6 +134,35 @@ async def test_what_a_replica_still_makes_another_one_tells_as_it_comes(folder: 
         assert beta.runner.num_steps == 0
 
 
+async def test_who_was_at_its_owner_a_moment_ago_finds_all_that_it_has_seen(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.server.shared_journals._POLL_S", 600)  # what is followed lags behind
+    async with replica("alpha", folder) as alpha, replica("beta", folder) as beta:
+        with alpha.runner.held():
+            id = await create(alpha)
+            path = f"/v1/responses/{(await call(alpha.asgi, 'POST', '/v1/responses', RESPONSE)).json()['id']}"
+            for each in (f"/v1/streams/{id}", path):
+                assert (await call(beta.asgi, "GET", each)).status == 200
+            async with following(alpha, id) as reader:
+                alpha.runner.allow(5)
+                await reader.wait_until(lambda: text_of(reader.events()) == TEXT[:5])
+                last = reader.events()[-1]["id"]
+            headers = SSE | {"last-event-id": last}
+            again = exchange(beta.asgi, "GET", f"/v1/streams/{id}/events", headers=headers)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(again.run)
+                await again.wait_until(lambda: again.status is not None)
+                assert again.status == 200
+                again.disconnect()
+            alpha.runner.allow(100)
+            whole = (await call(alpha.asgi, "GET", path, query="stream=true")).events()
+        rest = await call(beta.asgi, "GET", path, query=f"stream=true&starting_after={len(whole) - 2}")
+        assert [event["event"] for event in rest.events()] == ["response.incomplete"]
+        more = RESPONSE | {"input": "and?", "previous_response_id": path.rpartition("/")[2]}
+        assert (await call(beta.asgi, "POST", "/v1/responses", more)).status == 200
+
+
 async def test_only_its_owner_ends_a_stream_and_others_say_who_that_is(folder: Path) -> None:
     async with replica("alpha", folder) as alpha, replica("beta", folder, peers='{"alpha": "http://a"}') as beta:
         with alpha.runner.held():
@@ -391,6 +420,50 @@ async def test_what_was_taken_over_is_let_go_of_once_it_is_forgotten(
     files = [path for path in left.rglob("*") if path.is_file()]
     assert not any(b"secret" in path.read_bytes() or id in path.name for path in files)
     assert all(path.stat().st_mode & 0o077 == 0 for path in left.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "status"),
+    [
+        (lambda folder: (folder / "alpha" / "1.lock").write_bytes(b"\xff"), 421),
+        (lambda folder: (folder / "alpha" / "1.lock").write_bytes(b""), 421),
+        (lambda folder: shutil.rmtree(folder), 404),
+    ],
+    ids=["a name that is none", "no name", "no folder"],
+)
+async def test_whose_a_followed_stream_is_can_be_told_without_the_folder_or_it_is_gone(
+    folder: Path, spoil: Callable[[Path], object], status: int
+) -> None:
+    async with replica("alpha", folder) as alpha, replica("beta", folder) as beta:
+        with alpha.runner.held():
+            id = await create(alpha)
+            assert (await call(beta.asgi, "GET", f"/v1/streams/{id}")).status == 200
+            spoil(folder)
+            answer = await call(beta.asgi, "DELETE", f"/v1/streams/{id}")
+            assert (answer.status, answer.json()["error"].get("replica", "alpha")) == (status, "alpha")
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("database is locked"), PermissionError()], ids=type)
+@pytest.mark.parametrize("is_followed", [False, True])
+async def test_what_cannot_be_read_for_now_may_be_asked_for_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, is_followed: bool
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    async with replica("alpha", folder) as alpha, replica("beta", folder) as beta:
+        id = await create(alpha)
+        await read(alpha, id)
+        if is_followed:
+            assert (await call(beta.asgi, "GET", f"/v1/streams/{id}")).status == 200
+        with monkeypatch.context() as patches:
+            for module in ("journal_folder", "shared_journals"):
+                patches.setattr(f"headrace.server.{module}.read_rows", fail)
+            refused = await call(beta.asgi, "GET", f"/v1/streams/{id}")
+            assert (refused.status, refused.json()["error"]["code"]) == (503, "journal_busy")
+            assert int(refused.headers["retry-after"]) >= 1
+            assert [list(event) for event in (await read(beta, id)).events()] == [["retry"]]
+        assert text_of((await read(beta, id)).events()) == TEXT
 
 
 async def test_a_damaged_stream_is_none_elsewhere_and_its_neighbour_is_one(folder: Path) -> None:

@@ -54,6 +54,12 @@ def test_a_flood_beyond_the_descriptors_leaves_a_stream_and_the_probes_alone_and
         assert "Traceback" not in server.output
 
 
+def test_with_shared_journals_there_is_a_descriptor_for_every_stream_that_is_read_from_another(tmp_path: Path) -> None:
+    flags = ("--replica-name", "alpha", "--journal-dir", str(tmp_path / "journals"))
+    with serving_script(*flags, FAKE_DESCRIPTORS="128") as server:
+        server.wait_for("16 connections at most, not 4096")
+
+
 def test_silent_connections_beyond_the_descriptors_leave_a_server_with_tls_alone(tmp_path: Path) -> None:
     certificate = make_certificate(tmp_path)
     flags = ["--tls-cert-file", str(certificate.cert_file), "--tls-key-file", str(certificate.key_file)]

@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import httpx
 import pytest
 
 from raw_client import RawRequest
-from server_process import ServerProcess, serving
+from server_process import ServerProcess, serving, serving_script
+from waiting import until
 
 LONG = {"prompt": "Once", "max_tokens": 1000, "ignore_eos": True, "temperature": 0, "stream": True}
 
@@ -141,6 +143,34 @@ def test_sigterm_lets_running_streams_finish_and_refuses_new_requests(demo_model
             request.read_until(b"data: [DONE]\n\n")
             assert b'"finish_reason":"length"' in request.received
         assert server.process.wait(30) == 0
+
+
+def test_a_server_behind_a_router_is_ready_no_more_then_refuses_and_closes_last() -> None:
+    short = {"prompt": "river", "max_tokens": 2, "temperature": 0}
+    with serving_script("--drain-delay-s", "1.5") as server:
+        url = server.url()
+        with (
+            RawRequest(url, "/v1/completions", LONG | {"prompt": "slow river", "max_tokens": 450}) as running,
+            httpx.Client(base_url=url) as pooled,
+        ):
+            running.read_until(b"data:")
+            assert pooled.get("/ready").status_code == 200
+            signalled_s = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: pooled.get("/ready").json() == {"status": "draining"}, "it is ready no more")
+            taken = 0
+            while (answer := pooled.post("/v1/completions", json=short)).status_code == 200:
+                taken += 1
+                assert httpx.post(f"{url}/v1/completions", json=short).status_code in (200, 503)
+            assert taken > 0
+            assert time.monotonic() - signalled_s >= 1.5
+            for refused in (answer, httpx.post(f"{url}/v1/completions", json=short)):
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+                assert int(refused.headers["retry-after"]) >= 1
+            assert [httpx.get(f"{url}{path}").status_code for path in ("/ready", "/health")] == [503, 200]
+            assert server.process.poll() is None, "what runs is waited for"
+        assert server.process.wait(20) == 0
+        assert "Traceback" not in server.output
 
 
 def test_streams_that_outlast_the_grace_time_get_a_terminal_event(demo_model: Path) -> None:

@@ -1,5 +1,6 @@
 """Who writes and who reads the files in a folder of journals."""
 
+import errno
 import os
 import sqlite3
 import subprocess
@@ -122,3 +123,16 @@ def test_a_journal_that_cannot_be_opened_lets_go_of_its_file(folder: JournalFold
     again = folder.claim(claim.path)
     assert again is not None
     again.release()
+
+
+def test_who_cannot_write_its_name_holds_no_file(folder: JournalFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patches:
+        patches.setattr("os.pwrite", fail)
+        with pytest.raises(OSError, match="no space"):
+            folder.claim_own()
+    claim = folder.claim_own()
+    assert claim.path.name == "1.db"
+    claim.release()

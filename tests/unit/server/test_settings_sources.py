@@ -130,6 +130,12 @@ def test_lora_adapters_are_a_table_of_the_file_json_in_the_environment_and_pairs
     assert load_settings([], {}).lora_adapters == {}
 
 
+@pytest.mark.parametrize("url", ["http://[x", "http://:80", "http://b:99999", "http://b:0", "http://b:c", "b:8000"])
+def test_a_peers_address_that_leads_nowhere_is_refused(url: str) -> None:
+    with pytest.raises(SettingsError, match="peers"):
+        load_settings(["--replica-name", "a", "--peers", json.dumps({"b": url})], {})
+
+
 def test_peers_are_a_table_of_the_file_json_in_the_environment_and_pairs_in_flags(tmp_path: Path) -> None:
     path = tmp_path / "headrace.toml"
     path.write_text('replica_name = "a"\n[peers]\nb-1 = "http://b:8000/llm/"\nc = ""\n')
