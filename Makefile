@@ -28,7 +28,7 @@ setup: $(VENV)/.installed
 
 setup-test: $(VENV)/.installed-test tests/e2e/node_modules/.installed
 
-setup-clients: $(patsubst %,$(CLIENT_VENVS)/%/.installed,openai2 langchain litellm vllm-bench mlserver locust gradio lm-eval guidellm router ray) \
+setup-clients: $(patsubst %,$(CLIENT_VENVS)/%/.installed,openai2 langchain litellm vllm-bench mlserver locust gradio lm-eval guidellm router ray flashinfer) \
 	$(CLIENT_VENVS)/vllm-bench/endpoint_request_func.py $(CLIENTS)/node_modules/.installed
 
 $(BIN)/python:
@@ -58,9 +58,10 @@ $(CLIENT_VENVS)/%/.installed: $(CLIENTS)/%.txt
 	@$(@D)/bin/python -m pip install --disable-pip-version-check -qq -r $<
 	@touch $@
 
-# Ray beside what is installed for the server.
-$(CLIENT_VENVS)/ray/.installed: $(CLIENTS)/ray.txt $(VENV)/.installed-test
-	@echo "headrace: installing Ray"
+# Beside what is installed for the server.
+$(CLIENT_VENVS)/ray/.installed $(CLIENT_VENVS)/flashinfer/.installed: $(CLIENT_VENVS)/%/.installed: \
+		$(CLIENTS)/%.txt $(VENV)/.installed-test
+	@echo "headrace: installing $*"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/headrace.pth

@@ -1,11 +1,12 @@
 """What a GPU does in a step: ceilings, and steps of a model of random weights beside them; run by `gpu_report`.
 
-`python -m headrace.benchmarks.gpu_measurements parity|ceilings|steps JSON` prints one JSON object as its last line. A
-step is timed by events on the device, from its input's arrival to its tokens' departure, on a cache full of noise. The
-floor of a decode step is the bytes it must read (weights but the embedding, the context's keys and values) at the speed
-of a large copy, counting bytes read and written.
+`python -m headrace.benchmarks.gpu_measurements parity|ceilings|steps|flashinfer JSON` prints one JSON object as its
+last line. A step is timed by events on the device, from its input's arrival to its tokens' departure, on a cache full
+of noise. The floor of a decode step is the bytes it must read (weights but the embedding, the context's keys and
+values) at the speed of a large copy, counting bytes read and written.
 """
 
+import copy
 import functools
 import json
 import statistics
@@ -16,15 +17,19 @@ from typing import Any
 
 import torch
 
-from headrace.kernels import reference, triton_ops, triton_sampling
+from headrace.kernels import flashinfer_ops, reference, triton_ops, triton_sampling
 from headrace.kernels.backend import StepBatch
 from headrace.kernels.decoder import KVCache, ModelShape
+from headrace.kernels.flashinfer_ops import MakeWrapper
+from headrace.kernels.gpu_backend import GpuBackend
 from headrace.kernels.gpu_linear import GpuLinear
 from headrace.kernels.ops import AttentionMetadata, Hidden
 from headrace.kernels.triton_linear import Weight, dequantise, pack_groups, quantise_fp8
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.lockstep import LockstepBackend
 from headrace.scheduler.model_loader import load_engine
+from headrace.scheduler.model_runner import ModelRunner
+from headrace.scheduler.scheduler import Scheduler
 
 _COPY_BYTES = 2**32
 _MATRIX_SIZE = 8192
@@ -34,7 +39,12 @@ _NUM_REPEATS = 20
 
 def main() -> None:
     section, options = sys.argv[1], json.loads(sys.argv[2])
-    sections: dict[str, Callable[..., dict[str, Any]]] = {"parity": parity, "ceilings": _ceilings, "steps": _steps}
+    sections: dict[str, Callable[..., dict[str, Any]]] = {
+        "parity": parity,
+        "ceilings": _ceilings,
+        "steps": _steps,
+        "flashinfer": _flashinfer,
+    }
     results = sections[section](**options)
     print(json.dumps(results))
 
@@ -137,7 +147,18 @@ def _attention_errors(noise: Callable[..., torch.Tensor], cache_dtype: torch.dty
     errors["attention"] = _error(outputs[1], outputs[3])
     stored = [cache.layers[0].keys.float() for cache in caches]
     errors["keys stored"] = _error(stored[0], stored[1])
+    if cache_dtype is not torch.int8 and _find_flashinfer() is not None:
+        plan = flashinfer_ops.plan_attention(metadata, _BLOCK_SIZE, noise(1).device)
+        found = flashinfer_ops.paged_attention(outputs[2], caches[1].layers[0], plan, head_dim**-0.5)
+        errors["attention by flashinfer"] = _error(found, outputs[3])
     return errors
+
+
+def _find_flashinfer() -> MakeWrapper | None:
+    try:
+        return flashinfer_ops.find_wrapper()
+    except ImportError:
+        return None
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -183,28 +204,10 @@ def _steps(
 ) -> dict[str, Any]:
     """Time decode steps of (sequences, context) and prompt chunks of (tokens, context they end at). Of several ranks it
     is the first one's share that is counted."""
-    longest = max((context for _, context in decode + prefill), default=0) + 2 * _NUM_REPEATS
-    widest = max((width for width, _ in decode), default=1)
-    config = EngineConfig(
-        Path(model),
-        device="cuda",
-        load_format="dummy",
-        block_size=_BLOCK_SIZE,
-        max_num_seqs=max(widest, 1),
-        max_num_batched_tokens=max([num_tokens for num_tokens, _ in prefill] + [widest, 16]),
-        max_model_len=longest + 64,
-        **settings,
-    )
-    scheduler, runner = load_engine(config, lambda line: None)
+    _, scheduler, runner = _load(model, decode, prefill, settings)
     backend: Any = runner.backend
     own: Any = backend.own if isinstance(backend, LockstepBackend) else backend
     num_blocks = scheduler.load().num_total_blocks
-    for layer in own._cache.layers:
-        for cache in layer[:2]:
-            _fill_with_noise(cache)
-        for scales in layer[2:]:
-            if scales is not None:
-                scales.fill_(1 / 64)
     decoder = own._decoder
     linears = [
         layer_part for layer in decoder._layers for layer_part in (layer.qkv, layer.out, layer.gate_up, layer.down)
@@ -250,6 +253,69 @@ def _steps(
         "decode": rows,
         "prefill": chunks,
     }
+
+
+def _flashinfer(model: str, decode: list[tuple[int, int]], prefill: list[tuple[int, int]]) -> dict[str, Any]:
+    """Time steps with each attention in turn, of one decoder's weights and cache."""
+    wrapper = _find_flashinfer()
+    if wrapper is None:
+        return {"missing": "not installed"}
+    config, scheduler, runner = _load(model, decode, prefill, {})
+    triton: Any = runner.backend
+    decoder = copy.copy(triton._decoder)
+    decoder._ops = flashinfer_ops
+    flashinfer = GpuBackend(
+        decoder,
+        triton._cache,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_blocks=triton._max_num_blocks,
+        flashinfer_wrapper=wrapper,
+    )
+    flashinfer.capture()
+    num_blocks = scheduler.load().num_total_blocks
+    sizes = [(width, width, context) for width, context in decode if width * -(-context // _BLOCK_SIZE) <= num_blocks]
+    rows: list[dict[str, Any]] = []
+    for width, num_tokens, context in sizes + [(1, num_tokens, context) for num_tokens, context in prefill]:
+        times: dict[str, list[float]] = {"triton_ms": [], "flashinfer_ms": []}
+        for _ in range(3):
+            for found, backend in zip(times.values(), (triton, flashinfer), strict=True):
+                if num_tokens > width:
+                    step_s = _prefill_s(backend, num_tokens, context)
+                else:
+                    step_s, _ = _decode_s(backend, width, context, num_blocks)
+                found.append(step_s * 1e3)
+        medians = {name: statistics.median(found) for name, found in times.items()}
+        rows.append({"sequences": width, "tokens": num_tokens, "context": context, **medians})
+    return {"steps": rows}
+
+
+def _load(
+    model: str, decode: list[tuple[int, int]], prefill: list[tuple[int, int]], settings: dict[str, Any]
+) -> tuple[EngineConfig, Scheduler, ModelRunner]:
+    """A model of random weights, its cache full of noise, for steps of these sizes."""
+    longest = max((context for _, context in decode + prefill), default=0) + 2 * _NUM_REPEATS
+    widest = max((width for width, _ in decode), default=1)
+    config = EngineConfig(
+        Path(model),
+        device="cuda",
+        load_format="dummy",
+        block_size=_BLOCK_SIZE,
+        max_num_seqs=max(widest, 1),
+        max_num_batched_tokens=max([num_tokens for num_tokens, _ in prefill] + [widest, 16]),
+        max_model_len=longest + 64,
+        **settings,
+    )
+    scheduler, runner = load_engine(config, lambda line: None)
+    backend: Any = runner.backend
+    own: Any = backend.own if isinstance(backend, LockstepBackend) else backend
+    for layer in own._cache.layers:
+        for cache in layer[:2]:
+            _fill_with_noise(cache)
+        for scales in layer[2:]:
+            if scales is not None:
+                scales.fill_(1 / 64)
+    return config, scheduler, runner
 
 
 def _fill_with_noise(cache: torch.Tensor) -> None:

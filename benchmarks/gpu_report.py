@@ -1,9 +1,9 @@
 """One run that shows what a GPU does: `python -m headrace.benchmarks.gpu_report`; it needs no weights and no network.
 
 A model in the shape of Llama-3.1-8B, of random weights, since speed does not depend on them. Ceilings of the card;
-decode steps and prompt chunks beside their floors; the whole server over HTTP beside transformers' continuous batching,
-in turn. Prints Markdown, and as the last line of stdout one JSON object. What fails is told in its place, the rest goes
-on.
+decode steps and prompt chunks beside their floors, and with flashinfer's attention where it is installed; the whole
+server over HTTP beside transformers' continuous batching, in turn. Prints Markdown, and as the last line of stdout one
+JSON object. What fails is told in its place, the rest goes on.
 """
 
 import argparse
@@ -78,12 +78,15 @@ _PREFILL: Final = [(256, 256), (512, 512), (2048, 2048), (2048, 8192)]
 _HTTP_KV_GIB: Final = 12  # each: the server and its peer are on the card together
 _MIN_ROUND_S: Final = 12.0  # a round of HTTP is not begun with less left
 _SERVER_START_LIMIT_S: Final = 150.0
+_FLASHINFER_LIMIT_S: Final = 150.0  # it compiles, once
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu_report", description=__doc__)
     parser.add_argument("--model", choices=list(_SHAPES), default="llama-3.1-8b")
-    parser.add_argument("--sections", default="parity,ceilings,steps,fp8,http", help="which of them, by comma")
+    parser.add_argument(
+        "--sections", default="parity,ceilings,steps,fp8,flashinfer,http", help="which of them, by comma"
+    )
     parser.add_argument("--widths", default="1,32,128,256", help="streams over HTTP")
     parser.add_argument("--peers", default="transformers", help="measured beside the server, by comma; or none")
     parser.add_argument("--rounds", type=int, default=3)
@@ -122,6 +125,11 @@ def main() -> int:
                 given |= {"model": str(model), "tensor_parallel_size": options.tensor_parallel_size}
                 report[section] = _measured("steps", {**ceilings, **given}, deadline_s)
                 _print_steps(title, report[section])
+        if "flashinfer" in sections:
+            given = {"model": str(model), "decode": _DECODE, "prefill": _PREFILL}
+            limit_s = min(deadline_s, time.monotonic() + _FLASHINFER_LIMIT_S)
+            report["flashinfer"] = _measured("flashinfer", given, limit_s)
+            _print_flashinfer(report["flashinfer"])
         if "http" in sections:
             logs = options.out or Path(folder)
             report["http"] = asyncio.run(_over_http(options, model, logs, deadline_s))
@@ -307,6 +315,16 @@ def _print_steps(title: str, results: dict[str, Any]) -> None:
         print(f"| {row['tokens']} | {row['context']} | {figures} |", flush=True)
 
 
+def _print_flashinfer(results: dict[str, Any]) -> None:
+    if "steps" not in results:
+        print(f"flashinfer: {results.get('missing') or results['error']}", flush=True)
+        return
+    print("\n| sequences | tokens | context | step ms, Triton's attention | flashinfer's |\n|---|---|---|---|---|")
+    for row in results["steps"]:
+        figures = f"{row['triton_ms']:.3f} | {row['flashinfer_ms']:.3f}"
+        print(f"| {row['sequences']} | {row['tokens']} | {row['context']} | {figures} |", flush=True)
+
+
 def _print_parity(errors: dict[str, Any]) -> None:
     if "error" in errors:
         print(f"parity: {errors['error']}", flush=True)
@@ -325,7 +343,7 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("torch", "triton", "transformers", "headrace"):
+    for name in ("torch", "triton", "transformers", "flashinfer-python", "headrace"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

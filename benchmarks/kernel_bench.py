@@ -229,7 +229,7 @@ class Bench:
 
     def _in_torch(self) -> TorchBackend:
         weights = read_gguf(open_gguf(self.path), torch.bfloat16, keeps_quants=False)
-        decoder = self._plan.build(weights, torch.bfloat16, torch.device("cpu"), "none", (), None)
+        decoder = self._plan.build(weights, torch.bfloat16, torch.device("cpu"), torch_ops, "none", (), None)
         shape, device = self.config.shape, torch.device("cpu")
         cache = KVCache.allocate(shape, self._num_blocks, _BLOCK_SIZE, torch.bfloat16, device)
         return TorchBackend(decoder, cache, torch_ops)

@@ -19,6 +19,7 @@ import triton.language as tl
 from headrace.kernels import triton_sampling
 from headrace.kernels.backend import StepBatch
 from headrace.kernels.decoder import Decoder, KVCache, PackedBatch
+from headrace.kernels.flashinfer_ops import FlashinferPlan, MakeWrapper
 from headrace.kernels.hf_decoder import HuggingFaceDecoder
 from headrace.kernels.lora import AdapterRows, rows_by_adapter
 from headrace.kernels.sampling import SamplingBatch, modify_logits, uniforms, upload
@@ -112,7 +113,8 @@ def _record(is_cuda: bool) -> torch.cuda.Event | None:
 
 class GpuBackend:
     """A decoder and its cache on one GPU. `max_num_batched_tokens` tokens and `max_num_seqs` sequences in a step at
-    most, each of at most `max_num_blocks` blocks. With a `group`, tokens are drawn on its rank 0 alone."""
+    most, each of at most `max_num_blocks` blocks. With a `group`, tokens are drawn on its rank 0 alone. A decoder whose
+    ops are `flashinfer_ops` needs a `flashinfer_wrapper`."""
 
     is_asynchronous = True
 
@@ -125,6 +127,7 @@ class GpuBackend:
         max_num_batched_tokens: int,
         max_num_blocks: int,
         group: Group | None = None,
+        flashinfer_wrapper: MakeWrapper | None = None,
     ) -> None:
         self._decoder, self._cache, self._group = decoder, cache, group
         self._device = decoder.device
@@ -144,6 +147,15 @@ class GpuBackend:
         # Twice the sequences: those that are over make room only when it is needed.
         self._block_tables = buffer(2 * max_num_seqs * max_num_blocks).view(-1, max_num_blocks)
         self._tables: OrderedDict[int, _Table] = OrderedDict()
+        self._flashinfer: FlashinferPlan | None = None
+        if flashinfer_wrapper is not None:
+            self._flashinfer = FlashinferPlan(
+                flashinfer_wrapper,
+                block_size=cache.block_size,
+                max_num_seqs=max_num_seqs,
+                max_num_blocks=max_num_seqs * max_num_blocks + max_num_batched_tokens,
+                device=self._device,
+            )
         self._staged = buffer(max_num_batched_tokens + 3 * max_num_seqs + 1 + max_num_rows)
         self._stages = [
             torch.empty(self._staged.shape, dtype=torch.int32, pin_memory=self._is_cuda) for _ in range(_NUM_STAGES)
@@ -173,9 +185,7 @@ class GpuBackend:
         return _Size(num_tokens, num_sequences, num_sequences, has_prefill=True)
 
     def _capture(self, size: _Size) -> None:
-        self._query_starts.zero_()
-        self._context_lens.zero_()
-        self._slots.fill_(-1)
+        self._begin_padding(size)
         self._compute(size)  # compiles, and lets libraries choose
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -186,8 +196,18 @@ class GpuBackend:
             graph.capture_end()
         self._graphs[size] = _Graph(graph.replay, logits)
 
+    def _begin_padding(self, size: _Size) -> None:
+        """Begin a step of nobody's tokens."""
+        self._query_starts.zero_()
+        self._context_lens.zero_()
+        self._slots.fill_(-1)
+        if self._flashinfer is not None:
+            # Which counts tokens on the host, and takes the first step's as the most.
+            lens = np.diff(np.arange(size.num_sequences + 1) * size.num_tokens // size.num_sequences).tolist()
+            self._flashinfer.begin(lens, lens, size.num_sequences, size)
+
     def _compute(self, size: _Size, adapter_rows: tuple[AdapterRows, ...] = ()) -> torch.Tensor:
-        plan = AttentionPlan(
+        plan = self._flashinfer or AttentionPlan(
             self._query_starts[: size.num_sequences + 1],
             self._context_lens[: size.num_sequences],
             self._block_tables,
@@ -215,6 +235,10 @@ class GpuBackend:
             self._group.share(self._drawn)
         self._prepare(batch, size)
         graph = None if adapter_rows else self._graphs.get(size)
+        if self._flashinfer is not None:
+            key = None if graph is None else size
+            self._flashinfer.begin(batch.query_lens, batch.context_lens, size.num_sequences, key)
+            self._flashinfer.take_blocks(self._block_tables, self._table_rows)
         if graph is None:
             logits = self._compute(size, adapter_rows)
         else:

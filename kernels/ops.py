@@ -1,8 +1,8 @@
 """The kernel interface: every op the decoder is made of, with the products that an op can be fused into.
 
-Three modules have this shape: `reference`, plain torch that is each op's specification, `torch_ops`, the torch path
-that serves on any device, and `triton_ops` for NVIDIA GPUs. They agree with the reference within the tolerance of their
-dtype.
+Four modules have this shape: `reference`, plain torch that is each op's specification, `torch_ops`, the torch path
+that serves on any device, `triton_ops` for NVIDIA GPUs, and `flashinfer_ops`, which has another attention. They agree
+with the reference within the tolerance of their dtype.
 
 Dimension letters, here and in the modules: T tokens in the packed batch, B sequences in it, H query heads, G key/value
 heads, D head size, E hidden size, F feed-forward size, N blocks in the cache, S tokens in a block.

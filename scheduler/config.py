@@ -43,6 +43,7 @@ class EngineConfig:
     kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
     quantization: Literal["none", "fp8"] = "none"
     load_format: Literal["auto", "dummy"] = "auto"
+    gpu_attention: Literal["triton", "flashinfer"] = "triton"
     cpu_kernel: Literal["auto", "amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "torch"] = "auto"
     cpu_activations: Literal["int8", "int16"] = "int8"
     batch_invariant: bool = False

@@ -84,7 +84,8 @@ _LINEARS = tuple(f".self_attn.{name}_proj.weight" for name in "qkvo") + tuple(
 )
 
 _Build = Callable[
-    [dict[str, Weight], torch.dtype, torch.device, str, Sequence[Adapter], Group | None], Decoder | HuggingFaceDecoder
+    [dict[str, Weight], torch.dtype, torch.device, Ops, str, Sequence[Adapter], Group | None],
+    Decoder | HuggingFaceDecoder,
 ]
 
 
@@ -113,6 +114,15 @@ class _Kernel:
     library: ctypes.CDLL
     instruction_set: InstructionSet
     config: DecoderConfig
+
+
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """A decoder's ops, flashinfer's wrapper where the attention is by it, and why not where it was asked for."""
+
+    ops: Ops
+    flashinfer_wrapper: Callable[..., Any] | None = None
+    why_not: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +205,7 @@ def load_model(config: EngineConfig, say: Callable[[str], None], peers: Peers | 
         raise CapacityError(f"max_model_len: {max_model_len} is over the model's own {plan.shape.max_position}")
     _check_settings(config, device, dtype, is_gguf=file is not None)
     kv_dtype = {"auto": dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[config.kv_cache_dtype]
+    attention = _choose_attention(config, device, plan.shape, dtype, kv_dtype)
     if kernel is not None:
         token_bytes = cpu_backend.kv_bytes_per_token(kernel.config, kv_dtype is torch.int8)
     else:
@@ -216,7 +227,9 @@ def load_model(config: EngineConfig, say: Callable[[str], None], peers: Peers | 
             else read_gguf(file, dtype, keeps_quants=keeps_quants, sharding=plan.sharding)
         )
     plan.check(weights)
-    decoder = plan.build(weights, dtype, device, config.quantization, adapters, group) if kernel is None else None
+    decoder = None
+    if kernel is None:
+        decoder = plan.build(weights, dtype, device, attention.ops, config.quantization, adapters, group)
     if config.kv_cache_bytes is not None:
         cache_bytes = config.kv_cache_bytes
     else:
@@ -231,7 +244,9 @@ def load_model(config: EngineConfig, say: Callable[[str], None], peers: Peers | 
     else:
         assert decoder is not None
         cache = KVCache.allocate(plan.shape, num_blocks, config.block_size, kv_dtype, device)
-        backend, how = _with_decoder(config, decoder, cache, max_model_len, what, group)
+        if attention.flashinfer_wrapper is not None:
+            say("flashinfer compiles its kernels at the first start, which takes minutes")
+        backend, how = _with_decoder(config, decoder, cache, attention, max_model_len, what, group)
         how += f" (no C++ kernel: {why_not})" if why_not else ""
     max_context_tokens = min(max_model_len, num_blocks * config.block_size)
     cache_gib = num_blocks * config.block_size * token_bytes / 2**30
@@ -293,6 +308,7 @@ def _with_decoder(
     config: EngineConfig,
     decoder: Decoder | HuggingFaceDecoder,
     cache: KVCache,
+    attention: _Attention,
     max_model_len: int,
     what: str,
     group: Group | None,
@@ -303,6 +319,7 @@ def _with_decoder(
     quantised = f", weights in {config.quantization}" if config.quantization != "none" else ""
     backend: Backend
     if device.type == "cuda":
+        from headrace.kernels.flashinfer_ops import KernelsMissingError
         from headrace.kernels.gpu_backend import GpuBackend
 
         backend = GpuBackend(
@@ -312,10 +329,18 @@ def _with_decoder(
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_blocks=-(-max_model_len // config.block_size),
             group=group,
+            flashinfer_wrapper=attention.flashinfer_wrapper,
         )
         if is_packed:  # what else runs in a forward of transformers cannot be known
-            backend.capture()
+            try:
+                backend.capture()
+            except KernelsMissingError as error:
+                raise CapacityError(f"gpu_attention flashinfer: {error}") from error
         kernels = "Triton kernels, CUDA graphs" if is_packed else "Triton attention"
+        if attention.flashinfer_wrapper is not None:
+            kernels = "Triton kernels, flashinfer's attention, CUDA graphs" if is_packed else "flashinfer's attention"
+        elif attention.why_not:
+            kernels += f" (no flashinfer: {attention.why_not})"
     else:
         backend = TorchBackend(decoder, cache, torch_ops)
         linears = "prepacked linears" if is_packed and is_reordered(device, dtype) else "plain linears"
@@ -363,6 +388,32 @@ def _choose_kernel(
         raise CapacityError(f"{needed_by[0]} needs the C++ kernel for CPUs: {why_not}")
     # On another device or for another family nobody expects it.
     return None, why_not if device.type == "cpu" and plan.decoder_config is not None else ""
+
+
+def _choose_attention(
+    config: EngineConfig, device: torch.device, shape: ModelShape, dtype: torch.dtype, kv_dtype: torch.dtype
+) -> _Attention:
+    """What attends on this device, flashinfer where the settings ask for it and it can serve the model.
+
+    Raises: CapacityError where they ask for what is not there.
+    """
+    is_asked = config.gpu_attention == "flashinfer"
+    if device.type != "cuda":
+        if is_asked:
+            raise CapacityError(f"gpu_attention flashinfer needs a GPU, and the device is {device}")
+        return _Attention(torch_ops)
+    from headrace.kernels import flashinfer_ops, triton_ops
+
+    if not is_asked:
+        return _Attention(triton_ops)
+    try:
+        wrapper = flashinfer_ops.find_wrapper()
+    except Exception as error:  # it loads a dozen others, which fail in their own ways where they do not fit
+        raise CapacityError(f"gpu_attention flashinfer needs headrace[flashinfer]: {error}") from error
+    if why_not := flashinfer_ops.why_not(shape, dtype, kv_dtype):
+        logger.warning("attention in Triton: flashinfer cannot serve this model, %s", why_not)
+        return _Attention(triton_ops, why_not=why_not)
+    return _Attention(flashinfer_ops, wrapper)
 
 
 def choose_device(device: str) -> torch.device:
@@ -616,13 +667,14 @@ def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None, ra
         weights: dict[str, Weight],
         dtype: torch.dtype,
         device: torch.device,
+        ops: Ops,
         quantization: str,
         adapters: Sequence[Adapter],
         group: Group | None,
     ) -> Decoder:
         if device.type != "cuda":
             tensors: dict[str, Weight] = {**_take_tensors(weights, dtype, device)}
-            return Decoder(decoder_config, tensors, _ops(device), adapters=adapters, group=group)
+            return Decoder(decoder_config, tensors, ops, adapters=adapters, group=group)
         from headrace.kernels.gpu_linear import dense, gpu_linear
 
         quantised = {name: weights.pop(name) for name in [*weights] if isinstance(weights[name], QuantisedWeight)}
@@ -632,7 +684,7 @@ def _plan_compact(path: Path, config: Any, rope_factors: torch.Tensor | None, ra
             taken[_EMBEDDING] = dense(embedding, dtype, device)
         make_head = functools.partial(gpu_linear, dtype=dtype, device=device)
         make_linear = functools.partial(make_head, is_fp8=quantization == "fp8")
-        return Decoder(decoder_config, taken, _ops(device), make_linear, make_head, adapters, group)
+        return Decoder(decoder_config, taken, ops, make_linear, make_head, adapters, group)
 
     return ModelPlan(decoder_config.shape, linears, check, build, decoder_config, expected, sharding)
 
@@ -651,14 +703,6 @@ def _shard(plan: Mapping[str, str], config: DecoderConfig, rank: int, num_ranks:
         raise UnsupportedModelError(f"tensor_parallel_size {num_ranks}: {error}") from error
 
 
-def _ops(device: torch.device) -> Ops:
-    if device.type != "cuda":
-        return torch_ops
-    from headrace.kernels import triton_ops
-
-    return triton_ops
-
-
 def _plan_breadth(path: Path, config: Any) -> ModelPlan:
     decoder = HuggingFaceDecoder(config)
 
@@ -666,6 +710,7 @@ def _plan_breadth(path: Path, config: Any) -> ModelPlan:
         weights: dict[str, Weight],
         dtype: torch.dtype,
         device: torch.device,
+        ops: Ops,
         quantization: str,
         adapters: Sequence[Adapter],
         group: Group | None,
@@ -674,7 +719,7 @@ def _plan_breadth(path: Path, config: Any) -> ModelPlan:
         if quantization != "none":
             raise UnsupportedModelError(f"quantization is for {', '.join(sorted(_COMPACT_FAMILIES))}")
         try:
-            decoder.load(_take_tensors(weights), dtype, device, _ops(device), adapters)
+            decoder.load(_take_tensors(weights), dtype, device, ops, adapters)
         except WeightsError as error:
             raise ModelSourceError(f"{path}: {error}") from error
         return decoder

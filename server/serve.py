@@ -347,6 +347,7 @@ def _load_engine(settings: Settings, source: ModelSource, adapters: Sequence[Mod
         kv_cache_dtype=settings.kv_cache_dtype,
         quantization=settings.quantization,
         load_format=settings.load_format,
+        gpu_attention=settings.gpu_attention,
         cpu_kernel=settings.cpu_kernel,
         cpu_activations=settings.cpu_activations,
         batch_invariant=settings.batch_invariant,

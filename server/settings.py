@@ -219,6 +219,9 @@ class Settings(ListenerSettings):
     load_format: Literal["auto", "dummy"] = Field(
         "auto", description="dummy serves random weights in the shape of the model's config, to measure speed"
     )
+    gpu_attention: Literal["triton", "flashinfer"] = Field(
+        "triton", description="what attends on a GPU; flashinfer needs headrace[flashinfer], and nvcc to compile"
+    )
     cpu_kernel: Literal["auto", "amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "torch"] = Field(
         "auto", description="what computes on a CPU; auto is the best of this machine, torch does without our kernel"
     )

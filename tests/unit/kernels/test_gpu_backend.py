@@ -12,11 +12,13 @@ import torch
 pytest.importorskip("triton")
 
 from cpu_models import PagedRun, TinyModel, dequantised, random_adapter, random_tokens, reference_backend
-from headrace.kernels import gpu_backend as gpu_backend_module, triton_ops
+from fake_flashinfer import BatchPrefillWithPagedKVCacheWrapper
+from headrace.kernels import flashinfer_ops, gpu_backend as gpu_backend_module, triton_ops
 from headrace.kernels.backend import StepBatch
 from headrace.kernels.decoder import Decoder, KVCache, Weight
-from headrace.kernels.gpu_backend import GpuBackend
+from headrace.kernels.gpu_backend import GpuBackend, _Graph, _Size
 from headrace.kernels.gpu_linear import gpu_linear
+from headrace.kernels.ops import Ops
 from headrace.kernels.quantised import QuantisedWeight
 from headrace.kernels.sampling import SamplingBatch
 import requirements
@@ -51,7 +53,8 @@ def gpu_backend(model: TinyModel, num_blocks: int, dtype: torch.dtype = torch.fl
     is_fp8, kv_dtype = settings.pop("is_fp8", False), settings.pop("kv_dtype", dtype)
     make_head = functools.partial(gpu_linear, dtype=dtype, device=DEVICE)
     make_linear = functools.partial(make_head, is_fp8=is_fp8)
-    decoder = Decoder(model.config, weights, triton_ops, make_linear, make_head, settings.pop("adapters", ()))
+    ops: Ops = flashinfer_ops if "flashinfer_wrapper" in settings else triton_ops
+    decoder = Decoder(model.config, weights, ops, make_linear, make_head, settings.pop("adapters", ()))
     cache = KVCache.allocate(model.config.shape, num_blocks, 16, kv_dtype, DEVICE)
     limits: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "max_num_blocks": 8} | settings
     backend = GpuBackend(decoder, cache, **limits)
@@ -212,3 +215,59 @@ def test_after_a_launch_that_raised_all_block_tables_are_sent_again(monkeypatch:
     backend.recover()
     runs[0].num_computed = [0]
     assert_same(runs, {0: 20})
+
+
+def capture_on_a_cpu(backend: GpuBackend) -> None:
+    """Have a graph for each size, whose replay runs again what was captured."""
+
+    def graph(size: _Size) -> _Graph:
+        backend._begin_padding(size)
+        logits = backend._compute(size)
+
+        def replay() -> None:
+            logits.copy_(backend._compute(size))
+
+        return _Graph(replay, logits)
+
+    backend._graphs |= {size: graph(size) for size in backend._sizes()}
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="what stands in for flashinfer waits for the device")
+def test_flashinfers_attention_draws_the_tokens_that_tritons_does() -> None:
+    """In graphs of padded sizes, tokens read late; then launched op by op, as a step that scores its prompt is."""
+    model = TinyModel(hidden_size=32, intermediate_size=32, num_heads=2, num_kv_heads=1, windows=(9, None))
+    prompts = [random_tokens(length, seed=length) for length in (5, 11, 9)]
+    tables = [[3, 7, 1], [0, 5, 2], [8, 4, 6]]
+
+    def drawn(backend: GpuBackend) -> list[list[int]]:
+        reads = []
+
+        def step(token_ids: list[int], rows: list[tuple[int, int, int]], logit_rows: list[int]) -> None:
+            """Rows of sequence, tokens and context."""
+            numbers, lens, contexts = (list(column) for column in zip(*rows, strict=True))
+            batch = StepBatch(token_ids, lens, contexts, [tables[i] for i in numbers], logit_rows)
+            reads.append(backend.read([backend.argmax(batch)]))
+
+        step([*prompts[0], *prompts[1]], [(0, 5, 5), (1, 11, 11)], [4, 15])
+        step([-2, -1], [(1, 1, 12), (0, 1, 6)], [0, 1])
+        step([-1, *prompts[2]], [(1, 1, 13), (2, 9, 9)], [0, 9])
+        for i in range(3):
+            step([-1, -2], [(1, 1, 14 + i), (2, 1, 10 + i)], [0, 1])
+        step([-2], [(2, 1, 13)], [0])
+        step(prompts[1], [(0, 11, 11)], [*range(11)])
+        return [read.wait()[0].tolist() for read in reads]
+
+    limits: dict[str, Any] = {"max_num_seqs": 3, "max_num_batched_tokens": 16}
+    wrappers: list[BatchPrefillWithPagedKVCacheWrapper] = []
+
+    def wrapper(*arguments: Any, **settings: Any) -> BatchPrefillWithPagedKVCacheWrapper:
+        wrappers.append(BatchPrefillWithPagedKVCacheWrapper(*arguments, **settings))
+        return wrappers[-1]
+
+    backend = gpu_backend(model, 9, flashinfer_wrapper=wrapper, **limits)
+    capture_on_a_cpu(backend)
+    num_captured = len(wrappers)
+    assert drawn(backend) == drawn(gpu_backend(model, 9, **limits))
+    # Of each size one for each window; no request needs another but where a step is launched op by op.
+    assert (num_captured, len(wrappers)) == (2 * len(backend._sizes()), 2 * len(backend._sizes()) + 2)
+    assert sum(each.num_plans for each in wrappers[:num_captured]) == num_captured + 2 * 7

@@ -1,6 +1,7 @@
 """Hugging Face directories: what differs from what their config says is refused by name, before anything runs."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+import fake_flashinfer
 from headrace.kernels import cpu_backend
+from headrace.kernels.decoder import ModelShape
 from headrace.kernels.hf_decoder import FAMILIES
 from headrace.kernels.torch_backend import TorchBackend
 from headrace.scheduler import model_loader
@@ -381,11 +384,41 @@ def test_a_setting_that_needs_the_kernel_says_why_there_is_none(folder: Path) ->
     [
         ({"quantization": "fp8"}, "quantization fp8 needs a GPU .* the device is cpu"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype fp8 needs a GPU .* the device is cpu"),
+        ({"gpu_attention": "flashinfer"}, "gpu_attention flashinfer needs a GPU, and the device is cpu"),
     ],
 )
 def test_what_only_a_gpu_can_is_refused_by_name(folder: Path, fields: dict[str, Any], complaint: str) -> None:
     with pytest.raises(CapacityError, match=complaint):
         load(folder, **fields)
+
+
+def test_flashinfer_attends_where_it_is_asked_for_and_can(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton")
+    from headrace.kernels import flashinfer_ops, triton_ops
+
+    gpu, shape = torch.device("cuda"), ModelShape(99, 99, ((2, 128), (2, 128)))
+
+    def choose(kv_dtype: torch.dtype = torch.bfloat16, **fields: Any) -> Any:
+        config = EngineConfig(Path("model"), **fields)
+        return model_loader._choose_attention(config, gpu, shape, torch.bfloat16, kv_dtype)
+
+    assert choose().ops is triton_ops
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    with pytest.raises(CapacityError, match=r"gpu_attention flashinfer needs headrace\[flashinfer\]"):
+        choose(gpu_attention="flashinfer")
+    monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
+    found = choose(gpu_attention="flashinfer")
+    assert (found.ops, found.flashinfer_wrapper) == (
+        flashinfer_ops,
+        fake_flashinfer.BatchPrefillWithPagedKVCacheWrapper,
+    )
+    assert not caplog.records
+    found = choose(torch.int8, gpu_attention="flashinfer")
+    assert (found.ops, found.flashinfer_wrapper) == (triton_ops, None)
+    assert "no int8 cache" in found.why_not
+    assert "no int8 cache" in caplog.text
 
 
 def test_dummy_weights_are_noise_in_the_shape_of_the_config(folder: Path) -> None:

@@ -28,6 +28,7 @@ VALUES: dict[str, tuple[Any, Any, Any, Any]] = {
     "kv_cache_dtype": ("auto", "int8", "fp8", "int8"),
     "quantization": ("none", "fp8", "none", "fp8"),
     "load_format": ("auto", "dummy", "auto", "dummy"),
+    "gpu_attention": ("triton", "flashinfer", "triton", "flashinfer"),
     "cpu_kernel": ("auto", "torch", "avx2", "avx512"),
     "cpu_activations": ("int8", "int16", "int8", "int16"),
     "batch_invariant": (False, True, False, True),
