@@ -1,7 +1,6 @@
 """The package flashinfer itself, without a GPU: its wrapper is real, what it would compile is computed in torch."""
 
 import inspect
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ import fake_flashinfer
 from attention_cases import MIXES, AttentionCase
 from headrace.kernels import flashinfer_ops
 from headrace.kernels.flashinfer_ops import FlashinferPlan
-from requirements import need
+from requirements import long, need
 
 PACKAGES = Path(__file__).parent / "clients" / ".venvs" / "flashinfer"
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="a client of `make test-all`")
+pytestmark = long
 
 
 class Kernels:

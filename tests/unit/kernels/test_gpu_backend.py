@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import requirements
 from cpu_models import PagedRun, TinyModel, dequantised, random_adapter, random_tokens, reference_backend
 from fake_flashinfer import BatchPrefillWithPagedKVCacheWrapper
 from headrace.kernels import flashinfer_ops, gpu_backend as gpu_backend_module, triton_ops
@@ -21,7 +22,6 @@ from headrace.kernels.gpu_linear import gpu_linear
 from headrace.kernels.ops import Ops
 from headrace.kernels.quantised import QuantisedWeight
 from headrace.kernels.sampling import SamplingBatch
-import requirements
 from sampling_batches import make_batch
 
 # What padding rows hold is nobody's, and may overflow.
