@@ -206,10 +206,8 @@ def _steps(
             if scales is not None:
                 scales.fill_(1 / 64)
     decoder = own._decoder
-    linears = [
-        layer_part for layer in decoder._layers for layer_part in (layer.qkv, layer.out, layer.gate_up, layer.down)
-    ]
-    weight_bytes = sum(linear.num_bytes for linear in (*linears, decoder._head))
+    products = [product for layer in decoder._layers for product in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    weight_bytes = sum(linear.num_bytes for linear in (*(product.linear for product in products), decoder._head))
     kv_bytes = (
         sum(
             tensor[0].numel() * tensor.element_size()
