@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -12,7 +13,8 @@ pytest.importorskip("triton")
 
 from cpu_models import TinyModel, merged
 from headrace.benchmarks import gpu_measurements
-from headrace.benchmarks.gpu_measurements import _steps, parity
+from headrace.benchmarks.gpu_measurements import _attention_errors, _steps, parity
+from headrace.benchmarks.gpu_report import _print_http
 from headrace.kernels import triton_ops
 from headrace.kernels.backend import HostRead, StepBatch
 from headrace.kernels.decoder import Decoder, KVCache
@@ -28,6 +30,26 @@ def test_every_kernel_is_near_its_reference() -> None:
     for name, error in parity().items():
         limit = 0.1 if "fp8" in name or "float8" in name else 0.05
         assert error < limit, f"{name}: {error}"
+
+
+@pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
+def test_attention_of_every_kind_is_near_its_reference_interpreted() -> None:
+    def noise(*shape: int, spread: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape) * spread).bfloat16()
+
+    errors = _attention_errors(noise, torch.int8, num_heads=2, num_kv_heads=1, head_dim=32)
+    assert len(errors) == 6
+    assert max(errors.values()) < 0.02, errors
+
+
+def test_a_round_over_http_tells_the_gap_between_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = {"ttft_ms": {"p50": 10.0, "p99": 20.0}, "itl_ms": None, "output_tokens_per_s": 300.0}
+    result = {"width": 8, "target": "headrace", "summary": summary, "busy_s": 9.7, "wall_s": 10.0, "gauge": 1.0}
+    _print_http(result | {"engine_step_gap": {"sum_s": 0.3, "count": 100.0}})
+    _print_http(result | {"target": "transformers", "busy_s": 0.0, "engine_step_gap": {"sum_s": 0.0, "count": 0.0}})
+    ours, theirs = capsys.readouterr().out.splitlines()
+    assert ours == "| 8 | headrace | 300 | 10.0 / 20.0 | 0.0 / 0.0 | 97.0% | 3.000 | 1.0 |"
+    assert "| - | - | 1.0 |" in theirs
 
 
 class _Timed(GpuBackend):
