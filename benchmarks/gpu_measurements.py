@@ -23,7 +23,7 @@ from headrace.kernels.decoder import KVCache, ModelShape
 from headrace.kernels.flashinfer_ops import MakeWrapper
 from headrace.kernels.gpu_backend import GpuBackend
 from headrace.kernels.gpu_linear import GpuLinear
-from headrace.kernels.ops import AttentionMetadata, Hidden
+from headrace.kernels.ops import AttentionMetadata, HeadNorms, Hidden
 from headrace.kernels.triton_linear import Weight, dequantise, pack_groups, quantise_fp8
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.lockstep import LockstepBackend
@@ -80,12 +80,14 @@ def parity(
     drawn = triton_sampling.sample(logits, ones, no_top_k, ones, 0 * ones, uniform, has_filters=False)
     errors["sampling, share of wrong tokens"] = _wrong(drawn, expected)
     probs, order = logits.double().softmax(-1).sort(descending=True, stable=True)
-    kept = (probs.cumsum(-1) - probs) < 0.9
-    inside = torch.zeros_like(kept).scatter_(1, order, kept)
-    drawn = triton_sampling.sample(logits, ones, no_top_k, 0.9 * ones, 0 * ones, uniform)
-    cumulative = torch.where(inside, logits.double().softmax(-1), 0).cumsum(-1)
-    expected = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True).flatten()
-    errors["sampling with top-p, share of wrong tokens"] = _wrong(drawn, expected)
+    rank = torch.arange(vocab_size, device=device)
+    for name, top_k, top_p, min_p in (("top-p", 0, 0.9, 0.0), ("top-k", 50, 1.0, 0.0), ("min-p", 0, 1.0, 0.05)):
+        kept = (probs.cumsum(-1) - probs < top_p) & (rank < (top_k or vocab_size)) & (probs >= min_p * probs[:, :1])
+        inside = torch.zeros_like(kept).scatter_(1, order, kept)
+        drawn = triton_sampling.sample(logits, ones, no_top_k + top_k, top_p * ones, min_p * ones, uniform)
+        cumulative = torch.where(inside, logits.double().softmax(-1), 0).cumsum(-1)
+        expected = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True).flatten()
+        errors[f"sampling with {name}, share of wrong tokens"] = _wrong(drawn, expected)
     return errors
 
 
@@ -120,9 +122,15 @@ def _product_errors(noise: Callable[..., torch.Tensor], num_rows: int, num_in: i
     return errors
 
 
-def _attention_errors(noise: Callable[..., torch.Tensor], cache_dtype: torch.dtype) -> dict[str, float]:
-    """Rope and cache, then decoding, chunks and prompts side by side over it."""
-    num_heads, num_kv_heads, head_dim, num_blocks = 32, 8, 128, 200
+def _attention_errors(
+    noise: Callable[..., torch.Tensor],
+    cache_dtype: torch.dtype,
+    num_heads: int = 32,
+    num_kv_heads: int = 8,
+    head_dim: int = 128,
+) -> dict[str, float]:
+    """Rope and cache, then decoding, chunks and prompts side by side over it, with all that bounds what they see."""
+    num_blocks = 200
     rows = [(1, 700), (1, 17), (60, 60), (33, 290), (1, 1)]
     shape = ModelShape(1, 4096, ((num_kv_heads, head_dim),))
     caches = [KVCache.allocate(shape, num_blocks, _BLOCK_SIZE, cache_dtype, noise(1).device) for _ in range(2)]
@@ -136,15 +144,25 @@ def _attention_errors(noise: Callable[..., torch.Tensor], cache_dtype: torch.dty
     slots = slots.to(noise(1).device)
     qkv = noise(len(slots), num_heads + 2 * num_kv_heads, head_dim)
     angles = torch.rand(len(slots), head_dim // 2, device=slots.device) * 6
-    outputs: list[torch.Tensor] = []
+    outputs: list[list[torch.Tensor]] = []
     errors = {}
+    norms = HeadNorms(noise(head_dim), noise(head_dim), 1e-6)
+    variants: dict[str, dict[str, Any]] = {
+        "attention": {},
+        "attention in a window": {"window": 24},
+        "attention with softcap and sinks": {"softcap": 5.0, "sinks": noise(num_heads)},
+    }
     for ops, cache in ((triton_ops, caches[0]), (reference, caches[1])):
         q = ops.rope_and_write_kv(qkv.clone(), None, angles.cos(), angles.sin(), cache.layers[0], slots)
         plan: Any = ops.plan_attention(metadata, _BLOCK_SIZE, q.device)
-        q = q[: starts[-1]]
-        outputs += [q, ops.paged_attention(q, cache.layers[0], plan, head_dim**-0.5)]
-    errors["rope"] = _error(outputs[0], outputs[2])
-    errors["attention"] = _error(outputs[1], outputs[3])
+        q = q[: starts[-1]].clone()
+        scale = head_dim**-0.5
+        attended = [ops.paged_attention(q, cache.layers[0], plan, scale, **options) for options in variants.values()]
+        none = torch.full_like(slots, -1)
+        normed = ops.rope_and_write_kv(qkv.clone(), norms, angles.cos(), angles.sin(), cache.layers[0], none)
+        outputs.append([q, normed, *attended])
+    for name, found, expected in zip(("rope", "norm and rope", *variants), *outputs, strict=True):
+        errors[name] = _error(found, expected)
     stored = [cache.layers[0].keys.float() for cache in caches]
     errors["keys stored"] = _error(stored[0], stored[1])
     if cache_dtype is not torch.int8 and _find_flashinfer() is not None:
@@ -209,10 +227,8 @@ def _steps(
     own: Any = backend.own if isinstance(backend, LockstepBackend) else backend
     num_blocks = scheduler.load().num_total_blocks
     decoder = own._decoder
-    linears = [
-        layer_part for layer in decoder._layers for layer_part in (layer.qkv, layer.out, layer.gate_up, layer.down)
-    ]
-    weight_bytes = sum(linear.num_bytes for linear in (*linears, decoder._head))
+    products = [product for layer in decoder._layers for product in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    weight_bytes = sum(linear.num_bytes for linear in (*(product.linear for product in products), decoder._head))
     kv_bytes = (
         sum(
             tensor[0].numel() * tensor.element_size()

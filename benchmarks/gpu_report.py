@@ -212,8 +212,8 @@ async def _over_http(options: argparse.Namespace, model: Path, logs: Path, deadl
             except (TargetError, TimeoutError) as error:
                 print(f"{recipe.name} is left out: {error!r}")
                 await up.pop(recipe.name).end()
-        print("\n| streams | target | tok/s | TTFT p50 / p99 ms | ITL p50 / p99 ms | GPU busy | gauge |")
-        print("|---|---|---|---|---|---|---|")
+        print("\n| streams | target | tok/s | TTFT p50 / p99 ms | ITL p50 / p99 ms | GPU busy | gap ms | gauge |")
+        print("|---|---|---|---|---|---|---|---|")
         for round_number in range(options.rounds):
             for width in widths:
                 for name, target in up.items():
@@ -287,10 +287,12 @@ def _print_http(result: dict[str, Any]) -> None:
         for kind in ("ttft_ms", "itl_ms")
     ]
     busy = f"{result['busy_s'] / result['wall_s']:.1%}" if result["busy_s"] else "-"
+    gap = result["engine_step_gap"]
+    gap_ms = f"{gap['sum_s'] / gap['count'] * 1e3:.3f}" if gap["count"] else "-"
     speed = summary["output_tokens_per_s"] or 0.0
     print(
         f"| {result['width']} | {result['target']} | {speed:.0f} | {latencies[0]} | {latencies[1]} | {busy} | "
-        f"{result['gauge']} |",
+        f"{gap_ms} | {result['gauge']} |",
         flush=True,
     )
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,6 +65,9 @@ class PacedRunner:
 
     def use_idle_time(self) -> bool:
         return False
+
+    def watch(self, on_loss: Callable[[], None]) -> None:
+        pass
 
     def recover(self) -> None:
         pass

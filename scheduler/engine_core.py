@@ -99,6 +99,9 @@ class Runner(Protocol):
     def use_idle_time(self) -> bool:
         """Do a few milliseconds of what later steps are quicker for; returns whether there was something to do."""
 
+    def watch(self, on_loss: Callable[[], None], /) -> None:
+        """Have `on_loss` called, from any thread, when what computes steps is lost: `recover` then says so."""
+
     def launch(self, output: SchedulerOutput) -> LaunchedStep:
         """Begin to compute all rows. What of the sequences it needs it reads before it returns."""
 
@@ -171,6 +174,7 @@ class EngineCore:
         self._cancels: deque[int] = deque()
         self._wake = threading.Event()
         self._is_stopping = False
+        self._is_loss_heard = False
         self.busy_since_s: float | None = None  # written by the engine thread, read by any
         self._busy_s = 0.0
         self._before: _Step | None = None  # in flight
@@ -207,6 +211,10 @@ class EngineCore:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def _hear_of_loss(self) -> None:
+        self._is_loss_heard = True
+        self._wake.set()
+
     def _main(self) -> None:
         error: Exception | None = None
         try:
@@ -225,6 +233,7 @@ class EngineCore:
                 one_shots.ready,
             )
             self._publish(ready)
+            runner.watch(self._hear_of_loss)
             self._loop(scheduler, runner, one_shots)
         except HeadraceError as exception:
             error = exception  # the operator's to mend, and said where the server ends
@@ -331,8 +340,11 @@ class EngineCore:
             logger.exception("what the engine does in idle time failed")
 
     def _drain_inbox(self, scheduler: Scheduler, runner: Runner, one_shots: OneShotRunner) -> None:
+        """Take what others have sent. Raises: DeviceLostError where that is what was heard."""
         # Cleared before draining: what arrives after the last pop sets it again, so no wake-up is lost.
         self._wake.clear()
+        if self._is_loss_heard:
+            runner.recover()
         # Taken first and acted on last: whatever they name has been submitted before them.
         cancels = [self._cancels.popleft() for _ in range(len(self._cancels))]
         while self._inbox:

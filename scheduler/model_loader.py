@@ -54,7 +54,7 @@ from headrace.scheduler.lockstep import LockstepBackend
 from headrace.scheduler.lora_adapter import read_adapter
 from headrace.scheduler.memory import available_bytes
 from headrace.scheduler.messages import Tier
-from headrace.scheduler.model_runner import ModelRunner
+from headrace.scheduler.model_runner import ModelRunner, Watch
 from headrace.scheduler.model_source import cache_dir
 from headrace.scheduler.ranks import Peers, Ranks
 from headrace.scheduler.scheduler import Scheduler
@@ -143,6 +143,7 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
     Raises: UnsupportedModelError, ModelSourceError for the model; CapacityError where memory does not suffice, or the
     settings ask for what this machine has not got; RankError for what another rank raised.
     """
+    watch: Watch | None = None
     if config.tensor_parallel_size == 1:
         model = load_model(config, say)
         backend = model.backend
@@ -158,7 +159,7 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
             if reason is not None:
                 raise RankError(reason) from error
             raise
-        backend = LockstepBackend(model.backend, ranks)
+        backend, watch = LockstepBackend(model.backend, ranks), ranks.watch
     runner = ModelRunner(
         backend,
         vocab_size=model.vocab_size,
@@ -168,6 +169,7 @@ def load_engine(config: EngineConfig, say: Callable[[str], None] = print) -> tup
         description=model.description,
         adapters=tuple(config.lora_adapters),
         gpu_uuid=f"GPU-{torch.cuda.get_device_properties(model.device).uuid}" if model.device.type == "cuda" else None,
+        watch=watch,
     )
     scheduler = Scheduler(
         BlockPool(model.num_blocks),

@@ -10,6 +10,7 @@ with the model's own probability of it, which is the most that is possible (Levi
 import itertools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -41,6 +42,8 @@ _LATE = RowResult(is_late=True)
 _MASK_PATIENCE_S = 0.001
 _MASKS_PATIENCE_S = 0.02
 _ADAPTER_TRIAL_TOKENS = 16
+# Has what it is given called, from any thread, when a backend is lost.
+Watch = Callable[[Callable[[], None]], None]
 
 
 class ModelRunner:
@@ -57,8 +60,10 @@ class ModelRunner:
         description: str,
         adapters: tuple[str, ...] = (),
         gpu_uuid: str | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        """`adapters` are the names of the backend's, in their order."""
+        """`adapters` are the names of the backend's, in their order. `watch` is for backends that can be lost while
+        they compute nothing."""
         self.backend = backend
         self._block_size = block_size
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -66,6 +71,7 @@ class ModelRunner:
         self.vocab_size = vocab_size
         self.description = description
         self.gpu_uuid = gpu_uuid
+        self._watch = watch
         self._adapters: dict[str | None, int] = {None: 0} | {name: i for i, name in enumerate(adapters, start=1)}
         self.tracer = StepTracer(backend.profile)
         self._drawn_rows: dict[int, int] = {}  # of each request in the last launched step, if tokens can be pending
@@ -99,6 +105,11 @@ class ModelRunner:
 
     def use_idle_time(self) -> bool:
         return self.backend.use_idle_time()
+
+    def watch(self, on_loss: Callable[[], None]) -> None:
+        """Have `on_loss` called, from any thread, when the backend is lost: `recover` then says so."""
+        if self._watch is not None:
+            self._watch(on_loss)
 
     def recover(self) -> None:
         """Make ready for the next step after one that raised. Raises: DeviceLostError."""

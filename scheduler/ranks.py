@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -87,6 +88,12 @@ class Ranks:
         except OSError as error:
             raise RankError(self.why_lost(_NEWS_S) or "a rank is gone") from error
 
+    def watch(self, on_loss: Callable[[], None]) -> None:
+        """Have `on_loss` called, from any thread, when one is gone."""
+        self._processes.on_loss = on_loss
+        if self._processes.is_loss_known.is_set():
+            on_loss()
+
     def why_lost(self, timeout_s: float = 0.0) -> str | None:
         """What has become of one that is gone; None where all are there, still after `timeout_s`."""
         self._processes.is_loss_known.wait(timeout_s)
@@ -101,6 +108,7 @@ class _Processes:
         self.group: Group | None = None
         self.loss: str | None = None
         self.is_loss_known = threading.Event()
+        self.on_loss: Callable[[], None] = lambda: None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._listener = threading.Thread(target=self._listen, name="headrace-ranks", daemon=True)
         self._said: list[SimpleQueue[int | None]] = []  # by each; None: one of them is lost
@@ -193,6 +201,7 @@ class _Processes:
         if self.loss is None:
             self.loss = f"rank {rank}: {reason}"
         self.is_loss_known.set()
+        self.on_loss()
         for said in self._said:
             said.put(None)
         if self.group is not None:

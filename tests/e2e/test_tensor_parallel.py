@@ -94,6 +94,14 @@ def test_two_processes_answer_as_hugging_face_does_and_a_killed_one_ends_the_ser
 
 
 @long
+def test_a_rank_that_is_killed_while_there_is_nothing_to_do_ends_the_server(server: ServerProcess) -> None:
+    [rank] = children(server)
+    os.kill(rank, signal.SIGKILL)
+    assert server.process.wait(30) == 1
+    server.wait_for(r"the device is lost: rank 1: it has ended \(exit code -9\)")
+
+
+@long
 @pytest.mark.parametrize(("sig", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
 def test_a_server_that_ends_or_is_killed_leaves_no_rank(server: ServerProcess, sig: int, code: int) -> None:
     [rank] = children(server)

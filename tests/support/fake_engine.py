@@ -1,7 +1,7 @@
 """A fake model for tests without torch: bytes are tokens, and the next one is a fixed function of those before it."""
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 
@@ -134,6 +134,10 @@ class FakeRunner:
         self._is_held = False
         self._num_allowed = 0
         self._changed = threading.Condition()
+        self.on_loss: Callable[[], None] = lambda: None
+
+    def watch(self, on_loss: Callable[[], None]) -> None:
+        self.on_loss = on_loss
 
     def warm_up(self) -> list[tuple[StepShape, float]]:
         return []

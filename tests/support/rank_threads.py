@@ -68,6 +68,8 @@ class RankThreads:
         for inbox in self._inboxes:
             inbox.put(message)
 
+    def watch(self, on_loss: Callable[[], None]) -> None: ...
+
     def why_lost(self, timeout_s: float = 0.0) -> str | None:
         return self.loss
 

@@ -404,6 +404,24 @@ def test_since_when_it_is_busy_is_told_anew_for_each_step_layer_and_piece_of_idl
     assert len(set(times)) == len(times)
 
 
+@pytest.mark.parametrize("num_requests", [0, 1])
+def test_a_device_that_is_lost_while_there_is_nothing_to_do_ends_the_engine(num_requests: int) -> None:
+    class Losing(FakeRunner):
+        def use_idle_time(self) -> bool:
+            self.is_lost = True
+            self.on_loss()
+            return False
+
+    script = Script({}, runner=Losing())
+    for i in range(num_requests):
+        script.submit(i)
+    script.run()
+    stopped = script.publications[-1]
+    assert isinstance(stopped, EngineStopped)
+    assert isinstance(stopped.error, DeviceLostError)
+    assert sum(o.finish_reason is not None for step in script.steps for o in step.outputs) == num_requests
+
+
 def test_rows_that_are_computed_again_count_as_busy_from_then_on() -> None:
     told: list[float | None] = []
 

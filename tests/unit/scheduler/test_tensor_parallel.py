@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -183,8 +184,13 @@ def test_a_rank_that_goes_later_is_noticed_and_one_that_hangs_is_killed(
         "connection.send_bytes(b'0')\nif rank == 1: connection.recv_bytes(); os._exit(7)\nwhile True: time.sleep(60)\n"
     )
     ranks.meet(torch.device("cuda"))
+    heard, heard_late = Event(), Event()
+    ranks.watch(heard.set)
     ranks.send(b"step")
-    assert ranks.why_lost(timeout_s=20) == "rank 1: it has ended (exit code 7)"
+    assert heard.wait(20)
+    assert ranks.why_lost() == "rank 1: it has ended (exit code 7)"
+    ranks.watch(heard_late.set)
+    assert heard_late.is_set()
     with pytest.raises(RankError, match="rank 1: it has ended"):
         ranks.send(b"step")
     processes = ranks._processes._processes
