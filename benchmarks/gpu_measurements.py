@@ -167,8 +167,10 @@ def _attention_errors(
     errors["keys stored"] = _error(stored[0], stored[1])
     if cache_dtype is not torch.int8 and _find_flashinfer() is not None:
         plan = flashinfer_ops.plan_attention(metadata, _BLOCK_SIZE, noise(1).device)
-        found = flashinfer_ops.paged_attention(outputs[2], caches[1].layers[0], plan, head_dim**-0.5)
-        errors["attention by flashinfer"] = _error(found, outputs[3])
+        q, _, *attended = outputs[1]
+        for (name, options), expected in zip(variants.items(), attended, strict=True):
+            found = flashinfer_ops.paged_attention(q, caches[1].layers[0], plan, head_dim**-0.5, **options)
+            errors[f"{name} by flashinfer"] = _error(found, expected)
     return errors
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import os
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -21,6 +20,7 @@ from headrace.kernels.decoder import Decoder, KVCache
 from headrace.kernels.gpu_backend import GpuBackend
 from headrace.kernels.gpu_linear import gpu_linear
 from headrace.kernels.step_times import StepTimes
+from requirements import long
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ def test_every_kernel_is_near_its_reference() -> None:
         assert error < limit, f"{name}: {error}"
 
 
-@pytest.mark.skipif(not os.environ.get("TESTS_LONG"), reason="long: runs in make test-all")
+@long
 def test_attention_of_every_kind_is_near_its_reference_interpreted() -> None:
     def noise(*shape: int, spread: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape) * spread).bfloat16()
