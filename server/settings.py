@@ -11,7 +11,7 @@ import socket
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
@@ -167,6 +167,8 @@ class Settings(ListenerSettings):
     """A server's settings. Each field's description is its help text."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, cli_prog_name="headrace serve")
+    # Whether what starts a server names it, and no setting needs to.
+    is_named_by_others: ClassVar[bool] = False
 
     model: CliPositionalArg[str | None] = Field(
         None, description="directory, .gguf file, gemma3-270m or hub id; the demo model where none is named"
@@ -352,7 +354,8 @@ class Settings(ListenerSettings):
             raise ValueError("tls_key_password_file: there is no tls_key_file that it could open")
         if self.journal_dir is not None and self.journal_file is not None:
             raise ValueError("journal_dir: is in place of journal_file, and not beside it")
-        if not self.replica_name and (self.peers or self.journal_dir is not None):
+        is_unnamed = not self.replica_name and not self.is_named_by_others
+        if is_unnamed and (self.peers or self.journal_dir is not None):
             name = "peers" if self.peers else "journal_dir"
             raise ValueError(f"{name}: needs a replica_name, by which ids tell whose they are")
         return self
