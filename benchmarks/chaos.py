@@ -205,9 +205,9 @@ class Holding:
         return cls(blocks, requests, found["headrace_event_loop_tasks"], descriptors)
 
 
-async def measure(replicas: Replicas, model: str, rates: Mapping[str, float], seconds: float, seed: int) -> dict[str, Any]:
+async def measure(replicas: Replicas, rates: Mapping[str, float], seconds: float, seed: int) -> dict[str, Any]:
     """The whole run; `seconds` are of each of its four stretches, besides what starting and ending take."""
-    clients = Clients(replicas.address, model, _TOKENS, seed)
+    clients = Clients(replicas.address, _TOKENS, seed)
     await clients.learn()
     killed, drained = replicas.pids()
     await asyncio.sleep(2 * _STREAM_TTL_S)
@@ -327,16 +327,9 @@ async def _run(options: argparse.Namespace) -> dict[str, Any]:
             else:
                 replicas = Deployed(stack, folder, flags)
             await replicas.start()
-            model = await _first_model(replicas.address)
             total = options.rate
             rates = {"whole": total / 2, "openai": total / 4, "native": total / 4}
-            return await measure(replicas, model, rates, options.seconds, options.seed)
-
-
-async def _first_model(address: Target) -> str:
-    opened = await OpenRequest.send(address, get(address, "/v1/models"))
-    await opened.end(30)
-    return str(json.loads(opened.body)["data"][0]["id"])
+            return await measure(replicas, rates, options.seconds, options.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
