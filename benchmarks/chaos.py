@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +35,9 @@ _END_LIMIT_S: Final = 120.0
 # Streams that are over are forgotten after it, and a journal that was taken over is closed when it is empty.
 _STREAM_TTL_S: Final = 5
 _DRAIN_GRACE_S: Final = 60
-_POLL_S: Final = 0.2
+_POLL_S: Final = 0.05
 # The default target of a CPU between two tokens, in every tier.
 _ITL_TARGET_MS: Final = 150
-_TOKENS: Final = {"whole": 24, "openai": 48, "native": 48}
 _REPLICA_HEADER: Final = "x-headrace-replica"
 _READY: Final = re.compile(r"\(ServeReplica:headrace:Replica pid=(\d+)\).*headrace: replica (\w+) is ready")
 
@@ -205,17 +204,20 @@ class Holding:
         return cls(blocks, requests, found["headrace_event_loop_tasks"], descriptors)
 
 
-async def measure(replicas: Replicas, rates: Mapping[str, float], seconds: float, seed: int) -> dict[str, Any]:
-    """The whole run; `seconds` are of each of its four stretches, besides what starting and ending take."""
-    clients = Clients(replicas.address, _TOKENS, seed)
+async def measure(replicas: Replicas, options: argparse.Namespace) -> dict[str, Any]:
+    """The whole run."""
+    seconds, share = options.seconds, options.rate / 4
+    num_tokens = {"whole": options.tokens // 2, "openai": options.tokens, "native": options.tokens}
+    clients = Clients(replicas.address, num_tokens, options.seed)
     await clients.learn()
     killed, drained = replicas.pids()
     await asyncio.sleep(2 * _STREAM_TTL_S)
     before = {name: await Holding.of(replicas, name) for name in (killed, drained)}
     is_over = asyncio.Event()
-    load = asyncio.create_task(clients.run(rates, is_over))
+    load = asyncio.create_task(clients.run({"whole": 2 * share, "openai": share, "native": share}, is_over))
     began_s = time.monotonic()
     await asyncio.sleep(seconds)
+    await _until(lambda: clients.are_reading_from(killed), "a stream to cut")
     pids = replicas.pids()
     os.kill(pids[killed], signal.SIGKILL)
     killed_s = time.monotonic()
@@ -226,6 +228,7 @@ async def measure(replicas: Replicas, rates: Mapping[str, float], seconds: float
     replaced_s = time.monotonic()
     await asyncio.sleep(seconds)
     [survivor] = set(replicas.pids()) - {drained}
+    await _until(lambda: clients.are_reading_from(drained), "a stream to drain")
     os.kill(pids[drained], signal.SIGTERM)
     drained_s = time.monotonic()
     await _until(lambda: drained not in replicas.pids(), "its end")
@@ -285,7 +288,7 @@ async def _until_served(address: Target, process: Process) -> None:
     raise ChaosError(f"it does not serve: {process.output()[-2000:]}")
 
 
-async def _until(holds: Any, what: str) -> None:
+async def _until(holds: Callable[[], bool], what: str) -> None:
     deadline_s = time.monotonic() + _START_LIMIT_S
     while not holds():
         if time.monotonic() > deadline_s:
@@ -327,9 +330,7 @@ async def _run(options: argparse.Namespace) -> dict[str, Any]:
             else:
                 replicas = Deployed(stack, folder, flags)
             await replicas.start()
-            total = options.rate
-            rates = {"whole": total / 2, "openai": total / 4, "native": total / 4}
-            return await measure(replicas, rates, options.seconds, options.seed)
+            return await measure(replicas, options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -339,6 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--router-python", default=sys.executable, help="the Python that has vllm-router")
     parser.add_argument("--seconds", type=float, default=15, help="of each stretch (default %(default)s)")
     parser.add_argument("--rate", type=float, default=1.0, help="requests a second (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=64, help="of a streamed answer (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--server-flags", default="", help="more flags of the servers")
     options = parser.parse_args(argv)

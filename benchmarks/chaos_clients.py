@@ -68,7 +68,14 @@ class Clients:
         self._num_tokens = num_tokens
         self._rng = random.Random(seed)
         self._texts: dict[tuple[str, int], str] = {}
-        self.begin_again()
+        self.tallies = {kind: Tally() for kind in KINDS}
+        # Of OpenAI's streams: when each event came, and the seconds from the one before.
+        self.gaps: list[tuple[float, float]] = []
+        self._readers: set[_NativeReader] = set()
+
+    def are_reading_from(self, name: str) -> bool:
+        """Whether a native stream that a replica makes is half-way at its reader."""
+        return any(reader.id.startswith(f"{name}-") and reader.text for reader in self._readers)
 
     async def learn(self) -> None:
         """Ask for every answer once, before anything is disturbed. Raises: ValueError where one does not come."""
@@ -83,12 +90,6 @@ class Clients:
 
         lengths = sorted(set(self._num_tokens.values()))
         await asyncio.gather(*(ask(prompt, num_tokens) for num_tokens in lengths for prompt in PROMPTS))
-
-    def begin_again(self) -> None:
-        """Count from nothing."""
-        self.tallies = {kind: Tally() for kind in KINDS}
-        # Of OpenAI's streams: when each event came, and the seconds from the one before.
-        self.gaps: list[tuple[float, float]] = []
 
     async def run(self, rates: Mapping[str, float], is_over: asyncio.Event) -> None:
         """Send requests at these rates until told otherwise, whatever becomes of them, and wait for their ends."""
@@ -171,11 +172,18 @@ class Clients:
             return
         created = json.loads(body)
         reader = _NativeReader(created["id"], self._texts[prompt, num_tokens])
+        self._readers.add(reader)
+        try:
+            await self._follow(reader, created["events_url"], tally)
+        finally:
+            self._readers.remove(reader)
+
+    async def _follow(self, reader: "_NativeReader", events_url: str, tally: Tally) -> None:
         cut_s: float | None = None
         is_cut = False
         for _ in range(_NUM_CONNECTIONS):
             num_before = len(reader.token_s)
-            end = await self._exchange(get(self._address, created["events_url"], reader.last_event_id()), reader.read)
+            end = await self._exchange(get(self._address, events_url, reader.last_event_id()), reader.read)
             if cut_s is not None and len(reader.token_s) > num_before:
                 tally.pauses_s.append(reader.token_s[num_before] - cut_s)
                 cut_s = None
@@ -248,7 +256,7 @@ class _NativeReader:
     """What a reader has of one stream, over any number of connections."""
 
     def __init__(self, id: str, wanted: str) -> None:
-        self._id = id
+        self.id = id
         self.wanted = wanted
         self.text = ""
         self.token_s: list[float] = []
@@ -263,7 +271,7 @@ class _NativeReader:
 
     def last_event_id(self) -> str:
         """The header that it comes back with."""
-        return f"last-event-id: {self._id}:{self._place}\r\n" if self._place else ""
+        return f"last-event-id: {self.id}:{self._place}\r\n" if self._place else ""
 
     def begin_again(self) -> None:
         self._parser = SseParser()  # what was torn off does not count
@@ -278,8 +286,8 @@ class _NativeReader:
             self.fault = f"{event.name.decode()} after {self.end}"
         elif event.name == b"token":
             stream, _, place = event.id.decode().rpartition(":")
-            if stream != self._id or int(place) <= self._place:
-                self.fault = f"event {event.id.decode()} after {self._id}:{self._place}"
+            if stream != self.id or int(place) <= self._place:
+                self.fault = f"event {event.id.decode()} after {self.id}:{self._place}"
             self._place = int(place)
             self.text += json.loads(event.data)["text"]
             self.token_s.append(read_s)
