@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from headrace.benchmarks.chaos_clients import Clients
-from headrace.benchmarks.http_client import HttpClient, Target
 from headrace.benchmarks.faulty_clients import OpenRequest, get
+from headrace.benchmarks.http_client import HttpClient, Target
 from headrace.benchmarks.measurement import percentile
 
 _START_LIMIT_S: Final = 240.0

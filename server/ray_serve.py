@@ -250,7 +250,9 @@ def _application(settings: DeploymentSettings, replica_class: type[Replica]) -> 
     ingress = serve.deployment(Ingress).options(
         ray_actor_options={"num_cpus": 0}, max_ongoing_requests=settings.max_connections, **both
     )
-    return ingress.bind(values | {"replica_name": _APPLICATION}, replica.bind(values, settings.max_replicas or settings.replicas))
+    return ingress.bind(
+        values | {"replica_name": _APPLICATION}, replica.bind(values, settings.max_replicas or settings.replicas)
+    )
 
 
 def deploy(settings: DeploymentSettings, replica_class: type[Replica] = Replica) -> int:
