@@ -1,5 +1,5 @@
-"""`python -m headrace.benchmarks.chaos --through router|ray`: two replicas under load, of which one is killed and one is
-ended, and what became of each request.
+"""`python -m headrace.benchmarks.chaos --through router|ray`: two replicas under load, one is killed and one is ended, and
+what became of each request.
 
 Through a router (vLLM's, from PyPI; `--router-python` has it) or Ray Serve (with the extra `ray`). Whole answers,
 OpenAI's streams and native streams arrive at random, within what one replica can carry. After a while one replica gets
@@ -200,7 +200,7 @@ class Holding:
         found = await replicas.metrics(name)
         blocks = found["headrace_kv_cache_total_blocks"] - found["headrace_kv_cache_free_blocks"]
         requests = found["headrace_num_requests_running"] + found["headrace_num_requests_waiting"]
-        descriptors = len(list(Path(f"/proc/{replicas.pids()[name]}/fd").iterdir()))
+        descriptors = len(os.listdir(f"/proc/{replicas.pids()[name]}/fd"))
         return cls(blocks, requests, found["headrace_event_loop_tasks"], descriptors)
 
 
@@ -264,7 +264,7 @@ def _itl(clients: Clients, begin_s: float, end_s: float) -> dict[str, Any]:
 async def _settled(replicas: Replicas, name: str, wanted: Holding) -> Holding:
     """What it holds once that is no more than is wanted, or time is up."""
     deadline_s = time.monotonic() + 60
-    while (found := await Holding.of(replicas, name)) != wanted and time.monotonic() < deadline_s:
+    while (found := await Holding.of(replicas, name)) != wanted and time.monotonic() < deadline_s:  # noqa: ASYNC110 - another process's state
         await asyncio.sleep(1)
     return found
 
