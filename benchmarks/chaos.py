@@ -1,5 +1,4 @@
-"""`python -m headrace.benchmarks.chaos --through router|ray`: two replicas under load, one is killed and one is ended, and
-what became of each request.
+"""`python -m headrace.benchmarks.chaos --through router|ray`: two replicas under load; one is killed, one is ended.
 
 Through a router (vLLM's, from PyPI; `--router-python` has it) or Ray Serve (with the extra `ray`). Whole answers,
 OpenAI's streams and native streams arrive at random, within what one replica can carry. After a while one replica gets

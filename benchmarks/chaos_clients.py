@@ -1,7 +1,7 @@
 """Clients that are kept busy while servers die under them, and what became of each of their requests.
 
-Runs on the event loop of `chaos`. Three kinds: whole answers and OpenAI's streams, which are asked for again as OpenAI's
-libraries do (whole answers until they are whole, streams until they begin), and native streams, whose readers
+Runs on the event loop of `chaos`. Three kinds: whole answers and OpenAI's streams, which are asked for again as
+OpenAI's libraries do (whole answers until they are whole, streams until they begin), and native streams, whose readers
 come back as EventSource does, from behind the last event that they have. Prompts are few and greedy, and each answer is
 held against the one that its prompt had before the load.
 """
