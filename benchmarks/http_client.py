@@ -59,13 +59,15 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class HttpEnd:
-    """How an exchange ended. Status 0: no response head came; `fault` is set where what came was no HTTP."""
+    """How an exchange ended. Status 0: no response head came; `fault` is set where what came was no HTTP.
+    `retry_after_s` is what the response asks for."""
 
     status: int
     is_whole: bool
     has_answer_bytes: bool
     written_s: float
     fault: str = ""
+    retry_after_s: float | None = None
 
 
 class Connection(asyncio.Protocol):
@@ -87,6 +89,7 @@ class Connection(asyncio.Protocol):
         self._has_answer_bytes = False
         self._ends_by_close = True  # until a header says where the body ends
         self._fault = ""
+        self._retry_after_s: float | None = None
 
     @property
     def is_open(self) -> bool:
@@ -104,7 +107,9 @@ class Connection(asyncio.Protocol):
             assert self._transport is not None
             self._transport.write(request)
             await self._ended
-        return HttpEnd(self._status, self._is_whole, self._has_answer_bytes, written_s, self._fault)
+        return HttpEnd(
+            self._status, self._is_whole, self._has_answer_bytes, written_s, self._fault, self._retry_after_s
+        )
 
     def close(self) -> None:
         """Drop the connection now."""
@@ -133,9 +138,12 @@ class Connection(asyncio.Protocol):
             self._is_whole = exc is None and self._status >= 200 and self._ends_by_close
             self._end()
 
-    def on_header(self, name: bytes, _value: bytes) -> None:
-        if name.lower() in _SELF_DELIMITING:
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if name in _SELF_DELIMITING:
             self._ends_by_close = False
+        elif name == b"retry-after" and value.isdigit():  # a date is left to whoever's clock it is
+            self._retry_after_s = float(value)
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()

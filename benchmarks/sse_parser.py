@@ -1,8 +1,8 @@
 """Turns the bytes of an event stream into events, however the network cut them.
 
-Implements the parsing half of the WHATWG "server-sent events" chapter. Left out, because a load generator never
-reconnects: `id` and `retry` are read and dropped. It works on bytes: line ends are ASCII, so a line cut out of UTF-8 is
-whole UTF-8, whichever read its characters were split over; decoding is left to the reader of the event.
+Implements the parsing half of the WHATWG "server-sent events" chapter; `retry` is read and dropped. It works on bytes:
+line ends are ASCII, so a line cut out of UTF-8 is whole UTF-8, whichever read its characters were split over; decoding
+is left to the reader of the event.
 """
 
 from typing import NamedTuple
@@ -11,10 +11,11 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class SseEvent(NamedTuple):
-    """One dispatched event; `name` is empty where the stream named none."""
+    """One dispatched event; `name` is empty where the stream named none, `id` where it had none before either."""
 
     name: bytes
     data: bytes
+    id: bytes = b""
 
 
 class SseParser:
@@ -26,6 +27,7 @@ class SseParser:
         self._is_first_line = True
         self._name = b""
         self._data: list[bytes] = []
+        self._id = b""
 
     def feed(self, chunk: bytes) -> list[SseEvent]:
         """Return the events that `chunk` completes."""
@@ -57,9 +59,11 @@ class SseParser:
             self._data.append(value.removeprefix(b" "))
         elif field == b"event":
             self._name = value.removeprefix(b" ")
+        elif field == b"id" and b"\0" not in value:
+            self._id = value.removeprefix(b" ")
 
     def _dispatch(self) -> SseEvent | None:
-        event = SseEvent(self._name, b"\n".join(self._data)) if self._data else None
+        event = SseEvent(self._name, b"\n".join(self._data), self._id) if self._data else None
         self._name = b""
         self._data = []
         return event

@@ -308,6 +308,11 @@ class App:
         if not self.client.is_draining and error is None:
             self._on_engine_change(self.client.error or RuntimeError("the engine has ended"))
 
+    async def take_over_left(self) -> None:
+        """Go on with what replicas have left in the folder that they share, whose names no other will bear."""
+        if self._shared is not None:
+            await self._shared.take_over_left()
+
     async def _warm_up(self) -> Exception | None:
         try:
             await self.one_shots.warm_up()

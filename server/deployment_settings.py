@@ -4,7 +4,7 @@ Read once, by `headrace deploy` or out of a Serve config, frozen afterwards.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -14,7 +14,6 @@ from headrace.server.settings import Settings, read_settings
 # What belongs to one process at one address, which replicas are not; Serve names them, and the router finds them.
 _OF_ONE_SERVER = (
     "admin_port",
-    "journal_dir",
     "journal_file",
     "peers",
     "replica_name",
@@ -28,6 +27,7 @@ class DeploymentSettings(Settings):
     """A deployment's settings. Each field's description is its help text."""
 
     model_config = SettingsConfigDict(cli_prog_name="headrace deploy")
+    is_named_by_others: ClassVar[bool] = True
 
     replicas: int = Field(1, ge=1, description="servers; with max_replicas the fewest")
     max_replicas: int | None = Field(

@@ -88,6 +88,10 @@ class JournalFolder:
         """The files of a replica but for this process's own; none where it has never been."""
         return sorted(path for path in (self._root / name).glob("[0-9]*.db") if path != self._own)
 
+    def files(self) -> list[Path]:
+        """The same of all replicas that have ever been."""
+        return [path for folder in sorted(self._root.iterdir()) for path in self.files_of(folder.name)]
+
     def find(self, name: str, id: str) -> tuple[Path, Rows] | None:
         """The file that a stream of a replica's is in, and all its rows; what is damaged is not found.
 

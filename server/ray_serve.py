@@ -79,6 +79,7 @@ class Replica:
         if self._error is not None:
             await self._lifespan.shutdown()
             raise self._error
+        await self._app.take_over_left()
         settle_memory()
         say(f"replica {self._name} is ready: {self._app.generator.model_name}")
 
@@ -249,7 +250,9 @@ def _application(settings: DeploymentSettings, replica_class: type[Replica]) -> 
     ingress = serve.deployment(Ingress).options(
         ray_actor_options={"num_cpus": 0}, max_ongoing_requests=settings.max_connections, **both
     )
-    return ingress.bind(values, replica.bind(values, settings.max_replicas or settings.replicas))
+    return ingress.bind(
+        values | {"replica_name": _APPLICATION}, replica.bind(values, settings.max_replicas or settings.replicas)
+    )
 
 
 def deploy(settings: DeploymentSettings, replica_class: type[Replica] = Replica) -> int:

@@ -81,7 +81,7 @@ def ingress_app(settings: Settings, call: Callable[[ReplicaRequest], Results]) -
             await results.aclose()
             raise
         assert isinstance(head, tuple)
-        return _ReplicaResponse(head, results)
+        return _ReplicaResponse(head, results, settings.has_journal)
 
     endpoint = Endpoint(
         respond,
@@ -121,8 +121,9 @@ def destination(scope: Scope, headers: Headers, body: bytes) -> Destination:
 class _ReplicaResponse(Response):
     """A replica's response, as it comes."""
 
-    def __init__(self, head: Head, results: Results) -> None:
+    def __init__(self, head: Head, results: Results, has_journal: bool) -> None:
         self.status_code, self.raw_headers = head
+        self._has_journal = has_journal
         self.background = None
         self._results = results
 
@@ -136,14 +137,18 @@ class _ReplicaResponse(Response):
                 media_type = self.headers.get("content-type", "").partition(";")[0]
                 if media_type not in ("text/event-stream", "application/x-ndjson"):
                     raise  # nothing but a cut tells that it is not whole
-                frame = failure_frame(error, scope["path"], self.headers.get("x-request-id", ""))
+                is_resumable = self._has_journal and _EVENT_SOURCES.fullmatch(scope["path"]) is not None
+                frame = failure_frame(error, scope["path"], self.headers.get("x-request-id", ""), is_resumable)
                 await send({"type": "http.response.body", "body": frame, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def failure_frame(error: ApiError, path: str, id: str) -> bytes:
-    """What ends a stream in the form of its route, in place of the end that did not come."""
+def failure_frame(error: ApiError, path: str, id: str, is_resumable: bool) -> bytes:
+    """What ends a stream in the form of its route, in place of the end that did not come; one that another replica goes
+    on with is only interrupted."""
     form = error_form(error, path, id)
+    if is_resumable:
+        return event_frame("interrupted", {**form["error"], "resumable": True}, id=None)
     if is_ollama(path):
         return line_frame(form)
     if path.startswith("/v1/responses"):

@@ -11,8 +11,12 @@ import socket
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+<<<<<<< HEAD
 from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
+=======
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+>>>>>>> 08f34f8d2c66a1e5613d44f3e0ecb3edc8289a82
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
@@ -180,6 +184,8 @@ class Settings(ListenerSettings):
     """A server's settings. Each field's description is its help text."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, cli_prog_name="headrace serve")
+    # Whether what starts a server names it, and no setting needs to.
+    is_named_by_others: ClassVar[bool] = False
 
     model: CliPositionalArg[str | None] = Field(
         None, description="directory, .gguf file, gemma3-270m or hub id; the demo model where none is named"
@@ -368,7 +374,8 @@ class Settings(ListenerSettings):
             raise ValueError("tls_key_password_file: there is no tls_key_file that it could open")
         if self.journal_dir is not None and self.journal_file is not None:
             raise ValueError("journal_dir: is in place of journal_file, and not beside it")
-        if not self.replica_name and (self.peers or self.journal_dir is not None):
+        is_unnamed = not self.replica_name and not self.is_named_by_others
+        if is_unnamed and (self.peers or self.journal_dir is not None):
             name = "peers" if self.peers else "journal_dir"
             raise ValueError(f"{name}: needs a replica_name, by which ids tell whose they are")
         return self

@@ -119,9 +119,11 @@ class SharedJournals:
 
     async def take_over_own(self) -> None:
         """Take over what earlier processes of this replica have left in further files."""
-        async with self._lock:
-            for path in await self._on_worker(partial(self._folder.files_of, self._folder.name)):
-                await self._take_if_free(path)
+        await self._take_over_free(partial(self._folder.files_of, self._folder.name))
+
+    async def take_over_left(self) -> None:
+        """Take over what any replica has left that runs no more, where no other will ever bear its name."""
+        await self._take_over_free(self._folder.files)
 
     async def run(self) -> None:
         """Follow what is followed, until cancelled."""
@@ -222,6 +224,11 @@ class SharedJournals:
             with suppress(*UNREADABLE):
                 found[id] = self._format.read_outputs(id, rows, positions[id])
         return mark_followed(path, unmarked), found
+
+    async def _take_over_free(self, files: Callable[[], list[Path]]) -> None:
+        async with self._lock:
+            for path in await self._on_worker(files):
+                await self._take_if_free(path)
 
     async def _take_if_free(self, path: Path) -> bool:
         """Take over a file whose writer has died; False where it has not, or this server is about to end itself."""

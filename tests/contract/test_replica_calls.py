@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -175,6 +176,21 @@ async def test_a_stream_whose_replica_is_lost_ends_with_one_error_of_its_routes_
     events = list(parse_events(lost.body))
     assert len(events) > 1
     assert ended(events)
+
+
+async def test_a_native_stream_that_another_replica_goes_on_with_is_interrupted(tmp_path: Path) -> None:
+    settings = {"journal_dir": str(tmp_path), "replica_name": "mill"}
+    async with replica(lose=lambda num_results: num_results == 2, **settings) as setting:
+        with setting.app.runner.held():
+            setting.app.runner.allow(2)
+            accept = {"accept": "text/event-stream"}
+            query = "prompt=hi&max_tokens=20"
+            lost = await call(setting.ingress, "GET", "/v1/stream", query=query, headers=accept)
+    *others, last = parse_events(lost.body)
+    told = json.loads(last["data"])
+    assert (last["event"], told["code"], told["resumable"]) == ("interrupted", "replica_lost", True)
+    assert others
+    assert "error" not in {event.get("event") for event in others}
 
 
 async def test_ollamas_stream_ends_with_a_line_and_what_is_no_stream_is_cut() -> None:

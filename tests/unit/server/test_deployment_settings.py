@@ -6,7 +6,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from headrace.server.deployment_settings import DeploymentSettings, load_deployment_settings
-from headrace.server.settings import Settings, SettingsError
+from headrace.server.settings import Settings, SettingsError, load_settings
 
 CONFIG = Path(__file__).parents[3] / "configs" / "serve.yaml"
 
@@ -25,7 +25,6 @@ def test_a_deployment_has_a_servers_settings_and_its_own() -> None:
         (["--journal-file", "streams.db"], "journal_file"),
         (["--admin-port", "9000"], "admin_port"),
         (["--tls-cert-file", "a", "--tls-key-file", "b"], "tls_cert_file"),
-        (["--journal-dir", "journals"], "journal_dir"),
         (["--replica-name", "mill"], "replica_name"),
         (["--replica-cpus", "0"], "replica_cpus"),
         (["--replica-gpus", "2"], "replica_gpus"),
@@ -35,6 +34,12 @@ def test_a_deployment_has_a_servers_settings_and_its_own() -> None:
 def test_what_replicas_cannot_be_is_refused_by_its_name(flags: list[str], named: str) -> None:
     with pytest.raises(SettingsError, match=rf"^{named}:"):
         load_deployment_settings(flags, {})
+
+
+def test_a_folder_of_journals_needs_no_name_where_serve_gives_one() -> None:
+    assert load_deployment_settings(["--journal-dir", "journals"], {}).has_journal
+    with pytest.raises(SettingsError, match="^journal_dir: needs a replica_name"):
+        load_settings(["--journal-dir", "journals"], {})
 
 
 def test_the_replicas_are_given_a_servers_settings_as_json_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
