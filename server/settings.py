@@ -11,12 +11,8 @@ import socket
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-<<<<<<< HEAD
-from typing import Annotated, Any, Literal, Self, TypeVar
-from urllib.parse import urlsplit
-=======
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
->>>>>>> 08f34f8d2c66a1e5613d44f3e0ecb3edc8289a82
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (

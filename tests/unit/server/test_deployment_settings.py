@@ -38,7 +38,7 @@ def test_what_replicas_cannot_be_is_refused_by_its_name(flags: list[str], named:
 
 def test_a_folder_of_journals_needs_no_name_where_serve_gives_one() -> None:
     assert load_deployment_settings(["--journal-dir", "journals"], {}).has_journal
-    with pytest.raises(SettingsError, match="^journal_dir: needs a replica_name"):
+    with pytest.raises(SettingsError, match=r"^journal_dir: needs a replica_name"):
         load_settings(["--journal-dir", "journals"], {})
 
 
