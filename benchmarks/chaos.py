@@ -89,9 +89,10 @@ class Process:
 
 
 class Replicas(Protocol):
-    """Two replicas behind one address."""
+    """Two replicas behind one address. Native streams are read from the addresses in `read_from`."""
 
     address: Target
+    read_from: Sequence[Target]
 
     def pids(self) -> dict[str, int]:
         """Of those that run, by their names."""
@@ -104,7 +105,8 @@ class Replicas(Protocol):
 
 
 class Routed:
-    """Two servers behind vLLM's router."""
+    """Two servers behind vLLM's router, which keeps a reader's headers and query to itself on paths that it does not
+    know: streams are read around it."""
 
     def __init__(self, stack: AsyncExitStack, folder: Path, flags: Sequence[str], router_python: str) -> None:
         self._stack = stack
@@ -114,7 +116,7 @@ class Routed:
         *self._ports, self._port, self._metrics_port = _free_ports(4)
         self._servers: dict[str, Process] = {}
         self._ports_of = dict(zip(("alpha", "beta"), self._ports, strict=True))
-        self.address = Target("127.0.0.1", self._port, is_tls=False, prefix="")
+        self.address, *self.read_from = map(_local, (self._port, *self._ports))
 
     async def start(self) -> None:
         await asyncio.gather(*map(self._start_server, self._ports_of))
@@ -129,6 +131,8 @@ class Routed:
             "health-failure-threshold": 1,
             "health-success-threshold": 1,
             "worker-startup-check-interval": 1,
+            # As it is by itself, a replica that comes back gets nothing for a minute.
+            "cb-timeout-duration-secs": 2,
         }
         urls = [f"http://127.0.0.1:{port}" for port in self._ports]
         command = [self._router_python, "-m", "vllm_router.launch_router", "--worker-urls", *urls]
@@ -152,7 +156,7 @@ class Routed:
         await self._start_server(name)
 
     async def metrics(self, name: str) -> dict[str, float]:
-        return await _metrics(Target("127.0.0.1", self._ports_of[name], is_tls=False, prefix=""), "")
+        return await _metrics(_local(self._ports_of[name]), "")
 
 
 class Deployed:
@@ -163,7 +167,8 @@ class Deployed:
         self._flags = flags
         self._log = folder / "deploy.log"
         [self._port] = _free_ports(1)
-        self.address = Target("127.0.0.1", self._port, is_tls=False, prefix="")
+        self.address = _local(self._port)
+        self.read_from = [self.address]
         self._process: Process
 
     async def start(self) -> None:
@@ -207,7 +212,7 @@ async def measure(replicas: Replicas, options: argparse.Namespace) -> dict[str, 
     """The whole run."""
     seconds, share = options.seconds, options.rate / 4
     num_tokens = {"whole": options.tokens // 2, "openai": options.tokens, "native": options.tokens}
-    clients = Clients(replicas.address, num_tokens, options.seed)
+    clients = Clients(replicas.address, replicas.read_from, num_tokens, options.seed)
     await clients.learn()
     killed, drained = replicas.pids()
     await asyncio.sleep(2 * _STREAM_TTL_S)
@@ -216,7 +221,7 @@ async def measure(replicas: Replicas, options: argparse.Namespace) -> dict[str, 
     load = asyncio.create_task(clients.run({"whole": 2 * share, "openai": share, "native": share}, is_over))
     began_s = time.monotonic()
     await asyncio.sleep(seconds)
-    await _until(lambda: clients.are_reading_from(killed), "a stream to cut")
+    await _until(lambda: clients.num_reading_from(killed) >= options.streams, "streams to cut")
     pids = replicas.pids()
     os.kill(pids[killed], signal.SIGKILL)
     killed_s = time.monotonic()
@@ -227,7 +232,7 @@ async def measure(replicas: Replicas, options: argparse.Namespace) -> dict[str, 
     replaced_s = time.monotonic()
     await asyncio.sleep(seconds)
     [survivor] = set(replicas.pids()) - {drained}
-    await _until(lambda: clients.are_reading_from(drained), "a stream to drain")
+    await _until(lambda: clients.num_reading_from(drained) >= options.streams, "streams to drain")
     os.kill(pids[drained], signal.SIGTERM)
     drained_s = time.monotonic()
     await _until(lambda: drained not in replicas.pids(), "its end")
@@ -295,6 +300,10 @@ async def _until(holds: Callable[[], bool], what: str) -> None:
         await asyncio.sleep(_POLL_S)
 
 
+def _local(port: int) -> Target:
+    return Target("127.0.0.1", port, is_tls=False, prefix="")
+
+
 def _free_ports(num: int) -> list[int]:
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(num)]
     ports = [listener.getsockname()[1] for listener in listeners]
@@ -337,9 +346,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", nargs="?", help="as for `headrace serve`")
     parser.add_argument("--through", choices=["router", "ray"], required=True)
     parser.add_argument("--router-python", default=sys.executable, help="the Python that has vllm-router")
-    parser.add_argument("--seconds", type=float, default=15, help="of each stretch (default %(default)s)")
-    parser.add_argument("--rate", type=float, default=1.0, help="requests a second (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=64, help="of a streamed answer (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=12, help="of each stretch (default %(default)s)")
+    parser.add_argument("--rate", type=float, default=5.0, help="requests a second (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=128, help="of a streamed answer (default %(default)s)")
+    parser.add_argument("--streams", type=int, default=3, help="native ones that a fault has to meet (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--server-flags", default="", help="more flags of the servers")
     options = parser.parse_args(argv)

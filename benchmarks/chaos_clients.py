@@ -2,15 +2,15 @@
 
 Runs on the event loop of `chaos`. Three kinds: whole answers and OpenAI's streams, which are asked for again as
 OpenAI's libraries do (whole answers until they are whole, streams until they begin), and native streams, whose readers
-come back as EventSource does, from behind the last event that they have. Prompts are few and greedy, and each answer is
-held against the one that its prompt had before the load.
+come back as EventSource does, from behind the last event that they have, and each time to the next address. Prompts are
+few and greedy, and each answer is held against the one that its prompt had before the load.
 """
 
 import asyncio
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Final
@@ -61,10 +61,12 @@ class Tally:
 
 
 class Clients:
-    """All of them, of one address. `num_tokens` is the length of an answer of each kind."""
+    """All of them, of one address; `read_from` are those that native streams are read from. `num_tokens` is the length
+    of an answer of each kind."""
 
-    def __init__(self, address: Target, num_tokens: Mapping[str, int], seed: int) -> None:
+    def __init__(self, address: Target, read_from: Sequence[Target], num_tokens: Mapping[str, int], seed: int) -> None:
         self._address = address
+        self._read_from = read_from
         self._num_tokens = num_tokens
         self._rng = random.Random(seed)
         self._texts: dict[tuple[str, int], str] = {}
@@ -73,9 +75,9 @@ class Clients:
         self.gaps: list[tuple[float, float]] = []
         self._readers: set[_NativeReader] = set()
 
-    def are_reading_from(self, name: str) -> bool:
-        """Whether a native stream that a replica makes is half-way at its reader."""
-        return any(reader.id.startswith(f"{name}-") and reader.text for reader in self._readers)
+    def num_reading_from(self, name: str) -> int:
+        """How many native streams that a replica makes are half-way at their readers."""
+        return sum(reader.id.startswith(f"{name}-") and bool(reader.text) for reader in self._readers)
 
     async def learn(self) -> None:
         """Ask for every answer once, before anything is disturbed. Raises: ValueError where one does not come."""
@@ -181,16 +183,19 @@ class Clients:
     async def _follow(self, reader: "_NativeReader", events_url: str, tally: Tally) -> None:
         cut_s: float | None = None
         is_cut = False
-        for _ in range(_NUM_CONNECTIONS):
+        first = self._rng.randrange(len(self._read_from))
+        for number in range(_NUM_CONNECTIONS):
             num_before = len(reader.token_s)
-            end = await self._exchange(get(self._address, events_url, reader.last_event_id()), reader.read)
+            address = self._read_from[(first + number) % len(self._read_from)]
+            request = get(address, events_url, reader.last_event_id())
+            end = await self._exchange(request, reader.read, address)
             if cut_s is not None and len(reader.token_s) > num_before:
                 tally.pauses_s.append(reader.token_s[num_before] - cut_s)
                 cut_s = None
             if reader.end or reader.fault or end.status == 204:
                 break
-            is_cut = True
-            cut_s = cut_s or time.monotonic()
+            if reader.text:
+                is_cut, cut_s = True, cut_s or time.monotonic()
             reader.begin_again()
             await asyncio.sleep(_RECONNECT_S)
         tally.cut += is_cut
@@ -239,11 +244,11 @@ class Clients:
             await asyncio.sleep(pause_s)
         return end
 
-    async def _exchange(self, request: bytes, on_body: BodySink) -> HttpEnd:
+    async def _exchange(self, request: bytes, on_body: BodySink, address: Target | None = None) -> HttpEnd:
         """On a connection of its own; status 0 where there is none."""
-        loop = asyncio.get_running_loop()
+        loop, address = asyncio.get_running_loop(), address or self._address
         try:
-            _, connection = await loop.create_connection(Connection, self._address.host, self._address.port)
+            _, connection = await loop.create_connection(Connection, address.host, address.port)
         except OSError:
             return HttpEnd(0, is_whole=False, has_answer_bytes=False, written_s=time.monotonic())
         try:
@@ -263,6 +268,7 @@ class _NativeReader:
         self.end = ""
         self.fault = ""
         self._place = 0
+        self._last_event_id = ""
         self._parser = SseParser()
 
     @property
@@ -271,7 +277,7 @@ class _NativeReader:
 
     def last_event_id(self) -> str:
         """The header that it comes back with."""
-        return f"last-event-id: {self.id}:{self._place}\r\n" if self._place else ""
+        return f"last-event-id: {self._last_event_id}\r\n" if self._last_event_id else ""
 
     def begin_again(self) -> None:
         self._parser = SseParser()  # what was torn off does not count
@@ -282,12 +288,14 @@ class _NativeReader:
                 self._take(event, read_s)
 
     def _take(self, event: SseEvent, read_s: float) -> None:
+        self._last_event_id = event.id.decode()
         if self.end:
             self.fault = f"{event.name.decode()} after {self.end}"
         elif event.name == b"token":
-            stream, _, place = event.id.decode().rpartition(":")
+            stream, _, place = self._last_event_id.rpartition(":")
+            place = place.partition("-")[0]  # behind it, how often it was taken up
             if stream != self.id or int(place) <= self._place:
-                self.fault = f"event {event.id.decode()} after {self.id}:{self._place}"
+                self.fault = f"event {self._last_event_id} after {self.id}:{self._place}"
             self._place = int(place)
             self.text += json.loads(event.data)["text"]
             self.token_s.append(read_s)
