@@ -16,7 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from headrace.benchmarks.fleet_costs import BreakingPoint, Rates, breaking_points, measure
-from headrace.benchmarks.simulated_fleet import PIECES_PER_REPLICA, WARM_UP_S, WINDOW_S, Figures, Setting, play
+from headrace.benchmarks.routing import PIECES_PER_REPLICA
+from headrace.benchmarks.simulated_fleet import WARM_UP_S, WINDOW_S, Figures, Setting, play
 
 _COUNTS = (1, 10, 100, 1000)
 # (Policy, whether routers count what they have sent, with how many replicas at most).
@@ -25,7 +26,7 @@ _GROWTH_KINDS = (
     ("least queue", True, 1000),
     ("prefix-aware", True, 1000),
     ("predicted TTFT", True, 1000),
-    ("prefix and TTFT", True, 1000),
+    ("headrace", True, 1000),
     ("least queue", False, 1000),
     ("predicted TTFT", False, 100),
 )
@@ -38,7 +39,7 @@ _STALENESS_KINDS = (
     ("predicted TTFT", False, 1),
     ("predicted TTFT", True, 1),
     ("predicted TTFT", True, 8),
-    ("prefix and TTFT", True, 1),
+    ("headrace", True, 1),
 )
 _STALENESS_REPLICAS = 20
 _INTERVALS_S = (0.1, 1.0, 5.0)
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cpu_s, all_s = sum(run.cpu_s for run in runs), time.perf_counter() - began_s
     costs = measure(counts)
     # The largest fleet of those where hardly anybody is refused.
-    best = [run for run in growth_runs if run.setting.policy == "prefix-aware"][-1]
+    best = [run for run in growth_runs if run.setting.policy == "headrace"][-1]
     rates = Rates(best.turns_per_s, best.tokens_per_s, best.num_streams, PIECES_PER_REPLICA, best.setting.interval_s)
     points = breaking_points(costs, rates, counts)
     for lines in (growth_lines(growth_runs), staleness_lines(staleness_runs), breaking_lines(points)):
