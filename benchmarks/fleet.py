@@ -16,8 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from headrace.benchmarks.fleet_costs import BreakingPoint, Rates, breaking_points, measure
-from headrace.benchmarks.routing import PIECES_PER_REPLICA
-from headrace.benchmarks.simulated_fleet import WARM_UP_S, WINDOW_S, Figures, Setting, play
+from headrace.benchmarks.simulated_fleet import PIECES_PER_REPLICA, WARM_UP_S, WINDOW_S, Figures, Setting, play
 
 _COUNTS = (1, 10, 100, 1000)
 # (Policy, whether routers count what they have sent, with how many replicas at most).
@@ -48,12 +47,13 @@ _STALENESS_WARM_UP_S, _STALENESS_WINDOW_S = 7.0, 10.0
 _ENOUGH_REPLICAS, _MOST_FLEETS = 60, 30
 
 
-def growth_settings(counts: Sequence[int], scale: float, seed: int) -> list[Setting]:
+def growth_settings(counts: Sequence[int], rate_per_s: float, scale: float, seed: int) -> list[Setting]:
     """Each policy at each number of replicas."""
     return [
         Setting(
             policy,
             count,
+            rate_per_s,
             counts_sent=counts_sent,
             num_fleets=min(_MOST_FLEETS, -(-_ENOUGH_REPLICAS // count)),
             warm_up_s=WARM_UP_S * scale,
@@ -150,13 +150,14 @@ def _play_all(settings: Sequence[Setting], num_processes: int) -> list[Figures]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("headrace.benchmarks.fleet", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--replicas", default=",".join(map(str, _COUNTS)), help="how many, one run of each")
+    parser.add_argument("--rate", type=float, default=5.0, help="turns per second and replica, as replicas are added")
     parser.add_argument("--scale", type=float, default=1.0, help="of warm-ups and windows: 0.1 for a first look")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--num-processes", type=int, default=2)
     parser.add_argument("--plot", type=Path, help="write a figure, in the format of the file's suffix")
     options = parser.parse_args(arguments)
     counts = [int(count) for count in options.replicas.split(",")]
-    growth = growth_settings(counts, options.scale, options.seed)
+    growth = growth_settings(counts, options.rate, options.scale, options.seed)
     staleness = staleness_settings(options.scale, options.seed)
     began_s = time.perf_counter()
     runs = _play_all([*growth, *staleness], options.num_processes)

@@ -1,7 +1,7 @@
 """What a request, a token and a replica cost those who stand in front of a fleet, measured here, and where each ends.
 
-`measure` takes the costs of one of each: a router's decision, written in Python as `routing` is, a replica's gauges
-rendered and read, an event relayed, an open stream, an entry of the prefix table, a token in the journal.
+`measure` takes the costs of one of each: a router's decision by a policy of `routing`, a replica's gauges
+rendered and read, an event relayed, an open stream, a piece of a prompt that a router remembers, a token in the journal.
 `breaking_points` multiplies them with the rates of a replica and finds how many replicas fill a bound. CPU times are
 the measuring thread's own.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
-from headrace.benchmarks.routing import PIECES_PER_REPLICA, POLICIES, Gauges
+from headrace.benchmarks.routing import POLICIES, Gauges
 from headrace.benchmarks.simulated_server import CostModel, Job, ServerSettings, SimulatedServer
 from headrace.scheduler.messages import FinishReason, SamplingParams, SequenceOutput
 from headrace.server.generation import Recipe
@@ -33,6 +33,7 @@ from headrace.server.journal_rows import StreamRecord
 from headrace.server.replica_routing import PIECE_BYTES, PIECE_TOKENS, PromptKey, ReplicaLoad, ReplicaRouting
 
 _NUM_DECISIONS = 2000
+_PIECES_PER_REPLICA = 1024
 _REQUESTS_PER_REPLICA = 10
 _PIECES_PER_PROMPT = 8
 _NUM_RELAYED = 200
@@ -150,7 +151,7 @@ def breaking_points(costs: UnitCosts, rates: Rates, counts: Sequence[int]) -> li
         lambda count: rates.num_streams * count * costs.relay_bytes / _GIBI,
     )
     add(
-        "the table of prefixes",
+        "the prompts that a router remembers",
         f"{costs.piece_bytes:.0f} bytes a piece",
         "1 GiB",
         lambda count: rates.num_pieces * count * costs.piece_bytes / _GIBI,
@@ -201,11 +202,11 @@ def _decision_s(policy: str, num_replicas: int) -> float:
     """With what replicas can hold, half of the prompts known, and up to ten requests each."""
     draws = random.Random(1)
     gauges = Gauges(num_replicas, counts_sent=True)
-    num_tokens = PIECES_PER_REPLICA * PIECE_TOKENS
+    num_tokens = _PIECES_PER_REPLICA * PIECE_TOKENS
     for replica in range(num_replicas):
         gauges.hear(replica, draws.randrange(20), ReplicaLoad(1, draws.random(), 1000.0, num_tokens))
     router = POLICIES[policy](gauges, draws)
-    num_known = num_replicas * PIECES_PER_REPLICA // _PIECES_PER_PROMPT
+    num_known = num_replicas * _PIECES_PER_REPLICA // _PIECES_PER_PROMPT
     for number in range(num_known):
         router.note_cached(number % num_replicas, _prompt(number))
     prompts = [_prompt(draws.randrange(2 * num_known)) for _ in range(_NUM_DECISIONS)]

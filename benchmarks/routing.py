@@ -1,8 +1,9 @@
 """Which replica a router sends a request to: what it knows of its replicas, and the policies that choose by that.
 
 A router knows a replica by its gauges, as they were when it last asked for them, and may add what it has sent there
-since. It knows a prompt by hashes of its pieces, each over all before it. Pure: no clock and no sockets, randomness by
-a seed, equal choices at random. One router's own; routers know nothing of each other.
+since; it knows a prompt by its key. One of the policies is the production rule itself, the others are what it is compared
+with. Pure: no clock and no sockets, randomness by a seed, equal choices at random. One router's own; routers know nothing
+of each other.
 Sources: the harm of old gauges and what two random choices do about it, Mitzenmacher (How Useful Is Old Information,
 2000); which replica holds which prefix, kept by the router and never asked for, as in SGLang's and Preble's routers.
 """
@@ -14,15 +15,8 @@ from functools import partial
 
 import numpy as np
 
-from headrace.server.replica_routing import (
-    PIECE_TOKENS,
-    Destination,
-    PromptKey,
-    ReplicaLoad,
-    ReplicaRouting,
-)
+from headrace.server.replica_routing import PIECE_TOKENS, Destination, PromptKey, ReplicaLoad, ReplicaRouting
 
-PIECES_PER_REPLICA = 1024
 # Of those that were sent a piece, the newest: who begins with an instruction that all know need not find them all.
 _MAX_HOLDERS = 8
 # A prefix is worth going to a replica for if it is so much of the prompt, and while the replica has no more requests
@@ -63,9 +57,6 @@ class PrefixTable:
     def __init__(self, max_pieces: int) -> None:
         self._max_pieces = max_pieces
         self._holders: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._holders)
 
     def find(self, pieces: tuple[bytes, ...]) -> list[tuple[int, ...]]:
         """Who was sent each of the first pieces, as far as anybody was."""
@@ -136,7 +127,7 @@ class PrefixAware(Policy):
 
     def __init__(self, gauges: Gauges, draws: random.Random) -> None:
         super().__init__(gauges, draws)
-        self._table = PrefixTable(len(gauges.loads) * PIECES_PER_REPLICA)
+        self._table = PrefixTable(sum(load.kv_cache_tokens for load in gauges.loads.values()) // PIECE_TOKENS)
 
     def choose(self, number: int, prompt: PromptKey) -> int:
         num_requests = self._gauges.num_requests
@@ -168,7 +159,7 @@ class PredictedTtft(Policy):
 
 
 class Headrace(Policy):
-    """The rule of `headrace deploy`."""
+    """The rule of `headrace deploy`, which counts for itself what it has sent."""
 
     def __init__(self, gauges: Gauges, draws: random.Random) -> None:
         super().__init__(gauges, draws)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from headrace.benchmarks.arrivals import Arrival, read_trace
-from headrace.benchmarks.routing import PIECE_TOKENS, PIECES_PER_REPLICA, POLICIES, Gauges, Policy
+from headrace.benchmarks.routing import POLICIES, Gauges, Policy
 from headrace.benchmarks.simulated_server import (
     END_TOKEN,
     CostModel,
@@ -38,7 +38,7 @@ from headrace.benchmarks.simulated_server import (
 from headrace.scheduler.config import SchedulingPolicy
 from headrace.scheduler.messages import GenerationRequest, SamplingParams, Tier
 from headrace.scheduler.sequence import Sequence as EngineSequence
-from headrace.server.replica_routing import BYTES_PER_TOKEN, PromptKey, ReplicaLoad
+from headrace.server.replica_routing import BYTES_PER_TOKEN, PIECE_TOKENS, PromptKey, ReplicaLoad
 
 _TRACE = Path(__file__).parent / "traces" / "azure_2023_conversation.csv"
 _NUM_ARRIVALS = 2000
@@ -61,7 +61,7 @@ _SETTINGS = ServerSettings(
     policy=SchedulingPolicy(itl_targets_s=dict.fromkeys(Tier, 0.15)),
     ttft_targets_s=(0.5, 2.0, 30.0),
 )
-assert PIECES_PER_REPLICA == _SETTINGS.num_blocks * _SETTINGS.block_size // PIECE_TOKENS
+PIECES_PER_REPLICA = _SETTINGS.num_blocks * _SETTINGS.block_size // PIECE_TOKENS
 # As of a large model whose weights take their time to read, whoever decodes beside: batches are wide, steps are few.
 _COSTS = CostModel(3e-2, 2e-4, 5e-4, 2e-7, 2e-8)
 WARM_UP_S, WINDOW_S = 5.0, 2.0
