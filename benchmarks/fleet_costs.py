@@ -1,7 +1,7 @@
 """What a request, a token and a replica cost those who stand in front of a fleet, measured here, and where each ends.
 
-`measure` takes the costs of one of each: a router's decision by a policy of `routing`, a replica's gauges
-rendered and read, an event relayed, an open stream, a piece of a prompt that a router remembers, a token in the journal.
+`measure` takes the costs of one of each: a router's decision by a policy of `routing`, a replica's gauges rendered
+and read, an event relayed, an open stream, a piece of a prompt that a router remembers, a token in the journal.
 `breaking_points` multiplies them with the rates of a replica and finds how many replicas fill a bound. CPU times are
 the measuring thread's own.
 """

@@ -1,9 +1,9 @@
 """Which replica a router sends a request to: what it knows of its replicas, and the policies that choose by that.
 
 A router knows a replica by its gauges, as they were when it last asked for them, and may add what it has sent there
-since; it knows a prompt by its key. One of the policies is the production rule itself, the others are what it is compared
-with. Pure: no clock and no sockets, randomness by a seed, equal choices at random. One router's own; routers know nothing
-of each other.
+since; it knows a prompt by its key. One of the policies is the production rule itself, the others are what it is
+compared with. Pure: no clock and no sockets, randomness by a seed, equal choices at random. One router's own; routers
+know nothing of each other.
 Sources: the harm of old gauges and what two random choices do about it, Mitzenmacher (How Useful Is Old Information,
 2000); which replica holds which prefix, kept by the router and never asked for, as in SGLang's and Preble's routers.
 """

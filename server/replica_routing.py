@@ -115,8 +115,8 @@ class _Replica:
         return prompt.num_tokens - num_held * PIECE_TOKENS
 
     def cost_tokens(self, prompt: PromptKey) -> float:
-        """What stands between a prompt and its first token, as tokens of prompts; its own count for each who waits while
-        they are computed."""
+        """What stands between a prompt and its first token, as tokens of prompts; its own count for each who waits
+        while they are computed."""
         num_requests = len(self.requests)
         num_before = self._num_untold_tokens + _REQUEST_TOKENS * num_requests
         return num_before + (_NUM_LATER + num_requests) * self.num_uncached_tokens(prompt)
