@@ -25,7 +25,7 @@ _GROWTH_KINDS = (
     ("least queue", True, 1000),
     ("prefix-aware", True, 1000),
     ("predicted TTFT", True, 1000),
-    ("prefix and TTFT", True, 1000),
+    ("headrace", True, 1000),
     ("least queue", False, 1000),
     ("predicted TTFT", False, 100),
 )
@@ -38,7 +38,7 @@ _STALENESS_KINDS = (
     ("predicted TTFT", False, 1),
     ("predicted TTFT", True, 1),
     ("predicted TTFT", True, 8),
-    ("prefix and TTFT", True, 1),
+    ("headrace", True, 1),
 )
 _STALENESS_REPLICAS = 20
 _INTERVALS_S = (0.1, 1.0, 5.0)
@@ -47,12 +47,13 @@ _STALENESS_WARM_UP_S, _STALENESS_WINDOW_S = 7.0, 10.0
 _ENOUGH_REPLICAS, _MOST_FLEETS = 60, 30
 
 
-def growth_settings(counts: Sequence[int], scale: float, seed: int) -> list[Setting]:
+def growth_settings(counts: Sequence[int], rate_per_s: float, scale: float, seed: int) -> list[Setting]:
     """Each policy at each number of replicas."""
     return [
         Setting(
             policy,
             count,
+            rate_per_s,
             counts_sent=counts_sent,
             num_fleets=min(_MOST_FLEETS, -(-_ENOUGH_REPLICAS // count)),
             warm_up_s=WARM_UP_S * scale,
@@ -149,13 +150,14 @@ def _play_all(settings: Sequence[Setting], num_processes: int) -> list[Figures]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("headrace.benchmarks.fleet", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--replicas", default=",".join(map(str, _COUNTS)), help="how many, one run of each")
+    parser.add_argument("--rate", type=float, default=5.0, help="turns per second and replica, as replicas are added")
     parser.add_argument("--scale", type=float, default=1.0, help="of warm-ups and windows: 0.1 for a first look")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--num-processes", type=int, default=2)
     parser.add_argument("--plot", type=Path, help="write a figure, in the format of the file's suffix")
     options = parser.parse_args(arguments)
     counts = [int(count) for count in options.replicas.split(",")]
-    growth = growth_settings(counts, options.scale, options.seed)
+    growth = growth_settings(counts, options.rate, options.scale, options.seed)
     staleness = staleness_settings(options.scale, options.seed)
     began_s = time.perf_counter()
     runs = _play_all([*growth, *staleness], options.num_processes)
@@ -163,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cpu_s, all_s = sum(run.cpu_s for run in runs), time.perf_counter() - began_s
     costs = measure(counts)
     # The largest fleet of those where hardly anybody is refused.
-    best = [run for run in growth_runs if run.setting.policy == "prefix-aware"][-1]
+    best = [run for run in growth_runs if run.setting.policy == "headrace"][-1]
     rates = Rates(best.turns_per_s, best.tokens_per_s, best.num_streams, PIECES_PER_REPLICA, best.setting.interval_s)
     points = breaking_points(costs, rates, counts)
     for lines in (growth_lines(growth_runs), staleness_lines(staleness_runs), breaking_lines(points)):

@@ -1,7 +1,7 @@
 """What a request, a token and a replica cost those who stand in front of a fleet, measured here, and where each ends.
 
-`measure` takes the costs of one of each: a router's decision, written in Python as `routing` is, a replica's gauges
-rendered and read, an event relayed, an open stream, an entry of the prefix table, a token in the journal.
+`measure` takes the costs of one of each: a router's decision by a policy of `routing`, a replica's gauges rendered
+and read, an event relayed, an open stream, a piece of a prompt that a router remembers, a token in the journal.
 `breaking_points` multiplies them with the rates of a replica and finds how many replicas fill a bound. CPU times are
 the measuring thread's own.
 """
@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,15 +24,17 @@ from pathlib import Path
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
-from headrace.benchmarks.routing import PIECE_TOKENS, POLICIES, Gauges, PrefixTable, Prompt
+from headrace.benchmarks.routing import POLICIES, Gauges
 from headrace.benchmarks.simulated_server import CostModel, Job, ServerSettings, SimulatedServer
 from headrace.scheduler.messages import FinishReason, SamplingParams, SequenceOutput
 from headrace.server.generation import Recipe
 from headrace.server.journal import Journal
 from headrace.server.journal_rows import StreamRecord
+from headrace.server.replica_routing import PIECE_BYTES, PIECE_TOKENS, PromptKey, ReplicaLoad, ReplicaRouting
 
 _NUM_DECISIONS = 2000
 _PIECES_PER_REPLICA = 1024
+_REQUESTS_PER_REPLICA = 10
 _PIECES_PER_PROMPT = 8
 _NUM_RELAYED = 200
 _NUM_BEATS = 200
@@ -108,7 +111,7 @@ def breaking_points(costs: UnitCosts, rates: Rates, counts: Sequence[int]) -> li
     def add(what: str, unit: str, bound: str, used: Callable[[float], float]) -> None:
         points.append(BreakingPoint(what, unit, bound, {count: used(count) for count in counts}, _fills(used)))
 
-    for policy in ("round robin", "prefix-aware", "prefix and TTFT"):
+    for policy in ("round robin", "prefix-aware", "headrace"):
         constant_s, replica_s = _line(costs.decision_s[policy])
 
         def decide(count: float, constant_s: float = constant_s, replica_s: float = replica_s) -> float:
@@ -148,7 +151,7 @@ def breaking_points(costs: UnitCosts, rates: Rates, counts: Sequence[int]) -> li
         lambda count: rates.num_streams * count * costs.relay_bytes / _GIBI,
     )
     add(
-        "the table of prefixes",
+        "the prompts that a router remembers",
         f"{costs.piece_bytes:.0f} bytes a piece",
         "1 GiB",
         lambda count: rates.num_pieces * count * costs.piece_bytes / _GIBI,
@@ -189,28 +192,30 @@ def _median_s(call: Callable[[], object], num_times: int) -> float:
     return sorted(seconds)[num_times // 2]
 
 
-def _prompt(number: int) -> Prompt:
-    return Prompt(
-        PIECE_TOKENS * _PIECES_PER_PROMPT, tuple(number * _PIECES_PER_PROMPT + i for i in range(_PIECES_PER_PROMPT))
-    )
+def _prompt(number: int) -> PromptKey:
+    first = number * _PIECES_PER_PROMPT
+    pieces = tuple((first + i).to_bytes(8) for i in range(_PIECES_PER_PROMPT))
+    return PromptKey(PIECE_BYTES * _PIECES_PER_PROMPT, pieces)
 
 
 def _decision_s(policy: str, num_replicas: int) -> float:
-    """With a full table, half of the prompts known."""
+    """With what replicas can hold, half of the prompts known, and up to ten requests each."""
     draws = random.Random(1)
     gauges = Gauges(num_replicas, counts_sent=True)
-    table = PrefixTable(num_replicas * _PIECES_PER_REPLICA)
+    num_tokens = _PIECES_PER_REPLICA * PIECE_TOKENS
     for replica in range(num_replicas):
-        gauges.hear(replica, draws.randrange(20), draws.random(), 1e-3)
+        gauges.hear(replica, draws.randrange(20), ReplicaLoad(1, draws.random(), 1000.0, num_tokens))
+    router = POLICIES[policy](gauges, draws)
     num_known = num_replicas * _PIECES_PER_REPLICA // _PIECES_PER_PROMPT
-    if "prefix" in policy:
-        for number in range(num_known):
-            table.note_sent(number % num_replicas, _prompt(number).pieces)
-    router = POLICIES[policy](gauges, table, draws)
+    for number in range(num_known):
+        router.note_cached(number % num_replicas, _prompt(number))
     prompts = [_prompt(draws.randrange(2 * num_known)) for _ in range(_NUM_DECISIONS)]
+    sent: deque[tuple[int, int]] = deque()
     began_s = time.thread_time()
-    for prompt in prompts:
-        router.choose(prompt)
+    for number, prompt in enumerate(prompts):
+        sent.append((number, router.choose(number, prompt)))
+        if len(sent) > _REQUESTS_PER_REPLICA * num_replicas:
+            router.note_over(*sent.popleft())
     return (time.thread_time() - began_s) / len(prompts)
 
 
@@ -223,13 +228,14 @@ def _rendering() -> tuple[float, bytes]:
 
 
 def _piece_bytes() -> float:
-    num_pieces = 100_000
+    num_prompts = 10_000
     tracemalloc.start()
     try:
-        table = PrefixTable(num_pieces)
-        for piece in range(0, num_pieces, _PIECES_PER_PROMPT):
-            table.note_sent(piece % 1000, tuple(2**60 + piece + i for i in range(_PIECES_PER_PROMPT)))
-        return tracemalloc.get_traced_memory()[0] / num_pieces
+        routing = ReplicaRouting()
+        routing.hear({"": ReplicaLoad(1, kv_cache_tokens=num_prompts * _PIECES_PER_PROMPT * PIECE_TOKENS)})
+        for number in range(num_prompts):
+            routing.send("", _prompt(2**40 + number), "")
+        return tracemalloc.get_traced_memory()[0] / (num_prompts * _PIECES_PER_PROMPT)
     finally:
         tracemalloc.stop()
 

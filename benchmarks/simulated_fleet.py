@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from headrace.benchmarks.arrivals import Arrival, read_trace
-from headrace.benchmarks.routing import PIECE_TOKENS, POLICIES, Gauges, PrefixTable, Prompt
+from headrace.benchmarks.routing import POLICIES, Gauges, Policy
 from headrace.benchmarks.simulated_server import (
     END_TOKEN,
     CostModel,
@@ -38,7 +38,7 @@ from headrace.benchmarks.simulated_server import (
 from headrace.scheduler.config import SchedulingPolicy
 from headrace.scheduler.messages import GenerationRequest, SamplingParams, Tier
 from headrace.scheduler.sequence import Sequence as EngineSequence
-from headrace.server.admission import Demand
+from headrace.server.replica_routing import BYTES_PER_TOKEN, PIECE_TOKENS, PromptKey, ReplicaLoad
 
 _TRACE = Path(__file__).parent / "traces" / "azure_2023_conversation.csv"
 _NUM_ARRIVALS = 2000
@@ -69,7 +69,6 @@ WARM_UP_S, WINDOW_S = 5.0, 2.0
 _GRACE_S = 0.5
 # Who was answered so lately is in a replica's cache when a run begins.
 _CACHED_S = 60.0
-_NO_PROMPT = Demand(Tier.STANDARD, "", 1.0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +123,6 @@ class Figures:
     tokens_per_s: float  # of a replica
     imbalance: float
     num_streams: float
-    num_table_pieces: int
     cpu_s: float
 
     @property
@@ -150,13 +148,14 @@ class Turn(Job):
             return END_TOKEN
         return _TEXT[self.num_prompt_tokens - self.num_shared_tokens + index]
 
-    def known_as(self) -> Prompt:
+    def key(self) -> PromptKey:
         """The prompt as routers know it. A number stands for a hash: the instruction's, or the conversation's."""
         num_pieces = self.num_prompt_tokens // PIECE_TOKENS
         num_shared = min(num_pieces, self.num_shared_tokens // PIECE_TOKENS)
         shared = (-1 - self.group * 2**8 - i for i in range(num_shared))
         own = (self.conversation * 2**8 + i for i in range(num_shared, num_pieces))
-        return Prompt(self.num_prompt_tokens, (*shared, *own))
+        pieces = tuple(number.to_bytes(8, signed=True) for number in (*shared, *own))
+        return PromptKey(self.num_prompt_tokens * BYTES_PER_TOKEN, pieces)
 
 
 class _Drawn(NamedTuple):
@@ -195,7 +194,6 @@ class _Tally:
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
     tokens: list[int] = field(default_factory=list)
-    num_table_pieces: int = 0
 
 
 class Fleet:
@@ -220,13 +218,15 @@ class Fleet:
         self._gauges = [
             Gauges(setting.num_replicas, counts_sent=setting.counts_sent) for _ in range(setting.num_routers)
         ]
-        self._tables = [PrefixTable(setting.num_replicas * PIECES_PER_REPLICA) for _ in range(setting.num_routers)]
+        self._turn_numbers, self._reports = itertools.count(), itertools.count(1)
+        for gauges in self._gauges:
+            for replica in range(setting.num_replicas):
+                self._hear(gauges, replica)
         self._policies = [
-            POLICIES[setting.policy](gauges, table, random.Random(setting.seed * 1000 + i))
-            for i, (gauges, table) in enumerate(zip(self._gauges, self._tables, strict=True))
+            POLICIES[setting.policy](gauges, random.Random(setting.seed * 1000 + i))
+            for i, gauges in enumerate(self._gauges)
         ]
-        self._users: dict[int, _User] = {}  # by the turn that is being answered
-        self._turn_numbers = itertools.count()
+        self._asked: dict[int, tuple[_User, Policy]] = {}  # by the turn that is being answered
         self._seen: set[int] = set()
         self._num_tokens = [0] * setting.num_replicas
 
@@ -263,7 +263,6 @@ class Fleet:
         tally.num_prefix_hits += sum(load.num_prefix_hits for load in after)
         tally.num_prefix_hits -= sum(load.num_prefix_hits for load in before)
         tally.tokens += self._num_tokens
-        tally.num_table_pieces = max(map(len, self._tables))
 
     def _first_turns(self) -> Iterator[tuple[_User, float]]:
         """Who comes before the end, and when first: each user is found thinking within a conversation, or away."""
@@ -300,8 +299,8 @@ class Fleet:
         for index, block_id in enumerate(block_ids):
             pool.register(block_id, sequence.block_hash(index, _SETTINGS.block_size))
         pool.free(block_ids)
-        for table in self._tables:
-            table.note_sent(replica, turn.known_as().pieces)
+        for policy in self._policies:
+            policy.note_cached(replica, turn.key())
 
     def _next_turn(self, user: _User) -> Turn:
         instruction = _instruction_of(user.number)
@@ -325,15 +324,16 @@ class Fleet:
             return
         turn = self._next_turn(user)
         policy = self._policies[self._draws.randrange(setting.num_routers)]
-        replica = policy.choose(turn.known_as())
+        replica = policy.choose(turn.number, turn.key())
         life = self.servers[replica].submit(turn)
         if now >= setting.warm_up_s:
             self._seen.add(user.number)
             self._tally.num_turns += 1
             self._tally.num_refused += life.refusal is not None
         if life.refusal is None:
-            self._users[turn.number] = user
+            self._asked[turn.number] = user, policy
             return
+        policy.note_over(turn.number, replica)
         self.servers[replica].forget(life)
         self._queue.at(now + user.drawn.thought_s, partial(self._ask, user))
         self._go_on(user)
@@ -369,7 +369,7 @@ class Fleet:
         server.client.cancel(life.generation)
         self._count(replica, life)
         server.lives.remove(life)
-        del self._users[life.job.number]
+        del self._asked[life.job.number]
 
     def _count(self, replica: int, life: Life) -> None:
         """Count an answer, whole or in part."""
@@ -387,7 +387,8 @@ class Fleet:
         turn = life.job
         assert isinstance(turn, Turn)
         self._count(replica, life)
-        user = self._users.pop(turn.number)
+        user, policy = self._asked.pop(turn.number)
+        policy.note_over(turn.number, replica)
         drawn = user.drawn
         self._note_answered(user, turn)
         if not drawn.goes_on:
@@ -397,13 +398,16 @@ class Fleet:
         self._go_on(user)
 
     def _ask_gauges(self, gauges: Gauges, replica: int) -> None:
-        client = self.servers[replica].client
-        load = client.load
-        wait_s = client.admission.predict(load, _NO_PROMPT).ttft_s
-        token_s = 1 / load.prefill_tokens_per_s if load.prefill_tokens_per_s > 0 else 0.0
-        gauges.hear(replica, load.num_running + client.num_waiting, wait_s, token_s)
+        self._hear(gauges, replica)
         if self._queue.now < self.setting.end_s:
             self._queue.at(self._queue.now + self.setting.interval_s, partial(self._ask_gauges, gauges, replica))
+
+    def _hear(self, gauges: Gauges, replica: int) -> None:
+        client = self.servers[replica].client
+        load, wait_s = client.load, client.predicted_ttft_s(Tier.STANDARD)
+        num_tokens = load.num_total_blocks * _SETTINGS.block_size
+        told = ReplicaLoad(next(self._reports), wait_s, load.prefill_tokens_per_s, num_tokens)
+        gauges.hear(replica, load.num_running + client.num_waiting, told)
 
 
 def _draw(setting: Setting, user: int, num_asked: int) -> _Drawn:
@@ -465,6 +469,5 @@ def play(setting: Setting) -> Figures:
         tokens_per_s=float(tokens.mean()) / setting.window_s,
         imbalance=float((tokens.std(axis=1) / np.maximum(1.0, tokens.mean(axis=1))).mean()),
         num_streams=tally.stream_s / setting.window_s / tokens.size,
-        num_table_pieces=tally.num_table_pieces,
         cpu_s=time.process_time() - began_s,
     )

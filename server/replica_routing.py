@@ -1,12 +1,13 @@
 """Which of several replicas a request goes to: the one that has made what it names, or that answers all with the same
-idempotency key; else where its first token is predicted soonest, with what a replica's prefix cache saves.
+idempotency key; else where the first token is predicted soonest, its own and those of the others there.
 
 Pure: knows neither Ray nor sockets nor clocks. Requests that share the beginning of their messages share its bytes, so
 a prompt is known by hashes of its first bytes, piece by piece, each over all before it, and a replica by the pieces
 that it was sent, as many as its KV cache may hold, least recently sent out first. A wrong guess costs time alone. What
 a replica tells of its load is a second old: prompts that it was sent since then are added, and what each request that
-is not over costs the others.
-Source: Preble (Srivatsa et al., 2024), which weighs hits in the prefix cache against load.
+is not over costs the others. What no prefix cache has is waited for by all who are there, and weighs so much more: for
+its own first token alone a request would go to whoever is free, a large fleet always has one, and prefixes were lost.
+Source: Preble (Srivatsa et al., 2024), which weighs hits in the prefix cache against load; the weight is our own.
 """
 
 import random
@@ -21,8 +22,11 @@ PIECE_BYTES = 512
 _MAX_PIECES = 128
 # What a request that is not over costs those who come, as tokens of a prompt: its answer shares every step with them.
 _REQUEST_TOKENS = 64
+# Who waits while a prompt is computed: all who are there, and so many who are not yet, itself among them.
+_NUM_LATER = 4
 # What English has; only how prompts compare with each other matters.
-_BYTES_PER_TOKEN = 4
+BYTES_PER_TOKEN = 4
+PIECE_TOKENS = PIECE_BYTES // BYTES_PER_TOKEN
 # Where what a model reads begins in a body: before it clients write fields that change with every request. A quote in
 # a string has a backslash before it.
 _PROMPT_KEY = re.compile(rb'"(?:system|instructions|messages|prompt|input)"\s*:')
@@ -47,6 +51,10 @@ class PromptKey:
 
     num_bytes: int
     pieces: tuple[bytes, ...]
+
+    @property
+    def num_tokens(self) -> float:
+        return self.num_bytes / BYTES_PER_TOKEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,27 +95,39 @@ class _Replica:
     def __init__(self) -> None:
         self.load = ReplicaLoad()
         self.requests: dict[str, _Request] = {}
+        self._num_untold_tokens = 0.0
         self._pieces: OrderedDict[bytes, None] = OrderedDict()
 
     def hear(self, load: ReplicaLoad) -> None:
         """Take what it has told of its load, once."""
         if load.number != self.load.number:
             self.load = load
+            self._num_untold_tokens = 0.0
             # What has not arrived within a second went elsewhere, or nowhere.
             self.requests = {id: _Request(0.0, True) for id, request in self.requests.items() if request.is_sent}
 
     def num_uncached_tokens(self, prompt: PromptKey) -> float:
-        num_held = next((n for n, piece in enumerate(prompt.pieces) if piece not in self._pieces), len(prompt.pieces))
-        return (prompt.num_bytes - num_held * PIECE_BYTES) / _BYTES_PER_TOKEN
+        num_held = 0
+        for piece in prompt.pieces:
+            if piece not in self._pieces:
+                break
+            num_held += 1
+        return prompt.num_tokens - num_held * PIECE_TOKENS
 
     def cost_tokens(self, prompt: PromptKey) -> float:
-        """What stands between a prompt and its first token, as tokens of prompts; its own count once more for those who
-        wait behind them."""
-        num_untold = sum(request.num_untold_tokens for request in self.requests.values())
-        return num_untold + _REQUEST_TOKENS * len(self.requests) + 2 * self.num_uncached_tokens(prompt)
+        """What stands between a prompt and its first token, as tokens of prompts; its own count for each who waits
+        while they are computed."""
+        num_requests = len(self.requests)
+        num_before = self._num_untold_tokens + _REQUEST_TOKENS * num_requests
+        return num_before + (_NUM_LATER + num_requests) * self.num_uncached_tokens(prompt)
 
     def expect(self, request_id: str, prompt: PromptKey) -> None:
-        self.requests[request_id] = _Request(self.num_uncached_tokens(prompt))
+        self.requests[request_id] = request = _Request(self.num_uncached_tokens(prompt))
+        self._num_untold_tokens += request.num_untold_tokens
+
+    def drop(self, request_id: str) -> None:
+        if (request := self.requests.pop(request_id, None)) is not None:
+            self._num_untold_tokens -= request.num_untold_tokens
 
     def receive(self, request_id: str, prompt: PromptKey) -> None:
         if request_id not in self.requests:
@@ -116,7 +136,7 @@ class _Replica:
         for piece in reversed(prompt.pieces):  # the first ones are of use the longest
             self._pieces[piece] = None
             self._pieces.move_to_end(piece)
-        max_pieces = max(_MAX_PIECES, self.load.kv_cache_tokens * _BYTES_PER_TOKEN // PIECE_BYTES)
+        max_pieces = max(_MAX_PIECES, self.load.kv_cache_tokens // PIECE_TOKENS)
         while len(self._pieces) > max_pieces:
             self._pieces.popitem(last=False)
 
@@ -127,10 +147,14 @@ class ReplicaRouting:
     def __init__(self) -> None:
         self._replicas: dict[str, _Replica] = {}
 
-    def route(self, request_id: str, destination: Destination, loads: Mapping[str, ReplicaLoad]) -> Sequence[str]:
-        """The names in `loads`, best first. Whoever comes next counts the request to the first one, until `send`."""
+    def hear(self, loads: Mapping[str, ReplicaLoad]) -> None:
+        """Take what replicas have told of their loads."""
         for name, load in loads.items():
             self._replicas.setdefault(name, _Replica()).hear(load)
+
+    def route(self, request_id: str, destination: Destination, loads: Mapping[str, ReplicaLoad]) -> Sequence[str]:
+        """The names in `loads`, best first. Whoever comes next counts the request to the first one, until `send`."""
+        self.hear(loads)
         self._forget(request_id)
         names = self._rank(destination, loads)
         self._replicas[names[0]].expect(request_id, destination.prompt)
@@ -146,7 +170,7 @@ class ReplicaRouting:
     def end(self, request_id: str, name: str) -> None:
         """Note that a request is over."""
         if (replica := self._replicas.get(name)) is not None:
-            replica.requests.pop(request_id, None)
+            replica.drop(request_id)
 
     def keep_only(self, names: Iterable[str]) -> None:
         """Forget all other replicas."""
@@ -155,7 +179,7 @@ class ReplicaRouting:
 
     def _forget(self, request_id: str) -> None:
         for replica in self._replicas.values():
-            replica.requests.pop(request_id, None)
+            replica.drop(request_id)
 
     def _rank(self, destination: Destination, loads: Mapping[str, ReplicaLoad]) -> Sequence[str]:
         if owners := [name for name in destination.owners if name in loads]:
@@ -166,9 +190,10 @@ class ReplicaRouting:
         rates = [load.prefill_tokens_per_s for load in loads.values() if load.prefill_tokens_per_s > 0]
         usual_rate = sum(rates) / len(rates) if rates else 1.0
 
-        def cost_s(name: str) -> float:
-            replica, load = self._replicas[name], loads[name]
-            return load.wait_s + replica.cost_tokens(destination.prompt) / (load.prefill_tokens_per_s or usual_rate)
+        def cost_s(name: str) -> tuple[float, float]:
+            load = loads[name]
+            rate = load.prefill_tokens_per_s or usual_rate
+            # At random where they are equal.
+            return load.wait_s + self._replicas[name].cost_tokens(destination.prompt) / rate, random.random()
 
-        # At random where they are equal.
-        return sorted(random.sample(list(loads), len(loads)), key=cost_s)
+        return sorted(loads, key=cost_s)

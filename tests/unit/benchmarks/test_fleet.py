@@ -8,8 +8,9 @@ import pytest
 from headrace.benchmarks import fleet_costs
 from headrace.benchmarks.fleet import breaking_lines, growth_lines, name_of
 from headrace.benchmarks.fleet_costs import Rates, UnitCosts, breaking_points
-from headrace.benchmarks.routing import PIECE_TOKENS, POLICIES
+from headrace.benchmarks.routing import POLICIES
 from headrace.benchmarks.simulated_fleet import Figures, Setting, Turn, play
+from headrace.server.replica_routing import PIECE_TOKENS
 
 SMALL = Setting("round robin", 2, warm_up_s=2.0, window_s=3.0)
 COSTS = UnitCosts(
@@ -56,14 +57,14 @@ def test_routers_know_a_prompt_by_what_its_replica_could_have_cached() -> None:
     first = Turn(1, 0.0, 4 * PIECE_TOKENS, 7, 50, group=3, num_shared_tokens=2 * PIECE_TOKENS, conversation=5)
     other = replace(first, number=2, conversation=6)
     later = replace(first, number=3, num_prompt_tokens=6 * PIECE_TOKENS)
-    assert first.known_as().pieces[:2] == other.known_as().pieces[:2]
-    assert not set(first.known_as().pieces[2:]) & set(other.known_as().pieces)
-    assert later.known_as().pieces[:4] == first.known_as().pieces
+    assert first.key().pieces[:2] == other.key().pieces[:2]
+    assert not set(first.key().pieces[2:]) & set(other.key().pieces)
+    assert later.key().pieces[:4] == first.key().pieces
 
 
 def test_conversations_find_their_prefixes_where_they_were_before() -> None:
     setting = Setting("round robin", 4, warm_up_s=1.0, window_s=3.0)
-    assert play(replace(setting, policy="prefix and TTFT")).hit_share > play(setting).hit_share + 0.1
+    assert play(replace(setting, policy="headrace")).hit_share > play(setting).hit_share + 0.1
 
 
 def test_what_fills_its_bound_first_comes_first() -> None:

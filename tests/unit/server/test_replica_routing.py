@@ -2,11 +2,14 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
 from headrace.server.replica_routing import (
     PIECE_BYTES,
+    PIECE_TOKENS,
     Destination,
     PromptKey,
     ReplicaLoad,
@@ -67,17 +70,56 @@ def test_what_is_no_json_has_a_key_too(body: bytes) -> None:
     assert prompt_key(CHAT, b"", body).num_bytes <= len(body)
 
 
-def test_a_request_goes_where_its_prefix_is_until_the_wait_there_costs_more_than_the_prefix_saves() -> None:
+def busy(routing: ReplicaRouting, num_requests: Mapping[str, int]) -> dict[str, ReplicaLoad]:
+    """Give replicas so many requests whose prompts are computed, and return what they tell."""
+    for name, num in num_requests.items():
+        for n in range(num):
+            routing.send(f"{name}-{n}", PromptKey(0, ()), name)
+    return dict.fromkeys(num_requests, IDLE)
+
+
+def after_wait_s(load: ReplicaLoad, wait_s: float) -> ReplicaLoad:
+    return replace(load, number=load.number + 1, wait_s=wait_s)
+
+
+@pytest.mark.parametrize("num_each", [0, 8], ids=["idle", "eight requests each"])
+def test_a_prefix_is_worth_a_wait_as_long_as_computing_it_is_for_all_who_would_wait_for_that(num_each: int) -> None:
     routing = ReplicaRouting()
-    loads = {"a": IDLE, "b": IDLE}
     first = chat_key("What is a headrace?")
     routing.send("1", first, "b")
     routing.end("1", "b")
+    loads = busy(routing, {"a": num_each, "b": num_each})
     assert best(routing, chat_key("And a tailrace?"), loads) == "b"
-    saved_s = 2 * len(first.pieces) * PIECE_BYTES / 4 / 1000  # for itself, and for others
-    for number, wait_s, expected in ((2, 0.9 * saved_s, "b"), (3, 1.1 * saved_s, "a")):
-        loads["b"] = ReplicaLoad(number, wait_s, 1000, 100_000)
+    worth_s = (4 + num_each) * len(first.pieces) * PIECE_TOKENS / 1000
+    for wait_s, expected in ((0.9 * worth_s, "b"), (1.1 * worth_s, "a")):
+        loads["b"] = after_wait_s(loads["b"], wait_s)
         assert best(routing, chat_key("And a tailrace?"), loads) == expected
+
+
+def test_prefixes_are_kept_in_a_large_busy_fleet_although_somebody_is_free() -> None:
+    routing = ReplicaRouting()
+    names = [f"replica-{n}" for n in range(100)]
+    loads = busy(routing, {name: 16 for name in names} | {"free": 0})
+    key = chat_key("What is a headrace?")
+    routing.send("1", key, names[7])
+    routing.end("1", names[7])
+    loads = {name: after_wait_s(load, 0.3) for name, load in loads.items()} | {"free": loads["free"]}
+    assert best(routing, chat_key("And a tailrace?"), loads) == names[7]
+    assert best(routing, PromptKey(4000, ()), loads) == "free"
+
+
+def test_a_prefix_that_everybody_has_spreads_as_its_replica_fills() -> None:
+    routing = ReplicaRouting()
+    loads = {f"replica-{n}": IDLE for n in range(4)}
+    chosen = Counter[str]()
+    for n in range(400):
+        key = chat_key(f"Question {n}")
+        name = routing.route(str(n), Destination(key), loads)[0]
+        routing.send(str(n), key, name)
+        chosen[name] += 1
+        assert n >= 10 or len(chosen) == 1
+    assert len(chosen) == 4
+    assert max(chosen.values()) < 2 * min(chosen.values())
 
 
 def test_requests_without_a_prefix_go_where_the_first_token_is_predicted_soonest() -> None:
@@ -92,7 +134,7 @@ def test_prompts_that_were_sent_since_a_replica_told_of_its_load_count_and_after
     best(routing, prompt, loads)
     routing.send("1", prompt, "a")
     assert best(routing, prompt, loads) == "b"
-    assert best(routing, prompt, {"a": ReplicaLoad(2, 0.5, 1000), "b": ReplicaLoad(2, 1.0, 1000)}) == "a"
+    assert best(routing, prompt, {"a": ReplicaLoad(2, 0.5, 1000), "b": ReplicaLoad(2, 3.0, 1000)}) == "a"
 
 
 @pytest.mark.parametrize("has_arrived", [False, True], ids=["on their way", "arrived"])
