@@ -114,7 +114,8 @@ class Endpoint:
         request.state.stage = "tokenizing"
         claim: tuple[Recording, bool] | None = None
         try:
-            if request.method == "HEAD" and not self._takes_head:  # which Starlette adds to every GET route, and which must not start anything
+            # Starlette adds it to every GET route, and it must not start anything.
+            if request.method == "HEAD" and not self._takes_head:
                 raise MethodNotAllowedError("HEAD is not allowed here", headers={"allow": "GET"})
             request.state.hints = NO_HINTS if self._gateway is None else self._gateway.hints(request)
             body = await self._read_body(request) if request.method == "POST" else b""
