@@ -71,7 +71,7 @@ class Endpoint:
     `stage`, which a client's departure is logged with, `hints`, what the `gateway` says of the request, and `cleanup`,
     an ExitStack that is unwound after the response, or in its place. `on_disconnect` is told of a client that left
     while its body was read, `on_rejected` of every refusal; `refuse` makes the response of one. `media_types` None
-    takes bodies of any type.
+    takes bodies of any type; `takes_head` leaves it to `respond` what HEAD may ask for.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class Endpoint:
         on_rejected: OnRejected,
         refuse: Refuse,
         media_types: tuple[str, ...] | None = ("application/json",),
+        takes_head: bool = False,
         idempotency: Idempotency | None = None,
         gateway: Gateway | None = None,
     ) -> None:
@@ -96,6 +97,7 @@ class Endpoint:
         self._on_rejected = on_rejected
         self._refuse = refuse
         self._media_types = media_types
+        self._takes_head = takes_head
         self._idempotency = idempotency
         self._gateway = gateway
 
@@ -112,7 +114,8 @@ class Endpoint:
         request.state.stage = "tokenizing"
         claim: tuple[Recording, bool] | None = None
         try:
-            if request.method == "HEAD":  # which Starlette adds to every GET route, and which must not start anything
+            # Starlette adds it to every GET route, and it must not start anything.
+            if request.method == "HEAD" and not self._takes_head:
                 raise MethodNotAllowedError("HEAD is not allowed here", headers={"allow": "GET"})
             request.state.hints = NO_HINTS if self._gateway is None else self._gateway.hints(request)
             body = await self._read_body(request) if request.method == "POST" else b""

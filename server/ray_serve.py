@@ -8,11 +8,13 @@ Source: Ray Serve's API reference, 2.60 (request router, autoscaling policy, `se
 """
 
 import asyncio
+import re
 import signal
 import socket
 import sys
 import threading
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -60,6 +62,7 @@ class Replica:
 
     async def __init__(self, settings: dict[str, Any], num_replicas: int) -> None:  # type: ignore[misc]  # Serve awaits it
         """Returns once requests can be served. Raises: HeadraceError."""
+        self._has_begun = False
         self._pause_s = _PIECE_S * num_replicas
         self._num_open = 0
         context = serve.get_replica_context()
@@ -81,6 +84,7 @@ class Replica:
             raise self._error
         await self._app.take_over_left()
         settle_memory()
+        self._has_begun = True
         say(f"replica {self._name} is ready: {self._app.generator.model_name}")
 
     def _note_engine(self, error: Exception | None) -> None:
@@ -119,6 +123,8 @@ class Replica:
     async def __del__(self) -> None:
         """Serve's hook, when it has sent the replica's last request and waited for it: what runs without a reader is
         waited for here."""
+        if not self._has_begun:  # Serve ends what it could not make, too
+            return
         await drain(self._app, self._settings.drain_grace_s, anyio.Event())
         await self._lifespan.shutdown()
         if self._tracing is not None:
@@ -229,8 +235,8 @@ def _application(settings: DeploymentSettings, replica_class: type[Replica]) -> 
     both = {
         "logging_config": {"enable_access_log": False},  # replicas write a line for each request
         "graceful_shutdown_wait_loop_s": _DRAIN_PERIOD_S,
-        "graceful_shutdown_timeout_s": settings.drain_grace_s + _CLOSING_S,
     }
+    most_s = settings.drain_grace_s + _CLOSING_S
     # One bundle: the processes of a tensor-parallel group are children of the replica's, and see the GPUs that it sees.
     bundle = {"CPU": settings.replica_cpus} | ({"GPU": settings.replica_gpus} if settings.replica_gpus else {})
     replica = serve.deployment(replica_class).options(
@@ -240,6 +246,7 @@ def _application(settings: DeploymentSettings, replica_class: type[Replica]) -> 
         placement_group_strategy="STRICT_PACK",
         max_ongoing_requests=settings.max_connections,  # the server itself says whom it has no room for
         health_check_period_s=_HEALTH_PERIOD_S,
+        graceful_shutdown_timeout_s=most_s,
         request_router_config={
             "request_router_class": "headrace.server.ray_serve:PrefixAwareRouter",
             "request_routing_stats_period_s": _STATS_PERIOD_S,
@@ -248,7 +255,10 @@ def _application(settings: DeploymentSettings, replica_class: type[Replica]) -> 
         **both,
     )
     ingress = serve.deployment(Ingress).options(
-        ray_actor_options={"num_cpus": 0}, max_ongoing_requests=settings.max_connections, **both
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=settings.max_connections,
+        graceful_shutdown_timeout_s=most_s + _CLOSING_S,  # streams whose replica was killed have their end to hear
+        **both,
     )
     return ingress.bind(
         values | {"replica_name": _APPLICATION}, replica.bind(values, settings.max_replicas or settings.replicas)
@@ -256,27 +266,55 @@ def _application(settings: DeploymentSettings, replica_class: type[Replica]) -> 
 
 
 def deploy(settings: DeploymentSettings, replica_class: type[Replica] = Replica) -> int:
-    """Run the application until a signal ends it; returns the process's exit code."""
-    ray.init(address=settings.ray_address, include_dashboard=False, log_to_driver=True)
-    told = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: told.set())
+    """Run the application until a signal ends it, and a second one its drain; returns the process's exit code."""
+    is_ours = settings.ray_address is None
     try:
-        port = settings.port or _free_port(settings.host)
-        serve.start(http_options={"host": settings.host, "port": port, "keep_alive_timeout_s": settings.keep_alive_s})
-        try:
-            serve.run(_application(settings, replica_class), name=_APPLICATION)
-        except (RayError, RayServeException, RuntimeError) as error:
-            print(f"headrace: {error}", file=sys.stderr)
-            return 1
-        say(f"{settings.replicas} replicas are ready; chat page: http://{settings.host}:{port}/")
-        told.wait()
-        say("draining")
-        serve.delete(_APPLICATION)
+        # Without an address Ray would join any cluster that it finds on this machine.
+        ray.init(address=settings.ray_address or "local", include_dashboard=False, log_to_driver=True)
+    except (RayError, ConnectionError, ValueError) as error:
+        print(f"headrace: {error}", file=sys.stderr)
+        return 1
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        with suppress(KeyboardInterrupt):
+            is_new = is_ours or not serve.status().proxies
+            try:
+                port = settings.port or _free_port(settings.host)
+                http = {"host": settings.host, "port": port, "keep_alive_timeout_s": settings.keep_alive_s}
+                serve.start(http_options=http)
+                serve.run(_application(settings, replica_class), name=_APPLICATION)
+            except (RayError, RayServeException, RuntimeError, OSError) as error:
+                print(f"headrace: {_fault_of_replicas() or error}", file=sys.stderr)
+                _end(is_ours)
+                return 1
+            host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            where = f"chat page: http://{host}:{port}/" if is_new else "at the address of the Serve that ran already"
+            say(f"{settings.replicas} replicas are ready; {where}")
+            threading.Event().wait()
+        say("draining; a second signal cuts this short")
+        with suppress(KeyboardInterrupt):
+            _end(is_ours)
         return 0
     finally:
-        serve.shutdown()
         ray.shutdown()
+
+
+def _end(is_ours: bool) -> None:
+    """Drain the application; on a cluster that somebody else has started, nothing but the application."""
+    while _APPLICATION in serve.status().applications:
+        with suppress(TimeoutError):  # it waits for a minute, and drains may take longer
+            serve.delete(_APPLICATION)
+    if is_ours:
+        serve.shutdown()
+
+
+def _fault_of_replicas() -> str | None:
+    """Why one of them did not start: the error of ours that ends the traceback which Serve has of it."""
+    application = serve.status().applications.get(_APPLICATION)
+    deployments = application.deployments.values() if application else ()
+    found = re.findall(r"^headrace\.\S+: (.+)$", "\n".join(each.message for each in deployments), re.MULTILINE)
+    return found[-1] if found else None
 
 
 def _free_port(host: str) -> int:

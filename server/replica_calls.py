@@ -87,6 +87,7 @@ def ingress_app(settings: Settings, call: Callable[[ReplicaRequest], Results]) -
         respond,
         max_body_bytes=max(settings.max_body_bytes, settings.max_image_bytes),
         media_types=None,
+        takes_head=True,
         receive_timeout_s=settings.receive_timeout_s,
         receiving=ReceivedBytes(settings.max_queue_bytes),
         on_disconnect=lambda: None,

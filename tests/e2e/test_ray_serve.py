@@ -142,15 +142,35 @@ def test_a_stream_whose_replica_is_killed_ends_with_one_error_and_the_other_repl
     assert complete(deployment, "hi").headers[REPLICA] != victim
 
 
-def test_the_end_waits_for_what_runs(model: Path) -> None:
-    with deployed(model, "--replicas", "1") as deployment:
-        with stream(deployment, max_tokens=300) as response:
-            events = frames(response)
+def test_the_end_waits_for_what_runs_as_long_as_it_may_and_tells_what_runs_longer(model: Path) -> None:
+    with deployed(model, "--replicas", "1", "--drain-grace-s", "5") as deployment:
+        with stream(deployment, max_tokens=300) as short, stream(deployment, max_tokens=8000) as endless:
+            events, further = frames(short), frames(endless)
             next(events)
+            next(further)
             deployment.process.send_signal(signal.SIGTERM)
             *_, last = events
+            *_, last_of_endless = further
         assert last["choices"][0]["finish_reason"] == "length"
+        assert last_of_endless["error"]["code"] == "replica_lost"
         assert deployment.stop(timeout_s=120) == 0
+
+
+def test_a_model_that_is_not_there_is_told_and_ends_the_deployment(model: Path) -> None:
+    need(PYTHON.exists(), "what `make setup-clients` installs")
+    deployment = Deployment([str(model / "none")])
+    deployment.wait_for(rf"(?m)^headrace: {model}/none is no directory", 180)
+    assert deployment.process.wait(60) == 1
+    assert "AttributeError" not in deployment.output
+    deployment.stop()
+
+
+def test_a_signal_ends_a_deployment_that_is_still_loading(model: Path) -> None:
+    need(PYTHON.exists(), "what `make setup-clients` installs")
+    deployment = Deployment([str(model)])
+    deployment.wait_for("Adding 1 replica", 120)
+    assert deployment.stop(timeout_s=60) == 0
+    assert "are ready" not in deployment.output
 
 
 def test_replicas_are_added_while_requests_wait(model: Path) -> None:
