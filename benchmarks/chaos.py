@@ -116,7 +116,8 @@ class Routed:
         *self._ports, self._port, self._metrics_port = _free_ports(4)
         self._servers: dict[str, Process] = {}
         self._ports_of = dict(zip(("alpha", "beta"), self._ports, strict=True))
-        self.address, *self.read_from = map(_local, (self._port, *self._ports))
+        self.address = _local(self._port)
+        self.read_from: Sequence[Target] = [*map(_local, self._ports)]
 
     async def start(self) -> None:
         await asyncio.gather(*map(self._start_server, self._ports_of))
@@ -168,7 +169,7 @@ class Deployed:
         self._log = folder / "deploy.log"
         [self._port] = _free_ports(1)
         self.address = _local(self._port)
-        self.read_from = [self.address]
+        self.read_from: Sequence[Target] = [self.address]
         self._process: Process
 
     async def start(self) -> None:

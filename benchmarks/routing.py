@@ -109,9 +109,7 @@ class RoundRobin(Policy):
 class FewestRequests(Policy):
     """The one with the fewest requests, as `least` finds it: of all, or of two at random."""
 
-    def __init__(
-        self, least: Callable[[np.ndarray, random.Random], int], gauges: Gauges, draws: random.Random
-    ) -> None:
+    def __init__(self, least: Callable[[np.ndarray, random.Random], int], gauges: Gauges, draws: random.Random) -> None:
         super().__init__(gauges, draws)
         self._least = least
 

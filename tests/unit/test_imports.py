@@ -47,6 +47,7 @@ FREE = {
     "peers.py",
     "ray_overhead.py",
     "ray_replica.py",
+    "routing.py",
     "scheduler_bench.py",
     "simulate.py",
     "simulated_fleet.py",

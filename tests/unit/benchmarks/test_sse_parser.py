@@ -27,7 +27,7 @@ STREAMS = {
     "the end marker": (b"data: {}\n\ndata: [DONE]\n\n", unnamed(b"{}", b"[DONE]")),
     "names and ids": (
         b"event: token\nid: 7\nretry: 10\ndata: a\n\ndata: b\nid\n\nevent:error\ndata: c\n\n",
-        [SseEvent(b"token", b"a"), SseEvent(b"", b"b"), SseEvent(b"error", b"c")],
+        [SseEvent(b"token", b"a", b"7"), SseEvent(b"", b"b"), SseEvent(b"error", b"c")],
     ),
     "a name without data": (b"event: ping\n\ndata: a\n\n", unnamed(b"a")),
     "data without a colon": (b"data\n\n", unnamed(b"")),

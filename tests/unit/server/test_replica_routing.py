@@ -99,7 +99,7 @@ def test_a_prefix_is_worth_a_wait_as_long_as_computing_it_is_for_all_who_would_w
 def test_prefixes_are_kept_in_a_large_busy_fleet_although_somebody_is_free() -> None:
     routing = ReplicaRouting()
     names = [f"replica-{n}" for n in range(100)]
-    loads = busy(routing, {name: 16 for name in names} | {"free": 0})
+    loads = busy(routing, dict.fromkeys(names, 16) | {"free": 0})
     key = chat_key("What is a headrace?")
     routing.send("1", key, names[7])
     routing.end("1", names[7])
