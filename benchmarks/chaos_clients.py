@@ -263,6 +263,7 @@ class _NativeReader:
         self.end = ""
         self.fault = ""
         self._place = 0
+        self._last_event_id = ""
         self._parser = SseParser()
 
     @property
@@ -271,7 +272,7 @@ class _NativeReader:
 
     def last_event_id(self) -> str:
         """The header that it comes back with."""
-        return f"last-event-id: {self.id}:{self._place}\r\n" if self._place else ""
+        return f"last-event-id: {self._last_event_id}\r\n" if self._last_event_id else ""
 
     def begin_again(self) -> None:
         self._parser = SseParser()  # what was torn off does not count
@@ -285,10 +286,12 @@ class _NativeReader:
         if self.end:
             self.fault = f"{event.name.decode()} after {self.end}"
         elif event.name == b"token":
-            stream, _, place = event.id.decode().rpartition(":")
-            if stream != self.id or int(place) <= self._place:
-                self.fault = f"event {event.id.decode()} after {self.id}:{self._place}"
-            self._place = int(place)
+            event_id = event.id.decode()
+            stream, _, place = event_id.rpartition(":")
+            cursor = int(place.partition("-")[0])  # behind it is how often the stream was taken up again
+            if stream != self.id or cursor <= self._place:
+                self.fault = f"event {event_id} after {self._last_event_id}"
+            self._place, self._last_event_id = cursor, event_id
             self.text += json.loads(event.data)["text"]
             self.token_s.append(read_s)
         elif event.name in (b"done", b"error"):
