@@ -42,6 +42,8 @@ _APPLICATION = "headrace"
 # How often a replica tells of its load, and is asked whether it is alive.
 _STATS_PERIOD_S = 1.0
 _HEALTH_PERIOD_S = 5.0
+# How often a replica looks for journals without a writer.
+_TAKE_OVER_PERIOD_S = 5.0
 # What a piece of a stream takes of the process that all of them pass through: where there are many streams, each has
 # fewer and larger ones.
 _PIECE_S = 0.001
@@ -80,8 +82,16 @@ class Replica:
             await self._lifespan.shutdown()
             raise self._error
         await self._app.take_over_left()
+        self._taking_over = asyncio.create_task(self._take_over())
         settle_memory()
         say(f"replica {self._name} is ready: {self._app.generator.model_name}")
+
+    async def _take_over(self) -> None:
+        """Go on with streams whose replica has died or ended, also with those that nobody asks for: a replica that comes
+        in its place has another name."""
+        while True:
+            await asyncio.sleep(_TAKE_OVER_PERIOD_S)
+            await self._app.take_over_left()
 
     def _note_engine(self, error: Exception | None) -> None:
         self._error = error
@@ -119,6 +129,7 @@ class Replica:
     async def __del__(self) -> None:
         """Serve's hook, when it has sent the replica's last request and waited for it: what runs without a reader is
         waited for here."""
+        self._taking_over.cancel()
         await drain(self._app, self._settings.drain_grace_s, anyio.Event())
         await self._lifespan.shutdown()
         if self._tracing is not None:

@@ -26,8 +26,8 @@ STREAMS = {
     "no space after the colon": (b'data:{"k": 1}\n\ndata:  two\n\n', unnamed(b'{"k": 1}', b" two")),
     "the end marker": (b"data: {}\n\ndata: [DONE]\n\n", unnamed(b"{}", b"[DONE]")),
     "names and ids": (
-        b"event: token\nid: 7\nretry: 10\ndata: a\n\ndata: b\nid\n\nevent:error\ndata: c\n\n",
-        [SseEvent(b"token", b"a"), SseEvent(b"", b"b"), SseEvent(b"error", b"c")],
+        b"event: token\nid: 7\nretry: 10\ndata: a\n\ndata: b\nid: \0\n\ndata: c\nid\n\nevent:error\ndata: d\n\n",
+        [SseEvent(b"token", b"a", b"7"), SseEvent(b"", b"b", b"7"), SseEvent(b"", b"c"), SseEvent(b"error", b"d")],
     ),
     "a name without data": (b"event: ping\n\ndata: a\n\n", unnamed(b"a")),
     "data without a colon": (b"data\n\n", unnamed(b"")),
