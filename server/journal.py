@@ -98,6 +98,7 @@ class Journal:
         self._recording = Recording()
         self._is_suspended = False
         self._is_closing = False
+        self._is_discarded = False
         self._truncate_s: float | None = None  # when the write-ahead log has to be emptied
         opened: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, args=(opened,), name="headrace-journal", daemon=True)
@@ -150,6 +151,11 @@ class Journal:
         self._put(lambda db: None, close)
         self._thread.join(_CLOSE_TIMEOUT_S)
 
+    def discard(self) -> None:
+        """Close, and delete the file, which is empty and claimed."""
+        self._is_discarded = True
+        self.close()
+
     @property
     def has_thread(self) -> bool:
         """Whether the thread is alive, as it may be after `close`."""
@@ -192,7 +198,10 @@ class Journal:
         if self._db is not None:
             self._db.close()
         if self._claim is not None:  # not before: the next one writes at once
-            self._claim.release()
+            if self._is_discarded:
+                self._claim.discard()
+            else:
+                self._claim.release()
 
     def _next_jobs(self) -> list[_Job]:
         """What waits, or the next to come; nothing where the write-ahead log has to be emptied first."""

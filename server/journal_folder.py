@@ -32,6 +32,18 @@ class Claim:
     def release(self) -> None:
         os.close(self.descriptor)
 
+    def discard(self) -> None:
+        """Let go of the file by deleting it, the lock last, and its folder with the last file."""
+        with suppress(OSError):
+            self.path.unlink()
+        with suppress(OSError):
+            self.path.with_suffix(".readers").rmdir()
+        with suppress(OSError):
+            self.path.with_suffix(".lock").unlink()
+        os.close(self.descriptor)
+        with suppress(OSError):
+            self.path.parent.rmdir()
+
     def is_followed(self, id: str) -> bool:
         """Whether another process marks a stream as read."""
         try:
@@ -58,17 +70,29 @@ class JournalFolder:
     def claim_own(self) -> Claim:
         """Of this replica's files the first that no process holds, or a new one."""
         folder = self._root / self.name
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        claims = (self.claim(folder / f"{number}.db") for number in itertools.count(1))
-        own = next(claim for claim in claims if claim is not None)
-        self._own = own.path
-        return own
+        while True:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another process has just deleted the last file in it
+                claims = (self._claim(folder / f"{number}.db", os.O_CREAT) for number in itertools.count(1))
+                own = next(claim for claim in claims if claim is not None)
+                self._own = own.path
+                return own
 
     def claim(self, path: Path) -> Claim | None:
-        """None where another process holds the file."""
-        descriptor = _lock(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
-        if descriptor is None:
+        """None where another process holds the file, or has deleted it."""
+        try:
+            return self._claim(path, 0)
+        except FileNotFoundError:
             return None
+
+    def _claim(self, path: Path, flags: int) -> Claim | None:
+        lock = path.with_suffix(".lock")
+        if (descriptor := _lock(lock, os.O_RDWR | flags)) is None:
+            return None
+        # Whose lock was deleted since it was opened has one that nobody else will see.
+        if not _is_at(descriptor, lock):
+            os.close(descriptor)
+            return self._claim(path, flags)
         try:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, self.name.encode(), 0)
@@ -89,8 +113,8 @@ class JournalFolder:
         return sorted(path for path in (self._root / name).glob("[0-9]*.db") if path != self._own)
 
     def files(self) -> list[Path]:
-        """The same of all replicas that have ever been."""
-        return [path for folder in sorted(self._root.iterdir()) for path in self.files_of(folder.name)]
+        """The same of all replicas that have left some."""
+        return [path for folder in sorted(self._root.glob("*/")) for path in self.files_of(folder.name)]
 
     def find(self, name: str, id: str) -> tuple[Path, Rows] | None:
         """The file that a stream of a replica's is in, and all its rows; what is damaged is not found.
@@ -146,6 +170,14 @@ def _read(db: sqlite3.Connection, positions: Mapping[str, int]) -> Iterator[tupl
 
 def _mark_of(path: Path, id: str) -> Path:
     return path.with_suffix(".readers") / id
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether a path is still that of an open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock(path: Path, flags: int, kind: int = fcntl.LOCK_EX) -> int | None:

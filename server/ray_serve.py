@@ -44,6 +44,8 @@ _APPLICATION = "headrace"
 # How often a replica tells of its load, and is asked whether it is alive.
 _STATS_PERIOD_S = 1.0
 _HEALTH_PERIOD_S = 5.0
+# How often a replica looks for journals without a writer.
+_TAKE_OVER_PERIOD_S = 5.0
 # What a piece of a stream takes of the process that all of them pass through: where there are many streams, each has
 # fewer and larger ones.
 _PIECE_S = 0.001
@@ -83,9 +85,17 @@ class Replica:
             await self._lifespan.shutdown()
             raise self._error
         await self._app.take_over_left()
+        self._taking_over = asyncio.create_task(self._take_over())
         settle_memory()
         self._has_begun = True
         say(f"replica {self._name} is ready: {self._app.generator.model_name}")
+
+    async def _take_over(self) -> None:
+        """Go on with streams whose replica has died or ended, those that nobody asks for too: a replica that comes
+        in its place has another name."""
+        while True:
+            await asyncio.sleep(_TAKE_OVER_PERIOD_S)
+            await self._app.take_over_left()
 
     def _note_engine(self, error: Exception | None) -> None:
         self._error = error
@@ -125,6 +135,7 @@ class Replica:
         waited for here."""
         if not self._has_begun:  # Serve ends what it could not make, too
             return
+        self._taking_over.cancel()
         await drain(self._app, self._settings.drain_grace_s, anyio.Event())
         await self._lifespan.shutdown()
         if self._tracing is not None:

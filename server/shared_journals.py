@@ -135,11 +135,11 @@ class SharedJournals:
                     await self._look()
 
     async def sweep(self) -> None:
-        """Let go of files that were taken over, once their streams are forgotten."""
+        """Delete files that were taken over, once their streams are forgotten."""
         for journal in [journal for journal in self._taken if journal.is_empty]:
             self._taken.remove(journal)
             self._client.journals.remove(journal)
-            await self._on_worker(journal.close)
+            await self._on_worker(journal.discard)
 
     def interrupt(self) -> None:
         """Tell readers of what is followed that this server ends, and the stream does not."""
@@ -226,9 +226,10 @@ class SharedJournals:
         return mark_followed(path, unmarked), found
 
     async def _take_over_free(self, files: Callable[[], list[Path]]) -> None:
-        async with self._lock:
-            for path in await self._on_worker(files):
-                await self._take_if_free(path)
+        with anyio.CancelScope(shield=True):
+            async with self._lock:
+                for path in await self._on_worker(files):
+                    await self._take_if_free(path)
 
     async def _take_if_free(self, path: Path) -> bool:
         """Take over a file whose writer has died; False where it has not, or this server is about to end itself."""

@@ -466,6 +466,30 @@ async def test_what_cannot_be_read_for_now_may_be_asked_for_again(
         assert text_of((await read(beta, id)).events()) == TEXT
 
 
+async def test_all_that_is_left_is_taken_over_unasked_and_its_files_go_with_their_streams(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.server.app._SWEEP_INTERVAL_S", 0.01)
+    left = tmp_path / "left"
+    async with dead_replica("alpha", folder, left, 5) as alpha:
+        id = await create(alpha, on_disconnect="continue")
+        await until_said(alpha, id, 5)
+    async with replica("gamma", left) as gamma:
+        finished = await create(gamma)
+        await read(gamma, finished)
+    async with replica("beta", left) as beta, replica("delta", left) as delta:
+        await beta.take_over_left()
+        await delta.take_over_left()
+        assert (len(beta.client.journals), len(delta.client.journals)) == (3, 1)
+        await beta.until(lambda: generation_of(beta, id).is_over)
+        assert generation_of(beta, id).log.read().text == text_of((await read(delta, finished)).events()) == TEXT
+        for each in (id, finished):
+            beta.registry.forget(beta.registry.get(each))
+        await beta.until(lambda: sorted(path.name for path in left.iterdir()) == ["beta", "delta"])
+        assert len(beta.client.journals) == 1
+        assert (await read(beta, id)).status == 410
+
+
 async def test_a_damaged_stream_is_none_elsewhere_and_its_neighbour_is_one(folder: Path) -> None:
     async with replica("alpha", folder) as alpha, replica("beta", folder) as beta:
         bad, good = await create(alpha), await create(alpha)

@@ -74,6 +74,14 @@ def test_a_reset_is_not_the_end_of_a_body_that_ends_by_close() -> None:
     assert not exchange(UNTIL_CLOSE, lost=ConnectionResetError())[0].is_whole
 
 
+@pytest.mark.parametrize(
+    ("header", "seconds"), [(b"", None), (b"Retry-After: 3\r\n", 3), (b"retry-after: Fri, 27 Nov 2026\r\n", None)]
+)
+def test_what_a_response_says_of_when_to_come_back_is_told(header: bytes, seconds: float | None) -> None:
+    end, _, _ = exchange(b"HTTP/1.1 503 Service Unavailable\r\n" + header + b"Content-Length: 0\r\n\r\n")
+    assert end.retry_after_s == seconds
+
+
 def test_a_connection_lost_before_any_answer_has_no_status() -> None:
     end, _, _ = exchange()
     assert (end.status, end.has_answer_bytes, end.is_whole) == (0, False, False)

@@ -57,6 +57,35 @@ def test_a_file_that_was_let_go_of_is_the_next_ones(folder: JournalFolder) -> No
         claim.release()
 
 
+def test_a_file_that_is_discarded_leaves_nothing_and_may_be_made_again(folder: JournalFolder, tmp_path: Path) -> None:
+    own = folder.claim_own()
+    own.path.touch()
+    own.discard()
+    assert list(tmp_path.iterdir()) == []
+    assert folder.claim(own.path) is None
+    assert list(tmp_path.iterdir()) == []
+    again = folder.claim_own()
+    assert again.path == own.path
+    again.release()
+
+
+def test_a_lock_that_is_deleted_while_it_is_waited_for_is_no_claim(
+    folder: JournalFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, opened = folder.claim_own(), os.open
+
+    def open_late(path: Path, *args: int) -> int:
+        descriptor = opened(path, *args)
+        monkeypatch.undo()
+        first.discard()
+        return descriptor
+
+    monkeypatch.setattr("headrace.server.journal_folder.os.open", open_late)
+    own = folder.claim_own()
+    assert JournalFolder(folder._root, "beta").claim(own.path) is None, "it is seen to be held"
+    own.release()
+
+
 def test_the_writer_sees_who_follows_a_stream_and_no_longer_than_that(folder: JournalFolder) -> None:
     claim = folder.claim_own()
     assert not claim.is_followed("one")
