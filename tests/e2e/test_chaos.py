@@ -15,7 +15,18 @@ from tiny_models import tiny_llama
 VENVS = Path(__file__).parent / "clients" / ".venvs"
 # Some seven milliseconds a token.
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 24, "intermediate_size": 768, "max_position_embeddings": 2048}
-LOAD = ("--seconds", "3", "--rate", "2", "--tokens", "150", "--server-flags", "--kv-cache-bytes 256MiB")
+LOAD = (
+    "--seconds",
+    "3",
+    "--rate",
+    "4",
+    "--tokens",
+    "150",
+    "--streams",
+    "1",
+    "--server-flags",
+    "--kv-cache-bytes 256MiB",
+)
 
 pytestmark = long
 
