@@ -56,7 +56,8 @@ def check(found: dict[str, Any]) -> None:
     assert whole["sent"] > 0
     assert native["cut"] == native["resumed"] > 0
     for name, (before, after) in found["left"].items():
-        assert after <= before, f"{name} on the survivor: {found['left']}"
+        # Ray's own connections come and go; one for each request would be a hundred.
+        assert after <= before + 3 * (name == "descriptors"), f"{name} on the survivor: {found['left']}"
 
 
 def test_through_a_router_a_killed_and_a_drained_replica_lose_no_answer_and_leave_nothing(model: Path) -> None:
