@@ -65,10 +65,13 @@ class Gateway:
     def load_header(self, connection: HTTPConnection) -> dict[str, str]:
         """The load, in the form that is asked for; nothing where none is, or one that does not exist."""
         form = connection.headers.get(FORMAT_HEADER, "").upper()
-        has_key = not self._needs_key or bool(connection.state.tenant)
-        if form not in _FORMS or not ((self._is_load_open and has_key) or self._is_trusted(connection)):
+        if form not in _FORMS or not (self._may_read_metrics(connection) or self._is_trusted(connection)):
             return {}
         return {LOAD_HEADER: f"{form} {_FORMS[form](self._load())}"}
+
+    def _may_read_metrics(self, connection: HTTPConnection) -> bool:
+        # The admin port's own callers have no tenant.
+        return self._is_load_open and (not self._needs_key or bool(connection.state.tenant))
 
     def _is_trusted(self, connection: HTTPConnection) -> bool:
         if not self._networks or connection.client is None:

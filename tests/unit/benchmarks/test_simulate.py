@@ -15,7 +15,7 @@ from headrace.server.stream_log import LogSlice, StreamLog
 from requirements import IS_LONG
 
 
-@pytest.mark.parametrize("first", range(0, 200 if IS_LONG else 100, 50))
+@pytest.mark.parametrize("first", range(0, 200 if IS_LONG else 50, 50))
 def test_every_invariant_holds_whatever_the_seed(first: int) -> None:
     failures = {seed: failure for seed in range(first, first + 50) if (failure := play(make_scenario(seed)))}
     assert failures == {}
