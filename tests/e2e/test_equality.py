@@ -16,7 +16,7 @@ from headrace.scheduler.scheduler import Scheduler
 from headrace.server.tokenizer import Tokenizer, load_tokenizer
 from requirements import IS_LONG
 
-NUM_OUTPUT_TOKENS = 20 if IS_LONG else 16
+NUM_OUTPUT_TOKENS = 20
 BLOCK_SIZE = 16
 NUM_BLOCKS = 512
 _NUM_FOUND = 8 if IS_LONG else 4
