@@ -43,7 +43,13 @@ class LiveServer(uvicorn.Server):
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(
-            self.app.asgi, http="h11", ws="none", lifespan="on", log_config=None, timeout_graceful_shutdown=1
+            self.app.asgi,
+            http="h11",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            timeout_graceful_shutdown=1,
+            h11_max_incomplete_event_size=2**20,  # else a long URL is refused when it comes in pieces, and only then
         )
         super().__init__(config)
         self._thread = threading.Thread(target=self.run, args=([self._listener],))
