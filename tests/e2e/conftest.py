@@ -8,9 +8,11 @@ import pytest
 import torch
 from playwright.sync_api import Browser, sync_playwright
 
+from fake_engine import VOCAB_SIZE, byte_wrapper
 from headrace.scheduler.model_source import fetch_packaged_model
 from requirements import need_program
 from server_process import ServerProcess, serving
+from tiny_models import tiny_llama
 
 CHROMIUM_FLAGS = [
     "--no-sandbox",
@@ -43,6 +45,16 @@ def browser() -> Iterator[Browser]:
 def demo_model() -> Path:
     """The demo model's file, fetched if need be."""
     return fetch_packaged_model()
+
+
+@pytest.fixture(scope="session")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model whose steps take some ten milliseconds, so that there is time to leave or end in the middle."""
+    path = tmp_path_factory.mktemp("model")
+    shape = {"hidden_size": 256, "num_hidden_layers": 24, "intermediate_size": 768, "max_position_embeddings": 8192}
+    tiny_llama(vocab_size=VOCAB_SIZE, **shape).save_pretrained(path)
+    byte_wrapper().save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -6,41 +6,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from fake_engine import VOCAB_SIZE, byte_wrapper
 from requirements import long, need
-from tiny_models import tiny_llama
 
 VENVS = Path(__file__).parent / "clients" / ".venvs"
-# Some seven milliseconds a token.
-SHAPE = {"hidden_size": 256, "num_hidden_layers": 24, "intermediate_size": 768, "max_position_embeddings": 2048}
-LOAD = (
-    "--seconds",
-    "3",
-    "--rate",
-    "4",
-    "--tokens",
-    "150",
-    "--streams",
-    "1",
-    "--server-flags",
-    "--kv-cache-bytes 256MiB",
-)
+LOAD = ("--seconds", "3", "--rate", "4", "--tokens", "150", "--streams", "1")
+SERVERS = ("--server-flags", "--kv-cache-bytes 256MiB")
 
 pytestmark = long
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    tiny_llama(vocab_size=VOCAB_SIZE, **SHAPE).save_pretrained(path)
-    byte_wrapper().save_pretrained(path)
-    return path
-
-
 def chaos(python: str | Path, *args: str | Path) -> dict[str, Any]:
-    command = [python, "-m", "headrace.benchmarks.chaos", *args, *LOAD]
+    command = [python, "-m", "headrace.benchmarks.chaos", *args, *LOAD, *SERVERS]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     print(ended.stdout)
@@ -60,13 +36,13 @@ def check(found: dict[str, Any]) -> None:
         assert after <= before + 3 * (name == "descriptors"), f"{name} on the survivor: {found['left']}"
 
 
-def test_through_a_router_a_killed_and_a_drained_replica_lose_no_answer_and_leave_nothing(model: Path) -> None:
+def test_through_a_router_a_killed_and_a_drained_replica_lose_no_answer_and_leave_nothing(slow_model: Path) -> None:
     python = VENVS / "router" / "bin" / "python"
     need(python.exists(), "what `make setup-clients` installs")
-    check(chaos(sys.executable, model, "--through", "router", "--router-python", python))
+    check(chaos(sys.executable, slow_model, "--through", "router", "--router-python", python))
 
 
-def test_through_ray_a_killed_and_an_ended_replica_lose_no_answer_and_leave_nothing(model: Path) -> None:
+def test_through_ray_a_killed_and_an_ended_replica_lose_no_answer_and_leave_nothing(slow_model: Path) -> None:
     python = VENVS / "ray" / "bin" / "python"
     need(python.exists(), "what `make setup-clients` installs")
-    check(chaos(python, model, "--through", "ray"))
+    check(chaos(python, slow_model, "--through", "ray"))

@@ -13,16 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
-from fake_engine import VOCAB_SIZE, byte_wrapper
 from requirements import long, need
 from server_process import ServerProcess
-from tiny_models import tiny_llama
 from waiting import until
 
 PYTHON = Path(__file__).parent / "clients" / ".venvs" / "ray" / "bin" / "python"
 REPLICA = "x-headrace-replica"
-# A step takes some ten milliseconds: several steps long is what a departure may take.
-SHAPE = {"hidden_size": 256, "num_hidden_layers": 24, "intermediate_size": 768, "max_position_embeddings": 8192}
 
 pytestmark = [
     long,
@@ -48,14 +44,6 @@ class Deployment(ServerProcess):
         return float(re.findall(rf"^headrace_{name} (\S+)$", text, re.M)[0])
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    tiny_llama(vocab_size=VOCAB_SIZE, **SHAPE).save_pretrained(path)
-    byte_wrapper().save_pretrained(path)
-    return path
-
-
 @contextmanager
 def deployed(model: Path, *args: str) -> Iterator[Deployment]:
     need(PYTHON.exists(), "what `make setup-clients` installs")
@@ -69,8 +57,8 @@ def deployed(model: Path, *args: str) -> Iterator[Deployment]:
 
 
 @pytest.fixture(scope="module")
-def deployment(model: Path) -> Iterator[Deployment]:
-    with deployed(model, "--replicas", "2", "--drain-grace-s", "60") as deployment:
+def deployment(slow_model: Path) -> Iterator[Deployment]:
+    with deployed(slow_model, "--replicas", "2", "--drain-grace-s", "60") as deployment:
         yield deployment
 
 
@@ -142,8 +130,8 @@ def test_a_stream_whose_replica_is_killed_ends_with_one_error_and_the_other_repl
     assert complete(deployment, "hi").headers[REPLICA] != victim
 
 
-def test_the_end_waits_for_what_runs_as_long_as_it_may_and_tells_what_runs_longer(model: Path) -> None:
-    with deployed(model, "--replicas", "1", "--drain-grace-s", "5") as deployment:
+def test_the_end_waits_for_what_runs_as_long_as_it_may_and_tells_what_runs_longer(slow_model: Path) -> None:
+    with deployed(slow_model, "--replicas", "1", "--drain-grace-s", "5") as deployment:
         with stream(deployment, max_tokens=300) as short, stream(deployment, max_tokens=8000) as endless:
             events, further = frames(short), frames(endless)
             next(events)
@@ -156,26 +144,26 @@ def test_the_end_waits_for_what_runs_as_long_as_it_may_and_tells_what_runs_longe
         assert deployment.stop(timeout_s=120) == 0
 
 
-def test_a_model_that_is_not_there_is_told_and_ends_the_deployment(model: Path) -> None:
+def test_a_model_that_is_not_there_is_told_and_ends_the_deployment(slow_model: Path) -> None:
     need(PYTHON.exists(), "what `make setup-clients` installs")
-    deployment = Deployment([str(model / "none")])
-    deployment.wait_for(rf"(?m)^headrace: {model}/none is no directory", 180)
+    deployment = Deployment([str(slow_model / "none")])
+    deployment.wait_for(rf"(?m)^headrace: {slow_model}/none is no directory", 180)
     assert deployment.process.wait(60) == 1
     assert "AttributeError" not in deployment.output
     deployment.stop()
 
 
-def test_a_signal_ends_a_deployment_that_is_still_loading(model: Path) -> None:
+def test_a_signal_ends_a_deployment_that_is_still_loading(slow_model: Path) -> None:
     need(PYTHON.exists(), "what `make setup-clients` installs")
-    deployment = Deployment([str(model)])
+    deployment = Deployment([str(slow_model)])
     deployment.wait_for("Adding 1 replica", 120)
     assert deployment.stop(timeout_s=60) == 0
     assert "are ready" not in deployment.output
 
 
-def test_replicas_are_added_while_requests_wait(model: Path) -> None:
+def test_replicas_are_added_while_requests_wait(slow_model: Path) -> None:
     flags = ["--replicas", "1", "--max-replicas", "2", "--max-num-seqs", "2", "--ttft-targets-s", "[1e6,1e6,1e6]"]
-    with deployed(model, *flags) as deployment, ExitStack() as streams:
+    with deployed(slow_model, *flags) as deployment, ExitStack() as streams:
         for _ in range(6):
             streams.enter_context(stream(deployment))
         until(lambda: len(deployment.pids()) == 2, "a second replica", 120)
