@@ -68,7 +68,7 @@ _SHAPES: Final = {
         "num_key_value_heads": 2,
         "head_dim": 64,
         "vocab_size": 2048,
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": 16384,
         "tie_word_embeddings": False,
     },
 }
@@ -117,7 +117,7 @@ def main() -> int:
         ceilings = {name: found[name] for name in ("copy_gb_per_s", "matrix_tflop_per_s") if name in found}
         for section, title, given in (
             ("steps", "bfloat16", {"decode": _DECODE, "prefill": _PREFILL}),
-            ("fp8", "weights and KV cache in fp8", _fp8_settings()),
+            ("fp8", "weights and KV cache in fp8", _fp8_settings(_SHAPES[options.model])),
         ):
             if section in sections and not ceilings:
                 print(f"{title}: left out, as no ceilings are known")
@@ -137,9 +137,12 @@ def main() -> int:
     return 0
 
 
-def _fp8_settings() -> dict[str, Any]:
+def _fp8_settings(shape: dict[str, Any]) -> dict[str, Any]:
+    bytes_per_token = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
     return {
         "decode": _DECODE_FP8,
+        # All but what a step itself needs of a card of 80 GB, where the server would leave more free.
+        "kv_cache_bytes": max(width * context for width, context in _DECODE_FP8) * bytes_per_token,
         "prefill": [(2048, 2048)],
         "kv_cache_dtype": "fp8",
         "quantization": "fp8",
@@ -188,7 +191,7 @@ async def _over_http(options: argparse.Namespace, model: Path, logs: Path, deadl
     gib = _HTTP_KV_GIB if options.device == "cuda" else 1
     server = (
         *(sys.executable, "-m", "headrace.server", str(model), "--port", "{port}", "--load-format", "dummy"),
-        *("--device", options.device, "--max-num-seqs", "256", "--max-num-batched-tokens", "2048"),
+        *("--device", options.device, "--max-num-seqs", "256", "--max-num-batched-tokens", "1024"),
         *("--max-model-len", "4096", "--kv-cache-bytes", f"{gib}GiB", "--enable-prefix-caching"),
         *("--tensor-parallel-size", str(options.tensor_parallel_size)),
     )

@@ -24,6 +24,7 @@ from headrace.kernels.triton_linear import (
     num_tiles,
     pack_gguf,
     quantise_fp8,
+    quantise_rows,
     rms_norm,
     sum_squares,
 )
@@ -102,7 +103,7 @@ class GpuLinear:
         can_scale = x.is_cuda and all(size % 16 == 0 for size in self._weight.shape)
         if isinstance(self._weight, Fp8Weight) and can_scale:
             # The rows are rounded to 8 bits as well, each with a scale of its own (dynamic quantisation).
-            rows = quantise_fp8(x)
+            rows = quantise_rows(x)
             out = torch._scaled_mm(
                 rows.values,
                 self._weight.values.T,

@@ -68,10 +68,9 @@ class _Tiling:
 
 
 def _decode_tiling(group_size: int, head_dim: int, cache_bytes: int) -> _Tiling:
-    """Choose tiles whose keys take 16 KiB, or 8 where there are bytes to unpack: three or four programs fit an SM then,
-    each with the next one or two tiles in flight."""
+    """Choose tiles whose keys take 8 KiB: three or four programs fit an SM then, each with the next tiles in flight."""
     block_m, block_d = max(16, triton.next_power_of_2(group_size)), triton.next_power_of_2(head_dim)
-    block_n = 16384 // (block_d * max(2, cache_bytes))
+    block_n = 8192 // (block_d * cache_bytes)
     block_n = max(16, min(block_n, 2 * block_d, 2048 // block_m))
     return _Tiling(block_m, block_n, 4, 4 if cache_bytes == 1 else 3)
 

@@ -17,13 +17,15 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headrace.kernels.quantised import GROUP_BYTES, GROUP_SIZE, QuantisedWeight
-from headrace.kernels.triton_launch import counters, launch_options, num_sms
+from headrace.kernels.triton_launch import counters, launch_dependents_at, launch_options, num_sms, prefetch
 
 MAX_ROWS = 64
 # Inputs of a packed block: with 4 bits the low halves of its 32 bytes are the first 32, the high halves the others.
 _PACKED_BLOCK = 64
 _HALF_BLOCK = 32
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+FP8_MAX = tl.constexpr(448.0)
+_LINE_BYTES = tl.constexpr(128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +93,12 @@ def choose_tiles(num_rows: int, weight: Weight, is_gated: bool, num_sms: int) ->
     elif element_size == 4:
         block_n, block_k, num_stages = 32, 32, 2
     else:
-        # The more rows, the wider the tiles: each reads all of x.
-        has_many = num_out >= 128 * num_sms
-        block_n, block_k = 64, 128
+        block_n, block_k, least_programs = 64, 128, 0.7 * num_sms
         if is_gated:
-            is_tma = True
-            block_n, block_k, num_stages = (128, 64, 4) if block_m == 64 else (64, 128, 3)
-        elif block_m == 64 and has_many:
+            num_stages, is_tma = 3, True
+        elif block_m == 64 and num_out >= 128 * num_sms:
+            # Each tile reads all of x.
             block_n, block_k = 128, 64
-        elif block_m == 32 and not has_many:
-            block_n, block_k, least_programs = 32, 256, 1.4 * num_sms
         elif block_m == 16 and num_in < 8192:
             block_n, block_k, num_warps, num_stages = 16, 256, 2, 5
     while is_gated and block_n > 32 and triton.cdiv(num_out, block_n) < 0.8 * num_sms:
@@ -109,9 +107,13 @@ def choose_tiles(num_rows: int, weight: Weight, is_gated: bool, num_sms: int) ->
     split_k = 1
     while triton.cdiv(num_out, block_n) * split_k < least_programs and num_in >= 2048 * split_k and split_k < 8:
         split_k *= 2
-    if element_size == 2 and block_m == 64 and not is_gated and triton.cdiv(num_out, block_n) * split_k > num_sms:
-        # Two to an SM.
-        num_stages = min(num_stages, 256 // block_k + 1)
+    if element_size == 2 and block_m >= 32 and not is_gated:
+        num_programs = triton.cdiv(num_out, block_n) * split_k
+        if num_programs <= num_sms and split_k == 1:
+            num_stages = 5
+        elif num_programs > num_sms and block_m == 64:
+            # Two to an SM.
+            num_stages = min(num_stages, 256 // block_k + 1)
     return Tiles(block_n, block_k, num_warps, num_stages, split_k, is_tma)
 
 
@@ -245,9 +247,14 @@ def linear(
         NUM_STEPS=triton.cdiv(num_in, tiles.block_k * tiles.split_k),
         IS_EVEN=num_in % (tiles.block_k * tiles.split_k) == 0,
         FP8_SOURCE=_WIDEN if can_widen else None,
+        NUM_LINES=_power_below(tiles.num_stages * tiles.block_k * values.element_size() // _LINE_BYTES.value),
         **shape_options,
     )
     return out
+
+
+def _power_below(num: int) -> int:
+    return 1 << (num.bit_length() - 1)
 
 
 def _is_aligned(rows: torch.Tensor) -> bool:
@@ -289,6 +296,7 @@ def _product(  # type: ignore[no-untyped-def]
     NUM_STEPS: tl.constexpr,
     IS_EVEN: tl.constexpr,
     FP8_SOURCE: tl.constexpr,
+    NUM_LINES: tl.constexpr,
     HAS_PDL: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -305,6 +313,12 @@ def _product(  # type: ignore[no-untyped-def]
         if IS_GATED:
             up_scale = tl.load(scales + num_out + n, mask=n < num_out, other=0.0)
     if HAS_PDL:
+        # As many weights as the loop will have in flight.
+        LINE: tl.constexpr = _LINE_BYTES * 8 // weight.dtype.element_ty.primitive_bitwidth
+        lines = tl.minimum(tl.arange(0, NUM_LINES) * LINE, num_in - 1 - start)
+        prefetch(rows[:, None] + lines[None, :])
+        if IS_GATED:
+            prefetch(up_rows[:, None] + lines[None, :])
         tl.extra.cuda.gdc_wait()
 
     if SQUARES_BLOCK > 0 and ARE_SQUARES_EARLY:
@@ -340,9 +354,10 @@ def _product(  # type: ignore[no-untyped-def]
         weights += BLOCK_K
         up_weights += BLOCK_K
         columns += BLOCK_K
+        if HAS_PDL:
+            # From here on there are no more weights to ask for.
+            launch_dependents_at(step, tl.maximum(NUM_STEPS - NUM_STAGES, 0))
 
-    if HAS_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     if SQUARES_BLOCK > 0:
         if not ARE_SQUARES_EARLY:
             squares = _load_squares(row_squares, num_rows, num_squares, BLOCK_M, SQUARES_BLOCK)
@@ -849,6 +864,34 @@ def _sum_squares(  # type: ignore[no-untyped-def]
     if HAS_PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tl.store(out + row, tl.sum(values * values, axis=1), mask=row < num_rows)
+
+
+def quantise_rows(x: torch.Tensor) -> Fp8Weight:
+    """As `quantise_fp8`, of activations [M, K] and in one launch."""
+    num_rows, width = x.shape
+    assert x.stride(1) == 1, "rows whose numbers are not side by side"
+    values = torch.empty(num_rows, width, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    _launch_row_kernel(_quantise_rows, x, values, scales, num_rows, width, x.stride(0))
+    return Fp8Weight(values, scales)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _quantise_rows(  # type: ignore[no-untyped-def]
+    x, values, scales, num_rows, width, x_stride, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_PDL: tl.constexpr
+):
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    is_used = (row < num_rows)[:, None] & (column < width)[None, :]
+    if HAS_PDL:
+        tl.extra.cuda.gdc_wait()
+    wide = tl.load(x + row[:, None] * x_stride + column[None, :], mask=is_used, other=0.0).to(tl.float32)
+    if HAS_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    scale = tl.maximum(tl.max(tl.abs(wide), axis=1), 1e-12) / FP8_MAX
+    rounded = tl.clamp(tl.div_rn(wide, scale[:, None]), -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(values + row[:, None] * width + column[None, :], rounded.to(values.dtype.element_ty), mask=is_used)
+    tl.store(scales + row, scale, mask=row < num_rows)
 
 
 def quantise_fp8(weight: torch.Tensor) -> Fp8Weight:

@@ -13,7 +13,7 @@ from headrace.kernels.ops import HeadNorms, Hidden, LayerCache, Linear
 from headrace.kernels.triton_activations import silu_mul
 from headrace.kernels.triton_attention import AttentionPlan, paged_attention as attend, plan_attention
 from headrace.kernels.triton_launch import launch_options
-from headrace.kernels.triton_linear import rms_norm
+from headrace.kernels.triton_linear import FP8_MAX, rms_norm
 
 __all__ = [
     "linear_add",
@@ -31,7 +31,6 @@ __all__ = [
 _NUM_HEADS = 4
 # Adding and taking it away rounds a float32 to the nearest integer, halves to the even one.
 _ROUNDING = tl.constexpr(12582912.0)
-_FP8_MAX = tl.constexpr(448.0)
 
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, cache: LayerCache, slot_mapping: torch.Tensor) -> None:
@@ -114,8 +113,8 @@ def _store_heads(  # type: ignore[no-untyped-def]
         first = (first / divisor + _ROUNDING) - _ROUNDING
         second = (second / divisor + _ROUNDING) - _ROUNDING
     elif cache.dtype.element_ty == tl.float8e4nv:
-        first = tl.clamp(first.to(tl.float32), -_FP8_MAX, _FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
-        second = tl.clamp(second.to(tl.float32), -_FP8_MAX, _FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+        first = tl.clamp(first.to(tl.float32), -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+        second = tl.clamp(second.to(tl.float32), -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
     tl.store(place, first.to(cache.dtype.element_ty), mask=in_first)
     tl.store(place + SECOND, second.to(cache.dtype.element_ty), mask=in_second)
 
@@ -173,6 +172,7 @@ def _rope_and_write_kv(  # type: ignore[no-untyped-def]
     HAS_PDL: tl.constexpr,
 ):
     if HAS_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * NUM_HEADS + tl.arange(0, NUM_HEADS)
@@ -201,8 +201,6 @@ def _rope_and_write_kv(  # type: ignore[no-untyped-def]
     rotated_second = normed_second * angle_cos + normed_first * angle_sin
     first = tl.where(is_value[:, None], first, rotated_first).to(qkv.dtype.element_ty)
     second = tl.where(is_value[:, None], second, rotated_second).to(qkv.dtype.element_ty)
-    if HAS_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     tl.store(place, first, mask=mask & is_query[:, None])
     tl.store(place + D // 2, second, mask=mask & is_query[:, None])
     slot = tl.load(slot_mapping + token)
