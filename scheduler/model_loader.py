@@ -422,7 +422,10 @@ def choose_device(device: str) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if device.startswith("cuda") and not has_cuda:
         raise CapacityError(f"device {device} is set, but torch sees no GPU")
-    return torch.device(("cuda" if has_cuda else "cpu") if device == "auto" else device)
+    if device == "auto":
+        device = "cuda" if has_cuda else "cpu"
+    # A thread's own device must be one of them by its number.
+    return torch.device("cuda", 0) if device == "cuda" else torch.device(device)
 
 
 def _device_of_rank(config: EngineConfig, rank: int) -> torch.device:

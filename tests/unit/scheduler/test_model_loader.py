@@ -19,7 +19,7 @@ from headrace.kernels.torch_backend import TorchBackend
 from headrace.scheduler import model_loader
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import CapacityError, HeadraceError, ModelSourceError, UnsupportedModelError
-from headrace.scheduler.model_loader import load_engine
+from headrace.scheduler.model_loader import choose_device, load_engine
 from headrace.scheduler.model_source import resolve_model
 from requirements import need_program
 from tiny_models import SHAPE, generate, generate_with_hugging_face, greedy, tiny_llama, tiny_model
@@ -259,6 +259,12 @@ def test_the_cache_is_sized_by_what_the_model_asks(tmp_path: Path) -> None:
     scheduler, runner = load(tmp_path, block_size=8, kv_cache_bytes=2 * 2 * 40 * 4 * 8 * 5)
     assert scheduler.load().num_total_blocks == 5
     assert "transformers' gemma, 2 layers" in runner.description
+
+
+@pytest.mark.parametrize(("asked", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_is_chosen_by_its_number(asked: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device(asked) == torch.device("cuda", index)
 
 
 def test_a_gpu_that_is_not_there_is_an_error_that_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
