@@ -54,6 +54,21 @@ class RecordedStream:
     outputs: tuple[RecordedOutput, ...]
 
     @property
+    def token_ids(self) -> tuple[int, ...]:
+        """What was sampled."""
+        outputs = (output for _, output in self.outputs if output is not None)
+        return tuple(token_id for output in outputs for token_id in output.token_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        return any(output is not None and output.finish_reason is not None for _, output in self.outputs[-1:])
+
+    @property
+    def last_s(self) -> float:
+        """When something came of it for the last time."""
+        return self.outputs[-1][0] if self.outputs else self.record.received_s
+
+    @property
     def num_vain_restarts(self) -> int:
         """How often it was taken up since its last token."""
         count = 0
