@@ -214,6 +214,11 @@ class App:
         return has_engine and has_inputs and self.settled.is_set() and can_go_on
 
     @property
+    def has_been_ready(self) -> bool:
+        """Whether anybody may have been told that it is."""
+        return self.settled.is_set()
+
+    @property
     def num_unfinished(self) -> int:
         """Requests that the server has yet to answer."""
         return self.client.num_unfinished + self.one_shots.num_unfinished
