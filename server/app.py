@@ -341,7 +341,7 @@ class App:
             self.metrics.loop_lag.observe(max(0.0, self.client.clock() - started_s - _LAG_INTERVAL_S))
 
     def _probes(self) -> list[Route]:
-        return [Route("/health", self._health), Route("/ready", self._ready)]
+        return [Route("/health", self._health), *(Route(path, self._ready) for path in ("/ready", "/health_generate"))]
 
     def _operators_routes(self) -> list[Route]:
         return [

@@ -231,8 +231,9 @@ async def test_who_leaves_is_ready_no_more_and_serves_until_it_drains() -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(take_leave, app, 600, hurried)
             await anyio.wait_all_tasks_blocked()
-            ready = await call(app.asgi, "GET", "/ready")
-            assert (ready.status, ready.json()) == (503, {"status": "draining"})
+            for path in ("/ready", "/health_generate"):
+                ready = await call(app.asgi, "GET", path)
+                assert (ready.status, ready.json()) == (503, {"status": "draining"})
             assert (await call(app.asgi, "GET", "/health")).status == 200
             assert (await call(app.asgi, "POST", "/v1/completions", BODY)).status == 200
             hurried.set()
