@@ -202,6 +202,7 @@ class Generator:
         generation: Generation,
         output_token_ids: tuple[int, ...],
         tenant: str,
+        hints: Hints,
     ) -> None:
         """Have the engine go on with a generation that was accepted by an earlier process. Its time limits start anew.
 
@@ -219,9 +220,9 @@ class Generator:
             self.client.check_accepting()
         if output_token_ids:  # of whose first the prompt's log probabilities came before
             recipe = replace(recipe, sampling=replace(recipe.sampling, num_prompt_logprobs=None))
-        tier, _, weight, _ = standing_of(self.keys, tenant)
-        demand = Demand(tier, tenant, weight, generation.num_prompt_tokens)
-        target_s = self.client.admission.targets_s[tier]
+        standing = standing_of(self.keys, tenant, hints)
+        demand = Demand(standing.tier, standing.tenant, standing.weight, generation.num_prompt_tokens)
+        target_s = standing.ttft_target_s or self.client.admission.targets_s[standing.tier]
         now = self.client.clock()
         self._submit(
             recipe,

@@ -164,7 +164,8 @@ async def _take_up(
         try:
             if recorded.num_vain_restarts >= _MAX_VAIN_RESTARTS:
                 raise EngineFailedError(f"{recorded.num_vain_restarts} times the server ended before the next token")
-            await generator.resume(recorded.record.recipe, stream.generation, recorded.token_ids, stream.tenant)
+            record = recorded.record
+            await generator.resume(record.recipe, stream.generation, recorded.token_ids, record.tenant, record.hints)
         except (EngineFailedError, BadRequestError, ContextLengthError) as error:
             client.cancel(stream.generation, error)
         shelf = shelf_of(stream.id, shelves)
@@ -180,7 +181,7 @@ def tenants_of(generator: Generator) -> frozenset[str]:
 def begun(generator: Generator, record: StreamRecord, shelves: Sequence[Shelf]) -> KeptStream:
     """A recorded stream of which nothing has come yet. Raises: BadRequestError where it asks for what this version has
     not."""
-    tier = standing_of(generator.keys, record.tenant).tier
+    tier = standing_of(generator.keys, record.tenant, record.hints).tier
     stages = Stages(record.received_s, record.submitted_s, record.submitted_s)
     generation = generator.make(record.recipe, record.log_id, stages, tier)
     return shelf_of(record.id, shelves).kind.from_record(record, generation, generator.client.clock())
