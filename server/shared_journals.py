@@ -112,6 +112,8 @@ class SharedJournals:
         """Raises: as `bring`, and sqlite3.Error or OSError for what cannot be read."""
         if (followed := self._followed.get(id)) is not None:
             await self._look_into(followed.path, {id: followed})
+            if followed.stream.generation.is_interrupted:
+                raise JournalBusyError
             return
         if id in shelf_of(id, self._shelves).registry:
             return

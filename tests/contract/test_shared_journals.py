@@ -492,8 +492,9 @@ async def test_all_that_is_left_is_taken_over_unasked_and_its_files_go_with_thei
         assert (await read(beta, id)).status == 410
 
 
-async def left_by_alpha(tmp_path: Path) -> tuple[Path, dict[str, Path], dict[str, str]]:
-    """What it has left: a stream of bob's, one of an adapter's, and one that is for anybody who knows alice."""
+async def left_by_alpha(tmp_path: Path) -> tuple[Path, dict[str, Path], dict[str, str], dict[str, str]]:
+    """What it has left: a stream of bob's, one of an adapter's, and one that is for anybody who knows alice, whose
+    headers come last."""
     left, headers, keys = tmp_path / "left", {}, {name: tmp_path / f"{name}.toml" for name in ("both", "one")}
     for name in ("alice", "bob"):
         secret, key = create_key(name)
@@ -510,14 +511,14 @@ async def left_by_alpha(tmp_path: Path) -> tuple[Path, dict[str, Path], dict[str
         alpha.runner.allow(5)
         for id in ids.values():
             await until_said(alpha, id, 1)
-    return left, keys, ids
+    return left, keys, ids, headers["alice"]
 
 
 async def test_what_is_not_for_who_takes_a_file_over_is_left_to_who_can_go_on_with_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("headrace.server.app._SWEEP_INTERVAL_S", 0.01)
-    left, keys, ids = await left_by_alpha(tmp_path)
+    left, keys, ids, alice = await left_by_alpha(tmp_path)
     async with replica("delta", left, api_keys_file=keys["both"]) as delta:
         assert delta._shared is not None
         delta._shared._model = "another"
@@ -534,6 +535,8 @@ async def test_what_is_not_for_who_takes_a_file_over_is_left_to_who_can_go_on_wi
         await beta.until(lambda: generation_of(beta, ids["alice"]).is_over)
         async with following(beta, ids["poet"]) as reader:
             assert (await read(beta, ids["bob"])).status == 404
+            refused = await call(beta.asgi, "DELETE", f"/v1/streams/{ids['poet']}", headers=alice)
+            assert (refused.status, refused.json()["error"]["code"]) == (503, "journal_busy")
             await gamma.take_over_left()
             assert len(gamma.client.journals) == 1, "beta holds the file"
             beta.registry.forget(beta.registry.get(ids["alice"]))
@@ -549,19 +552,20 @@ async def test_what_is_left_to_others_is_erased_once_it_would_be_kept_no_longer(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("headrace.server.app._SWEEP_INTERVAL_S", 0.01)
-    left, keys, ids = await left_by_alpha(tmp_path)
+    left, keys, ids, _ = await left_by_alpha(tmp_path)
     async with replica("beta", left, api_keys_file=keys["one"], stream_ttl_s=0) as beta:
         await beta.take_over_left()
         await beta.until(lambda: sorted(path.name for path in left.iterdir()) == ["beta"])
         assert ids["alice"] in beta.registry
 
 
+def fail_to_open(journal: Journal) -> None:
+    raise JournalError("the disk is full")
+
+
 async def test_who_reads_what_cannot_be_taken_over_for_now_comes_back_to_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(journal: Journal) -> None:
-        raise JournalError("the disk is full")
-
     async with replica("beta", folder) as beta, anyio.create_task_group() as tasks:
         with monkeypatch.context() as patches:
             async with replica("alpha", folder) as alpha:
@@ -571,7 +575,7 @@ async def test_who_reads_what_cannot_be_taken_over_for_now_comes_back_to_it(
                     tasks.start_soon(reader.run)
                     alpha.runner.allow(5)
                     await reader.wait_until(lambda: text_of(reader.events()) == TEXT[:5])
-                    patches.setattr(Journal, "_open", fail)
+                    patches.setattr(Journal, "_open", fail_to_open)
                     alpha.end_unfinished()
             await reader.done.wait()
             assert ends_of(reader.events()) == ["interrupted"]
@@ -580,6 +584,23 @@ async def test_who_reads_what_cannot_be_taken_over_for_now_comes_back_to_it(
             assert [list(event) for event in (await read(beta, id)).events()] == [["retry"]]
         rest = (await read(beta, id, reader.events()[-1]["id"])).events()
     assert text_of(reader.events()) + text_of(rest) == TEXT
+
+
+async def test_what_is_followed_and_cannot_be_taken_over_for_now_may_be_asked_for_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.server.shared_journals._POLL_S", 600)
+    async with replica("beta", folder) as beta:
+        async with replica("alpha", folder) as alpha:
+            with alpha.runner.held():
+                path = f"/v1/streams/{await create(alpha)}"
+                assert (await call(beta.asgi, "GET", path)).status == 200
+                alpha.end_unfinished()
+        with monkeypatch.context() as patches:
+            patches.setattr(Journal, "_open", fail_to_open)
+            refused = await call(beta.asgi, "GET", path)
+            assert (refused.status, refused.json()["error"]["code"]) == (503, "journal_busy")
+        assert (await call(beta.asgi, "GET", path)).status == 200
 
 
 async def test_a_damaged_stream_is_none_elsewhere_and_its_neighbour_is_one(folder: Path) -> None:
