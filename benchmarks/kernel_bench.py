@@ -38,7 +38,9 @@ from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.gguf_config import gguf_config
 from headrace.scheduler.gguf_file import open_gguf
 from headrace.scheduler.messages import GenerationRequest, SamplingParams
-from headrace.scheduler.model_loader import load_engine, plan_model, read_gguf
+from headrace.scheduler.model_files import read_gguf
+from headrace.scheduler.model_loader import load_engine
+from headrace.scheduler.model_plan import plan_model
 from headrace.scheduler.model_source import cache_dir, resolve_model
 
 _BLOCK_SIZE = 16

@@ -254,18 +254,17 @@ class FlashinferPlan:
 def plan_attention(metadata: AttentionMetadata, block_size: int, device: torch.device) -> FlashinferPlan:
     """As `Ops` says, of one step that is launched op by op."""
     starts, num_sequences = metadata.query_starts, len(metadata.context_lens)
-    widest = max(map(len, metadata.block_tables), default=0)
-    tables = [table + [0] * (widest - len(table)) for table in metadata.block_tables]
+    tables = metadata.padded_tables(device)
     plan = FlashinferPlan(
         find_wrapper(),
         block_size=block_size,
         max_num_seqs=num_sequences,
-        max_num_blocks=num_sequences * widest,
+        max_num_blocks=tables.numel(),
         device=device,
     )
     plan.begin([starts[b + 1] - starts[b] for b in range(num_sequences)], metadata.context_lens, num_sequences)
     rows = torch.arange(num_sequences, dtype=torch.int32, device=device)
-    plan.take_blocks(torch.tensor(tables, dtype=torch.int32, device=device).view(num_sequences, widest), rows)
+    plan.take_blocks(tables, rows)
     return plan
 
 

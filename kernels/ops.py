@@ -30,6 +30,12 @@ class AttentionMetadata:
     context_lens: list[int]
     block_tables: list[list[int]]
 
+    def padded_tables(self, device: torch.device) -> torch.Tensor:
+        """The block tables, int32 [B, as long as the longest]."""
+        width = max(map(len, self.block_tables), default=1)
+        tables = [table + [0] * (width - len(table)) for table in self.block_tables]
+        return torch.tensor(tables, dtype=torch.int32, device=device).view(len(tables), width)
+
 
 class LayerCache(NamedTuple):
     """One layer's keys and values, each [N, S, G, D]: in the model's dtype, in float8_e4m3fn, or in int8 with a scale

@@ -43,14 +43,12 @@ class AttentionPlan:
 
 def plan_attention(metadata: AttentionMetadata, block_size: int, device: torch.device) -> AttentionPlan:
     del block_size
-    width = max(map(len, metadata.block_tables), default=1)
-    tables = [table + [0] * (width - len(table)) for table in metadata.block_tables]
     starts = metadata.query_starts
     num_seqs = len(metadata.context_lens)
     return AttentionPlan(
         torch.tensor(starts, dtype=torch.int32, device=device),
         torch.tensor(metadata.context_lens, dtype=torch.int32, device=device),
-        torch.tensor(tables, dtype=torch.int32, device=device).view(num_seqs, width),
+        metadata.padded_tables(device),
         torch.arange(num_seqs, dtype=torch.int32, device=device),
         starts[-1],
         any(starts[b + 1] - starts[b] > 1 for b in range(num_seqs)),

@@ -214,6 +214,11 @@ class App:
         return has_engine and has_inputs and self.settled.is_set() and can_go_on
 
     @property
+    def has_been_ready(self) -> bool:
+        """Whether anybody may have been told that it is."""
+        return self.settled.is_set()
+
+    @property
     def num_unfinished(self) -> int:
         """Requests that the server has yet to answer."""
         return self.client.num_unfinished + self.one_shots.num_unfinished
@@ -336,7 +341,7 @@ class App:
             self.metrics.loop_lag.observe(max(0.0, self.client.clock() - started_s - _LAG_INTERVAL_S))
 
     def _probes(self) -> list[Route]:
-        return [Route("/health", self._health), Route("/ready", self._ready)]
+        return [Route("/health", self._health), *(Route(path, self._ready) for path in ("/ready", "/health_generate"))]
 
     def _operators_routes(self) -> list[Route]:
         return [

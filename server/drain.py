@@ -13,6 +13,10 @@ _POLL_S = 0.05
 
 class Drainable(Protocol):
     @property
+    def has_been_ready(self) -> bool:
+        """Whether anybody may have been told that it is."""
+
+    @property
     def num_unfinished(self) -> int:
         """Requests that are accepted and not answered yet."""
 

@@ -208,6 +208,20 @@ class ShutdownError(UnavailableError):
         return content
 
 
+class JournalBusyError(UnavailableError):
+    """What another process has made can neither be read nor gone on with for now."""
+
+    is_resumable = True
+
+    def __init__(self) -> None:
+        super().__init__("the replica's journal cannot be had for now", "journal_busy")
+
+    def envelope(self) -> dict[str, Any]:
+        content = super().envelope()
+        content["error"]["resumable"] = self.is_resumable
+        return content
+
+
 class EngineFailedError(ApiError):
     """The engine could not compute the request."""
 

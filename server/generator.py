@@ -202,6 +202,7 @@ class Generator:
         generation: Generation,
         output_token_ids: tuple[int, ...],
         tenant: str,
+        hints: Hints,
     ) -> None:
         """Have the engine go on with a generation that was accepted by an earlier process. Its time limits start anew.
 
@@ -212,16 +213,16 @@ class Generator:
         self.client.check_accepting()
         assert self.client.ready is not None
         assert self.tokenizer is not None
-        _check_fits(recipe, output_token_ids, self.client.ready, self.adapters)
+        self.check_fits(recipe, output_token_ids)
         grammar = None
         if recipe.grammar is not None:
             grammar = await self._compile(recipe.grammar, self.tokenizer, self.client.ready)
             self.client.check_accepting()
         if output_token_ids:  # of whose first the prompt's log probabilities came before
             recipe = replace(recipe, sampling=replace(recipe.sampling, num_prompt_logprobs=None))
-        tier, _, weight, _ = standing_of(self.keys, tenant)
-        demand = Demand(tier, tenant, weight, generation.num_prompt_tokens)
-        target_s = self.client.admission.targets_s[tier]
+        standing = standing_of(self.keys, tenant, hints)
+        demand = Demand(standing.tier, standing.tenant, standing.weight, generation.num_prompt_tokens)
+        target_s = standing.ttft_target_s or self.client.admission.targets_s[standing.tier]
         now = self.client.clock()
         self._submit(
             recipe,
@@ -233,6 +234,24 @@ class Generator:
             grammar=grammar,
             output_token_ids=output_token_ids,
         )
+
+    def check_fits(self, recipe: Recipe, output_token_ids: tuple[int, ...]) -> None:
+        """Check a recipe that an earlier process, or another server's, has made. Raises: BadRequestError,
+        ContextLengthError."""
+        ready = self.client.ready
+        assert ready is not None
+        if recipe.adapter is not None and self.adapters.get(recipe.adapter) != recipe.adapter_fingerprint:
+            raise BadRequestError(f"the server has no adapter {recipe.adapter} since its restart, or another one")
+        num_prompt, sampling = len(recipe.prompt_token_ids), recipe.sampling
+        if num_prompt + sampling.max_tokens > ready.max_context_tokens:
+            raise ContextLengthError(
+                f"{num_prompt} prompt tokens and {sampling.max_tokens} of the answer exceed the context of "
+                f"{ready.max_context_tokens} tokens that the server has since its restart"
+            )
+        biased = (token_id for token_id, _ in sampling.logit_bias)
+        for token_id in chain(recipe.prompt_token_ids, output_token_ids, sampling.stop_token_ids, biased):
+            if not 0 <= token_id < ready.vocab_size:
+                raise BadRequestError(f"the server has no token {token_id} since its restart")
 
     async def _compile(self, source: GrammarSource, tokenizer: Tokenizer, ready: EngineReady) -> Grammar:
         """Raises: BadRequestError, naming the grammar's field."""
@@ -315,24 +334,6 @@ class Generator:
         )
         self.limits.begin(tenant)
         generation.on_end.append(partial(self._release, tenant))
-
-
-def _check_fits(
-    recipe: Recipe, output_token_ids: tuple[int, ...], ready: EngineReady, adapters: Mapping[str, str]
-) -> None:
-    """Check a recipe against an engine that it was not made for. Raises: BadRequestError, ContextLengthError."""
-    if recipe.adapter is not None and adapters.get(recipe.adapter) != recipe.adapter_fingerprint:
-        raise BadRequestError(f"the server has no adapter {recipe.adapter} since its restart, or another one")
-    num_prompt, sampling = len(recipe.prompt_token_ids), recipe.sampling
-    if num_prompt + sampling.max_tokens > ready.max_context_tokens:
-        raise ContextLengthError(
-            f"{num_prompt} prompt tokens and {sampling.max_tokens} of the answer exceed the context of "
-            f"{ready.max_context_tokens} tokens that the server has since its restart"
-        )
-    biased = (token_id for token_id, _ in sampling.logit_bias)
-    for token_id in chain(recipe.prompt_token_ids, output_token_ids, sampling.stop_token_ids, biased):
-        if not 0 <= token_id < ready.vocab_size:
-            raise BadRequestError(f"the server has no token {token_id} since its restart")
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,9 @@ NO_PLACE = "headrace.no_place"
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # Probes, the pages and their files, and a stream's events, where the stream's id is what one must know. GET /v1/stream
 # asks for a ticket by itself.
-_OPEN_PATHS = re.compile(r"/|/classify|/dashboard|/docs|/health|/ready|/static/.*|/v1/stream|/v1/streams/[^/]+/events")
+_OPEN_PATHS = re.compile(
+    r"/|/classify|/dashboard|/docs|/health(_generate)?|/ready|/static/.*|/v1/stream(s/[^/]+/events)?"
+)
 # All of them, and the few that routers ask for many times a second.
 METRICS_PATHS = ("/metrics", "/metrics/load")
 
@@ -145,7 +147,7 @@ class ProbeGuard(_Guard):
         return (refuse_event_source if is_event_source else error_response)(error, scope["path"], id)
 
     def _check(self, scope: Scope) -> None:
-        if scope["method"] != "GET" or scope["path"] not in ("/health", "/ready", *METRICS_PATHS):
+        if scope["method"] != "GET" or scope["path"] not in ("/health", "/health_generate", "/ready", *METRICS_PATHS):
             raise UnavailableError("all of this server's connections are in use", "too_many_connections")
 
 

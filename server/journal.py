@@ -14,9 +14,9 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -52,10 +52,11 @@ class JournalError(HeadraceError):
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """All that earlier processes left. `gone` are streams that cannot go on, by their ids, with whose they were."""
+    """All that earlier processes left: streams, those of other models, and the ids of those that cannot be read."""
 
     streams: tuple[RecordedStream, ...] = ()
-    gone: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[RecordedStream, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
 
 class _Job(NamedTuple):
@@ -77,7 +78,7 @@ class Journal:
     """The thread and its queue. What its methods are given as `then` is called on the thread."""
 
     def __init__(self, path: Path, fsync: Fsync, model: str, claim: Claim | None = None) -> None:
-        """Open the file, read what is in it, and start the thread. Streams of another `model` are gone.
+        """Open the file, read what is in it, and start the thread. Its streams are those of the `model`.
 
         With a `claim` to the file others may read it meanwhile; the thread lets go of it at its end, or here.
 
@@ -86,6 +87,7 @@ class Journal:
         self.is_active = True
         # Since when the thread has been at what it writes now; None while it waits. Written there, read by any.
         self.busy_since_s: float | None = None
+        self.path = path
         self._path = Path(os.path.realpath(path))  # SQLite's other files lie beside the file that a link leads to
         self._synchronous = _SYNCHRONOUS[fsync]
         self._model = model
@@ -152,7 +154,7 @@ class Journal:
         self._thread.join(_CLOSE_TIMEOUT_S)
 
     def discard(self) -> None:
-        """Close, and delete the file, which is empty and claimed."""
+        """Close, and delete the file, which is claimed, unless there are streams in it."""
         self._is_discarded = True
         self.close()
 
@@ -161,10 +163,9 @@ class Journal:
         """Whether the thread is alive, as it may be after `close`."""
         return self._thread.is_alive()
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether the file holds no stream."""
-        return not self._ids
+    def holds_more_than(self, ids: Set[str]) -> bool:
+        """Whether there are other streams in the file."""
+        return not self._ids <= ids
 
     def is_followed(self, id: str) -> bool:
         """Whether another process has readers of a stream at this time."""
@@ -198,7 +199,7 @@ class Journal:
         if self._db is not None:
             self._db.close()
         if self._claim is not None:  # not before: the next one writes at once
-            if self._is_discarded:
+            if self._is_discarded and not self._ids:
                 self._claim.discard()
             else:
                 self._claim.release()
@@ -368,7 +369,8 @@ class Journal:
     def _take_in(self, found: Mapping[str, Rows | sqlite3.DatabaseError]) -> dict[str, Rows]:
         """Make `_recording` of these; returns those that can be read."""
         streams: list[RecordedStream] = []
-        gone: dict[str, str] = {}
+        others: list[RecordedStream] = []
+        unreadable: list[str] = []
         readable: dict[str, Rows] = {}
         self._ids = set(found)
         for id, rows in found.items():
@@ -378,14 +380,11 @@ class Journal:
                 stream, model = self._format.read_stream(id, rows)
             except (*UNREADABLE, sqlite3.DatabaseError) as error:
                 logger.warning("a stream in the journal is damaged, and gone: %s", _kind(error))
-                gone[id] = ""
+                unreadable.append(id)
                 continue
             readable[id] = rows
-            if model == self._model:
-                streams.append(stream)
-            else:
-                gone[id] = stream.record.tenant
-        self._recording = Recording(tuple(streams), gone)
+            (streams if model == self._model else others).append(stream)
+        self._recording = Recording(tuple(streams), tuple(others), tuple(unreadable))
         return readable
 
 

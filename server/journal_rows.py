@@ -13,9 +13,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from headrace.scheduler.messages import FinishReason, GrammarKind, SamplingParams, SequenceOutput, TokenLogprobs
+from headrace.scheduler.messages import (
+    FinishReason,
+    GrammarKind,
+    SamplingParams,
+    SequenceOutput,
+    Tier,
+    TokenLogprobs,
+)
 from headrace.server.generation import Recipe
 from headrace.server.grammars import GrammarSource
+from headrace.server.standing import NO_HINTS, Hints
 
 # Rows before the first of what came of a stream.
 NUM_HEAD_ROWS = 2
@@ -32,7 +40,8 @@ RecordedOutput = tuple[float, SequenceOutput | None]
 @dataclass(frozen=True, slots=True)
 class StreamRecord:
     """A stream as it was accepted. `log_id` is what the request log calls it; times are on this process's monotonic
-    clock. `response` is what a response consists of beside its answer, in JSON's types; a native stream has none."""
+    clock. `response` is what a response consists of beside its answer, in JSON's types; a native stream has none.
+    `hints` are a gateway's."""
 
     id: str
     tenant: str
@@ -44,6 +53,7 @@ class StreamRecord:
     submitted_s: float
     recipe: Recipe
     response: dict[str, Any] | None = None
+    hints: Hints = NO_HINTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,21 @@ class RecordedStream:
 
     record: StreamRecord
     outputs: tuple[RecordedOutput, ...]
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """What was sampled."""
+        outputs = (output for _, output in self.outputs if output is not None)
+        return tuple(token_id for output in outputs for token_id in output.token_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        return any(output is not None and output.finish_reason is not None for _, output in self.outputs[-1:])
+
+    @property
+    def last_s(self) -> float:
+        """When something came of it for the last time."""
+        return self.outputs[-1][0] if self.outputs else self.record.received_s
 
     @property
     def num_vain_restarts(self) -> int:
@@ -92,6 +117,8 @@ class RowFormat:
         body, prompt = _checked(id, rows[:NUM_HEAD_ROWS], 0)
         fields = json.loads(body)
         recipe, model = fields.pop("recipe"), fields.pop("model")
+        tier, *hints = fields.pop("hints", NO_HINTS)
+        fields["hints"] = Hints(None if tier is None else Tier(tier), *hints)
         sampling = recipe.pop("sampling")
         bias = tuple((token_id, value) for token_id, value in sampling.pop("logit_bias"))
         stop_token_ids = frozenset(sampling.pop("stop_token_ids"))

@@ -495,6 +495,7 @@ def _response_operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
 def _operations(schemas: Mapping[str, Any]) -> Iterator[_Operation]:
     yield _Operation("get", "/health", "health", "Whether the server is alive", _probe(answers.Health))
     yield _Operation("get", "/ready", "ready", "Whether the server is ready", _probe(answers.Status))
+    yield _Operation("get", "/health_generate", "health_generate", "The same by SGLang's name", _probe(answers.Status))
     metrics = _answer("The metrics.", {"text/plain": {"type": "string"}}, has_id=False)
     yield _Operation("get", "/metrics", "metrics", "Metrics in Prometheus' format", {200: metrics})
     yield _Operation("get", "/metrics/load", "load_metrics", "Those of them that routers read", {200: metrics})

@@ -142,6 +142,8 @@ class _OpenLane:
 class Proxy:
     """One proxy's parts. `asgi` is the application; the lifespan starts and stops the rest."""
 
+    has_been_ready = True  # as its upstream may be from the beginning on
+
     def __init__(self, settings: ProxySettings, transport: httpx.AsyncBaseTransport | None = None) -> None:
         """Raises: ApiKeysError, UpstreamKeyError."""
         self.settings = settings

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from starlette.requests import Request
 
-from headrace.server.errors import OtherReplicaError
+from headrace.server.errors import JournalBusyError, OtherReplicaError
 from headrace.server.guard import is_open
 from headrace.server.settings import Settings
 from headrace.server.shared_journals import SharedJournals
@@ -54,9 +54,12 @@ class Replicas:
             raise error
 
     def check_own(self, registry: StreamRegistry[Any], stream: KeptStream) -> None:
-        """Raises: OtherReplicaError where the stream is one to read, and another's to change."""
+        """Raises: OtherReplicaError where the stream is one to read, and another's to change; UnavailableError where
+        that is not known yet."""
         if self._journals is not None and registry.is_followed(stream.id):
             holder = self._journals.holder_of(stream.id)
+            if holder == self._name:  # which leaves it to another
+                raise JournalBusyError
             raise OtherReplicaError(holder, self._peers.get(holder) or None)
 
     def check_ticket(self, request: Request, ticket: str) -> None:

@@ -49,31 +49,50 @@ class Shelf(NamedTuple):
 
 
 async def restore_streams(
-    journal: Journal, generator: Generator, shelves: Sequence[Shelf], followed: Followed = MappingProxyType({})
-) -> None:
+    journal: Journal,
+    generator: Generator,
+    shelves: Sequence[Shelf],
+    followed: Followed = MappingProxyType({}),
+    *,
+    leaves_others: bool = False,
+) -> dict[str, float]:
     """Take in what the journal holds: what is finished can be read again, all else goes on at its next token. Readers
     of streams that were `followed` do not notice.
 
-    Streams of tenants that are none any more are erased. Those that were taken up often and came no further end with an
-    error, and so do those that no longer fit the server.
+    Streams of another model and of tenants that are none any more are erased. Those that were taken up often and came
+    no further end with an error, and so do those that no longer fit the server. Where it `leaves_others`, what is not
+    for this server stays as it is instead: returned by its ids, with when it would not be kept any longer.
     """
     client = generator.client
     tenants = tenants_of(generator)
     recording = await _read(journal, client)
-    gone = dict(recording.gone)
+    gone = dict.fromkeys(recording.unreadable, "")
+    left: dict[str, float] = {}
+
+    def part_with(recorded: RecordedStream) -> None:
+        record = recorded.record
+        if leaves_others:
+            left[record.id] = recorded.last_s + shelf_of(record.id, shelves).registry.ttl_s
+        else:
+            gone[record.id] = record.tenant
+
+    for recorded in recording.others:
+        part_with(recorded)
     suspects: list[_Unfinished] = []
     others: list[_Unfinished] = []
     for recorded in recording.streams:
         await anyio.lowlevel.checkpoint()
         record = recorded.record
         if record.tenant not in tenants:
-            gone[record.id] = record.tenant
+            part_with(recorded)
             continue
         try:
             stream, num_outputs = followed.get(record.id) or (begun(generator, record, shelves), 0)
-        except BadRequestError as error:
-            logger.warning("a stream in the journal asks for what this version has not, and is gone: %s", error.param)
-            gone[record.id] = record.tenant
+            if leaves_others and not recorded.is_finished:
+                generator.check_fits(record.recipe, recorded.token_ids)
+        except (BadRequestError, ContextLengthError) as error:
+            logger.warning("a stream in the journal asks for what is not here: %s", error.param or error.code)
+            part_with(recorded)
             continue
         stream.generation.journal = journal
         await replay(stream, recorded.outputs[num_outputs:])
@@ -97,14 +116,19 @@ async def restore_streams(
                 await subscriber.next()
         await _take_up(others, journal, generator, shelves)
     except UnavailableError:  # the server drains already: the next one's
-        return
+        return left
     for stream, _ in (*suspects, *others):  # from here on each is missed where it has no reader
         shelf_of(stream.id, shelves).registry.unsubscribed(stream, client.clock())
     for shelf in shelves:
         shelf.registry.is_whole = True
-    if recording.streams or gone:
-        num_unfinished = len(suspects) + len(others)
-        logger.info("the journal held %d unfinished streams, and %d that cannot go on", num_unfinished, len(gone))
+    if recording.streams or gone or left:
+        logger.info(
+            "the journal held %d unfinished streams, %d that cannot go on, and %d that are left to others",
+            len(suspects) + len(others),
+            len(gone),
+            len(left),
+        )
+    return left
 
 
 def shelf_of(id: str, shelves: Sequence[Shelf]) -> Shelf:
@@ -137,12 +161,11 @@ async def _take_up(
     )
     await is_recorded.wait()
     for stream, recorded in unfinished:
-        outputs = (output for _, output in recorded.outputs if output is not None)
-        token_ids = tuple(token_id for output in outputs for token_id in output.token_ids)
         try:
             if recorded.num_vain_restarts >= _MAX_VAIN_RESTARTS:
                 raise EngineFailedError(f"{recorded.num_vain_restarts} times the server ended before the next token")
-            await generator.resume(recorded.record.recipe, stream.generation, token_ids, stream.tenant)
+            record = recorded.record
+            await generator.resume(record.recipe, stream.generation, recorded.token_ids, record.tenant, record.hints)
         except (EngineFailedError, BadRequestError, ContextLengthError) as error:
             client.cancel(stream.generation, error)
         shelf = shelf_of(stream.id, shelves)
@@ -158,7 +181,7 @@ def tenants_of(generator: Generator) -> frozenset[str]:
 def begun(generator: Generator, record: StreamRecord, shelves: Sequence[Shelf]) -> KeptStream:
     """A recorded stream of which nothing has come yet. Raises: BadRequestError where it asks for what this version has
     not."""
-    tier = standing_of(generator.keys, record.tenant).tier
+    tier = standing_of(generator.keys, record.tenant, record.hints).tier
     stages = Stages(record.received_s, record.submitted_s, record.submitted_s)
     generation = generator.make(record.recipe, record.log_id, stages, tier)
     return shelf_of(record.id, shelves).kind.from_record(record, generation, generator.client.clock())

@@ -233,7 +233,7 @@ class DrainingServer(uvicorn.Server):
     async def main_loop(self) -> None:
         await super().main_loop()
         # The listener is still open: who asks now is told that the server is going, and /ready says so.
-        if self._is_asked_to_end and self._delay_s:
+        if self._is_asked_to_end and self._delay_s and self._drained.has_been_ready:
             say(f"ready no more; taking requests for another {self._delay_s:g} s")
             await take_leave(self._drained, self._delay_s, self._hurried)
         if self._drained.num_unfinished:

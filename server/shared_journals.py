@@ -3,14 +3,14 @@ has died.
 
 Lives on the event loop; files are read on worker threads. A stream is followed while it has readers, and a little
 longer: a task looks for more of it, now and then and for all streams of a file at once. Whoever gets hold of a file
-takes over all that is in it, as after a restart, and readers that follow read on. It knows nothing of how ids name
-replicas.
+takes over all that it can go on with, as after a restart, and readers that follow read on. The rest is left in the file
+for another, until it would not be kept any longer. It knows nothing of how ids name replicas.
 """
 
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,14 @@ import anyio
 import anyio.to_thread
 
 from headrace.scheduler.messages import FinishReason
-from headrace.server.errors import ApiError, BadRequestError, GoneError, ShutdownError, UnavailableError
+from headrace.server.errors import (
+    ApiError,
+    BadRequestError,
+    GoneError,
+    JournalBusyError,
+    ShutdownError,
+    UnavailableError,
+)
 from headrace.server.generator import Generator
 from headrace.server.journal import Fsync, Journal, JournalError
 from headrace.server.journal_folder import Claim, JournalFolder, mark_followed, read_rows
@@ -76,7 +83,9 @@ class SharedJournals:
         self._shelves = shelves
         self._format = RowFormat()
         self._followed: dict[str, _Followed] = {}
-        self._taken: list[Journal] = []  # over, and not empty yet
+        self._taken: list[Journal] = []  # over, and not let go of yet
+        # What was found in files, and is not for this server: by its id, when it would not be kept any longer.
+        self._left: dict[Path, dict[str, float]] = {}
         self._lock = anyio.Lock()  # over all that follows or takes over
         self._limiter = anyio.CapacityLimiter(_NUM_THREADS)
         self._has_work = anyio.Event()
@@ -86,8 +95,8 @@ class SharedJournals:
         """Have a stream in its registry that a process of the replica `name` has made, with all that has come of it:
         who was at that replica a moment ago may have seen it all. False where there is none.
 
-        Raises: UnavailableError where it cannot be read for now, or is to be taken over, and this server is about to
-        end.
+        Raises: UnavailableError where it can neither be read nor taken over for now, or is to be taken over, and this
+        server is about to end.
         """
         # Not to be left half-way where a client leaves: others wait for what is taken over.
         with anyio.CancelScope(shield=True):
@@ -96,13 +105,15 @@ class SharedJournals:
                     await self._bring(name, id)
                 except (sqlite3.Error, OSError) as error:
                     logger.warning("another replica's journal cannot be read for now: %s", type(error).__name__)
-                    raise UnavailableError("the replica's journal cannot be read for now", "journal_busy") from None
+                    raise JournalBusyError from None
         return id in shelf_of(id, self._shelves).registry
 
     async def _bring(self, name: str, id: str) -> None:
-        """Raises: as `bring`, but sqlite3.Error or OSError for what cannot be read."""
+        """Raises: as `bring`, and sqlite3.Error or OSError for what cannot be read."""
         if (followed := self._followed.get(id)) is not None:
             await self._look_into(followed.path, {id: followed})
+            if followed.stream.generation.is_interrupted:
+                raise JournalBusyError
             return
         if id in shelf_of(id, self._shelves).registry:
             return
@@ -111,7 +122,9 @@ class SharedJournals:
             return
         self._client.check_accepting()
         if await self._follow(id, found):
-            await self._take_if_free(found.path)
+            await self._take_if_free(found.path, [id])
+            if id not in shelf_of(id, self._shelves).registry:
+                raise JournalBusyError
 
     def holder_of(self, id: str) -> str:
         """The replica that makes a stream which is followed."""
@@ -135,11 +148,20 @@ class SharedJournals:
                     await self._look()
 
     async def sweep(self) -> None:
-        """Delete files that were taken over, once their streams are forgotten."""
-        for journal in [journal for journal in self._taken if journal.is_empty]:
-            self._taken.remove(journal)
-            self._client.journals.remove(journal)
-            await self._on_worker(journal.discard)
+        """Let go of files that were taken over, once their streams are forgotten; those that hold no more go too."""
+        now = self._client.clock()
+        for journal in list(self._taken):
+            left = self._left[journal.path]
+            for id in [id for id, end_s in left.items() if end_s <= now]:
+                journal.erase(id)
+                del left[id]
+            if not journal.holds_more_than(left.keys()):
+                self._taken.remove(journal)
+                self._client.journals.remove(journal)
+                await self._on_worker(journal.discard)
+        held = {journal.path for journal in self._taken}
+        is_over = {path: min(left.values(), default=now) <= now for path, left in self._left.items()}
+        self._left = {path: left for path, left in self._left.items() if path in held or not is_over[path]}
 
     def interrupt(self) -> None:
         """Tell readers of what is followed that this server ends, and the stream does not."""
@@ -199,7 +221,7 @@ class SharedJournals:
 
     async def _look_into(self, path: Path, streams: Mapping[str, _Followed]) -> None:
         """Feed these streams of a file what is new of each. Raises: sqlite3.Error, OSError."""
-        if await self._take_if_free(path):
+        if await self._take_if_free(path, streams):
             return
         unmarked = [id for id, each in streams.items() if each.has_readers and each.mark is None]
         positions = {id: each.num_rows for id, each in streams.items()}
@@ -229,10 +251,14 @@ class SharedJournals:
         with anyio.CancelScope(shield=True):
             async with self._lock:
                 for path in await self._on_worker(files):
-                    await self._take_if_free(path)
+                    if path not in self._left:
+                        await self._take_if_free(path)
 
-    async def _take_if_free(self, path: Path) -> bool:
-        """Take over a file whose writer has died; False where it has not, or this server is about to end itself."""
+    async def _take_if_free(self, path: Path, ids: Collection[str] = ()) -> bool:
+        """Take over a file whose writer has died, unless these streams of it are known not to be for this server. False
+        where the file is not taken over, as where this server is about to end itself."""
+        if ids and self._left.get(path, {}).keys() >= set(ids):
+            return False
         try:
             self._client.check_accepting()
             claim = await self._on_worker(partial(self._folder.claim, path))
@@ -260,15 +286,16 @@ class SharedJournals:
                 _unmark(each)
             self._client.journals.append(journal)
             fed = {id: (each.stream, each.num_rows - NUM_HEAD_ROWS) for id, each in followed.items()}
-            await restore_streams(journal, self._generator, self._shelves, fed)
+            left = await restore_streams(journal, self._generator, self._shelves, fed, leaves_others=True)
+            self._left[claim.path] = left
             self._taken.append(journal)
         for id in followed:
             if id not in self._followed or self._client.is_draining:
                 continue
-            if shelf_of(id, self._shelves).registry.is_followed(id):
-                self._let_go(id, GoneError("this stream cannot go on"))
-            else:
+            if not shelf_of(id, self._shelves).registry.is_followed(id):
                 del self._followed[id]  # it is this server's now
+            elif id not in self._left.get(claim.path, ()):  # else another may go on with it
+                self._let_go(id, JournalBusyError())
 
     def _let_go(self, id: str, error: ApiError | None = None) -> None:
         """Follow a stream no longer; `error` is what its readers are told."""

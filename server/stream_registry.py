@@ -108,7 +108,7 @@ StreamT = TypeVar("StreamT", bound=KeptStream)
 class StreamRegistry(Generic[StreamT]):
     """Owns the streams of a kind. `cancel` ends a generation, `on_forget` hears of every stream that is forgotten.
 
-    While it is not `is_whole`, no stream is said not to exist.
+    While it is not `is_whole`, no stream is said not to exist. A finished one is kept for `ttl_s`.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class StreamRegistry(Generic[StreamT]):
         self._cancel = cancel
         self._on_forget = on_forget
         self._grace_s = grace_s
-        self._ttl_s = ttl_s
+        self.ttl_s = ttl_s
         self._max_finished_bytes = max_finished_bytes
         self._running: dict[str, StreamT] = {}
         self._finished: OrderedDict[str, StreamT] = OrderedDict()  # least recently read first
@@ -202,7 +202,7 @@ class StreamRegistry(Generic[StreamT]):
                     self._cancel(stream.generation)
         for stream in list(self._finished.values()):
             end_s = stream.generation.stages.end_s
-            is_old = end_s is not None and now - max(end_s, stream.restored_s) >= self._ttl_s
+            is_old = end_s is not None and now - max(end_s, stream.restored_s) >= self.ttl_s
             if is_old or self._num_finished_bytes > self._max_finished_bytes:
                 self.forget(stream)
 

@@ -4,6 +4,7 @@ Runs on the event loop, for native streams and for responses. It does not know w
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import anyio
@@ -39,7 +40,7 @@ async def start_stream(
         streams.append(make(generation))
         if journal is not None:
             generation.journal = journal
-            record = streams[0].record(recipe, client.clock())
+            record = replace(streams[0].record(recipe, client.clock()), hints=hints)
             journal.accept(generation.request_id, record, partial(client.call_soon, is_recorded.set))
 
     stages = Stages(request.state.received_s)

@@ -97,6 +97,7 @@ async def test_every_route_needs_a_key_but_those_listed_open(tmp_path: Path) -> 
             "GET /docs",
             "GET /dashboard",
             "GET /health",
+            "GET /health_generate",
             "GET /ready",
             "GET /v1/streams/x/events",
         }

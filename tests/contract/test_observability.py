@@ -111,10 +111,12 @@ async def test_before_the_model_is_loaded_the_server_lives_and_is_not_ready() ->
             assert refused.status == 503
             assert refused.json()["error"]["code"] == "loading"
             assert refused.headers["retry-after"] == "1"
+            assert not app.has_been_ready
         finally:
             may_load.set()
         await app.settled.wait()
         assert (await call(app.asgi, "GET", "/ready")).status == 200
+        assert app.has_been_ready
 
 
 async def test_a_server_that_ends_while_its_model_loads_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from asgi_client import Exchange, call, exchange
-from fake_engine import expected_text, make_scheduler
+from fake_engine import FakeRunner, expected_text, make_scheduler
 from headrace.scheduler.fair_queue import tenant_of
 from headrace.scheduler.messages import Tier
 from headrace.server.api_keys import append_key, create_key
 from headrace.server.drain import drain, take_leave
+from killed_app import killed_app
 from live_app import LiveApp, live_app
 
 pytestmark = pytest.mark.anyio
@@ -182,6 +183,30 @@ async def test_a_trusted_gateway_says_tier_flow_and_target() -> None:
                 assert each.json()["choices"][0]["text"] == expected_text("river", 6)
 
 
+async def test_what_a_gateway_has_said_of_a_stream_holds_where_it_is_taken_up_again(tmp_path: Path) -> None:
+    said = {
+        "x-llm-d-inference-objective": "batch",
+        "x-llm-d-inference-fairness-id": "tenant-a",
+        "x-llm-d-slo-ttft-ms": "1500",
+    }
+    (tmp_path / "journal").mkdir()
+    path, runner = tmp_path / "journal" / "streams.db", FakeRunner()
+    async with killed_app(path, tmp_path / "kill", 3, **TRUSTING) as (app, left):
+        created = await call(app.asgi, "POST", "/v1/streams", BODY, headers=said)
+        generation = app.registry.get(created.json()["id"]).generation
+        await app.until(lambda: generation.num_output_tokens == 3)
+    with runner.held():
+        async with live_app(runner=runner, journal_file=left) as app:
+            [generation] = app.client.unfinished
+            assert generation.tier is Tier.BATCH
+            await app.until(lambda: app.scheduler.has_work)
+            own = app.scheduler._sequences[generation.request_id].request
+            assert (own.tier, tenant_of(own.tenant), own.tenant != "") == (Tier.BATCH, "", True)
+            assert own.target_s - own.arrival_s < 100
+            runner.allow(10)
+            await app.until(lambda: generation.is_over)
+
+
 @pytest.mark.parametrize("name", NAMES["header"])
 async def test_a_header_that_no_gateway_writes_is_refused_by_its_name_and_ignored_from_strangers(name: str) -> None:
     if name.startswith("endpoint-"):
@@ -231,8 +256,9 @@ async def test_who_leaves_is_ready_no_more_and_serves_until_it_drains() -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(take_leave, app, 600, hurried)
             await anyio.wait_all_tasks_blocked()
-            ready = await call(app.asgi, "GET", "/ready")
-            assert (ready.status, ready.json()) == (503, {"status": "draining"})
+            for path in ("/ready", "/health_generate"):
+                ready = await call(app.asgi, "GET", path)
+                assert (ready.status, ready.json()) == (503, {"status": "draining"})
             assert (await call(app.asgi, "GET", "/health")).status == 200
             assert (await call(app.asgi, "POST", "/v1/completions", BODY)).status == 200
             hurried.set()

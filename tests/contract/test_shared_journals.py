@@ -16,7 +16,7 @@ from asgi_client import Exchange, call, exchange
 from fake_engine import FakeRunner, expected_text
 from headrace.server.api_keys import append_key, create_key
 from headrace.server.generation import Generation
-from headrace.server.journal import JournalError
+from headrace.server.journal import Journal, JournalError
 from killed_app import app_until
 from live_app import LiveApp, live_app
 
@@ -26,6 +26,7 @@ SSE = {"accept": "text/event-stream"}
 NUM_TOKENS = 12
 BODY = {"prompt": "river", "max_tokens": NUM_TOKENS, "temperature": 0}
 TEXT = expected_text("river", NUM_TOKENS)
+ADAPTERS = {"poet": "of words"}
 RESPONSE = {"input": "hi", "max_output_tokens": NUM_TOKENS, "temperature": 0, "background": True}
 
 
@@ -42,10 +43,11 @@ async def replica(name: str, folder: Path, **settings: Any) -> AsyncIterator[Liv
 
 
 @asynccontextmanager
-async def dead_replica(name: str, folder: Path, copy: Path, num_steps: int) -> AsyncIterator[LiveApp]:
+async def dead_replica(name: str, folder: Path, copy: Path, num_steps: int, **settings: Any) -> AsyncIterator[LiveApp]:
     """One whose runner makes so many steps; when the block is left `copy` is the folder as a kill would leave it."""
     kill = partial(shutil.copytree, folder, copy)
-    async with app_until(kill, num_steps, runner=FakeRunner(), replica_name=name, journal_dir=folder) as app:
+    settings |= {"replica_name": name, "journal_dir": folder}
+    async with app_until(kill, num_steps, runner=FakeRunner(), **settings) as app:
         yield app
 
 
@@ -488,6 +490,117 @@ async def test_all_that_is_left_is_taken_over_unasked_and_its_files_go_with_thei
         await beta.until(lambda: sorted(path.name for path in left.iterdir()) == ["beta", "delta"])
         assert len(beta.client.journals) == 1
         assert (await read(beta, id)).status == 410
+
+
+async def left_by_alpha(tmp_path: Path) -> tuple[Path, dict[str, Path], dict[str, str], dict[str, str]]:
+    """What it has left: a stream of bob's, one of an adapter's, and one that is for anybody who knows alice, whose
+    headers come last."""
+    left, headers, keys = tmp_path / "left", {}, {name: tmp_path / f"{name}.toml" for name in ("both", "one")}
+    for name in ("alice", "bob"):
+        secret, key = create_key(name)
+        headers[name] = {"authorization": f"Bearer {secret}"}
+        for file in keys.values() if name == "alice" else [keys["both"]]:
+            append_key(file, key)
+    settings: dict[str, Any] = {"api_keys_file": keys["both"], "adapters": ADAPTERS}
+    async with dead_replica("alpha", tmp_path / "journals", left, 0, **settings) as alpha:
+        ids = {}
+        for what, name, fields in (("alice", "alice", {}), ("bob", "bob", {}), ("poet", "alice", {"model": "poet"})):
+            body = BODY | {"on_disconnect": "continue"} | fields
+            answer = await call(alpha.asgi, "POST", "/v1/streams", body, headers=headers[name])
+            ids[what] = answer.json()["id"]
+        alpha.runner.allow(5)
+        for id in ids.values():
+            await until_said(alpha, id, 1)
+    return left, keys, ids, headers["alice"]
+
+
+async def test_what_is_not_for_who_takes_a_file_over_is_left_to_who_can_go_on_with_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.server.app._SWEEP_INTERVAL_S", 0.01)
+    left, keys, ids, alice = await left_by_alpha(tmp_path)
+    async with replica("delta", left, api_keys_file=keys["both"]) as delta:
+        assert delta._shared is not None
+        delta._shared._model = "another"
+        await delta.take_over_left()
+        assert len(delta.client.journals) == 2
+        await delta.until(lambda: len(delta.client.journals) == 1)
+        await delta.take_over_left()
+        assert len(delta.client.journals) == 1, "it knows that nothing there is its own"
+    async with (
+        replica("beta", left, api_keys_file=keys["one"]) as beta,
+        replica("gamma", left, api_keys_file=keys["both"], adapters=ADAPTERS) as gamma,
+    ):
+        await beta.take_over_left()
+        await beta.until(lambda: generation_of(beta, ids["alice"]).is_over)
+        async with following(beta, ids["poet"]) as reader:
+            assert (await read(beta, ids["bob"])).status == 404
+            refused = await call(beta.asgi, "DELETE", f"/v1/streams/{ids['poet']}", headers=alice)
+            assert (refused.status, refused.json()["error"]["code"]) == (503, "journal_busy")
+            await gamma.take_over_left()
+            assert len(gamma.client.journals) == 1, "beta holds the file"
+            beta.registry.forget(beta.registry.get(ids["alice"]))
+            await beta.until(lambda: len(beta.client.journals) == 1)
+            assert text_of((await read(gamma, ids["bob"])).events()) == TEXT
+            await reader.done.wait()
+        assert (ends_of(reader.events()), ids["poet"] in gamma.registry) == (["done"], True)
+        assert text_of(reader.events()) == expected_text("river", NUM_TOKENS, adapter="poet")
+        assert beta.runner.num_steps < NUM_TOKENS, "the rest was gamma's"
+
+
+async def test_what_is_left_to_others_is_erased_once_it_would_be_kept_no_longer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.server.app._SWEEP_INTERVAL_S", 0.01)
+    left, keys, ids, _ = await left_by_alpha(tmp_path)
+    async with replica("beta", left, api_keys_file=keys["one"], stream_ttl_s=0) as beta:
+        await beta.take_over_left()
+        await beta.until(lambda: sorted(path.name for path in left.iterdir()) == ["beta"])
+        assert ids["alice"] in beta.registry
+
+
+def fail_to_open(journal: Journal) -> None:
+    raise JournalError("the disk is full")
+
+
+async def test_who_reads_what_cannot_be_taken_over_for_now_comes_back_to_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with replica("beta", folder) as beta, anyio.create_task_group() as tasks:
+        with monkeypatch.context() as patches:
+            async with replica("alpha", folder) as alpha:
+                with alpha.runner.held():
+                    id = await create(alpha)
+                    reader = exchange(beta.asgi, "GET", f"/v1/streams/{id}/events", headers=SSE)
+                    tasks.start_soon(reader.run)
+                    alpha.runner.allow(5)
+                    await reader.wait_until(lambda: text_of(reader.events()) == TEXT[:5])
+                    patches.setattr(Journal, "_open", fail_to_open)
+                    alpha.end_unfinished()
+            await reader.done.wait()
+            assert ends_of(reader.events()) == ["interrupted"]
+            refused = await call(beta.asgi, "GET", f"/v1/streams/{id}")
+            assert (refused.status, refused.json()["error"]["code"]) == (503, "journal_busy")
+            assert [list(event) for event in (await read(beta, id)).events()] == [["retry"]]
+        rest = (await read(beta, id, reader.events()[-1]["id"])).events()
+    assert text_of(reader.events()) + text_of(rest) == TEXT
+
+
+async def test_what_is_followed_and_cannot_be_taken_over_for_now_may_be_asked_for_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.server.shared_journals._POLL_S", 600)
+    async with replica("beta", folder) as beta:
+        async with replica("alpha", folder) as alpha:
+            with alpha.runner.held():
+                path = f"/v1/streams/{await create(alpha)}"
+                assert (await call(beta.asgi, "GET", path)).status == 200
+                alpha.end_unfinished()
+        with monkeypatch.context() as patches:
+            patches.setattr(Journal, "_open", fail_to_open)
+            refused = await call(beta.asgi, "GET", path)
+            assert (refused.status, refused.json()["error"]["code"]) == (503, "journal_busy")
+        assert (await call(beta.asgi, "GET", path)).status == 200
 
 
 async def test_a_damaged_stream_is_none_elsewhere_and_its_neighbour_is_one(folder: Path) -> None:

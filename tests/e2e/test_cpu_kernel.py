@@ -17,7 +17,8 @@ from headrace.kernels.cpu_library import KernelUnavailableError, choose_instruct
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.gguf_config import gguf_config
 from headrace.scheduler.gguf_file import open_gguf
-from headrace.scheduler.model_loader import load_engine, read_gguf
+from headrace.scheduler.model_files import read_gguf
+from headrace.scheduler.model_loader import load_engine
 from headrace.scheduler.model_source import ModelSource
 from headrace.server.tokenizer import load_tokenizer
 from requirements import IS_LONG, lack, long, need_program

@@ -185,7 +185,7 @@ def test_streams_that_outlast_the_grace_time_get_a_terminal_event(demo_model: Pa
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_loading_ends_the_server_quietly(demo_model: Path, sig: int) -> None:
-    process = ServerProcess([])
+    process = ServerProcess(["--drain-delay-s", "5"])
     process.wait_for("loading")
     with httpx.Client() as client:  # it listens already
         address = process.wait_for(r"listening on (\S+)")[1]
@@ -193,6 +193,8 @@ def test_a_signal_while_loading_ends_the_server_quietly(demo_model: Path, sig: i
     assert process.stop(sig) == 0
     assert "Traceback" not in process.output
     assert "terminate" not in process.output
+    if "chat page:" not in process.output:
+        assert "ready no more" not in process.output, "no router was told that it is ready"
 
 
 def test_a_hang_up_leaves_a_server_without_keys_as_it_was(demo_model: Path) -> None:

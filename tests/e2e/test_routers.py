@@ -137,6 +137,7 @@ def test_requests_are_spread_and_answered_as_they_are_without_a_router(routed: R
     )
     assert answer.status_code == 200
     assert client.get("/v1/models").json()["data"][0]["id"] == "fake"
+    assert client.get("/health_generate").status_code == 200
 
 
 def test_a_stream_comes_through_token_by_token(routed: Routed) -> None:

@@ -107,10 +107,11 @@ def fake_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
 class FakeRunner:
     """Computes rows with `next_token`.
 
-    Inside `held()` steps wait, but for as many as `allow(n)` lets through. Steps raise that have a row of one of the
-    `failing_prompts`, or more rows than `most_rows`; with `fail_next` the requests of the next one raise in whatever
-    step they are. After any of these the device can be lost. Rows of `nan_prompts` come to no numbers. `times` are said
-    to be those of the steps launched next.
+    Inside `held()` steps wait, but for as many as `allow(n)` lets through: of those `num_begun` that were asked for,
+    `num_steps` have been computed. Steps raise that have a row of one of the `failing_prompts`, or more rows than
+    `most_rows`; with `fail_next` the requests of the next one raise in whatever step they are. After any of these the
+    device can be lost. Rows of `nan_prompts` come to no numbers. `times` are said to be those of the steps launched
+    next.
     """
 
     description = "fake model"
@@ -122,6 +123,7 @@ class FakeRunner:
     def __init__(self, max_context_tokens: int = 512) -> None:
         self.max_context_tokens = max_context_tokens
         self.tracer = StepTracer()
+        self.num_begun = 0
         self.num_steps = 0
         self.widths: list[int] = []
         self.stop_token_ids: set[frozenset[int]] = set()
@@ -153,6 +155,7 @@ class FakeRunner:
         return ComputedStep(self._compute(output), self.times)
 
     def _compute(self, output: SchedulerOutput, pending: Mapping[int, int] = MappingProxyType({})) -> list[RowResult]:
+        self.num_begun += 1
         with self._changed:
             assert self._changed.wait_for(lambda: not self._is_held or self._num_allowed > 0, timeout=30)
             self._num_allowed -= self._is_held

@@ -16,7 +16,8 @@ from headrace.kernels.hf_decoder import FAMILIES
 from headrace.scheduler.block_pool import BlockPool
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.messages import LoadSnapshot
-from headrace.scheduler.model_loader import _COMPACT_FAMILIES, load_engine
+from headrace.scheduler.model_loader import load_engine
+from headrace.scheduler.model_plan import COMPACT_FAMILIES
 from headrace.scheduler.model_runner import ModelRunner
 from headrace.scheduler.scheduler import Scheduler
 from requirements import long
@@ -189,7 +190,7 @@ def run(
 
 def test_every_family_that_is_admitted_is_compared() -> None:
     assert set(BREADTH) == FAMILIES
-    assert set(COMPACT) == _COMPACT_FAMILIES
+    assert set(COMPACT) == COMPACT_FAMILIES
 
 
 @pytest.mark.parametrize(("family", "fields"), VARIANTS)

@@ -16,7 +16,7 @@ from headrace.kernels import cpu_backend
 from headrace.kernels.decoder import ModelShape
 from headrace.kernels.hf_decoder import FAMILIES
 from headrace.kernels.torch_backend import TorchBackend
-from headrace.scheduler import model_loader
+from headrace.scheduler import model_loader, model_plan
 from headrace.scheduler.config import EngineConfig
 from headrace.scheduler.errors import CapacityError, HeadraceError, ModelSourceError, UnsupportedModelError
 from headrace.scheduler.model_loader import choose_device, load_engine
@@ -199,7 +199,7 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(
 def test_an_attention_that_this_path_would_lose_is_refused_even_on_the_list(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, message: str
 ) -> None:
-    monkeypatch.setattr(model_loader, "FAMILIES", FAMILIES | {family})
+    monkeypatch.setattr(model_plan, "FAMILIES", FAMILIES | {family})
     rope = {"rope_type": "default", "rope_theta": 1e4}
     (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"model_type": family, "rope_parameters": rope}))
     with pytest.raises(UnsupportedModelError, match=message):

@@ -11,6 +11,8 @@ pytestmark = pytest.mark.anyio
 class Served:
     """Something with requests left; `calls` is what was asked of it, and how many were left then."""
 
+    has_been_ready = True
+
     def __init__(self, num_unfinished: int) -> None:
         self.num_unfinished = num_unfinished
         self.calls: list[tuple[str, int]] = []

@@ -10,6 +10,7 @@ from headrace.server.errors import (
     ApiError,
     BadRequestError,
     DeadlineError,
+    JournalBusyError,
     OtherReplicaError,
     OverloadedError,
     RateLimitError,
@@ -34,6 +35,7 @@ def test_every_error_has_a_status_of_its_own_kind_and_all_four_fields(cls: type[
     further: dict[type[ApiError], dict[str, Any]] = {
         OverloadedError: {"tier": "batch"},
         ShutdownError: {"resumable": False},
+        JournalBusyError: {"resumable": True},
         OtherReplicaError: {"replica": "beta", "url": None},
     }
     assert error.envelope() == {"error": fields | further.get(cls, {})}
