@@ -148,6 +148,8 @@ class PrefixAwareRouter(RequestRouter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._routing = ReplicaRouting()
+        self._candidates: list[RunningReplica] = []
+        self._replicas_by_name: dict[str, RunningReplica] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -156,11 +158,18 @@ class PrefixAwareRouter(RequestRouter):
         if pending_request is None:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True  # where all of them are full
-        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        loads = {name: ReplicaLoad(**replica.routing_stats) for name, replica in replicas.items()}
+        if candidate_replicas is not self._candidates:  # there is a new list whenever Serve has heard of something
+            self._candidates = candidate_replicas
+            self._hear()
         request: ReplicaRequest = pending_request.args[0]
         request_id = pending_request.metadata.internal_request_id
-        return [[replicas[name]] for name in self._routing.route(request_id, request.destination, loads)]
+        return [[self._replicas_by_name[name]] for name in self._routing.route(request_id, request.destination)]
+
+    def _hear(self) -> None:
+        self._replicas_by_name = {replica.replica_id.unique_id: replica for replica in self._candidates}
+        for name, replica in self._replicas_by_name.items():
+            self._routing.hear(name, ReplicaLoad(**replica.routing_stats))
+        self._routing.keep_only(self._replicas_by_name)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         super().on_request_routed(pending_request, replica_id, result)
@@ -171,10 +180,6 @@ class PrefixAwareRouter(RequestRouter):
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         super().on_request_completed(replica_id, internal_request_id)
         self._routing.end(internal_request_id, replica_id.unique_id)
-
-    def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        super().update_replicas(replicas)
-        self._routing.keep_only(replica.replica_id.unique_id for replica in replicas)
 
 
 def scale_by_pressure(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
