@@ -19,7 +19,6 @@ from hashlib import blake2b
 from itertools import chain
 
 import numpy as np
-import numpy.typing as npt
 
 # Some eight KV blocks of English.
 PIECE_BYTES = 512
@@ -106,8 +105,8 @@ class _Replica:
 class ReplicaRouting:
     """Ranks replicas for requests. Replicas are known by their names, requests by ids.
 
-    A decision takes no longer for what there is: numbers by slot, which numpy looks at together, are kept as things
-    happen, and for each piece the slots of those who may hold it, as the bits of an int."""
+    What a decision looks at is kept as things happen: numbers by slot, which numpy looks at together, and the slots of
+    those who may hold a piece, as the bits of an int."""
 
     def __init__(self) -> None:
         self._replicas: dict[str, _Replica] = {}
@@ -116,7 +115,7 @@ class ReplicaRouting:
         # By slot. One that is free has no name and an infinite wait.
         self._names: list[str] = []
         self._wait_s, self._tokens_per_s = np.zeros(0), np.zeros(0)
-        self._num_requests, self._num_untold_tokens = np.zeros(0), np.zeros(0)
+        self._num_requests, self._untold_tokens = np.zeros(0), np.zeros(0)
         self._hashes = np.zeros(0, np.uint64)
 
     def hear(self, name: str, load: ReplicaLoad) -> None:
@@ -127,7 +126,7 @@ class ReplicaRouting:
         replica.load = load
         self._wait_s[replica.slot] = load.wait_s
         self._tokens_per_s[replica.slot] = load.prefill_tokens_per_s
-        self._num_untold_tokens[replica.slot] = 0.0
+        self._untold_tokens[replica.slot] = 0.0
         for request_id, request in list(replica.requests.items()):
             request.num_untold_tokens = 0.0
             if not request.is_sent:  # what has not arrived within a second went elsewhere, or nowhere
@@ -181,7 +180,7 @@ class ReplicaRouting:
         slot = self._names.index("") if "" in self._names else len(self._names)
         if slot == len(self._names):
             self._names.append("")
-            for numbers in (self._wait_s, self._tokens_per_s, self._num_requests, self._num_untold_tokens, self._hashes):
+            for numbers in (self._wait_s, self._tokens_per_s, self._num_requests, self._untold_tokens, self._hashes):
                 numbers.resize(slot + 1, refcheck=False)
         self._names[slot] = name
         self._wait_s[slot] = 0.0
@@ -201,18 +200,19 @@ class ReplicaRouting:
         replica.requests[request_id] = _Request(num_tokens)
         self._replica_of[request_id] = replica
         self._num_requests[replica.slot] += 1
-        self._num_untold_tokens[replica.slot] += num_tokens
+        self._untold_tokens[replica.slot] += num_tokens
 
     def _forget(self, request_id: str) -> None:
         if (replica := self._replica_of.pop(request_id, None)) is not None:
             self._num_requests[replica.slot] -= 1
-            self._num_untold_tokens[replica.slot] -= replica.requests.pop(request_id).num_untold_tokens
+            self._untold_tokens[replica.slot] -= replica.requests.pop(request_id).num_untold_tokens
 
     def _rank(self, destination: Destination) -> Iterator[str]:
         if owners := [name for name in destination.owners if name in self._replicas]:
             return iter(owners)
         if (key := destination.idempotency_key) is not None:
-            return self._ascending(np.where(np.isinf(self._wait_s), np.inf, _mixed(self._hashes ^ _hash(key))))
+            order = _mixed(self._hashes ^ _hash(key))
+            return self._ascending(np.where(np.isinf(self._wait_s), np.inf, order))
         return self._ascending(self._cost_s(destination.prompt))
 
     def _ascending(self, values: np.ndarray) -> Iterator[str]:
@@ -230,7 +230,7 @@ class ReplicaRouting:
         """By slot, what stands between a prompt and its first token, its own count for each who waits while they are
         computed."""
         num_later = _NUM_LATER + self._num_requests
-        num_tokens = self._num_untold_tokens + _REQUEST_TOKENS * self._num_requests
+        num_tokens = self._untold_tokens + _REQUEST_TOKENS * self._num_requests
         num_tokens += num_later * (prompt.num_tokens - PIECE_TOKENS * self._num_held(prompt))
         # One that has computed nothing yet is taken for as fast as the others.
         rates = self._tokens_per_s
@@ -243,10 +243,9 @@ class ReplicaRouting:
     def _num_held(self, prompt: PromptKey) -> np.ndarray:
         """How many of a prompt's first pieces each slot may hold."""
         num_bytes = -(-len(self._names) // 8)
-        counts: dict[int, int] = {}
-        holders = -1
+        counts: dict[int, int] = {}  # of pieces by their holders, which are often the same ones
         for piece in prompt.pieces:
-            if not (holders := holders & self._holders.get(piece, 0)):
+            if not (holders := self._holders.get(piece)):  # who holds a piece holds those before it
                 break
             counts[holders] = counts.get(holders, 0) + 1
         bits = np.frombuffer(b"".join(holders.to_bytes(num_bytes, "little") for holders in counts), np.uint8)
@@ -254,12 +253,12 @@ class ReplicaRouting:
         return np.array(list(counts.values())) @ by_slot
 
 
-def _hash(text: str) -> np.uint64:
-    return np.uint64(int.from_bytes(blake2b(text.encode(), digest_size=8).digest()))
+def _hash(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
 
 
-def _mixed(numbers: "npt.NDArray[np.uint64]") -> "npt.NDArray[np.uint64]":
-    """The finalizer of splitmix64 (Steele et al., 2014)."""
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """64 bits of which each depends on all that were there: the last step of splitmix64 (Steele et al., 2014)."""
+    numbers = (numbers ^ (numbers >> 30)) * 0xBF58476D1CE4E5B9
+    numbers = (numbers ^ (numbers >> 27)) * 0x94D049BB133111EB
+    return numbers ^ (numbers >> 31)

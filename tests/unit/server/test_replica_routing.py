@@ -238,6 +238,9 @@ def test_requests_with_one_idempotency_key_meet_in_one_replica_whatever_its_load
         [order] = orders
         assert sorted(order) == names
         first.add(order[0])
+        without = among(dict.fromkeys(names, IDLE))
+        without.keep_only(order[1:])
+        assert tuple(without.route("1", keyed)) == order[1:]
     assert first == set(names)
 
 
@@ -305,6 +308,8 @@ def test_a_decision_is_the_plain_rules_whatever_was_sent_and_told_and_whoever_ca
         for name in names:
             if name not in plain.loads or draws.random() < 0.1:
                 load = ReplicaLoad(n + 1, draws.random(), draws.choice((0, 500, 1000)), draws.choice((0, 2**15)))
+                if name not in plain.loads and draws.random() < 0.5:  # it has told of nothing yet
+                    load = ReplicaLoad()
                 for known in (routing, plain):
                     known.hear(name, load)
         shared = draws.choice(conversations)
