@@ -19,6 +19,7 @@ from hashlib import blake2b
 from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 
 # Some eight KV blocks of English.
 PIECE_BYTES = 512
@@ -257,8 +258,8 @@ def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
 
 
-def _mixed(numbers: np.ndarray) -> np.ndarray:
+def _mixed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """64 bits of which each depends on all that were there: the last step of splitmix64 (Steele et al., 2014)."""
-    numbers = (numbers ^ (numbers >> 30)) * 0xBF58476D1CE4E5B9
-    numbers = (numbers ^ (numbers >> 27)) * 0x94D049BB133111EB
-    return numbers ^ (numbers >> 31)
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
