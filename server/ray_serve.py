@@ -45,7 +45,7 @@ _APPLICATION = "headrace"
 _STATS_PERIOD_S = 1.0
 _HEALTH_PERIOD_S = 5.0
 # Of how many a router takes what they tell before others have their turn on its event loop.
-_NUM_HEARD_AT_ONCE = 100
+_NUM_HEARD_AT_ONCE = 50
 # How often a replica looks for journals without a writer.
 _TAKE_OVER_PERIOD_S = 5.0
 # What a piece of a stream takes of the process that all of them pass through: where there are many streams, each has
