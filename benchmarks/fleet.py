@@ -35,10 +35,12 @@ _STALENESS_KINDS = (
     ("least queue", True, 1),
     ("two choices", False, 1),
     ("prefix-aware", True, 1),
+    ("prefix-aware", True, 8),
     ("predicted TTFT", False, 1),
     ("predicted TTFT", True, 1),
     ("predicted TTFT", True, 8),
     ("headrace", True, 1),
+    ("headrace", True, 8),
 )
 _STALENESS_REPLICAS = 20
 _INTERVALS_S = (0.1, 1.0, 5.0)

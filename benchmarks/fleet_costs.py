@@ -232,7 +232,7 @@ def _piece_bytes() -> float:
     tracemalloc.start()
     try:
         routing = ReplicaRouting()
-        routing.hear({"": ReplicaLoad(1, kv_cache_tokens=num_prompts * _PIECES_PER_PROMPT * PIECE_TOKENS)})
+        routing.hear("", ReplicaLoad(1, kv_cache_tokens=num_prompts * _PIECES_PER_PROMPT * PIECE_TOKENS))
         for number in range(num_prompts):
             routing.send("", _prompt(2**40 + number), "")
         return tracemalloc.get_traced_memory()[0] / (num_prompts * _PIECES_PER_PROMPT)

@@ -34,6 +34,7 @@ class Gauges:
         self.wait_s = np.zeros(num_replicas)
         self.token_s = np.zeros(num_replicas)
         self.loads = {str(replica): ReplicaLoad() for replica in range(num_replicas)}
+        self.news: dict[str, ReplicaLoad] = {}  # of `loads`, for who takes them from here
         self._counts_sent = counts_sent
 
     def hear(self, replica: int, num_requests: float, load: ReplicaLoad) -> None:
@@ -41,7 +42,7 @@ class Gauges:
         self.num_requests[replica] = num_requests
         self.wait_s[replica] = load.wait_s
         self.token_s[replica] = 1 / load.prefill_tokens_per_s if load.prefill_tokens_per_s > 0 else 0.0
-        self.loads[str(replica)] = load
+        self.loads[str(replica)] = self.news[str(replica)] = load
 
     def note_sent(self, replica: int, num_tokens: float) -> None:
         """Count a request of so many tokens that are to be computed."""
@@ -162,10 +163,11 @@ class Headrace(Policy):
     def __init__(self, gauges: Gauges, draws: random.Random) -> None:
         super().__init__(gauges, draws)
         self._routing = ReplicaRouting()
-        self._routing.hear(gauges.loads)
+        self._hear()
 
     def choose(self, number: int, prompt: PromptKey) -> int:
-        name = self._routing.route(str(number), Destination(prompt), self._gauges.loads)[0]
+        self._hear()
+        name = next(self._routing.route(str(number), Destination(prompt)))
         self._routing.send(str(number), prompt, name)
         return int(name)
 
@@ -175,6 +177,10 @@ class Headrace(Policy):
 
     def note_over(self, number: int, replica: int) -> None:
         self._routing.end(str(number), str(replica))
+
+    def _hear(self) -> None:
+        while self._gauges.news:
+            self._routing.hear(*self._gauges.news.popitem())
 
 
 def _least(values: np.ndarray, draws: random.Random) -> int:

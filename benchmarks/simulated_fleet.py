@@ -289,7 +289,7 @@ class Fleet:
             yield user, float(first_s[number])
 
     def _put_into_cache(self, turn: Turn) -> None:
-        """Have some replica know a turn as if it had answered it, and the routers that it has."""
+        """Have some replica know a turn as if it had answered it, and one of the routers that it has."""
         replica = self._draws.randrange(self.setting.num_replicas)
         pool = self.servers[replica].scheduler._pool
         answer = tuple(turn.token(i) for i in range(turn.num_answer_tokens))
@@ -299,8 +299,7 @@ class Fleet:
         for index, block_id in enumerate(block_ids):
             pool.register(block_id, sequence.block_hash(index, _SETTINGS.block_size))
         pool.free(block_ids)
-        for policy in self._policies:
-            policy.note_cached(replica, turn.key())
+        self._policies[turn.number % len(self._policies)].note_cached(replica, turn.key())
 
     def _next_turn(self, user: _User) -> Turn:
         instruction = _instruction_of(user.number)

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -44,6 +44,8 @@ _APPLICATION = "headrace"
 # How often a replica tells of its load, and is asked whether it is alive.
 _STATS_PERIOD_S = 1.0
 _HEALTH_PERIOD_S = 5.0
+# Of how many a router takes what they tell before others have their turn on its event loop.
+_NUM_HEARD_AT_ONCE = 50
 # How often a replica looks for journals without a writer.
 _TAKE_OVER_PERIOD_S = 5.0
 # What a piece of a stream takes of the process that all of them pass through: where there are many streams, each has
@@ -148,19 +150,32 @@ class PrefixAwareRouter(RequestRouter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._routing = ReplicaRouting()
+        self._candidates: list[RunningReplica] = []
+        self._replicas_by_name: dict[str, RunningReplica] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> list[list[RunningReplica]]:
-        """The replicas in the order in which they are to be asked."""
+    ) -> Iterable[list[RunningReplica]]:
+        """The replicas in the order in which they are to be asked; Serve goes on until one takes the request."""
         if pending_request is None:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True  # where all of them are full
-        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        loads = {name: ReplicaLoad(**replica.routing_stats) for name, replica in replicas.items()}
+        if candidate_replicas is not self._candidates:  # there is a new list whenever Serve has heard of something
+            await self._hear(candidate_replicas)
         request: ReplicaRequest = pending_request.args[0]
         request_id = pending_request.metadata.internal_request_id
-        return [[replicas[name]] for name in self._routing.route(request_id, request.destination, loads)]
+        return ([self._replicas_by_name[name]] for name in self._routing.route(request_id, request.destination))
+
+    async def _hear(self, replicas: list[RunningReplica]) -> None:
+        self._candidates = replicas
+        self._replicas_by_name = {replica.replica_id.unique_id: replica for replica in replicas}
+        self._routing.keep_only(self._replicas_by_name)
+        for number, (name, replica) in enumerate(self._replicas_by_name.items()):
+            if number and number % _NUM_HEARD_AT_ONCE == 0:  # a thousand take some milliseconds
+                await asyncio.sleep(0)
+                if replicas is not self._candidates:
+                    return
+            self._routing.hear(name, ReplicaLoad(**replica.routing_stats))
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         super().on_request_routed(pending_request, replica_id, result)
@@ -171,10 +186,6 @@ class PrefixAwareRouter(RequestRouter):
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         super().on_request_completed(replica_id, internal_request_id)
         self._routing.end(internal_request_id, replica_id.unique_id)
-
-    def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        super().update_replicas(replicas)
-        self._routing.keep_only(replica.replica_id.unique_id for replica in replicas)
 
 
 def scale_by_pressure(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:

@@ -13,9 +13,13 @@ Source: Preble (Srivatsa et al., 2024), which weighs hits in the prefix cache ag
 import random
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
 
 # Some eight KV blocks of English.
 PIECE_BYTES = 512
@@ -90,110 +94,172 @@ class _Request:
 
 
 class _Replica:
-    """What one replica was sent: its requests, and the pieces it may hold."""
+    """What one replica was sent: its requests, and the pieces it may hold. Others know it by its slot, or that bit."""
 
-    def __init__(self) -> None:
+    def __init__(self, slot: int) -> None:
+        self.slot, self.bit = slot, 1 << slot
         self.load = ReplicaLoad()
         self.requests: dict[str, _Request] = {}
-        self._num_untold_tokens = 0.0
-        self._pieces: OrderedDict[bytes, None] = OrderedDict()
-
-    def hear(self, load: ReplicaLoad) -> None:
-        """Take what it has told of its load, once."""
-        if load.number != self.load.number:
-            self.load = load
-            self._num_untold_tokens = 0.0
-            # What has not arrived within a second went elsewhere, or nowhere.
-            self.requests = {id: _Request(0.0, True) for id, request in self.requests.items() if request.is_sent}
-
-    def num_uncached_tokens(self, prompt: PromptKey) -> float:
-        num_held = 0
-        for piece in prompt.pieces:
-            if piece not in self._pieces:
-                break
-            num_held += 1
-        return prompt.num_tokens - num_held * PIECE_TOKENS
-
-    def cost_tokens(self, prompt: PromptKey) -> float:
-        """What stands between a prompt and its first token, as tokens of prompts; its own count for each who waits
-        while they are computed."""
-        num_requests = len(self.requests)
-        num_before = self._num_untold_tokens + _REQUEST_TOKENS * num_requests
-        return num_before + (_NUM_LATER + num_requests) * self.num_uncached_tokens(prompt)
-
-    def expect(self, request_id: str, prompt: PromptKey) -> None:
-        self.requests[request_id] = request = _Request(self.num_uncached_tokens(prompt))
-        self._num_untold_tokens += request.num_untold_tokens
-
-    def drop(self, request_id: str) -> None:
-        if (request := self.requests.pop(request_id, None)) is not None:
-            self._num_untold_tokens -= request.num_untold_tokens
-
-    def receive(self, request_id: str, prompt: PromptKey) -> None:
-        if request_id not in self.requests:
-            self.expect(request_id, prompt)
-        self.requests[request_id].is_sent = True
-        for piece in reversed(prompt.pieces):  # the first ones are of use the longest
-            self._pieces[piece] = None
-            self._pieces.move_to_end(piece)
-        max_pieces = max(_MAX_PIECES, self.load.kv_cache_tokens // PIECE_TOKENS)
-        while len(self._pieces) > max_pieces:
-            self._pieces.popitem(last=False)
+        self.pieces: OrderedDict[bytes, None] = OrderedDict()
 
 
 class ReplicaRouting:
-    """Ranks replicas for requests. Replicas are known by their names, requests by ids."""
+    """Ranks replicas for requests. Replicas are known by their names, requests by ids.
+
+    What a decision looks at is kept as things happen: numbers by slot, which numpy looks at together, and the slots of
+    those who may hold a piece, as the bits of an int."""
 
     def __init__(self) -> None:
         self._replicas: dict[str, _Replica] = {}
+        self._replica_of: dict[str, _Replica] = {}  # by a request that is not over
+        self._holders: dict[bytes, int] = {}
+        # By slot. One that is free has no name and an infinite wait.
+        self._names: list[str] = []
+        self._wait_s, self._tokens_per_s = np.zeros(0), np.zeros(0)
+        self._num_requests, self._untold_tokens = np.zeros(0), np.zeros(0)
+        self._hashes = np.zeros(0, np.uint64)
 
-    def hear(self, loads: Mapping[str, ReplicaLoad]) -> None:
-        """Take what replicas have told of their loads."""
-        for name, load in loads.items():
-            self._replicas.setdefault(name, _Replica()).hear(load)
-
-    def route(self, request_id: str, destination: Destination, loads: Mapping[str, ReplicaLoad]) -> Sequence[str]:
-        """The names in `loads`, best first. Whoever comes next counts the request to the first one, until `send`."""
-        self.hear(loads)
-        self._forget(request_id)
-        names = self._rank(destination, loads)
-        self._replicas[names[0]].expect(request_id, destination.prompt)
-        return names
-
-    def send(self, request_id: str, prompt: PromptKey, name: str) -> None:
-        """Note which replica has taken a request, with this prompt."""
-        replica = self._replicas.setdefault(name, _Replica())
-        if request_id not in replica.requests:
-            self._forget(request_id)
-        replica.receive(request_id, prompt)
-
-    def end(self, request_id: str, name: str) -> None:
-        """Note that a request is over."""
-        if (replica := self._replicas.get(name)) is not None:
-            replica.drop(request_id)
+    def hear(self, name: str, load: ReplicaLoad) -> None:
+        """Take what a replica has told of its load, once. Those are ranked that have."""
+        replica = self._replicas.get(name) or self._add(name)
+        if load.number == replica.load.number:
+            return
+        replica.load = load
+        self._wait_s[replica.slot] = load.wait_s
+        self._tokens_per_s[replica.slot] = load.prefill_tokens_per_s
+        self._untold_tokens[replica.slot] = 0.0
+        for request_id, request in list(replica.requests.items()):
+            request.num_untold_tokens = 0.0
+            if not request.is_sent:  # what has not arrived within a second went elsewhere, or nowhere
+                self._forget(request_id)
 
     def keep_only(self, names: Iterable[str]) -> None:
         """Forget all other replicas."""
-        kept = set(names)
-        self._replicas = {name: replica for name, replica in self._replicas.items() if name in kept}
+        for name in self._replicas.keys() - set(names):
+            replica = self._replicas.pop(name)
+            for request_id in list(replica.requests):
+                self._forget(request_id)
+            for piece in replica.pieces:
+                self._let_go(replica, piece)
+            self._names[replica.slot] = ""
+            self._wait_s[replica.slot] = np.inf
+            self._tokens_per_s[replica.slot] = 0.0
+
+    def route(self, request_id: str, destination: Destination) -> Iterator[str]:
+        """The names of replicas, best first. Whoever comes next counts the request to the first one, until `send`."""
+        self._forget(request_id)
+        names = self._rank(destination)
+        best = next(names)
+        self._expect(request_id, destination.prompt, self._replicas[best])
+        return chain((best,), names)
+
+    def send(self, request_id: str, prompt: PromptKey, name: str) -> None:
+        """Note which replica has taken a request, with this prompt."""
+        if (replica := self._replicas.get(name)) is None:  # gone meanwhile
+            return
+        if self._replica_of.get(request_id) is not replica:
+            self._forget(request_id)
+            self._expect(request_id, prompt, replica)
+        replica.requests[request_id].is_sent = True
+        for piece in reversed(prompt.pieces):  # the first ones are of use the longest
+            if piece not in replica.pieces:
+                # One int for all the pieces that it alone holds.
+                others = self._holders.get(piece)
+                self._holders[piece] = replica.bit if others is None else others | replica.bit
+            replica.pieces[piece] = None
+            replica.pieces.move_to_end(piece)
+        max_pieces = max(_MAX_PIECES, replica.load.kv_cache_tokens // PIECE_TOKENS)
+        while len(replica.pieces) > max_pieces:
+            self._let_go(replica, replica.pieces.popitem(last=False)[0])
+
+    def end(self, request_id: str, name: str) -> None:
+        """Note that a request is over."""
+        if (replica := self._replicas.get(name)) is not None and request_id in replica.requests:
+            self._forget(request_id)
+
+    def _add(self, name: str) -> _Replica:
+        slot = self._names.index("") if "" in self._names else len(self._names)
+        if slot == len(self._names):
+            self._names.append("")
+            for numbers in (self._wait_s, self._tokens_per_s, self._num_requests, self._untold_tokens, self._hashes):
+                numbers.resize(slot + 1, refcheck=False)
+        self._names[slot] = name
+        self._wait_s[slot] = 0.0
+        self._hashes[slot] = _hash(name)
+        self._replicas[name] = replica = _Replica(slot)
+        return replica
+
+    def _let_go(self, replica: _Replica, piece: bytes) -> None:
+        if others := self._holders[piece] ^ replica.bit:
+            self._holders[piece] = others
+        else:
+            del self._holders[piece]
+
+    def _expect(self, request_id: str, prompt: PromptKey, replica: _Replica) -> None:
+        num_held = next((n for n, piece in enumerate(prompt.pieces) if piece not in replica.pieces), len(prompt.pieces))
+        num_tokens = prompt.num_tokens - num_held * PIECE_TOKENS
+        replica.requests[request_id] = _Request(num_tokens)
+        self._replica_of[request_id] = replica
+        self._num_requests[replica.slot] += 1
+        self._untold_tokens[replica.slot] += num_tokens
 
     def _forget(self, request_id: str) -> None:
-        for replica in self._replicas.values():
-            replica.drop(request_id)
+        if (replica := self._replica_of.pop(request_id, None)) is not None:
+            self._num_requests[replica.slot] -= 1
+            self._untold_tokens[replica.slot] -= replica.requests.pop(request_id).num_untold_tokens
 
-    def _rank(self, destination: Destination, loads: Mapping[str, ReplicaLoad]) -> Sequence[str]:
-        if owners := [name for name in destination.owners if name in loads]:
-            return owners
+    def _rank(self, destination: Destination) -> Iterator[str]:
+        if owners := [name for name in destination.owners if name in self._replicas]:
+            return iter(owners)
         if (key := destination.idempotency_key) is not None:
-            return sorted(loads, key=lambda name: blake2b(f"{key}\0{name}".encode()).digest())
+            order = _mixed(self._hashes ^ _hash(key))
+            return self._ascending(np.where(np.isinf(self._wait_s), np.inf, order))
+        return self._ascending(self._cost_s(destination.prompt))
+
+    def _ascending(self, values: np.ndarray) -> Iterator[str]:
+        """Those with the least values first, at random where they are equal."""
+        least = np.flatnonzero(values == values.min())
+        first = int(least[random.randrange(len(least))])
+        yield self._names[first]
+        # Hardly anybody asks who comes next.
+        slots = np.random.default_rng(random.getrandbits(64)).permutation(len(values))
+        for slot in slots[np.argsort(values[slots], kind="stable")].tolist():
+            if slot != first and (name := self._names[slot]):
+                yield name
+
+    def _cost_s(self, prompt: PromptKey) -> np.ndarray:
+        """By slot, what stands between a prompt and its first token, its own count for each who waits while they are
+        computed."""
+        num_later = _NUM_LATER + self._num_requests
+        num_tokens = self._untold_tokens + _REQUEST_TOKENS * self._num_requests
+        num_tokens += num_later * (prompt.num_tokens - PIECE_TOKENS * self._num_held(prompt))
         # One that has computed nothing yet is taken for as fast as the others.
-        rates = [load.prefill_tokens_per_s for load in loads.values() if load.prefill_tokens_per_s > 0]
-        usual_rate = sum(rates) / len(rates) if rates else 1.0
+        rates = self._tokens_per_s
+        num_rates = np.count_nonzero(rates)
+        usual_rate = rates.sum() / num_rates if num_rates else 1.0
+        if num_rates < len(rates):
+            rates = np.where(rates > 0, rates, usual_rate)
+        return self._wait_s + num_tokens / rates
 
-        def cost_s(name: str) -> tuple[float, float]:
-            load = loads[name]
-            rate = load.prefill_tokens_per_s or usual_rate
-            # At random where they are equal.
-            return load.wait_s + self._replicas[name].cost_tokens(destination.prompt) / rate, random.random()
+    def _num_held(self, prompt: PromptKey) -> np.ndarray:
+        """How many of a prompt's first pieces each slot may hold."""
+        num_bytes = -(-len(self._names) // 8)
+        counts: dict[int, int] = {}  # of pieces by their holders, which are often the same ones
+        for piece in prompt.pieces:
+            if not (holders := self._holders.get(piece)):  # who holds a piece holds those before it
+                break
+            counts[holders] = counts.get(holders, 0) + 1
+        bits = np.frombuffer(b"".join(holders.to_bytes(num_bytes, "little") for holders in counts), np.uint8)
+        by_slot = np.unpackbits(bits.reshape(-1, num_bytes), axis=1, count=len(self._names), bitorder="little")
+        return np.array(list(counts.values())) @ by_slot
 
-        return sorted(loads, key=cost_s)
+
+def _hash(text: str) -> np.uint64:
+    return np.uint64(int.from_bytes(blake2b(text.encode(), digest_size=8).digest()))
+
+
+def _mixed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """64 bits of which each depends on all that were there: the last step of splitmix64 (Steele et al., 2014)."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))

@@ -1,9 +1,11 @@
 """Which replica a request goes to, from what replicas tell and what they were sent."""
 
 import json
+import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import takewhile
 
 import pytest
 
@@ -28,9 +30,21 @@ def chat_key(*messages: str, path: str = CHAT, **fields: object) -> PromptKey:
     return prompt_key(path, b"", json.dumps(body).encode())
 
 
-def best(routing: ReplicaRouting, prompt: PromptKey, loads: dict[str, ReplicaLoad]) -> str:
+def hear(routing: ReplicaRouting, loads: Mapping[str, ReplicaLoad]) -> None:
+    for name, load in loads.items():
+        routing.hear(name, load)
+
+
+def among(loads: Mapping[str, ReplicaLoad]) -> ReplicaRouting:
+    routing = ReplicaRouting()
+    hear(routing, loads)
+    return routing
+
+
+def best(routing: ReplicaRouting, prompt: PromptKey, loads: Mapping[str, ReplicaLoad]) -> str:
     """Where a request would go that then does not come."""
-    name = routing.route("asked", Destination(prompt), loads)[0]
+    hear(routing, loads)
+    name = next(routing.route("asked", Destination(prompt)))
     routing.end("asked", name)
     return name
 
@@ -72,10 +86,12 @@ def test_what_is_no_json_has_a_key_too(body: bytes) -> None:
 
 def busy(routing: ReplicaRouting, num_requests: Mapping[str, int]) -> dict[str, ReplicaLoad]:
     """Give replicas so many requests whose prompts are computed, and return what they tell."""
+    loads = dict.fromkeys(num_requests, IDLE)
+    hear(routing, loads)
     for name, num in num_requests.items():
         for n in range(num):
             routing.send(f"{name}-{n}", PromptKey(0, ()), name)
-    return dict.fromkeys(num_requests, IDLE)
+    return loads
 
 
 def after_wait_s(load: ReplicaLoad, wait_s: float) -> ReplicaLoad:
@@ -85,10 +101,10 @@ def after_wait_s(load: ReplicaLoad, wait_s: float) -> ReplicaLoad:
 @pytest.mark.parametrize("num_each", [0, 8], ids=["idle", "eight requests each"])
 def test_a_prefix_is_worth_a_wait_as_long_as_computing_it_is_for_all_who_would_wait_for_that(num_each: int) -> None:
     routing = ReplicaRouting()
+    loads = busy(routing, {"a": num_each, "b": num_each})
     first = chat_key("What is a headrace?")
     routing.send("1", first, "b")
     routing.end("1", "b")
-    loads = busy(routing, {"a": num_each, "b": num_each})
     assert best(routing, chat_key("And a tailrace?"), loads) == "b"
     worth_s = (4 + num_each) * len(first.pieces) * PIECE_TOKENS / 1000
     for wait_s, expected in ((0.9 * worth_s, "b"), (1.1 * worth_s, "a")):
@@ -109,12 +125,11 @@ def test_prefixes_are_kept_in_a_large_busy_fleet_although_somebody_is_free() -> 
 
 
 def test_a_prefix_that_everybody_has_spreads_as_its_replica_fills() -> None:
-    routing = ReplicaRouting()
-    loads = {f"replica-{n}": IDLE for n in range(4)}
+    routing = among({f"replica-{n}": IDLE for n in range(4)})
     chosen = Counter[str]()
     for n in range(400):
         key = chat_key(f"Question {n}")
-        name = routing.route(str(n), Destination(key), loads)[0]
+        name = next(routing.route(str(n), Destination(key)))
         routing.send(str(n), key, name)
         chosen[name] += 1
         assert n >= 10 or len(chosen) == 1
@@ -124,7 +139,7 @@ def test_a_prefix_that_everybody_has_spreads_as_its_replica_fills() -> None:
 
 def test_requests_without_a_prefix_go_where_the_first_token_is_predicted_soonest() -> None:
     loads = {"slow": ReplicaLoad(1, 0.1, 10), "busy": ReplicaLoad(1, 2.0, 1000), "free": ReplicaLoad(1, 0.5, 1000)}
-    assert list(ReplicaRouting().route("1", Destination(PromptKey(400, ())), loads)) == ["free", "busy", "slow"]
+    assert list(among(loads).route("1", Destination(PromptKey(400, ())))) == ["free", "busy", "slow"]
 
 
 def test_prompts_that_were_sent_since_a_replica_told_of_its_load_count_and_afterwards_no_more() -> None:
@@ -139,11 +154,11 @@ def test_prompts_that_were_sent_since_a_replica_told_of_its_load_count_and_after
 
 @pytest.mark.parametrize("has_arrived", [False, True], ids=["on their way", "arrived"])
 def test_requests_that_are_not_over_count_each_and_are_shared(has_arrived: bool) -> None:
-    routing = ReplicaRouting()
     prompt, loads = PromptKey(40, ()), {"a": IDLE, "b": IDLE}
+    routing = among(loads)
     chosen = Counter[str]()
     for n in range(20):
-        name = routing.route(str(n), Destination(prompt), loads)[0]
+        name = next(routing.route(str(n), Destination(prompt)))
         if has_arrived:
             routing.send(str(n), prompt, name)
         chosen[name] += 1
@@ -155,12 +170,12 @@ def test_requests_that_are_not_over_count_each_and_are_shared(has_arrived: bool)
 
 
 def test_a_request_counts_where_it_has_gone_and_nowhere_else_and_no_longer_where_it_never_came() -> None:
-    routing = ReplicaRouting()
     prompt, loads = PromptKey(40, ()), {"a": IDLE, "b": ReplicaLoad(1, 0.01, 1000)}
-    assert routing.route("full", Destination(prompt), loads)[0] == "a"
+    routing = among(loads)
+    assert next(routing.route("full", Destination(prompt))) == "a"
     routing.send("full", prompt, "b")  # "a" had no room
     assert best(routing, prompt, loads) == "a"
-    routing.route("gave up", Destination(prompt), loads)
+    routing.route("gave up", Destination(prompt))
     routing.end("full", "b")
     assert best(routing, prompt, loads) == "b"
     assert best(routing, prompt, {name: ReplicaLoad(2, load.wait_s, 1000) for name, load in loads.items()}) == "a"
@@ -192,10 +207,14 @@ def test_what_a_replica_may_hold_is_bounded_by_its_cache_and_the_oldest_goes_fir
 
 
 def test_a_replica_that_is_gone_is_forgotten() -> None:
-    routing = ReplicaRouting()
+    routing = among({"a": IDLE, "b": IDLE})
     key = chat_key("Hello")
     routing.send("1", key, "a")
     routing.keep_only(["b"])
+    assert list(routing.route("2", Destination(key))) == ["b"]
+    routing.send("3", key, "a")
+    routing.end("1", "a")
+    routing.end("2", "b")
     chosen = Counter(best(routing, key, {"a": IDLE, "b": IDLE}) for _ in range(200))
     assert min(chosen["a"], chosen["b"]) > 50
 
@@ -203,8 +222,8 @@ def test_a_replica_that_is_gone_is_forgotten() -> None:
 def test_what_names_a_replica_goes_to_it_while_it_is_there() -> None:
     busy = {"a": ReplicaLoad(1, 60.0, 10), "b": IDLE}
     named = Destination(PromptKey(0, ()), owners=("gone", "a"))
-    assert list(ReplicaRouting().route("1", named, busy)) == ["a"]
-    assert list(ReplicaRouting().route("1", named, {"b": IDLE})) == ["b"]
+    assert list(among(busy).route("1", named)) == ["a"]
+    assert list(among({"b": IDLE}).route("1", named)) == ["b"]
 
 
 def test_requests_with_one_idempotency_key_meet_in_one_replica_whatever_its_load() -> None:
@@ -213,10 +232,101 @@ def test_requests_with_one_idempotency_key_meet_in_one_replica_whatever_its_load
     for n in range(30):
         keyed = Destination(PromptKey(n, ()), idempotency_key=f"key-{n}")
         orders = {
-            tuple(ReplicaRouting().route("1", keyed, {name: ReplicaLoad(1, wait_s, 10) for name in names}))
-            for wait_s in (0.0, 1.0)
+            tuple(among({name: ReplicaLoad(1, wait_s, 10) for name in some}).route("1", keyed))
+            for wait_s, some in ((0.0, names), (1.0, names[::-1]))
         }
         [order] = orders
         assert sorted(order) == names
         first.add(order[0])
+        without = among(dict.fromkeys(names, IDLE))
+        without.keep_only(order[1:])
+        assert tuple(without.route("1", keyed)) == order[1:]
     assert first == set(names)
+
+
+class PlainRouting:
+    """The rule as it reads, asked of one replica after the other."""
+
+    def __init__(self) -> None:
+        self.loads: dict[str, ReplicaLoad] = {}
+        self.pieces: dict[str, list[bytes]] = {}  # those of least use first
+        self.requests: dict[str, dict[str, tuple[float, bool]]] = {}  # (tokens it has not told of, has arrived)
+
+    def hear(self, name: str, load: ReplicaLoad) -> None:
+        requests = self.requests.setdefault(name, {})
+        if name not in self.loads or load.number != self.loads[name].number:
+            self.requests[name] = {id: (0.0, True) for id, (_, is_sent) in requests.items() if is_sent}
+        self.loads[name] = load
+
+    def keep_only(self, names: set[str]) -> None:
+        for known in (self.loads, self.pieces, self.requests):
+            for name in known.keys() - names:
+                del known[name]
+
+    def num_uncached_tokens(self, prompt: PromptKey, name: str) -> float:
+        held = self.pieces.get(name, [])
+        return prompt.num_tokens - PIECE_TOKENS * len(list(takewhile(held.__contains__, prompt.pieces)))
+
+    def cost_s(self, prompt: PromptKey, name: str) -> float:
+        rates = [load.prefill_tokens_per_s for load in self.loads.values() if load.prefill_tokens_per_s]
+        rate = self.loads[name].prefill_tokens_per_s or (sum(rates) / len(rates) if rates else 1.0)
+        requests = self.requests[name]
+        num_before = sum(num_tokens for num_tokens, _ in requests.values()) + 64 * len(requests)
+        num_tokens = num_before + (4 + len(requests)) * self.num_uncached_tokens(prompt, name)
+        return self.loads[name].wait_s + num_tokens / rate
+
+    def expect(self, request_id: str, prompt: PromptKey, name: str) -> None:
+        self.end(request_id, *self.requests)
+        self.requests[name][request_id] = self.num_uncached_tokens(prompt, name), False
+
+    def send(self, request_id: str, prompt: PromptKey, name: str) -> None:
+        if request_id not in self.requests[name]:
+            self.expect(request_id, prompt, name)
+        self.requests[name][request_id] = self.requests[name][request_id][0], True
+        held = [piece for piece in self.pieces.get(name, []) if piece not in prompt.pieces]
+        self.pieces[name] = [*held, *reversed(prompt.pieces)][-max(128, self.loads[name].kv_cache_tokens // 128) :]
+
+    def end(self, request_id: str, *names: str) -> None:
+        for name in names:
+            self.requests.get(name, {}).pop(request_id, None)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_decision_is_the_plain_rules_whatever_was_sent_and_told_and_whoever_came_and_went(seed: int) -> None:
+    draws = random.Random(seed)
+    routing, plain = ReplicaRouting(), PlainRouting()
+    names: list[str] = []
+    conversations = [[draws.randbytes(8) for _ in range(draws.choice((1, 5, 60)))] for _ in range(4)]
+    asked: dict[str, str] = {}
+    for n in range(300):
+        if not names or draws.random() < 0.1:
+            names.append(f"replica-{n}")
+        if draws.random() < 0.05:
+            names = draws.sample(names, draws.randint(1, len(names)))
+            for known in (routing, plain):
+                known.keep_only(set(names))
+        for name in names:
+            if name not in plain.loads or draws.random() < 0.1:
+                load = ReplicaLoad(n + 1, draws.random(), draws.choice((0, 500, 1000)), draws.choice((0, 2**15)))
+                if name not in plain.loads and draws.random() < 0.5:  # it has told of nothing yet
+                    load = ReplicaLoad()
+                for known in (routing, plain):
+                    known.hear(name, load)
+        shared = draws.choice(conversations)
+        pieces = (*shared[: draws.randint(0, len(shared))], *map(draws.randbytes, [8] * draws.randint(0, 50)))
+        prompt = PromptKey(PIECE_BYTES * len(pieces) + draws.randrange(PIECE_BYTES), pieces)
+        id = draws.choice([*asked, str(n)])
+        ranked = list(routing.route(id, Destination(prompt)))
+        plain.end(id, *names)
+        costs_s = [plain.cost_s(prompt, name) for name in ranked]
+        assert set(ranked) == set(names)
+        assert costs_s == pytest.approx(sorted(costs_s), rel=1e-9)
+        plain.expect(id, prompt, ranked[0])
+        if draws.random() < 0.9:
+            asked[id] = name = ranked[0] if draws.random() < 0.9 else draws.choice(names)
+            for known in (routing, plain):
+                known.send(id, prompt, name)
+        for id in [id for id in asked if draws.random() < 0.1]:
+            name = asked.pop(id)
+            for known in (routing, plain):
+                known.end(id, name)
