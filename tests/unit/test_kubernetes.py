@@ -338,12 +338,12 @@ def test_there_are_as_many_threads_as_cores_are_asked_for(resources: list[Resour
 def test_a_replica_on_a_cpu_asks_for_memory_that_it_will_need(
     rendered: Mapping[str, list[Resource]], tmp_path: Path
 ) -> None:
-    """Its cache fills up in time; the program, weights and what is kept of requests took 1.1 GiB (demo model)."""
+    """Its cache fills up in time; the program, weights and what is kept of requests took up to 1.6 GiB (demo model)."""
     resources = rendered["cpu"]
     asked = container_of(resources)["resources"]["requests"]["memory"]
     cache_bytes = settings_of(resources, tmp_path).kv_cache_bytes
     assert isinstance(cache_bytes, int)
-    assert int(asked.removesuffix("Gi")) * 2**30 >= cache_bytes + 1.5 * 2**30
+    assert int(asked.removesuffix("Gi")) * 2**30 >= cache_bytes + 2 * 2**30
 
 
 # Scaling
