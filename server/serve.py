@@ -232,6 +232,7 @@ class DrainingServer(uvicorn.Server):
 
     async def main_loop(self) -> None:
         await super().main_loop()
+        self._end_connections()
         # The listener is still open: who asks now is told that the server is going, and /ready says so.
         if self._is_asked_to_end and self._delay_s and self._drained.has_been_ready:
             say(f"ready no more; taking requests for another {self._delay_s:g} s")
@@ -245,6 +246,15 @@ class DrainingServer(uvicorn.Server):
         cut = asyncio.get_running_loop().call_later(_CLOSE_TIMEOUT_S, self._cut_connections)
         await super().shutdown(sockets)
         cut.cancel()
+
+    def _end_connections(self) -> None:
+        """Make every answer that has not begun its connection's last. A client that keeps one would come back on it,
+        and be refused, while a new one leads to another replica."""
+        headers = [*self.server_state.default_headers, (b"connection", b"close")]
+        self.server_state.default_headers = headers
+        for connection in self.server_state.connections:
+            if isinstance(connection, HttpProtocol) and connection.cycle is not None:
+                connection.cycle.default_headers = headers
 
     def _cut_connections(self) -> None:
         """Let go of clients that do not read; uvicorn would cancel their tasks in the middle, with a traceback each."""

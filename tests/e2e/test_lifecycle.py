@@ -151,22 +151,26 @@ def test_a_server_behind_a_router_is_ready_no_more_then_refuses_and_closes_last(
         url = server.url()
         with (
             RawRequest(url, "/v1/completions", LONG | {"prompt": "slow river", "max_tokens": 450}) as running,
+            RawRequest(url, "/v1/completions", {"prompt": "slow river", "max_tokens": 150}) as whole,
             httpx.Client(base_url=url) as pooled,
         ):
             running.read_until(b"data:")
-            assert pooled.get("/ready").status_code == 200
+            assert "connection" not in pooled.get("/ready").headers
             signalled_s = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             until(lambda: pooled.get("/ready").json() == {"status": "draining"}, "it is ready no more")
             taken = 0
             while (answer := pooled.post("/v1/completions", json=short)).status_code == 200:
                 taken += 1
+                assert answer.headers["connection"] == "close", "the next one is for another server"
                 assert httpx.post(f"{url}/v1/completions", json=short).status_code in (200, 503)
             assert taken > 0
             assert time.monotonic() - signalled_s >= 1.5
             for refused in (answer, httpx.post(f"{url}/v1/completions", json=short)):
                 assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
                 assert int(refused.headers["retry-after"]) >= 1
+                assert refused.headers["connection"] == "close"
+            assert b"\r\nconnection: close\r\n" in whole.read_to_end(), "it was asked before the signal"
             assert [httpx.get(f"{url}{path}").status_code for path in ("/ready", "/health")] == [503, 200]
             assert server.process.poll() is None, "what runs is waited for"
         assert server.process.wait(20) == 0

@@ -16,6 +16,7 @@ import jsonschema
 import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml  # type: ignore[import-untyped]
+from starlette.routing import Mount, Route
 
 from headrace.scheduler.messages import Tier
 from headrace.server.app import App
@@ -146,6 +147,7 @@ COUNT = {"type": "integer", "minimum": 0}
 PORT = some(number_={"type": "integer", "minimum": 1, "maximum": 65535})
 SELECTOR = some(matchLabels_={"type": "object", "additionalProperties": TEXT, "minProperties": 1})
 ANY: dict[str, Any] = {"type": "object"}
+FALLBACKS = ["static", "currentReplicas", "currentReplicasIfHigher", "currentReplicasIfLower"]
 REFERENCE = some(group_=TEXT, kind_=TEXT, name_=TEXT)
 
 # Of the releases that the files name, as far as the files go.
@@ -162,7 +164,7 @@ SHAPES = {
         rules=each(
             some(
                 matches=each(some(path=some(type={"enum": ["Exact", "PathPrefix"]}, value={"pattern": "^/"}))),
-                backendRefs=each(REFERENCE),
+                backendRefs=each({"anyOf": [REFERENCE, some(name_=TEXT, port_=PORT["properties"]["number"])]}),
                 timeouts=some(request={"pattern": r"^(\d{1,5}(h|m|s|ms)){1,4}$"}),
             )
         ),
@@ -172,10 +174,15 @@ SHAPES = {
         minReplicaCount=COUNT,
         maxReplicaCount=COUNT,
         pollingInterval=COUNT,
-        fallback=some(failureThreshold_=COUNT, replicas_=COUNT),
+        fallback=some(failureThreshold_=COUNT, replicas_=COUNT, behavior={"enum": FALLBACKS}),
         advanced=some(horizontalPodAutoscalerConfig=some(behavior=ANY)),
         triggers_=each(
-            some(type_={"const": "prometheus"}, metadata_=some(serverAddress_=TEXT, query_=TEXT, threshold_=NUMBER))
+            some(
+                type_={"const": "prometheus"},
+                metadata_=some(
+                    serverAddress_=TEXT, query_=TEXT, threshold_=NUMBER, ignoreNullValues={"enum": ["true", "false"]}
+                ),
+            )
         ),
     ),
     "monitoring.coreos.com/v1 PodMonitor": some(
@@ -308,6 +315,7 @@ def test_there_is_time_to_drain(resources: list[Resource], tmp_path: Path) -> No
     settings = settings_of(resources, tmp_path)
     grace_s = settings.drain_delay_s + settings.drain_grace_s
     assert pod_of(resources)["spec"]["terminationGracePeriodSeconds"] > pause_s + grace_s + CLOSING_S
+    assert settings.drain_delay_s, "else who keeps a connection is refused on it before any answer tells it to go"
 
 
 def test_every_replica_that_there_may_be_is_a_peer_by_its_pods_name(resources: list[Resource], tmp_path: Path) -> None:
@@ -325,6 +333,17 @@ def test_there_are_as_many_threads_as_cores_are_asked_for(resources: list[Resour
     [variable] = [variable for variable in container["env"] if variable["name"] == "OMP_NUM_THREADS"]
     assert variable["valueFrom"] == {"resourceFieldRef": {"resource": "requests.cpu"}}
     assert int(container["resources"]["requests"]["cpu"]) > 1
+
+
+def test_a_replica_on_a_cpu_asks_for_memory_that_it_will_need(
+    rendered: Mapping[str, list[Resource]], tmp_path: Path
+) -> None:
+    """Its cache fills up in time; the program, weights and what is kept of requests took up to 1.6 GiB (demo model)."""
+    resources = rendered["cpu"]
+    asked = container_of(resources)["resources"]["requests"]["memory"]
+    cache_bytes = settings_of(resources, tmp_path).kv_cache_bytes
+    assert isinstance(cache_bytes, int)
+    assert int(asked.removesuffix("Gi")) * 2**30 >= cache_bytes + 2 * 2**30
 
 
 # Scaling
@@ -359,6 +378,13 @@ def test_keda_asks_for_metrics_that_a_server_exposes(rendered: Mapping[str, list
     assert_exposed([trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"]])
 
 
+def test_a_prometheus_that_knows_nothing_takes_no_replica_away(rendered: Mapping[str, list[Resource]]) -> None:
+    [scaled] = of_kind(rendered["gpu-behind-gateway"], "ScaledObject")
+    assert scaled["spec"]["fallback"]["behavior"] == "currentReplicasIfHigher"
+    # By default an answer without a series is a load of nothing.
+    assert {trigger["metadata"]["ignoreNullValues"] for trigger in scaled["spec"]["triggers"]} == {"false"}
+
+
 def assert_exposed(expressions: Iterable[str]) -> None:
     async def expose() -> str:  # some gauges are of the event loop
         return app().metrics.expose().decode()
@@ -388,4 +414,24 @@ def test_the_gateways_resources_name_the_pool_and_the_tiers(
     assert by_priority == [tier.value for tier in Tier], "highest first"
     assert settings_of(resources, tmp_path).trusted_proxies, "else the server does not believe what the gateway says"
     [route] = of_kind(resources, "HTTPRoute")
-    assert [backend for rule in route["spec"]["rules"] for backend in rule["backendRefs"]] == [reference]
+    assert [rule["backendRefs"] for rule in route["spec"]["rules"]] == [[reference], [{"name": "headrace", "port": 80}]]
+    services = {service["metadata"]["name"]: service["spec"] for service in of_kind(resources, "Service")}
+    assert [port["port"] for port in services["headrace"]["ports"]] == [80]
+
+
+def test_the_gateway_leads_clients_to_every_route_but_the_operators(rendered: Mapping[str, list[Resource]]) -> None:
+    [route] = of_kind(rendered["gpu-behind-gateway"], "HTTPRoute")
+    to_pool, to_any = ([match["path"] for match in rule["matches"]] for rule in route["spec"]["rules"])
+    # What pickers read themselves; they refuse what is no prompt, messages or input.
+    read = {f"/v1/{name}" for name in ("chat/completions", "completions", "embeddings", "responses")}
+    assert {(path["type"], path["value"]) for path in to_pool} == {("Exact", path) for path in read}
+
+    def is_led(path: str) -> bool:
+        exact = {each["value"] for each in [*to_pool, *to_any] if each["type"] == "Exact"}
+        prefixes = [each["value"] for each in to_any if each["type"] == "PathPrefix"]
+        return path in exact or any(path == prefix or path.startswith(f"{prefix}/") for prefix in prefixes)
+
+    paths = {route.path for route in app().asgi.routes if isinstance(route, Route | Mount)}
+    operators = {"/health", "/ready", "/metrics", "/metrics/load", "/get_load", "/dashboard", "/server_info"}
+    operators |= {"/get_server_info", "/admin/profile", "/admin/stacks", "/admin/requests"}
+    assert {path for path in paths if not is_led(path)} == operators
