@@ -2,6 +2,7 @@
 
 import json
 import re
+import secrets
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -53,6 +54,15 @@ class Cluster(RayProcess):
     command = ("start", "--head", "--block", "--num-cpus=4", "--num-gpus=2", "--include-dashboard=false")
     ready = r"--address='(\S+)'"
 
+    def __init__(self, folder: str) -> None:
+        # What whoever calls it needs, too: Ray would else take a token that it finds on this machine.
+        self.keys = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        super().__init__([f"--temp-dir={folder}"], self.keys)
+
+    @property
+    def address(self) -> str:
+        return self.wait_for(self.ready)[1]
+
 
 class ServeRun(RayProcess):
     """`serve run` of a config that says at which `port`."""
@@ -70,9 +80,12 @@ class ServeRun(RayProcess):
 
 
 @contextmanager
-def deployed(model: Path, *args: str) -> Iterator[Deployment]:
-    """A deployment that is ready, drained afterwards."""
-    deployment = Deployment([str(model), *FLAGS, "--replica-cpus", "0.5", *args])
+def deployed(model: Path, *args: str, cluster: Cluster | None = None) -> Iterator[Deployment]:
+    """A deployment that is ready, drained afterwards; on a Ray of its own where there is no `cluster`."""
+    flags = [str(model), *FLAGS, "--replica-cpus", "0.5", *args]
+    if cluster is not None:
+        flags += ["--ray-address", cluster.address]
+    deployment = Deployment(flags, None if cluster is None else cluster.keys)
     try:
         deployment.wait_for(deployment.ready, 180)
         yield deployment
@@ -81,13 +94,14 @@ def deployed(model: Path, *args: str) -> Iterator[Deployment]:
 
 
 @contextmanager
-def clustered() -> Iterator[str]:
-    """The address of a cluster, ended afterwards."""
+def clustered() -> Iterator[Cluster]:
+    """A cluster, ended afterwards."""
     # Ray's sockets are in it, and a socket's path has a hundred characters.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        cluster = Cluster([f"--temp-dir={folder}", "--node-ip-address=127.0.0.1"])
+        cluster = Cluster(folder)
         try:
-            yield cluster.wait_for(cluster.ready)[1]
+            cluster.wait_for("will now block")
+            yield cluster
         finally:
             cluster.stop()
 
