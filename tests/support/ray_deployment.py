@@ -54,10 +54,9 @@ class Cluster(RayProcess):
     command = ("start", "--head", "--block", "--num-cpus=4", "--num-gpus=2", "--include-dashboard=false")
     ready = r"--address='(\S+)'"
 
-    def __init__(self, folder: str) -> None:
-        # What whoever calls it needs, too: Ray would else take a token that it finds on this machine.
-        self.keys = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        super().__init__([f"--temp-dir={folder}"], self.keys)
+    def __init__(self, env: dict[str, str]) -> None:
+        self.env = env
+        super().__init__([], env)
 
     @property
     def address(self) -> str:
@@ -71,12 +70,21 @@ class ServeRun(RayProcess):
     command = ("run",)
     port_flags = ()
 
-    def __init__(self, config: Path, port: int, *args: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, config: Path, port: int, env: dict[str, str], *flags: str) -> None:
         self.port = port
-        super().__init__([*args, str(config)], env)
+        super().__init__([*flags, str(config)], env)
 
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+
+@contextmanager
+def ray_of_its_own() -> Iterator[dict[str, str]]:
+    """The environment of processes that find each other's Ray, and no other."""
+    # Ray's sockets are in the folder, and a socket's path has a hundred characters.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        # Ray would else take a token that it finds on this machine.
+        yield {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 @contextmanager
@@ -85,7 +93,7 @@ def deployed(model: Path, *args: str, cluster: Cluster | None = None) -> Iterato
     flags = [str(model), *FLAGS, "--replica-cpus", "0.5", *args]
     if cluster is not None:
         flags += ["--ray-address", cluster.address]
-    deployment = Deployment(flags, None if cluster is None else cluster.keys)
+    deployment = Deployment(flags, None if cluster is None else cluster.env)
     try:
         deployment.wait_for(deployment.ready, 180)
         yield deployment
@@ -96,9 +104,8 @@ def deployed(model: Path, *args: str, cluster: Cluster | None = None) -> Iterato
 @contextmanager
 def clustered() -> Iterator[Cluster]:
     """A cluster, ended afterwards."""
-    # Ray's sockets are in it, and a socket's path has a hundred characters.
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        cluster = Cluster(folder)
+    with ray_of_its_own() as env:
+        cluster = Cluster(env)
         try:
             cluster.wait_for("will now block")
             yield cluster
@@ -119,9 +126,7 @@ def complete(deployment: RayProcess, prompt: str, **fields: Any) -> httpx.Respon
 
 
 @contextmanager
-def stream(
-    deployment: ServerProcess, headers: dict[str, str] | None = None, **fields: Any
-) -> Iterator[httpx.Response]:
+def stream(deployment: ServerProcess, headers: dict[str, str] | None = None, **fields: Any) -> Iterator[httpx.Response]:
     body = {"prompt": "The mill", "max_tokens": 4000, "ignore_eos": True, "stream": True, "return_token_ids": True}
     url = f"{deployment.url()}/v1/completions"
     with httpx.stream("POST", url, json=body | fields, headers=headers, timeout=60) as response:
