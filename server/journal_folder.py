@@ -64,12 +64,12 @@ class JournalFolder:
 
     def __init__(self, root: Path, name: str) -> None:
         self.name = name
-        self._root = root
+        self.root = root
         self._own: Path | None = None
 
     def claim_own(self) -> Claim:
         """Of this replica's files the first that no process holds, or a new one."""
-        folder = self._root / self.name
+        folder = self.root / self.name
         while True:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with suppress(FileNotFoundError):  # another process has just deleted the last file in it
@@ -110,11 +110,11 @@ class JournalFolder:
 
     def files_of(self, name: str) -> list[Path]:
         """The files of a replica but for this process's own; none where it has never been."""
-        return sorted(path for path in (self._root / name).glob("[0-9]*.db") if path != self._own)
+        return sorted(path for path in (self.root / name).glob("[0-9]*.db") if path != self._own)
 
     def files(self) -> list[Path]:
         """The same of all replicas that have left some."""
-        return [path for folder in sorted(self._root.glob("*/")) for path in self.files_of(folder.name)]
+        return [path for folder in sorted(self.root.glob("*/")) for path in self.files_of(folder.name)]
 
     def find(self, name: str, id: str) -> tuple[Path, Rows] | None:
         """The file that a stream of a replica's is in, and all its rows; what is damaged is not found.

@@ -8,11 +8,13 @@ Source: Ray Serve's API reference, 2.60 (request router, autoscaling policy, `se
 """
 
 import asyncio
+import math
 import re
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
 from dataclasses import asdict
@@ -41,6 +43,7 @@ from headrace.server.settings import Settings
 from headrace.server.tracing import open_tracing
 
 _APPLICATION = "headrace"
+_REPLICA = "Replica"
 # How often a replica tells of its load, and is asked whether it is alive.
 _STATS_PERIOD_S = 1.0
 _HEALTH_PERIOD_S = 5.0
@@ -57,6 +60,8 @@ _DOWNSCALE_DELAY_S = 300.0
 # How often a replica that is to end looks whether its requests are over, and what it needs beyond their grace time.
 _DRAIN_PERIOD_S = 0.25
 _CLOSING_S = 15.0
+# For what replicas have said to reach clients, before Serve's proxies end.
+_FAREWELL_S = 1.0
 
 
 class Replica:
@@ -86,7 +91,6 @@ class Replica:
         if self._error is not None:
             await self._lifespan.shutdown()
             raise self._error
-        await self._app.take_over_left()
         self._taking_over = asyncio.create_task(self._take_over())
         settle_memory()
         self._has_begun = True
@@ -96,8 +100,8 @@ class Replica:
         """Go on with streams whose replica has died or ended, those that nobody asks for too: a replica that comes
         in its place has another name."""
         while True:
-            await asyncio.sleep(_TAKE_OVER_PERIOD_S)
             await self._app.take_over_left()
+            await asyncio.sleep(_TAKE_OVER_PERIOD_S)
 
     def _note_engine(self, error: Exception | None) -> None:
         self._error = error
@@ -120,6 +124,8 @@ class Replica:
         """Serve's hook: what the router hears of this replica."""
         client = self._app.client
         load, wait_s = client.load, client.predicted_ttft_s(Tier.STANDARD)
+        if self._app.engine_fault is not None:
+            wait_s = math.inf  # it is asked last, until it is replaced
         self._num_reports += 1
         num_tokens = load.num_total_blocks * self._settings.block_size
         return asdict(ReplicaLoad(self._num_reports, wait_s, load.prefill_tokens_per_s, num_tokens))
@@ -132,13 +138,17 @@ class Replica:
         ttft_share = client.predicted_ttft_s(Tier.STANDARD) / client.admission.targets_s[Tier.STANDARD]
         return asdict(ReplicaPressure(batch_share, ttft_share))
 
+    async def drain(self, grace_s: float) -> None:
+        """Refuse what comes, wait for what was accepted, and end the rest: what a signal does with a server."""
+        await drain(self._app, grace_s, anyio.Event())
+
     async def __del__(self) -> None:
         """Serve's hook, when it has sent the replica's last request and waited for it: what runs without a reader is
         waited for here."""
         if not self._has_begun:  # Serve ends what it could not make, too
             return
         self._taking_over.cancel()
-        await drain(self._app, self._settings.drain_grace_s, anyio.Event())
+        await self.drain(self._settings.drain_grace_s)
         await self._lifespan.shutdown()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
@@ -262,7 +272,7 @@ def _application(settings: DeploymentSettings, replica_class: type[Replica]) -> 
     # One bundle: the processes of a tensor-parallel group are children of the replica's, and see the GPUs that it sees.
     bundle = {"CPU": settings.replica_cpus} | ({"GPU": settings.replica_gpus} if settings.replica_gpus else {})
     replica = serve.deployment(replica_class).options(
-        name="Replica",
+        name=_REPLICA,
         ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": settings.replica_gpus},
         placement_group_bundles=[bundle],
         placement_group_strategy="STRICT_PACK",
@@ -298,6 +308,7 @@ def deploy(settings: DeploymentSettings, replica_class: type[Replica] = Replica)
         return 1
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    replicas: DeploymentHandle | None = None
     try:
         with suppress(KeyboardInterrupt):
             is_new = is_ours or not serve.status().proxies
@@ -306,6 +317,7 @@ def deploy(settings: DeploymentSettings, replica_class: type[Replica] = Replica)
                 http = {"host": settings.host, "port": port, "keep_alive_timeout_s": settings.keep_alive_s}
                 serve.start(http_options=http)
                 serve.run(_application(settings, replica_class), name=_APPLICATION)
+                replicas = serve.get_deployment_handle(_REPLICA, _APPLICATION)
             except (RayError, RayServeException, RuntimeError, OSError) as error:
                 print(f"headrace: {_fault_of_replicas() or error}", file=sys.stderr)
                 _end(is_ours)
@@ -315,20 +327,32 @@ def deploy(settings: DeploymentSettings, replica_class: type[Replica] = Replica)
             say(f"{settings.replicas} replicas are ready; {where}")
             threading.Event().wait()
         say("draining; a second signal cuts this short")
-        with suppress(KeyboardInterrupt):
-            _end(is_ours)
+        for grace_s in (settings.drain_grace_s, 0.0):
+            with suppress(KeyboardInterrupt):
+                if replicas is not None:
+                    _drain(replicas, grace_s)
+                _end(is_ours)
+                break
         return 0
     finally:
         ray.shutdown()
 
 
+def _drain(replicas: DeploymentHandle, grace_s: float) -> None:
+    """Have the replicas themselves refuse what comes, and end what does not, while Serve still brings both to them."""
+    with suppress(RayError, RayServeException, TimeoutError):  # of those that are about to end anyway
+        replicas.broadcast("drain", grace_s).results(timeout_s=grace_s + _CLOSING_S, return_exceptions=True)
+    time.sleep(_FAREWELL_S)
+
+
 def _end(is_ours: bool) -> None:
-    """Drain the application; on a cluster that somebody else has started, nothing but the application."""
+    """End Serve; on a cluster that somebody else has started, nothing but the application."""
+    if is_ours:
+        serve.shutdown()
+        return
     while _APPLICATION in serve.status().applications:
         with suppress(TimeoutError):  # it waits for a minute, and drains may take longer
             serve.delete(_APPLICATION)
-    if is_ours:
-        serve.shutdown()
 
 
 def _fault_of_replicas() -> str | None:

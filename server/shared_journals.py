@@ -136,7 +136,12 @@ class SharedJournals:
 
     async def take_over_left(self) -> None:
         """Take over what any replica has left that runs no more, where no other will ever bear its name."""
-        await self._take_over_free(self._folder.files)
+        try:
+            await self._take_over_free(self._folder.files)
+        except OSError as error:
+            self._warn_once(self._folder.root, "the replicas' journals cannot be looked for for now: %s", error)
+        else:
+            self._unreadable.discard(self._folder.root)
 
     async def run(self) -> None:
         """Follow what is followed, until cancelled."""
@@ -211,9 +216,7 @@ class SharedJournals:
             try:
                 await self._look_into(path, streams)
             except (sqlite3.Error, OSError) as error:
-                if path not in self._unreadable:
-                    logger.warning("another replica's journal cannot be read for now: %s", type(error).__name__)
-                self._unreadable.add(path)
+                self._warn_once(path, "another replica's journal cannot be read for now: %s", error)
             else:
                 self._unreadable.discard(path)
         if not self._followed:
@@ -259,14 +262,16 @@ class SharedJournals:
         where the file is not taken over, as where this server is about to end itself."""
         if ids and self._left.get(path, {}).keys() >= set(ids):
             return False
+        lock = path.with_suffix(".lock")
         try:
             self._client.check_accepting()
             claim = await self._on_worker(partial(self._folder.claim, path))
         except UnavailableError:
             return False
         except OSError as error:
-            logger.warning("another replica's journal cannot be locked: %s", type(error).__name__)
+            self._warn_once(lock, "another replica's journal cannot be locked: %s", error)
             return False
+        self._unreadable.discard(lock)
         if claim is None:
             return False
         await self._take_over(claim)
@@ -304,6 +309,12 @@ class SharedJournals:
         shelf_of(id, self._shelves).registry.unfollow(id)
         if error is not None:
             followed.stream.generation.end(FinishReason.ERROR, self._client.clock(), error)
+
+    def _warn_once(self, path: Path, message: str, error: Exception) -> None:
+        """Once until it can be had again: it is tried again and again."""
+        if path not in self._unreadable:
+            logger.warning(message, type(error).__name__)
+        self._unreadable.add(path)
 
     async def _on_worker(self, work: Callable[[], _T]) -> _T:
         return await anyio.to_thread.run_sync(work, limiter=self._limiter)

@@ -17,6 +17,7 @@ from fake_engine import FakeRunner, expected_text
 from headrace.server.api_keys import append_key, create_key
 from headrace.server.generation import Generation
 from headrace.server.journal import Journal, JournalError
+from headrace.server.journal_folder import JournalFolder
 from killed_app import app_until
 from live_app import LiveApp, live_app
 
@@ -601,6 +602,28 @@ async def test_what_is_followed_and_cannot_be_taken_over_for_now_may_be_asked_fo
             refused = await call(beta.asgi, "GET", path)
             assert (refused.status, refused.json()["error"]["code"]) == (503, "journal_busy")
         assert (await call(beta.asgi, "GET", path)).status == 200
+
+
+async def test_a_folder_that_cannot_be_looked_at_is_told_of_once_and_looked_at_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = tmp_path / "left"
+    async with dead_replica("alpha", folder, left, 5) as alpha:
+        id = await create(alpha)
+        await until_said(alpha, id, 5)
+
+    def fail(folder: JournalFolder) -> list[Path]:
+        raise OSError("a disk that does not answer")
+
+    async with replica("beta", left) as beta:
+        with monkeypatch.context() as patch:
+            patch.setattr(JournalFolder, "files", fail)
+            for _ in range(3):
+                await beta.take_over_left()
+        assert caplog.text.count("cannot be looked for for now: OSError") == 1
+        await beta.take_over_left()
+        await beta.until(lambda: generation_of(beta, id).is_over)
+        assert text_of((await read(beta, id)).events()) == TEXT
 
 
 async def test_a_damaged_stream_is_none_elsewhere_and_its_neighbour_is_one(folder: Path) -> None:

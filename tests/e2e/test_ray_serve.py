@@ -1,24 +1,18 @@
-"""Two replicas on Ray Serve, as `headrace deploy` starts them: routing, streams, departures, deaths and the end."""
+"""Replicas on Ray Serve, as `headrace deploy` starts them: routing, streams, departures, deaths and the end."""
 
-import json
 import os
-import re
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from requirements import long, need
-from server_process import ServerProcess
+from ray_deployment import REPLICA, Deployment, complete, deployed, frames, stream
+from requirements import long
 from waiting import until
-
-PYTHON = Path(__file__).parent / "clients" / ".venvs" / "ray" / "bin" / "python"
-REPLICA = "x-headrace-replica"
 
 pytestmark = [
     long,
@@ -26,65 +20,10 @@ pytestmark = [
 ]
 
 
-class Deployment(ServerProcess):
-    """`headrace deploy`, and all that it starts."""
-
-    python = PYTHON
-    command = ("-c", "import sys; from headrace.server.cli import main; sys.exit(main())", "deploy")
-
-    def pids(self) -> dict[str, int]:
-        """Of the replicas that were ever ready, by their names."""
-        found = re.findall(
-            r"\(ServeReplica:headrace:Replica pid=(\d+)\).*headrace: replica (\w+) is ready", self.output
-        )
-        return {name: int(pid) for pid, name in found}
-
-    def metric(self, replica: str, name: str) -> float:
-        text = httpx.get(f"{self.url()}/metrics", headers={REPLICA: replica}).text
-        return float(re.findall(rf"^headrace_{name} (\S+)$", text, re.M)[0])
-
-
-@contextmanager
-def deployed(model: Path, *args: str) -> Iterator[Deployment]:
-    need(PYTHON.exists(), "what `make setup-clients` installs")
-    flags = ["--dtype", "float32", "--cpu-kernel", "torch", "--kv-cache-bytes", "256MiB", "--replica-cpus", "0.5"]
-    deployment = Deployment([str(model), *flags, *args], {"RAY_DEDUP_LOGS": "0"})
-    try:
-        deployment.wait_for(deployment.ready, 180)
-        yield deployment
-    finally:
-        deployment.stop(timeout_s=120)
-
-
 @pytest.fixture(scope="module")
 def deployment(slow_model: Path) -> Iterator[Deployment]:
     with deployed(slow_model, "--replicas", "2", "--drain-grace-s", "60") as deployment:
         yield deployment
-
-
-def complete(deployment: Deployment, prompt: str, **fields: Any) -> httpx.Response:
-    body = {"prompt": prompt, "max_tokens": 4, "ignore_eos": True} | fields
-    answer = httpx.post(f"{deployment.url()}/v1/completions", json=body, timeout=60)
-    assert answer.status_code == 200, answer.text
-    return answer
-
-
-@contextmanager
-def stream(
-    deployment: Deployment, headers: dict[str, str] | None = None, max_tokens: int = 4000
-) -> Iterator[httpx.Response]:
-    body = {"prompt": "The mill", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
-    body["return_token_ids"] = True
-    url = f"{deployment.url()}/v1/completions"
-    with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as response:
-        assert response.status_code == 200
-        yield response
-
-
-def frames(response: httpx.Response) -> Iterator[Any]:
-    for line in response.iter_lines():
-        if line.startswith("data: ") and line != "data: [DONE]":
-            yield json.loads(line.removeprefix("data: "))
 
 
 def test_what_comes_at_once_is_shared_and_what_begins_alike_stays_together(deployment: Deployment) -> None:
@@ -130,22 +69,52 @@ def test_a_stream_whose_replica_is_killed_ends_with_one_error_and_the_other_repl
     assert complete(deployment, "hi").headers[REPLICA] != victim
 
 
-def test_the_end_waits_for_what_runs_as_long_as_it_may_and_tells_what_runs_longer(slow_model: Path) -> None:
-    with deployed(slow_model, "--replicas", "1", "--drain-grace-s", "5") as deployment:
-        with stream(deployment, max_tokens=300) as short, stream(deployment, max_tokens=8000) as endless:
-            events, further = frames(short), frames(endless)
-            next(events)
-            next(further)
-            deployment.process.send_signal(signal.SIGTERM)
-            *_, last = events
-            *_, last_of_endless = further
+def refusals(deployment: Deployment) -> list[httpx.Response]:
+    """What is answered from now on to who asks again and again, until nobody answers."""
+    answers = []
+    with suppress(httpx.TransportError):
+        while True:
+            body = {"prompt": "hi", "max_tokens": 1}
+            answers.append(httpx.post(f"{deployment.url()}/v1/completions", json=body, timeout=60))
+    return answers
+
+
+def test_the_end_refuses_what_comes_waits_for_what_runs_and_tells_what_runs_longer(slow_model: Path) -> None:
+    with (
+        deployed(slow_model, "--replicas", "2", "--drain-grace-s", "8") as deployment,
+        ThreadPoolExecutor(1) as pool,
+        stream(deployment, max_tokens=40) as short,
+        stream(deployment, max_tokens=8000) as endless,
+    ):
+        events, further = frames(short), frames(endless)
+        next(events)
+        next(further)
+        deployment.process.send_signal(signal.SIGTERM)
+        until(lambda: httpx.get(f"{deployment.url()}/ready").status_code == 503, "it drains")
+        refused = pool.submit(refusals, deployment)
+        *_, last = events
+        *_, last_of_endless = further
         assert last["choices"][0]["finish_reason"] == "length"
-        assert last_of_endless["error"]["code"] == "replica_lost"
+        assert last_of_endless["error"]["code"] == "draining"
         assert deployment.stop(timeout_s=120) == 0
+        assert {answer.status_code for answer in refused.result()} == {503}
+        assert {answer.json()["error"]["code"] for answer in refused.result()} == {"draining"}
+        assert {answer.headers["retry-after"] for answer in refused.result()} == {"1"}
+
+
+def test_a_second_signal_ends_what_runs_at_once_and_it_is_told(slow_model: Path) -> None:
+    with deployed(slow_model, "--drain-grace-s", "600") as deployment, stream(deployment, max_tokens=8000) as endless:
+        events = frames(endless)
+        next(events)
+        deployment.process.send_signal(signal.SIGTERM)
+        until(lambda: httpx.get(f"{deployment.url()}/ready").status_code == 503, "it drains")
+        deployment.process.send_signal(signal.SIGTERM)
+        *_, last = events
+        assert last["error"]["code"] == "draining"
+        assert deployment.process.wait(60) == 0
 
 
 def test_a_model_that_is_not_there_is_told_and_ends_the_deployment(slow_model: Path) -> None:
-    need(PYTHON.exists(), "what `make setup-clients` installs")
     deployment = Deployment([str(slow_model / "none")])
     deployment.wait_for(rf"(?m)^headrace: {slow_model}/none is no directory", 180)
     assert deployment.process.wait(60) == 1
@@ -154,7 +123,6 @@ def test_a_model_that_is_not_there_is_told_and_ends_the_deployment(slow_model: P
 
 
 def test_a_signal_ends_a_deployment_that_is_still_loading(slow_model: Path) -> None:
-    need(PYTHON.exists(), "what `make setup-clients` installs")
     deployment = Deployment([str(slow_model)])
     deployment.wait_for("Adding 1 replica", 120)
     assert deployment.stop(timeout_s=60) == 0

@@ -16,7 +16,7 @@ class Reader:
 
     def follow(self, url: str, last_event_id: str | None = None) -> None:
         """Read until the connection ends, however it does."""
-        seen = last_event_id or (self.events[-1]["id"] if self.events else "")
+        seen = last_event_id or next((event["id"] for event in reversed(self.events) if "id" in event), "")
         headers = {"accept": "text/event-stream", **({"last-event-id": seen} if seen else {})}
         events_url = url + self.created["events_url"]
         with suppress(httpx.TransportError), httpx.stream("GET", events_url, headers=headers, timeout=60) as answer:

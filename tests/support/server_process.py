@@ -18,13 +18,14 @@ class ServerProcess:
 
     python: str | Path = sys.executable
     command: tuple[str, ...] = ("-m", "headrace.server")
+    port_flags: tuple[str, ...] = ("--port", "0")
     ready = r"chat page: (https?://\S+)/"
 
     def __init__(self, args: list[str], env: dict[str, str] | None = None) -> None:
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self.process = subprocess.Popen(
-            [self.python, *self.command, "--port", "0", *args],
+            [self.python, *self.command, *self.port_flags, *args],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

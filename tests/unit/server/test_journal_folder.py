@@ -82,7 +82,7 @@ def test_a_lock_that_is_deleted_while_it_is_waited_for_is_no_claim(
 
     monkeypatch.setattr("headrace.server.journal_folder.os.open", open_late)
     own = folder.claim_own()
-    assert JournalFolder(folder._root, "beta").claim(own.path) is None, "it is seen to be held"
+    assert JournalFolder(folder.root, "beta").claim(own.path) is None, "it is seen to be held"
     own.release()
 
 
