@@ -70,7 +70,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def placement_groups(cluster: Cluster) -> list[dict[str, Any]]:
     """Those that it has now."""
-    command = [BIN / "python", "-c", PLACEMENT_GROUPS, cluster.address]
+    command = [str(BIN / "python"), "-c", PLACEMENT_GROUPS, cluster.address]
     asked = subprocess.run(command, env=os.environ | cluster.env, capture_output=True, text=True, timeout=60)
     groups = json.loads(asked.stdout.splitlines()[-1])
     return [group for group in groups if group["state"] != "REMOVED"]
@@ -85,7 +85,7 @@ def ranks(deployment: Deployment, replica: str) -> list[int]:
 def test_a_tensor_parallel_group_has_its_gpus_answers_as_one_process_does_and_is_replaced_as_one(
     cluster: Cluster, tiny_model: Path
 ) -> None:
-    body = {"prompt": "The mill wheel", "max_tokens": NUM_TOKENS, "temperature": 0}
+    body: dict[str, Any] = {"prompt": "The mill wheel", "max_tokens": NUM_TOKENS, "temperature": 0}
     with serving(str(tiny_model), *FLAGS) as server, stream(server, **body) as response:
         expected = [id for frame in frames(response) for id in frame["choices"][0].get("token_ids", ())]
     assert len(expected) == NUM_TOKENS
