@@ -416,7 +416,8 @@ async def test_what_was_taken_over_is_let_go_of_once_it_is_forgotten(
             await reader.done.wait()
         assert len(beta.client.journals) == 2
         beta.registry.forget(beta.registry.get(id))
-        await beta.until(lambda: len(beta.client.journals) == 1)
+        await beta.until(lambda: not (left / "alpha").exists())
+        assert len(beta.client.journals) == 1
         assert (await read(beta, id)).status == 410
         async with replica("alpha", left):
             assert [path.name for path in (left / "alpha").glob("*.db")] == ["1.db"], "it has its file again"

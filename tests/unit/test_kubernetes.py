@@ -432,6 +432,6 @@ def test_the_gateway_leads_clients_to_every_route_but_the_operators(rendered: Ma
         return path in exact or any(path == prefix or path.startswith(f"{prefix}/") for prefix in prefixes)
 
     paths = {route.path for route in app().asgi.routes if isinstance(route, Route | Mount)}
-    operators = {"/health", "/ready", "/metrics", "/metrics/load", "/get_load", "/dashboard", "/server_info"}
-    operators |= {"/get_server_info", "/admin/profile", "/admin/stacks", "/admin/requests"}
+    operators = {"/health", "/health_generate", "/ready", "/metrics", "/metrics/load", "/get_load", "/dashboard"}
+    operators |= {"/server_info", "/get_server_info", "/admin/profile", "/admin/stacks", "/admin/requests"}
     assert {path for path in paths if not is_led(path)} == operators
