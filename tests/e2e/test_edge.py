@@ -146,6 +146,7 @@ def far(demo_model: Path) -> Iterator[FarClients]:
             if done.returncode:
                 pytest.skip(f"no network namespace can be made here: {done.stderr.strip()}")
         flags = ["--kv-cache-bytes", "256MiB", "--host", here, "--peer-timeout-s", "4", "--max-num-seqs", "1"]
+        flags += ["--ttft-targets-s=1e6,1e6,1e6"]  # who waits behind a long stream is not refused
         with serving(*flags) as server:
             yield FarClients(server, [ip, "netns", "exec", name])
     finally:
